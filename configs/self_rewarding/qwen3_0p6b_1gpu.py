@@ -1,0 +1,40 @@
+"""Qwen3-0.6B improves itself on your own prompts, on one GPU.
+
+    jaxsi run configs/self_rewarding/qwen3_0p6b_1gpu.py --prompts prompts.jsonl
+
+Hardware: one GPU with 24 GB or more (float32 master weights, gradients and two Adam moments are 10 GB; pip install
+"jaxsi[cuda12]"). Expectation: not measured on this model yet; the paper's gains are those of a 70B model, and small
+models gain less. The given model is M_1: no SFT, and no human data. Half of the prompts make M_2, the other half M_3.
+
+`--model FOLDER` takes any instruct model. A model that writes no verdicts is judged by the expectation over the score
+strings (`judge.expected`), which is also what this config does: with a model this small it leaves far fewer ties.
+"""
+
+from jaxsi.feedback import JudgeConfig
+from jaxsi.methods.self_rewarding import Config, PromptFile
+from jaxsi.optim import OptimConfig
+from jaxsi.sampling import SamplingConfig
+from jaxsi.train import DPOConfig, TrainConfig
+
+
+def config() -> Config:
+    return Config(
+        model="Qwen/Qwen3-0.6B",
+        seed_data=None,
+        prompts=PromptFile(path="prompts.jsonl"),
+        sampling=SamplingConfig(num_samples=4, temperature=0.7, top_p=0.9, max_new_tokens=1024, batch_size=64),
+        judge=JudgeConfig(num_samples=3, temperature=0.7, top_p=0.9, max_new_tokens=256, expected=True),
+        sft=None,
+        dpo=DPOConfig(
+            train=TrainConfig(
+                optim=OptimConfig(learning_rate=1e-6, end_learning_rate=1e-7, warmup_steps=10),
+                batch_size=16,
+                accumulate=8,
+                max_length=2048,
+                checkpoint_every=50,
+            ),
+            beta=0.1,
+            nll_coef=0.1,
+        ),
+        iterations=3,
+    )

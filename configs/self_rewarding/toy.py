@@ -1,0 +1,51 @@
+"""The embedded world: the shipped seed model improves itself, measured exactly.
+
+    jaxsi run configs/self_rewarding/toy.py
+
+Hardware: 2 CPU cores, 4 GB of memory. Expected: see the table in README.md. The arms toy_permuted.py and toy_exact.py
+differ from this file by their judge alone; `jaxsi bench methods` runs all three over several seeds.
+"""
+
+from jaxsi.evals.toy import ToyEvaluation
+from jaxsi.feedback import JudgeConfig
+from jaxsi.instruct import SelfInstruct
+from jaxsi.methods.self_rewarding import Config, SeedData
+from jaxsi.optim import OptimConfig
+from jaxsi.sampling import SamplingConfig
+from jaxsi.toyworld.corpus import RUBRIC
+from jaxsi.toyworld.seed import SHIPPED
+from jaxsi.toyworld.seed_data import toy_ift, toy_rankings
+from jaxsi.train import DPOConfig, TrainConfig
+
+
+def train(learning_rate: float, batch_size: int, epochs: int = 1) -> TrainConfig:
+    """What SFT and DPO have in common on a CPU: float32, short rows, nothing recomputed."""
+    return TrainConfig(
+        optim=OptimConfig(learning_rate=learning_rate, end_learning_rate=learning_rate / 5),
+        batch_size=batch_size,
+        epochs=epochs,
+        max_length=128,
+        remat=False,
+        dtype="float32",
+    )
+
+
+def config() -> Config:
+    return Config(
+        model=str(SHIPPED),
+        seed_data=SeedData(ift=toy_ift, rankings=toy_rankings),
+        prompts=SelfInstruct(num_prompts=400, max_new_tokens=16, min_words=3, max_words=12),
+        # The paper samples at T 0.7, top-p 0.9. Candidates of the model's own distribution make the permuted arm a true null:
+        # the likelihood term on a randomly chosen one has no direction, where on sharpened samples it sharpens the model.
+        sampling=SamplingConfig(
+            num_samples=4, temperature=1.0, top_p=1.0, max_new_tokens=16, batch_size=512, dtype="float32"
+        ),
+        judge=JudgeConfig(num_samples=3, temperature=0.7, top_p=0.9, max_new_tokens=32),
+        rubric=RUBRIC,
+        sft=train(learning_rate=3e-4, batch_size=16),
+        # Chosen with the exact-grader arm first: at 1e-4 and one epoch the loop gains half as much, and with nll_coef 0.1 the
+        # chosen responses lose likelihood too (chosen_shift -1.0 against -0.3 in iter_2/train.jsonl).
+        dpo=DPOConfig(train=train(learning_rate=2e-4, batch_size=16, epochs=2), beta=0.1, nll_coef=0.5),
+        evaluate=ToyEvaluation(),
+        iterations=3,
+    )

@@ -1,0 +1,17 @@
+"""A control arm of the embedded world: the model's own scores, dealt out again at random within each prompt.
+
+    jaxsi run configs/self_rewarding/toy_permuted.py
+
+As toy.py in everything but the judge, hardware and time included. Expected: no gain; what a loop without a signal does.
+"""
+
+import dataclasses
+from pathlib import Path
+
+from jaxsi.config_file import load_config
+from jaxsi.methods.self_rewarding import Config
+from jaxsi.toyworld.seed_data import permuted_judge
+
+
+def config() -> Config:
+    return dataclasses.replace(load_config(Path(__file__).with_name("toy.py")), judging=permuted_judge)

@@ -1,0 +1,31 @@
+"""Config files: Python with one function ``config() -> Config``."""
+
+import importlib.util
+import sys
+from pathlib import Path
+from typing import Any
+
+
+class ConfigFileError(ValueError):
+    """A file that is no config; the message names it and what is missing."""
+
+
+def load_config(path: Path | str) -> Any:
+    """The ``Config`` of a config file. A config that derives from another one loads it by its path, with this function.
+
+    Raises: ConfigFileError where there is no such file, or no function ``config`` in it; and what the file raises.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise ConfigFileError(f"{path}: no such config file; give a Python file with a function config()")
+    # Functions of the file are part of the config by their qualified name, so the module's name may not vary.
+    name = f"jaxsi_config_{path.stem}"
+    spec = importlib.util.spec_from_file_location(name, path)
+    if spec is None or spec.loader is None:
+        raise ConfigFileError(f"{path} is no Python file; give a .py file with a function config()")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    spec.loader.exec_module(module)
+    if not callable(getattr(module, "config", None)):
+        raise ConfigFileError(f"{path} has no function config(); write def config() -> Config: return Config(...)")
+    return module.config()

@@ -1,0 +1,95 @@
+"""Exact quality on the held-out instructions of the embedded world, and how well the model judges its own responses."""
+
+import dataclasses
+from typing import Any
+
+import jax
+import numpy as np
+
+from jaxsi import feedback, metrics
+from jaxsi.feedback import JudgeConfig
+from jaxsi.lm import LM
+from jaxsi.prompts import Rubric
+from jaxsi.records import Judgment, Response
+from jaxsi.run import Scope, fold
+from jaxsi.sampling import generate
+from jaxsi.toyworld import world
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ToyEvaluation:
+    """What is measured. The noise of the samples is the same for every model (common random numbers): differences between
+    iterations are of the models."""
+
+    num_prompts: int = 500
+    num_samples: int = 4
+    temperature: float = 0.7
+    top_p: float = 0.9
+    max_new_tokens: int = 24
+    judged_prompts: int = 100
+
+    def __call__(self, lm: LM, config: Any, scope: Scope) -> dict[str, Any]:
+        """The figures of one iteration; ``config`` has the run's ``rubric`` and ``judge``. The samples stay in the scope."""
+        responses = scope.records("eval_responses", self.sample, lm, of=Response)
+        judgments = scope.records("eval_judgments", self.judge, lm, responses, config.rubric, config.judge, of=Judgment)
+        return self.figures(responses, judgments, scope.records("eval_greedy", self.greedy, lm, of=Response))
+
+    def measure(self, lm: LM, rubric: Rubric, judge: JudgeConfig) -> dict[str, Any]:
+        """The same figures, of a model outside a run."""
+        responses = self.sample(lm)
+        return self.figures(responses, self.judge(lm, responses, rubric, judge), self.greedy(lm))
+
+    @property
+    def key(self) -> jax.Array:
+        return fold(jax.random.key(0), "toy evaluation")
+
+    def sample(self, lm: LM) -> list[Response]:
+        """``num_samples`` responses to each held-out instruction."""
+        return generate(
+            lm, world.prompts(self.num_prompts, seed=0, held_out=True), num_samples=self.num_samples,
+            temperature=self.temperature, top_p=self.top_p, max_new_tokens=self.max_new_tokens, key=self.key, batch_size=512,
+        )  # fmt: skip
+
+    def greedy(self, lm: LM) -> list[Response]:
+        """The likeliest response to each held-out instruction, token by token."""
+        prompts = world.prompts(self.num_prompts, seed=0, held_out=True)
+        return generate(lm, prompts, temperature=0.0, max_new_tokens=self.max_new_tokens, key=self.key, batch_size=512)
+
+    def judge(self, lm: LM, responses: list[Response], rubric: Rubric, judge: JudgeConfig) -> list[Judgment]:
+        """The model's own verdicts on its responses to the first ``judged_prompts`` instructions."""
+        prompts = world.prompts(self.num_prompts, seed=0, held_out=True)[: self.judged_prompts]
+        ids = {prompt.id for prompt in prompts}
+        mine = [response for response in responses if response.prompt_id in ids]
+        return feedback.judge(lm, prompts, mine, rubric, judge, fold(self.key, "judge"))
+
+    def figures(self, responses: list[Response], judgments: list[Judgment], greedy: list[Response]) -> dict[str, Any]:
+        """Quality 0 to 100 with its interval over prompts, best of the samples, and the judge's agreement with the grader."""
+        texts = {p.id: p.text for p in world.prompts(self.num_prompts, seed=0, held_out=True)}
+        graded = {r.id: 10 * exact(texts[r.prompt_id], r.text) for r in responses}
+        by_prompt = np.asarray([graded[r.id] for r in responses]).reshape(len(texts), self.num_samples)
+        mean, low, high = metrics.mean_ci(by_prompt.mean(axis=1), seed=0)
+        valid = [score for j in judgments for score in j.scores if score is not None]
+        asked = sum(len(j.scores) for j in judgments)
+        scored = [j for j in judgments if j.score is not None]
+        agreement = metrics.pairwise_agreement(
+            [j.score for j in scored], [graded[j.id] for j in scored], [j.prompt_id for j in scored]
+        )
+        return {
+            "quality": {"mean": mean, "ci95": [low, high]},
+            "best_of_samples": float(by_prompt.max(axis=1).mean()),
+            "greedy": float(np.mean([10 * exact(texts[r.prompt_id], r.text) for r in greedy])),
+            "judge_agreement": agreement.agreement,
+            "judge_pairs": agreement.count,
+            "parse_rate": len(valid) / asked if asked else None,
+            "mean_length": float(np.mean([len(r.token_ids) for r in responses])),
+            "cut_off": float(np.mean([r.finish_reason == "length" for r in responses])),
+            "by_prompt": by_prompt.mean(axis=1).tolist(),
+        }
+
+
+def exact(instruction: str, response: str) -> float:
+    """The grade, 0 to 10, of a response to an instruction of the world."""
+    grade = world.grade(instruction, response)
+    if grade is None:
+        raise ValueError(f"{instruction!r} is not an instruction of the embedded world")
+    return float(grade.total)

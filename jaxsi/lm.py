@@ -1,0 +1,217 @@
+"""LM: a model with its tokenizer on a mesh; loading from any folder the project knows, and saving."""
+
+import dataclasses
+import functools
+import hashlib
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from jaxsi import checkpoint, hf, mesh as meshlib, model
+from jaxsi.model import ModelConfig, Weights
+from jaxsi.tokenizer import Tokenizer, load_tokenizer
+
+
+class LoadError(ValueError):
+    """A MODEL argument that names nothing loadable."""
+
+
+@dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
+class LM:
+    """A language model. Never changed in place: ``replace`` makes the model of the next weights.
+
+    ``weights`` is the canonical tree (layers stacked, sharded by the training rules); ``dtype`` is the one that sampling and
+    scoring compute in.
+    """
+
+    config: ModelConfig
+    weights: Weights
+    tokenizer: Tokenizer
+    mesh: Mesh
+    dtype: Any = jnp.bfloat16
+
+    def replace(self, weights: Weights) -> "LM":
+        """The same model with other weights."""
+        return dataclasses.replace(self, weights=weights)
+
+    def logits(self, token_ids: Any) -> jax.Array:
+        """[B, T] integers (NumPy or JAX) -> next-token logits [B, T, V] float32."""
+        tokens_BT = jnp.asarray(token_ids)
+        if tokens_BT.ndim != 2 or not jnp.issubdtype(tokens_BT.dtype, jnp.integer):
+            raise ValueError(f"token_ids has shape {tokens_BT.shape} of {tokens_BT.dtype}; give [B, T] integers")
+        return model.full_logits(self.weights, self.config, tokens_BT.astype(jnp.int32), jnp.dtype(self.dtype))
+
+    @functools.cached_property
+    def sampling_weights(self) -> Weights:
+        """Weights cast to ``dtype``, unstacked and laid out by the sampling rules: made once per model."""
+        return for_sampling(self)
+
+    @functools.cached_property
+    def fingerprint(self) -> str:
+        """16 hex digits that change with any bit of any weight, whatever the mesh."""
+        return fingerprint(self.weights)
+
+
+def for_sampling(lm: LM) -> Weights:
+    """The one place where weights move from the training layout to the sampling layout."""
+
+    return _mover(lm.config, lm.mesh, jnp.dtype(lm.dtype))(lm.weights)
+
+
+@functools.lru_cache(
+    maxsize=8
+)  # jit knows programs by the function's identity: a new closure a model would compile again
+def _mover(config: ModelConfig, mesh: Mesh, dtype: Any) -> Callable[[Weights], Weights]:
+    def move(weights: Weights) -> Weights:
+        return model.unstack(jax.tree.map(lambda w: w.astype(dtype), weights), config.num_layers)
+
+    rules = meshlib.SAMPLING_RULES
+    layers = model.parameters(config)["layers"]
+    one_layer = {name: meshlib.sharding(mesh, p.axes[1:], rules) for name, p in layers.items()}
+    layout = model.weight_shardings(config, mesh, rules) | {"layers": [one_layer] * config.num_layers}
+    return jax.jit(move, out_shardings=layout)
+
+
+@jax.jit
+def _checksums(weights: Weights) -> list[jax.Array]:
+    def checksum(w: jax.Array) -> jax.Array:
+        bits = jax.lax.bitcast_convert_type(w, jnp.uint32 if w.dtype.itemsize == 4 else jnp.uint16).astype(jnp.uint32)
+        index = jnp.zeros((), jnp.uint32)
+        for axis in range(w.ndim):  # a position's number does not depend on how the array is cut
+            index = index * w.shape[axis] + jax.lax.broadcasted_iota(jnp.uint32, w.shape, axis)
+        mixed = (bits ^ (index * jnp.uint32(2654435761))) * jnp.uint32(2246822519)
+        return jnp.sum(mixed ^ (mixed >> 15), dtype=jnp.uint32)
+
+    return [checksum(w) for w in jax.tree.leaves(weights)]
+
+
+def fingerprint(weights: Weights) -> str:
+    """16 hex digits of the weights' bits: integer sums, so equal on every mesh."""
+    names = [jax.tree_util.keystr(path) for path, _ in jax.tree_util.tree_leaves_with_path(weights)]
+    values = [int(v) for v in jax.device_get(_checksums(weights))]
+    return hashlib.sha256(json.dumps(list(zip(names, values, strict=True))).encode()).hexdigest()[:16]
+
+
+# ------------------------------------------------------------------------------------------------------- load and save
+
+
+def load(path: str | Path, mesh: Mesh | None = None, dtype: Any = "bfloat16", *, weights_dtype: Any = None) -> LM:
+    """Loads MODEL: a Hugging Face folder or hub name, a jaxsi checkpoint, a run directory (its newest complete iteration)
+    or ``RUN_DIR@t``.
+
+    Args:
+      mesh: where the weights go; by default all devices on the fsdp axis.
+      dtype: of sampling and scoring. weights_dtype: of the stored weights, ``dtype`` by default; training wants float32.
+
+    Raises:
+      LoadError: the path names nothing loadable. hf.HFError, checkpoint.CheckpointError: it does, and it is broken.
+    """
+    folder = resolve(path)
+    mesh = mesh or meshlib.make_mesh()
+    weights_dtype = jnp.dtype(weights_dtype or dtype)
+    config = hf.read_config(folder)
+    if (folder / "weights").is_dir():
+        abstract = model.abstract_weights(config, mesh, weights_dtype)
+        stored = jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, jnp.float32, sharding=s.sharding), abstract)
+        weights = checkpoint.restore(folder / "weights", stored)
+        weights = jax.tree.map(lambda w: w.astype(weights_dtype), weights)
+    else:
+        weights = hf.load_weights(folder, config, mesh, dtype=weights_dtype)
+    return LM(config=config, weights=weights, tokenizer=load_tokenizer(folder), mesh=mesh, dtype=jnp.dtype(dtype))
+
+
+def save_checkpoint(lm: LM, folder: Path, meta: dict[str, Any]) -> None:
+    """Writes what ``load`` needs: Orbax weights, the model's config and the tokenizer. The weights are written last, and
+    they appear complete or not at all."""
+    folder.mkdir(parents=True, exist_ok=True)
+    if jax.process_index() == 0:
+        (folder / "config.json").write_text(json.dumps(hf.config_json(lm.config, dtype="float32"), indent=2))
+        lm.tokenizer.save(folder)
+    checkpoint.save(folder / "weights", lm.weights, meta | {"fingerprint": lm.fingerprint})
+
+
+def export(
+    lm: LM, folder: str | Path, *, dtype: str = "bfloat16", extras: Callable[[Path], None] | None = None
+) -> None:
+    """Writes a Hugging Face folder (safetensors, config, generation config, tokenizer, chat template)."""
+
+    def write_rest(target: Path) -> None:
+        lm.tokenizer.save(target)
+        if extras is not None:
+            extras(target)
+
+    stops = list(lm.tokenizer.stop_ids)
+    generation = {"bos_token_id": lm.tokenizer.bos_id, "eos_token_id": stops, "pad_token_id": lm.tokenizer.pad_id}
+    hf.export(Path(folder), lm.config, lm.weights, dtype=dtype, generation=generation, extras=write_rest)
+
+
+def resolve(path: str | Path) -> Path:
+    """The folder that MODEL names; hub names are looked up in the local cache or downloaded at a pinned revision."""
+    text = str(path)
+    folder = Path(text)
+    if _is_run(folder):  # before "@": a folder's own name may hold one
+        return _iteration(folder, None)
+    if (folder / "config.json").is_file():
+        return folder
+    name, _, iteration = text.rpartition("@")
+    if name and iteration.isdecimal() and _is_run(Path(name)):
+        return _iteration(Path(name), int(iteration))
+    if name and iteration.isdecimal() and Path(name).exists():
+        raise LoadError(
+            f"{text}: {name} is not a run directory (no summary.json in it); give {name} without @{iteration}"
+        )
+    if folder.exists():
+        raise LoadError(
+            f"{text}: no config.json in it, so it is neither a Hugging Face folder nor a checkpoint nor a run"
+        )
+    if text.count("/") == 1 and not text.startswith((".", "/")):
+        return _from_hub(text)
+    raise LoadError(
+        f"{text}: no such folder; give a Hugging Face folder, a hub name, a checkpoint, RUN_DIR or RUN_DIR@2"
+    )
+
+
+def _is_run(folder: Path) -> bool:
+    """Run directories hold a config.json too, of the method."""
+    return (folder / "config.json").is_file() and any((folder / f).is_file() for f in ("summary.json", "journal.jsonl"))
+
+
+def _iteration(run: Path, iteration: int | None) -> Path:
+    found = sorted(
+        (int(p.name.removeprefix("iter_")), p / "checkpoint") for p in run.glob("iter_*") if p.name[5:].isdecimal()
+    )
+    complete = {t: folder for t, folder in found if checkpoint.is_complete(folder / "weights")}
+    if iteration is None and complete:
+        return complete[max(complete)]
+    if iteration in complete:
+        return complete[iteration]
+    have = ", ".join(map(str, complete)) or "none yet"
+    wanted = "no iteration" if iteration is None else f"iteration {iteration} not"
+    raise LoadError(f"{run}: {wanted} complete; there are complete checkpoints of iterations: {have}")
+
+
+def _from_hub(name: str) -> Path:
+    import huggingface_hub
+
+    repository, _, revision = name.partition("@")
+    try:
+        patterns = ["*.json", "*.safetensors", "*.model", "*.jinja"]
+        return Path(huggingface_hub.snapshot_download(repository, revision=revision or None, allow_patterns=patterns))
+    except Exception as error:  # the hub client raises a dozen types; to the user all of them mean this
+        raise LoadError(
+            f"{name}: no such folder, and the hub did not give it ({type(error).__name__}: {error})"
+        ) from error
+
+
+def tokens_array(rows: list[list[int]], length: int, pad: int) -> np.ndarray:
+    """Right-padded [len(rows), length] int32."""
+    out = np.full((len(rows), length), pad, np.int32)
+    for i, row in enumerate(rows):
+        out[i, : len(row)] = row
+    return out

@@ -1,0 +1,94 @@
+"""Losses: pure functions of token log-probabilities and masks, each returning (sum, count).
+
+The caller divides the sum by the count of the whole global batch, so that neither accumulation nor the number of devices
+changes the loss. Every pair loss takes the same ``PairLogps`` and ``beta``, so that a config names the function itself.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+Loss = tuple[Float[Array, ""], Float[Array, ""]]
+PerPair = Float[Array, "B"]
+
+
+class PairLogps(NamedTuple):
+    """Log-probabilities summed over each response's tokens, under the policy and the reference; the numbers of those
+    tokens; and which rows are pairs, the others being fill."""
+
+    chosen_B: PerPair
+    rejected_B: PerPair
+    ref_chosen_B: PerPair
+    ref_rejected_B: PerPair
+    chosen_tokens_B: Int[Array, "B"]
+    rejected_tokens_B: Int[Array, "B"]
+    real_B: Bool[Array, "B"]
+
+
+def _total(loss_B: PerPair, real_B: Bool[Array, "B"]) -> Loss:
+    # where, not multiply: a NaN in a filled row must not reach the sum.
+    return jnp.sum(jnp.where(real_B, loss_B, 0.0)), jnp.sum(real_B, dtype=jnp.float32)
+
+
+def sft(logps_BT: Float[Array, "B T"], loss_mask_BT: Bool[Array, "B T"]) -> Loss:
+    """Negative log-likelihood of the tokens where the mask is True; the count is of tokens."""
+    return -jnp.sum(jnp.where(loss_mask_BT, logps_BT, 0.0)), jnp.sum(loss_mask_BT, dtype=jnp.float32)
+
+
+def margin(p: PairLogps) -> PerPair:
+    """Log-ratio of the policy to the reference on the chosen response, less that on the rejected."""
+    return (p.chosen_B - p.ref_chosen_B) - (p.rejected_B - p.ref_rejected_B)
+
+
+def dpo(p: PairLogps, *, beta: float) -> Loss:
+    """-log sigma(beta * margin) (Rafailov et al. 2023, equation 7)."""
+    return _total(-jax.nn.log_sigmoid(beta * margin(p)), p.real_B)
+
+
+def dpo_smoothed(p: PairLogps, *, beta: float, label_smoothing: float = 0.1) -> Loss:
+    """DPO where a label is taken as wrong with probability e (cDPO, Mitchell 2023):
+    -(1 - e) log sigma(beta * margin) - e log sigma(-beta * margin)."""
+    z_B = beta * margin(p)
+    loss_B = -(1 - label_smoothing) * jax.nn.log_sigmoid(z_B) - label_smoothing * jax.nn.log_sigmoid(-z_B)
+    return _total(loss_B, p.real_B)
+
+
+def ipo(p: PairLogps, *, beta: float) -> Loss:
+    """(margin - 1 / (2 beta))^2 (Azar et al. 2023, equation 17)."""
+    return _total(jnp.square(margin(p) - 1 / (2 * beta)), p.real_B)
+
+
+def hinge(p: PairLogps, *, beta: float) -> Loss:
+    """max(0, 1 - beta * margin) (SLiC-HF's hinge on DPO's margin; Liu et al. 2023)."""
+    return _total(jax.nn.relu(1 - beta * margin(p)), p.real_B)
+
+
+def _means(p: PairLogps) -> tuple[PerPair, PerPair]:
+    return p.chosen_B / jnp.maximum(p.chosen_tokens_B, 1), p.rejected_B / jnp.maximum(p.rejected_tokens_B, 1)
+
+
+def simpo(p: PairLogps, *, beta: float, gamma: float = 1.0) -> Loss:
+    """-log sigma(beta * (mean logp chosen - mean logp rejected) - gamma): no reference (Meng et al. 2024, equation 6)."""
+    chosen_B, rejected_B = _means(p)
+    return _total(-jax.nn.log_sigmoid(beta * (chosen_B - rejected_B) - gamma), p.real_B)
+
+
+def orpo(p: PairLogps, *, beta: float) -> Loss:
+    """Mean negative log-likelihood of the chosen response plus beta * -log sigma(log odds ratio), the odds being q / (1 - q)
+    of q = exp(mean token logp) (Hong et al. 2024, equations 5 to 7, whose lambda is beta here)."""
+    chosen_B, rejected_B = _means(p)
+    log_odds_B = (chosen_B - _log1mexp(chosen_B)) - (rejected_B - _log1mexp(rejected_B))
+    return _total(-chosen_B - beta * jax.nn.log_sigmoid(log_odds_B), p.real_B)
+
+
+def _log1mexp(x_B: PerPair) -> PerPair:
+    """log(1 - exp(x)) for x <= 0, finite at 0."""
+    return jnp.log(-jnp.expm1(jnp.minimum(x_B, -1e-6)))
+
+
+def nll(p: PairLogps) -> Loss:
+    """Mean token negative log-likelihood of the chosen response: the term that keeps DPO from pushing the chosen response
+    down together with the rejected (Pang et al. 2024, equation 1)."""
+    return _total(-_means(p)[0], p.real_B)

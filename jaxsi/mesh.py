@@ -1,0 +1,93 @@
+"""Device meshes and the two tables that map logical axes to mesh axes. The only module that knows device axes.
+
+A mesh always has the three axes ``data``, ``fsdp`` and ``tensor``; one device is the mesh 1x1x1. Axes are Auto: XLA's
+partitioner places what the rules leave open.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+AXES = ("data", "fsdp", "tensor")
+
+Rules = Mapping[str, str | tuple[str, ...] | None]
+
+# Training: weights are split over fsdp (embed) and tensor, activations over data and fsdp (batch).
+TRAINING_RULES: Rules = {
+    "batch": ("data", "fsdp"),
+    "sequence": None,
+    "embed": "fsdp",
+    "heads": "tensor",
+    "kv_heads": "tensor",
+    "head_dim": None,
+    "mlp": "tensor",
+    "vocab": "tensor",
+    "layers": None,
+}
+# Sampling: the same, but every fsdp group holds whole rows, or each decoded token would gather the weights again.
+SAMPLING_RULES: Rules = {**TRAINING_RULES, "embed": None}
+
+
+class MeshError(ValueError):
+    """A mesh that does not fit the devices, the model or the batch."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MeshConfig:
+    """Sizes of the mesh axes; -1 for at most one of them takes all the devices that are left."""
+
+    data: int = 1
+    fsdp: int = -1
+    tensor: int = 1
+
+    def __post_init__(self) -> None:
+        sizes = (self.data, self.fsdp, self.tensor)
+        if sum(s == -1 for s in sizes) > 1 or any(s < 1 and s != -1 for s in sizes):
+            raise MeshError(f"mesh sizes are positive, with at most one -1, not data x fsdp x tensor = {sizes}")
+
+
+def make_mesh(config: MeshConfig | None = None, devices: list[jax.Device] | None = None) -> Mesh:
+    """The mesh ``data x fsdp x tensor`` over ``devices`` (all by default).
+
+    Raises:
+      MeshError: the sizes do not multiply to the number of devices.
+    """
+    config = config or MeshConfig()
+    devices = list(jax.devices() if devices is None else devices)
+    sizes = [config.data, config.fsdp, config.tensor]
+    if -1 in sizes:
+        fixed = -int(np.prod(sizes))
+        if len(devices) % fixed:
+            raise MeshError(f"{len(devices)} devices do not divide by {fixed}; change the mesh {config}")
+        sizes[sizes.index(-1)] = len(devices) // fixed
+    if int(np.prod(sizes)) != len(devices):
+        raise MeshError(
+            f"mesh data x fsdp x tensor = {'x'.join(map(str, sizes))} needs {int(np.prod(sizes))} devices, "
+            f"there are {len(devices)}; set one axis to -1 to take all of them"
+        )
+    return Mesh(np.asarray(devices).reshape(sizes), AXES, axis_types=(AxisType.Auto,) * 3)
+
+
+def partition_spec(axes: tuple[str | None, ...], rules: Rules) -> PartitionSpec:
+    """Mesh axes of an array whose dimensions have the logical names ``axes``."""
+    return PartitionSpec(*(None if axis is None else rules[axis] for axis in axes))
+
+
+def sharding(mesh: Mesh, axes: tuple[str | None, ...], rules: Rules = TRAINING_RULES) -> NamedSharding:
+    """The sharding on ``mesh`` of an array whose dimensions have the logical names ``axes``."""
+    return NamedSharding(mesh, partition_spec(axes, rules))
+
+
+def axis_size(mesh: Mesh, axis: str, rules: Rules = TRAINING_RULES) -> int:
+    """In how many parts the rules cut the logical axis ``axis``."""
+    names = rules[axis]
+    names = () if names is None else (names,) if isinstance(names, str) else names
+    return int(np.prod([mesh.shape[name] for name in names], dtype=int))
+
+
+def constrain(x: jax.Array, mesh: Mesh, axes: tuple[str | None, ...], rules: Rules = TRAINING_RULES) -> jax.Array:
+    """``x`` with its layout on the mesh stated, inside jit."""
+    return jax.lax.with_sharding_constraint(x, sharding(mesh, axes, rules))

@@ -1,0 +1,261 @@
+"""Self-Rewarding Language Models (Yuan et al. 2024, arXiv 2401.10020v3): the model judges its own responses.
+
+    M_1 = SFT(M_0, IFT + EFT)
+    for t = 2 .. T:                                                          every model is M_{t-1}, but for the prompts
+        x_i        new prompts, 8-shot from IFT, by the frozen M_0
+        y_i^n      ~ M_{t-1}(. | x_i)                                        n = 1 .. N
+        r_i^{n,k}  score of M_{t-1} as a judge on (x_i, y_i^n)               k = 1 .. K;  r_i^n = mean over the valid k
+        (x_i, y_i^w, y_i^l)   w = argmax_n r_i^n, l = argmin_n r_i^n         left out where equal
+        M_t = DPO(M_{t-1}, pairs, reference M_{t-1})
+
+IFT: human demonstrations. EFT: judge prompts with the justification and score of a judge that agreed with human rankings;
+the judge that writes them is the model trained on IFT alone. The paper's constants are in configs/self_rewarding/. It does
+not state epochs, lengths, the judge's temperature or the number of prompts, and it trains with dropout 0.1, which this
+project has nowhere: policy and reference must give equal log-probabilities at step 0.
+"""
+
+import dataclasses
+from collections import Counter
+from collections.abc import Callable, Sequence
+from typing import Any, ClassVar
+
+from jaxsi import feedback, mesh as meshlib, pairs as pairlib
+from jaxsi.checkpoint import is_complete
+from jaxsi.feedback import JudgeConfig, judgment_statistics
+from jaxsi.instruct import SelfInstruct, new_prompts
+from jaxsi.lm import LM, load, save_checkpoint
+from jaxsi.mesh import MeshConfig
+from jaxsi.prompts import Rubric, load_rubric
+from jaxsi.records import Judgment, PreferencePair, Prompt, RankedResponses, Response, SFTExample, read_prompts
+from jaxsi.run import Run, Scope
+from jaxsi.sampling import SamplingConfig, check_sampled_by, generate
+from jaxsi.sources import as_responses, eft_examples
+from jaxsi.train import DPOConfig, TrainConfig, dpo, seed_of, sft
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SeedData:
+    """Human data: ``ift`` gives demonstrations; ``rankings``, where given, the ranked responses that EFT is made from."""
+
+    ift: Callable[[], list[SFTExample]]
+    rankings: Callable[[], list[RankedResponses]] | None = None
+    max_share: float = 0.4  # of one score among the EFT examples
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PromptFile:
+    """Prompts from a JSONL file, an equal part of it for each iteration (all of it, where ``repeat``)."""
+
+    path: str
+    max_prompts: int | None = None
+    repeat: bool = False
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PairConfig:
+    """``length_control`` is Meta-Rewarding's rho (0: off); pairs with a smaller score gap than ``min_gap`` are left out.
+    ``cut_off``: let responses that the token limit cut off be in pairs, for a model that does not stop by itself."""
+
+    length_control: float = 0.0
+    min_gap: float = 0.0
+    cut_off: bool = False
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class EarlyStop:
+    """Every ``dpo.train.checkpoint_every`` steps the win rate over the previous checkpoint on held-out ``prompts`` decides:
+    training stops when it is not above one half. ``judging`` scores both sides, with M_{t-1} as its model."""
+
+    prompts: Callable[[], list[Prompt]]
+    judging: Callable[..., list[Judgment]] = feedback.judge
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Config:
+    """Everything that decides a run. ``sft`` None: the given model is M_1, for those who bring an instruct model and prompts.
+
+    ``judging`` is the judge stage, ``feedback.judge`` or another function of its signature (the control arms are).
+    ``evaluate(lm, config, scope)`` gives the figures of an iteration's summary.
+    """
+
+    model: str
+    seed_data: SeedData | None
+    prompts: SelfInstruct | PromptFile
+    sampling: SamplingConfig = SamplingConfig()
+    judge: JudgeConfig = JudgeConfig()
+    rubric: Rubric = load_rubric()
+    judging: Callable[..., list[Judgment]] = feedback.judge
+    pairs: PairConfig = PairConfig()
+    sft: TrainConfig | None
+    dpo: DPOConfig
+    early_stop: EarlyStop | None = None
+    evaluate: Callable[..., dict[str, Any]] | None = None
+    mesh: MeshConfig = MeshConfig()
+    iterations: int = 3
+    seed: int = 0
+
+    RESUMABLE: ClassVar[frozenset[str]] = frozenset({"sft.log_every", "dpo.train.log_every"})
+
+    def __post_init__(self) -> None:
+        if self.iterations < 1:
+            raise ValueError(f"iterations is {self.iterations}; it is at least 1 (M_1 alone)")
+        if self.sampling.num_samples < 2:
+            raise ValueError(f"sampling.num_samples is {self.sampling.num_samples}; a pair needs at least 2 candidates")
+        if self.seed_data is None and (self.sft is not None or isinstance(self.prompts, SelfInstruct)):
+            raise ValueError("seed_data is None: then sft is None too, and prompts come from a file")
+
+
+def self_rewarding(cfg: Config, run: Run) -> LM:
+    """Runs, or goes on with, the whole method; returns M_T."""
+    base = load(cfg.model, meshlib.make_mesh(cfg.mesh), cfg.sampling.dtype, weights_dtype="float32")  # M_0
+    for training in (cfg.sft, cfg.dpo.train):
+        if training is not None:
+            training.check(base.mesh)
+
+    it = run.at("iter_1")
+    model = first_model(cfg, base, run, it)  # M_1
+    report(cfg, run, it, model, 1)
+
+    for t in range(2, cfg.iterations + 1):
+        it = run.at(f"iter_{t}")  # all that makes M_t, and its checkpoint
+        prompts = it.records("prompts", prompts_of, cfg, base, it, t, of=Prompt)
+        candidates = it.sharded("candidates", prompts, sampler(cfg, model, it), of=Response)
+        check_sampled_by(model, candidates)
+        judgments = it.sharded("judgments", prompts, judger(cfg, model, candidates, it), of=Judgment)
+        pairs = it.records("pairs", best_and_worst, cfg, it, candidates, judgments, prompts, of=PreferencePair)
+        model = dpo(model, pairs, cfg.dpo, it, better=stopper(cfg, model, it))  # M_t
+        report(cfg, run, it, model, t)
+
+    run.update_summary({"status": "complete"})
+    return model
+
+
+def first_model(cfg: Config, base: LM, run: Run, it: Scope) -> LM:
+    """M_1 = SFT(M_0, IFT + EFT)."""
+    if cfg.sft is None or cfg.seed_data is None:
+        if not is_complete(it.path / "checkpoint" / "weights"):
+            save_checkpoint(base, it.path / "checkpoint", {"step": 0})
+        return base
+    ift = it.records("ift", cfg.seed_data.ift, of=SFTExample)
+    if cfg.seed_data.rankings is None:
+        return sft(base, ift, cfg.sft, it)
+    baseline = sft(base, ift, cfg.sft, run.at("sft_baseline"))  # the judge that writes EFT, trained on IFT alone
+    ranked = it.records("rankings", cfg.seed_data.rankings, of=RankedResponses)
+    prompts, responses = as_responses(ranked)
+    judged = it.sharded(
+        "eft_judgments", prompts, judger(cfg, baseline, responses, it, "eft", feedback.judge), of=Judgment
+    )
+    eft = it.records("eft", agreeing, cfg, it, ranked, judged, ift, of=SFTExample)
+    return sft(base, [*ift, *eft], cfg.sft, it)
+
+
+def agreeing(
+    cfg: Config, it: Scope, ranked: list[RankedResponses], judged: list[Judgment], ift: list[SFTExample]
+) -> list[SFTExample]:
+    """EFT: what the judge wrote where it ordered responses as people did, no score dominating."""
+    assert cfg.seed_data is not None
+    seed = seed_of(it, "eft")
+    examples, counts = eft_examples(ranked, judged, cfg.rubric, max_share=cfg.seed_data.max_share, seed=seed, ift=ift)
+    it.value("eft_counts", lambda: counts)
+    return examples
+
+
+def prompts_of(cfg: Config, generator: LM, it: Scope, t: int) -> list[Prompt]:
+    """The new prompts of iteration t: generated, or the next part of the file."""
+    if isinstance(cfg.prompts, PromptFile):
+        everything = read_prompts(cfg.prompts.path, cfg.prompts.max_prompts)
+        rounds = cfg.iterations - 1
+        return everything if cfg.prompts.repeat else everything[t - 2 :: rounds]
+    if cfg.prompts.generator is not None:
+        generator = load(cfg.prompts.generator, generator.mesh, cfg.sampling.dtype)
+    assert cfg.seed_data is not None
+    run = it.run
+    ift = run.at("iter_1").records("ift", cfg.seed_data.ift, of=SFTExample)
+    seeds = [Prompt(id=example.id, messages=example.messages) for example in ift]
+    earlier = [p.text for s in range(2, t) for p in run.at(f"iter_{s}").records("prompts", list, of=Prompt)]
+    counts: Counter[str] = Counter()
+    made = new_prompts(
+        generator, seeds, cfg.prompts, it.key("prompts"), frozenset(earlier), prefix=f"iter{t}", counts=counts
+    )
+    it.value("prompts_counts", lambda: dict(counts))
+    return made
+
+
+def sampler(cfg: Config, model: LM, it: Scope) -> Callable[[Sequence[Prompt]], list[Response]]:
+    """The stage that samples N candidates to each prompt."""
+    return lambda prompts: generate(model, prompts, key=it.key("candidates"), **cfg.sampling.settings)
+
+
+def judger(
+    cfg: Config,
+    model: LM,
+    responses: Sequence[Response],
+    it: Scope,
+    name: str = "judge",
+    judging: Callable[..., list[Judgment]] | None = None,
+) -> Callable[[Sequence[Prompt]], list[Judgment]]:
+    """The stage that judges all responses to each prompt, K times each."""
+    by_prompt: dict[str, list[Response]] = {}
+    for response in responses:
+        by_prompt.setdefault(response.prompt_id, []).append(response)
+    judging = judging or cfg.judging
+
+    def judge_part(prompts: Sequence[Prompt]) -> list[Judgment]:
+        part = [response for prompt in prompts for response in by_prompt[prompt.id]]
+        return judging(model, prompts, part, cfg.rubric, cfg.judge, it.key(name))
+
+    return judge_part
+
+
+def best_and_worst(
+    cfg: Config, it: Scope, candidates: list[Response], judgments: list[Judgment], prompts: list[Prompt]
+) -> list[PreferencePair]:
+    """(x, y_w, y_l) of each prompt whose best and worst scores differ."""
+    chosen, counts = pairlib.best_and_worst(
+        candidates, judgments, prompts, length_control=cfg.pairs.length_control, min_gap=cfg.pairs.min_gap,
+        reject_cut_off=cfg.pairs.cut_off, choose_cut_off=cfg.pairs.cut_off,
+    )  # fmt: skip
+    it.value("pairs_counts", lambda: counts | pairlib.pair_statistics(chosen))
+    it.value("judge_statistics", judgment_statistics, judgments)
+    return chosen
+
+
+def stopper(cfg: Config, judge_model: LM, it: Scope) -> Callable[[LM, LM], bool] | None:
+    """The paper's early stopping: is the newest checkpoint better than the one before?"""
+    if cfg.early_stop is None:
+        return None
+    stop = cfg.early_stop
+    prompts, settings = stop.prompts(), cfg.sampling.settings | {"num_samples": 1}
+
+    def better(now: LM, previous: LM) -> bool:
+        sides = [generate(lm, prompts, key=it.key("early_stop"), **settings) for lm in (now, previous)]
+        judged = [
+            stop.judging(judge_model, prompts, side, cfg.rubric, cfg.judge, it.key("early_stop", "judge"))
+            for side in sides
+        ]
+        win_rate = feedback.compare(*judged).win_rate
+        return win_rate is not None and win_rate > 0.5
+
+    return better
+
+
+def report(cfg: Config, run: Run, it: Scope, model: LM, t: int) -> None:
+    """Evaluates M_t and writes its line of summary.json."""
+    figures = it.value("evaluation", cfg.evaluate, model, cfg, it) if cfg.evaluate is not None else {}
+    counts = it.value("pairs_counts", dict) if t > 1 else {}
+    judged = it.value("judge_statistics", dict) if t > 1 else {}
+    line = {
+        "iteration": t,
+        "quality": figures.get("quality"),
+        "greedy": figures.get("greedy"),
+        "judge_agreement": figures.get("judge_agreement"),
+        "parse_rate": figures.get("parse_rate", judged.get("parse_rate")),
+        "pairs": counts.get("pairs"),
+        "ties": counts.get("ties"),
+        "mean_length": figures.get("mean_length"),
+        "fingerprint": model.fingerprint,
+        "seconds": it.seconds(),
+    }
+    before = [entry for entry in run.summary.get("iterations", []) if entry["iteration"] < t]
+    semantics = {"init_from": "M_{t-1}", "reference": "M_{t-1}", "data": "current", "optimizer": "reset"}
+    run.update_summary({"method": "self_rewarding", "semantics": semantics, "iterations": [*before, line]})

@@ -1,0 +1,488 @@
+"""The decoder: Llama-shaped transformers as a Flax NNX module over pure functions of a tree of weights.
+
+Dimension letters, used as suffixes of names and in einsums:
+  B batch · T tokens (queries) · S keys (cache length) · V vocabulary · D embed · H heads · K kv heads
+  G heads per kv head · C head dim · F mlp · L layers
+
+The canonical tree of weights stacks the layers on a leading axis L, so that training scans over them. ``unstack`` turns
+it into a list of layers for sampling: a scan would copy the weights and the cache at every decoded token.
+"""
+
+import dataclasses
+import functools
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.sharding import Mesh
+
+from jaxsi import mesh as meshlib
+
+Weights = dict[str, Any]
+NO_WINDOW = 2**30  # a window longer than any text: full attention
+
+
+class ModelError(ValueError):
+    """A model configuration that the decoder cannot run."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Rope:
+    """Rotary position embedding: base and, where the model was stretched, the rule of the stretching.
+
+    ``scaling`` is None, ("linear", factor), ("llama3", factor, low_freq_factor, high_freq_factor, original_positions)
+    or ("yarn", factor, beta_fast, beta_slow, original_positions, attention_factor, truncate).
+    """
+
+    theta: float = 10_000.0
+    scaling: tuple[Any, ...] | None = None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """Everything that decides the decoder's function, in the project's names (``hf.py`` reads it from config.json).
+
+    ``windows`` has one entry a layer: how many positions back it sees, itself included; None is no limit.
+    """
+
+    family: str
+    vocab_size: int
+    embed_dim: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    mlp_dim: int
+    max_positions: int
+    rope: Rope = Rope()
+    norm_eps: float = 1e-5
+    tie_embeddings: bool = False
+    qkv_bias: bool = False
+    o_bias: bool = False
+    qk_norm: bool = False
+    windows: tuple[int | None, ...] | None = None
+
+    def __post_init__(self) -> None:
+        if self.num_heads % self.num_kv_heads:
+            raise ModelError(f"num_heads {self.num_heads} is not a multiple of num_kv_heads {self.num_kv_heads}")
+        if self.head_dim % 2:
+            raise ModelError(f"head_dim {self.head_dim} is odd: rotary embeddings need pairs")
+        if self.windows is not None and len(self.windows) != self.num_layers:
+            raise ModelError(f"windows has {len(self.windows)} entries for {self.num_layers} layers")
+
+
+class Parameter(NamedTuple):
+    """One declaration of a weight: its shape, the logical name of each dimension, and how it starts."""
+
+    shape: tuple[int, ...]
+    axes: tuple[str, ...]
+    init: Callable[..., jax.Array]
+
+
+def parameters(config: ModelConfig) -> dict[str, Any]:
+    """The declaration of every weight, as the tree that the weights themselves form."""
+    c = config
+    one = nnx.initializers.ones_init()
+    zero = nnx.initializers.zeros_init()
+    normal = nnx.initializers.normal(0.02)
+    # Projections back into the residual stream start smaller, or its variance grows with depth (GPT-2, section 2.3).
+    into_residual = nnx.initializers.normal(0.02 / math.sqrt(2 * c.num_layers))
+
+    def layered(shape: tuple[int, ...], axes: tuple[str, ...], init: Callable[..., jax.Array]) -> Parameter:
+        return Parameter((c.num_layers, *shape), ("layers", *axes), init)
+
+    layers = {
+        "attention_norm": layered((c.embed_dim,), ("embed",), one),
+        "q": layered((c.embed_dim, c.num_heads, c.head_dim), ("embed", "heads", "head_dim"), normal),
+        "k": layered((c.embed_dim, c.num_kv_heads, c.head_dim), ("embed", "kv_heads", "head_dim"), normal),
+        "v": layered((c.embed_dim, c.num_kv_heads, c.head_dim), ("embed", "kv_heads", "head_dim"), normal),
+        "o": layered((c.num_heads, c.head_dim, c.embed_dim), ("heads", "head_dim", "embed"), into_residual),
+        "mlp_norm": layered((c.embed_dim,), ("embed",), one),
+        "gate": layered((c.embed_dim, c.mlp_dim), ("embed", "mlp"), normal),
+        "up": layered((c.embed_dim, c.mlp_dim), ("embed", "mlp"), normal),
+        "down": layered((c.mlp_dim, c.embed_dim), ("mlp", "embed"), into_residual),
+    }
+    if c.qkv_bias:
+        layers["q_bias"] = layered((c.num_heads, c.head_dim), ("heads", "head_dim"), zero)
+        layers["k_bias"] = layered((c.num_kv_heads, c.head_dim), ("kv_heads", "head_dim"), zero)
+        layers["v_bias"] = layered((c.num_kv_heads, c.head_dim), ("kv_heads", "head_dim"), zero)
+    if c.o_bias:
+        layers["o_bias"] = layered((c.embed_dim,), ("embed",), zero)
+    if c.qk_norm:
+        layers["q_norm"] = layered((c.head_dim,), ("head_dim",), one)
+        layers["k_norm"] = layered((c.head_dim,), ("head_dim",), one)
+    tree: dict[str, Any] = {
+        "embed": Parameter((c.vocab_size, c.embed_dim), ("vocab", "embed"), normal),
+        "layers": layers,
+        "final_norm": Parameter((c.embed_dim,), ("embed",), one),
+    }
+    if not c.tie_embeddings:
+        tree["lm_head"] = Parameter((c.embed_dim, c.vocab_size), ("embed", "vocab"), normal)
+    return tree
+
+
+def map_parameters(f: Callable[[Parameter], Any], config: ModelConfig) -> Weights:
+    """The tree of weights with ``f(declaration)`` at each leaf."""
+    return jax.tree.map(f, parameters(config), is_leaf=lambda x: isinstance(x, Parameter))
+
+
+def count_parameters(config: ModelConfig) -> int:
+    """Number of weights (a tied head counts once)."""
+    return sum(
+        math.prod(p.shape) for p in jax.tree.leaves(parameters(config), is_leaf=lambda x: isinstance(x, Parameter))
+    )
+
+
+def weight_shardings(config: ModelConfig, mesh: Mesh, rules: meshlib.Rules = meshlib.TRAINING_RULES) -> Weights:
+    """The sharding of every weight on ``mesh``.
+
+    Raises:
+      MeshError: a dimension does not divide by the mesh axes that cut it.
+    """
+
+    def shard(p: Parameter) -> jax.sharding.NamedSharding:
+        for size, axis in zip(p.shape, p.axes, strict=True):
+            parts = meshlib.axis_size(mesh, axis, rules)
+            if size % parts:
+                raise meshlib.MeshError(
+                    f"{axis} = {size} of the model does not divide in {parts} parts (mesh axis {rules[axis]}); "
+                    f"choose a mesh whose {rules[axis]} size divides {size}"
+                )
+        return meshlib.sharding(mesh, p.axes, rules)
+
+    return map_parameters(shard, config)
+
+
+def abstract_weights(config: ModelConfig, mesh: Mesh, dtype: Any = jnp.float32) -> Weights:
+    """Shapes, dtypes and shardings of the weights, without the weights."""
+    shapes = map_parameters(lambda p: jax.ShapeDtypeStruct(p.shape, dtype), config)
+    return jax.tree.map(
+        lambda s, sharding: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=sharding),
+        shapes,
+        weight_shardings(config, mesh),
+    )
+
+
+class Layers(nnx.Module):
+    """The weights of all layers, each stacked on a leading axis."""
+
+    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs) -> None:
+        for name, p in parameters(config)["layers"].items():
+            setattr(self, name, nnx.Param(p.init(rngs.params(), p.shape), axes=p.axes))
+
+
+class Decoder(nnx.Module):
+    """A causal language model. ``weights`` is its state as a plain tree, which every function of this module takes."""
+
+    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs) -> None:
+        self.config = config
+        self.layers = Layers(config, rngs=rngs)
+        for name, p in parameters(config).items():
+            if isinstance(p, Parameter):
+                setattr(self, name, nnx.Param(p.init(rngs.params(), p.shape), axes=p.axes))
+
+    @property
+    def weights(self) -> Weights:
+        return nnx.to_pure_dict(nnx.state(self, nnx.Param))
+
+    def __call__(self, tokens_BT: jax.Array) -> jax.Array:
+        """[B, T] int32 -> logits [B, T, V] float32."""
+        return logits(self.weights, self.config, hidden_states(self.weights, self.config, tokens_BT))
+
+
+def initialise(config: ModelConfig, mesh: Mesh, key: jax.Array) -> Weights:
+    """Fresh float32 weights, made directly in their shardings."""
+    make = lambda key: Decoder(config, rngs=nnx.Rngs(params=key)).weights  # noqa: E731
+    return jax.jit(make, out_shardings=weight_shardings(config, mesh))(key)
+
+
+def decoder(config: ModelConfig, weights: Weights) -> Decoder:
+    """The NNX module that holds ``weights``."""
+    module = nnx.eval_shape(lambda: Decoder(config, rngs=nnx.Rngs(0)))
+    graph, state = nnx.split(module)
+    nnx.replace_by_pure_dict(state, weights)
+    return nnx.merge(graph, state)
+
+
+def unstack(weights: Weights, num_layers: int) -> Weights:
+    """Stacked layers -> list of layers."""
+    layers = weights["layers"]
+    return weights | {"layers": [jax.tree.map(lambda w: w[i], layers) for i in range(num_layers)]}  # noqa: B023
+
+
+# ---------------------------------------------------------------------------------------------------------------- parts
+
+
+def rms_norm(x: jax.Array, scale: jax.Array, eps: float) -> jax.Array:
+    """Root-mean-square norm over the last axis, in float32."""
+    x32 = x.astype(jnp.float32)
+    x32 = x32 * jax.lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + eps)
+    return x32.astype(x.dtype) * jnp.expand_dims(scale.astype(x.dtype), range(x.ndim - 1))
+
+
+def rope_frequencies(config: ModelConfig) -> tuple[list[float], float]:
+    """Angular frequency of each pair of dimensions (C / 2 of them) and the factor on cos and sin (1 but for yarn)."""
+    theta, scaling, dim = config.rope.theta, config.rope.scaling, config.head_dim
+    plain = [theta ** (-i / dim) for i in range(0, dim, 2)]
+    match scaling:
+        case None:
+            return plain, 1.0
+        case ("linear", factor):
+            return [f / factor for f in plain], 1.0
+        case ("llama3", factor, low, high, original):
+            return [_llama3_frequency(f, factor, low, high, original) for f in plain], 1.0
+        case ("yarn", factor, beta_fast, beta_slow, original, attention_factor, truncate):
+
+            def turns_at(rotations: float) -> float:  # the dimension that makes so many turns over the original length
+                return dim * math.log(original / (rotations * 2 * math.pi)) / (2 * math.log(theta))
+
+            first, last = turns_at(beta_fast), turns_at(beta_slow)
+            if truncate:
+                first, last = math.floor(first), math.ceil(last)
+            first, last = max(first, 0), min(last, dim - 1)
+            last = last + 0.001 if first == last else last
+            share = [min(max((i - first) / (last - first), 0.0), 1.0) for i in range(dim // 2)]  # 1: interpolate
+            return [f / factor * s + f * (1 - s) for f, s in zip(plain, share, strict=True)], attention_factor
+    raise ModelError(f"unknown rope scaling {scaling!r}")
+
+
+def _llama3_frequency(f: float, factor: float, low: float, high: float, original: int) -> float:
+    wavelength = 2 * math.pi / f
+    if wavelength < original / high:
+        return f
+    if wavelength > original / low:
+        return f / factor
+    smooth = (original / wavelength - low) / (high - low)
+    return (1 - smooth) * f / factor + smooth * f
+
+
+def rotate(x_BTHC: jax.Array, positions_BT: jax.Array, config: ModelConfig) -> jax.Array:
+    """Rotary embedding of queries or keys; the two halves of the head dimension form the pairs."""
+    frequencies, factor = rope_frequencies(config)
+    angles = positions_BT.astype(jnp.float32)[..., None] * jnp.asarray(frequencies, jnp.float32)[None, None]
+    cos, sin = (jnp.cos(angles) * factor)[:, :, None], (jnp.sin(angles) * factor)[:, :, None]
+    a, b = jnp.split(x_BTHC.astype(jnp.float32), 2, axis=-1)
+    return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x_BTHC.dtype)
+
+
+def attend(q_BTHC: jax.Array, k_BKSC: jax.Array, v_BKSC: jax.Array, mask_BTS: jax.Array) -> jax.Array:
+    """Grouped-query attention, softmax in float32 -> [B, T, H, C]. Every query must see at least one key."""
+    B, T, H, C = q_BTHC.shape
+    K = k_BKSC.shape[1]
+    q_BTKGC = q_BTHC.reshape(B, T, K, H // K, C)
+    scores_BKGTS = jnp.einsum("BTKGC,BKSC->BKGTS", q_BTKGC, k_BKSC, preferred_element_type=jnp.float32) / math.sqrt(C)
+    scores_BKGTS = jnp.where(mask_BTS[:, None, None], scores_BKGTS, -jnp.inf)
+    shares_BKGTS = jax.nn.softmax(scores_BKGTS, axis=-1).astype(v_BKSC.dtype)
+    return jnp.einsum("BKGTS,BKSC->BTKGC", shares_BKGTS, v_BKSC).reshape(B, T, H, C)
+
+
+def _qkv(
+    layer: Weights, config: ModelConfig, x_BTD: jax.Array, positions_BT: jax.Array
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Queries [B, T, H, C] and keys and values [B, K, T, C] of one layer, rotated."""
+    dtype = x_BTD.dtype
+    h_BTD = rms_norm(x_BTD, layer["attention_norm"], config.norm_eps)
+    q, k, v = (jnp.einsum("BTD,DHC->BTHC", h_BTD, layer[name].astype(dtype)) for name in "qkv")
+    if config.qkv_bias:
+        q, k, v = (x + layer[f"{name}_bias"].astype(dtype)[None, None] for x, name in ((q, "q"), (k, "k"), (v, "v")))
+    if config.qk_norm:
+        q, k = rms_norm(q, layer["q_norm"], config.norm_eps), rms_norm(k, layer["k_norm"], config.norm_eps)
+    q, k = rotate(q, positions_BT, config), rotate(k, positions_BT, config)
+    return q, k.swapaxes(1, 2), v.swapaxes(1, 2)
+
+
+def _after_attention(layer: Weights, config: ModelConfig, x_BTD: jax.Array, attended_BTHC: jax.Array) -> jax.Array:
+    """Output projection, residual and the gated MLP."""
+    dtype = x_BTD.dtype
+    x_BTD = x_BTD + jnp.einsum("BTHC,HCD->BTD", attended_BTHC, layer["o"].astype(dtype))
+    if config.o_bias:
+        x_BTD = x_BTD + layer["o_bias"].astype(dtype)[None, None]
+    h_BTD = rms_norm(x_BTD, layer["mlp_norm"], config.norm_eps)
+    h_BTF = jax.nn.silu(h_BTD @ layer["gate"].astype(dtype)) * (h_BTD @ layer["up"].astype(dtype))
+    return x_BTD + h_BTF @ layer["down"].astype(dtype)
+
+
+def _windows(config: ModelConfig) -> list[int]:
+    return [NO_WINDOW if w is None else w for w in config.windows or (None,) * config.num_layers]
+
+
+def _embed(weights: Weights, tokens: jax.Array, dtype: Any) -> jax.Array:
+    return weights["embed"][tokens].astype(dtype)
+
+
+# ------------------------------------------------------------------------------------------------------ whole sequences
+
+
+def causal_mask(segments_BT: jax.Array, positions_BT: jax.Array, window: jax.Array | int) -> jax.Array:
+    """[B, T, T] bool: same segment, not later, within the window. Padding is a segment of its own (id 0)."""
+    T = segments_BT.shape[1]
+    same = segments_BT[:, :, None] == segments_BT[:, None, :]
+    distance = positions_BT[:, :, None] - positions_BT[:, None, :]
+    return same & jnp.tri(T, dtype=bool)[None] & (distance < window)
+
+
+def hidden_states(
+    weights: Weights,
+    config: ModelConfig,
+    tokens_BT: jax.Array,
+    positions_BT: jax.Array | None = None,
+    segments_BT: jax.Array | None = None,
+    *,
+    dtype: Any = jnp.float32,
+    remat: bool = False,
+    mesh: Mesh | None = None,
+) -> jax.Array:
+    """Normalised last hidden states [B, T, D] of whole sequences, from stacked weights.
+
+    Args:
+      tokens_BT: int32. positions_BT: int32, default 0, 1, ...; segments_BT: int32, default all 1; tokens see only their
+        own segment, and padding has the segment 0.
+      dtype: of the computation; norms, softmax and rotations are in float32.
+      remat: recompute each layer in the backward pass, in place of keeping its activations.
+    """
+    B, T = tokens_BT.shape
+    if positions_BT is None:
+        positions_BT = jnp.broadcast_to(jnp.arange(T, dtype=jnp.int32), (B, T))
+    if segments_BT is None:
+        segments_BT = jnp.ones((B, T), jnp.int32)
+
+    def place(x_BTD: jax.Array) -> jax.Array:
+        return x_BTD if mesh is None else meshlib.constrain(x_BTD, mesh, ("batch", "sequence", None))
+
+    def block(x_BTD: jax.Array, layer_and_window: tuple[Weights, jax.Array]) -> tuple[jax.Array, None]:
+        layer, window = layer_and_window
+        q_BTHC, k_BKSC, v_BKSC = _qkv(layer, config, x_BTD, positions_BT)
+        attended_BTHC = attend(q_BTHC, k_BKSC, v_BKSC, causal_mask(segments_BT, positions_BT, window))
+        return place(_after_attention(layer, config, x_BTD, attended_BTHC)), None
+
+    if remat:
+        block = jax.checkpoint(block)
+    x_BTD = place(_embed(weights, tokens_BT, dtype))
+    windows_L = jnp.asarray(_windows(config), jnp.int32)
+    x_BTD, _ = jax.lax.scan(block, x_BTD, (weights["layers"], windows_L))
+    return rms_norm(x_BTD, weights["final_norm"], config.norm_eps)
+
+
+def logits(weights: Weights, config: ModelConfig, hidden: jax.Array) -> jax.Array:
+    """Next-token logits [..., V] float32 of hidden states [..., D]."""
+    head = (weights["embed"].T if config.tie_embeddings else weights["lm_head"]).astype(hidden.dtype)
+    return jnp.matmul(hidden, head, preferred_element_type=jnp.float32)
+
+
+def token_logps(
+    weights: Weights, config: ModelConfig, hidden_BTD: jax.Array, targets_BT: jax.Array, *, tile_bytes: int = 2**26
+) -> jax.Array:
+    """Log-probability [B, T] float32 of ``targets_BT`` under the untruncated softmax at temperature 1.
+
+    The head runs over tiles of tokens and is recomputed in the backward pass, so that no [B, T, V] ever exists.
+
+    Args:
+      tile_bytes: the largest float32 tile of logits.
+    """
+    B, T, D = hidden_BTD.shape
+    most = max(1, tile_bytes // (4 * B * config.vocab_size))
+    # As few tiles as possible, even, padded at the end: T may be prime (a shifted sequence often is). Matrix units like
+    # multiples of 8.
+    step = 8 if 8 <= most < T else 1
+    tiles = max(1, -(-T // (most // step * step)))
+    tile = -(-T // (tiles * step)) * step
+
+    @jax.checkpoint
+    def one_tile(_: None, inputs: tuple[jax.Array, jax.Array]) -> tuple[None, jax.Array]:
+        hidden_BtD, targets_Bt = inputs
+        logits_BtV = logits(weights, config, hidden_BtD)
+        # A masked sum, not a gather: each shard of the vocabulary adds what it holds.
+        is_target_BtV = jnp.arange(config.vocab_size)[None, None] == targets_Bt[..., None]
+        chosen_Bt = jnp.sum(jnp.where(is_target_BtV, logits_BtV, 0.0), axis=-1)
+        return None, chosen_Bt - jax.nn.logsumexp(logits_BtV, axis=-1)
+
+    padding = ((0, 0), (0, tiles * tile - T))
+    hidden_nBtD = jnp.pad(hidden_BTD, (*padding, (0, 0))).reshape(B, tiles, tile, D).swapaxes(0, 1)
+    targets_nBt = jnp.pad(targets_BT, padding).reshape(B, tiles, tile).swapaxes(0, 1)
+    _, logps_nBt = jax.lax.scan(one_tile, None, (hidden_nBtD, targets_nBt))
+    return logps_nBt.swapaxes(0, 1).reshape(B, tiles * tile)[:, :T]
+
+
+def sequence_logps(
+    weights: Weights,
+    config: ModelConfig,
+    tokens_BT: jax.Array,
+    positions_BT: jax.Array,
+    segments_BT: jax.Array,
+    *,
+    dtype: Any,
+    remat: bool = False,
+    mesh: Mesh | None = None,
+) -> jax.Array:
+    """Log-probability [B, T] float32 of each token given those before it; column 0, which nothing predicts, is 0."""
+    hidden_BTD = hidden_states(
+        weights, config, tokens_BT, positions_BT, segments_BT, dtype=dtype, remat=remat, mesh=mesh
+    )
+    targets_BT = jnp.roll(tokens_BT, -1, axis=1)
+    return jnp.roll(token_logps(weights, config, hidden_BTD, targets_BT), 1, axis=1).at[:, 0].set(0.0)
+
+
+# ------------------------------------------------------------------------------------------------------------- decoding
+
+Cache = list[tuple[jax.Array, jax.Array]]  # one (keys, values) a layer, each [B, K, S, C]
+
+
+def prefill(
+    weights: Weights, config: ModelConfig, tokens_BT: jax.Array, lengths_B: jax.Array, *, dtype: Any
+) -> tuple[jax.Array, Cache]:
+    """Runs right-padded prompts through unstacked weights.
+
+    Returns the hidden state of each prompt's last token [B, D] and the cache, one column a prompt token.
+    """
+    B, T = tokens_BT.shape
+    positions_BT = jnp.broadcast_to(jnp.arange(T, dtype=jnp.int32), (B, T))
+    segments_BT = (positions_BT < lengths_B[:, None]).astype(jnp.int32)
+    x_BTD = _embed(weights, tokens_BT, dtype)
+    cache: Cache = []
+    for layer, window in zip(weights["layers"], _windows(config), strict=True):
+        q_BTHC, k_BKSC, v_BKSC = _qkv(layer, config, x_BTD, positions_BT)
+        attended_BTHC = attend(q_BTHC, k_BKSC, v_BKSC, causal_mask(segments_BT, positions_BT, window))
+        x_BTD = _after_attention(layer, config, x_BTD, attended_BTHC)
+        cache.append((k_BKSC, v_BKSC))
+    last_BD = jnp.take_along_axis(x_BTD, (lengths_B - 1)[:, None, None], axis=1)[:, 0]
+    return rms_norm(last_BD, weights["final_norm"], config.norm_eps), cache
+
+
+def decode(
+    weights: Weights,
+    config: ModelConfig,
+    tokens_B: jax.Array,
+    positions_B: jax.Array,
+    cache: Cache,
+    column: jax.Array,
+    columns_positions_BS: jax.Array,
+    *,
+    dtype: Any,
+) -> tuple[jax.Array, Cache]:
+    """One token a row through unstacked weights: hidden states [B, D] and the cache with ``column`` written.
+
+    Args:
+      column: int32 scalar, the cache column that all rows write (rows share it: their prompts are right-padded).
+      columns_positions_BS: int32, the text position that each cache column holds; -1 for none.
+    """
+    x_BTD = _embed(weights, tokens_B[:, None], dtype)
+    distance_BS = positions_B[:, None] - columns_positions_BS
+    seen_BS = (columns_positions_BS >= 0) & (distance_BS >= 0)
+    written: Cache = []
+    for layer, window, (k_BKSC, v_BKSC) in zip(weights["layers"], _windows(config), cache, strict=True):
+        q_BTHC, k_new, v_new = _qkv(layer, config, x_BTD, positions_B[:, None])
+        k_BKSC = jax.lax.dynamic_update_slice_in_dim(k_BKSC, k_new.astype(k_BKSC.dtype), column, axis=2)
+        v_BKSC = jax.lax.dynamic_update_slice_in_dim(v_BKSC, v_new.astype(v_BKSC.dtype), column, axis=2)
+        attended_BTHC = attend(q_BTHC, k_BKSC, v_BKSC, (seen_BS & (distance_BS < window))[:, None])
+        x_BTD = _after_attention(layer, config, x_BTD, attended_BTHC)
+        written.append((k_BKSC, v_BKSC))
+    return rms_norm(x_BTD[:, 0], weights["final_norm"], config.norm_eps), written
+
+
+@functools.partial(jax.jit, static_argnames=("config", "dtype"))
+def full_logits(weights: Weights, config: ModelConfig, tokens_BT: jax.Array, dtype: Any) -> jax.Array:
+    """[B, T] int32 -> [B, T, V] float32, for inspection: training and scoring never make this array."""
+    return logits(weights, config, hidden_states(weights, config, tokens_BT, dtype=dtype))

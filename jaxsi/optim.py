@@ -1,0 +1,62 @@
+"""Optimizers and learning-rate schedules (optax)."""
+
+import dataclasses
+from collections.abc import Callable
+
+import optax
+
+Schedule = Callable[[float, float, int], optax.Schedule]  # (start, end, steps) -> learning rate by step
+
+
+def cosine(start: float, end: float, steps: int) -> optax.Schedule:
+    """From ``start`` to ``end`` along half a cosine."""
+    return optax.cosine_decay_schedule(start, steps, alpha=end / start)
+
+
+def linear(start: float, end: float, steps: int) -> optax.Schedule:
+    """From ``start`` to ``end`` along a line."""
+    return optax.linear_schedule(start, end, steps)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class OptimConfig:
+    """AdamW. ``end_learning_rate`` None keeps the learning rate constant after the warm-up."""
+
+    learning_rate: float
+    end_learning_rate: float | None = None
+    decay: Schedule = cosine
+    warmup_steps: int = 0
+    b1: float = 0.9
+    b2: float = 0.999
+    eps: float = 1e-8
+    weight_decay: float = 0.0
+    clip_norm: float | None = 1.0
+
+    def __post_init__(self) -> None:
+        if self.learning_rate <= 0:
+            raise ValueError(f"learning_rate is {self.learning_rate}; it must be positive")
+        if self.end_learning_rate is not None and self.end_learning_rate < 0:
+            raise ValueError(f"end_learning_rate is {self.end_learning_rate}; it is at least 0")
+
+
+def schedule(config: OptimConfig, steps: int) -> optax.Schedule:
+    """Learning rate by step over a run of ``steps`` optimizer steps."""
+    after = max(1, steps - config.warmup_steps)
+    if config.end_learning_rate is None:
+        body = optax.constant_schedule(config.learning_rate)
+    else:
+        body = config.decay(config.learning_rate, config.end_learning_rate, after)
+    if not config.warmup_steps:
+        return body
+    # The first step already moves: step 0 uses 1/warmup of the rate, not 0.
+    rise = optax.linear_schedule(config.learning_rate / config.warmup_steps, config.learning_rate, config.warmup_steps)
+    return optax.join_schedules([rise, body], [config.warmup_steps])
+
+
+def make_optimizer(config: OptimConfig) -> optax.GradientTransformation:
+    """AdamW without its learning rate: the train step multiplies by it, so that runs of different lengths, whose schedules
+    differ, share one compiled program."""
+    adam = optax.chain(
+        optax.scale_by_adam(b1=config.b1, b2=config.b2, eps=config.eps), optax.add_decayed_weights(config.weight_decay)
+    )
+    return adam if config.clip_norm is None else optax.chain(optax.clip_by_global_norm(config.clip_norm), adam)

@@ -1,0 +1,159 @@
+"""The decoder against transformers, on tiny random models: logits, greedy generation, export (needs torch)."""
+
+import copy
+import functools
+import json
+import types
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+torch = pytest.importorskip("torch", reason="parity with transformers needs torch: install jaxsi[parity]")
+
+import transformers  # noqa: E402
+
+from jaxsi import hf, model, sampling  # noqa: E402
+from jaxsi.lm import LM  # noqa: E402
+from jaxsi.mesh import make_mesh  # noqa: E402
+
+LLAMA3 = {"rope_type": "llama3", "rope_theta": 500_000.0, "factor": 8.0, "low_freq_factor": 1.0,
+          "high_freq_factor": 4.0, "original_max_position_embeddings": 32}  # fmt: skip
+LINEAR = {"rope_type": "linear", "rope_theta": 10_000.0, "factor": 3.0}
+YARN = {"rope_type": "yarn", "rope_theta": 10_000.0, "factor": 4.0, "original_max_position_embeddings": 64}
+MSCALED = YARN | {"mscale": 0.7, "mscale_all_dim": 1.3}
+ODD = {"vocab_size": 97, "hidden_size": 36, "intermediate_size": 52, "num_hidden_layers": 3, "num_attention_heads": 6,
+       "num_key_value_heads": 2, "max_position_embeddings": 256, "bos_token_id": None,
+       "eos_token_id": None}  # fmt: skip
+THREE = {"num_attention_heads": 3, "num_key_value_heads": 1}
+MIXED = {"use_sliding_window": True, "sliding_window": 5,
+         "layer_types": ["full_attention", "sliding_attention", "full_attention"]}  # fmt: skip
+
+CASES: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama2": ("Llama", {"head_dim": 10, "rms_norm_eps": 1e-5}),
+    "llama31": ("Llama", {"head_dim": 14, "rope_parameters": LLAMA3, "tie_word_embeddings": True}),
+    "llama_bias": ("Llama", THREE | {"attention_bias": True, "rope_parameters": LINEAR}),
+    "mistral": ("Mistral", THREE | {"head_dim": 8, "sliding_window": 5}),
+    "mistral_full": ("Mistral", {"head_dim": 10, "sliding_window": None}),
+    "qwen2": ("Qwen2", {"tie_word_embeddings": True}),
+    "qwen2_yarn": ("Qwen2", MIXED | {"rope_parameters": YARN}),
+    "qwen3": ("Qwen3", {"head_dim": 14, "rope_parameters": {"rope_type": "default", "rope_theta": 1e6}}),
+    "qwen3_mixed": ("Qwen3", THREE | MIXED | {"head_dim": 8, "attention_bias": True, "rope_parameters": MSCALED}),
+}  # fmt: skip
+FAMILIES = ("llama31", "mistral", "qwen2_yarn", "qwen3")
+
+
+@functools.cache
+def torch_model(case: str) -> Any:
+    family, changes = CASES[case]
+    config = getattr(transformers, f"{family}Config")(**ODD | changes, attn_implementation="eager")
+    torch.manual_seed(len(case))
+    reference = getattr(transformers, f"{family}ForCausalLM")(config).eval()
+    with torch.no_grad():
+        for name, p in reference.named_parameters():
+            p.copy_(torch.randn_like(p) * 0.2 + ("norm" in name))
+    return reference
+
+
+def one_device() -> jax.sharding.Mesh:
+    return make_mesh(devices=jax.devices()[:1])
+
+
+def rows(*shape: int) -> np.ndarray:
+    return np.random.default_rng(0).integers(0, ODD["vocab_size"], shape).astype(np.int32)
+
+
+@torch.no_grad()
+def torch_logits(reference: Any, tokens: np.ndarray) -> np.ndarray:
+    return reference(torch.tensor(tokens, dtype=torch.long)).logits.float().numpy()
+
+
+def our_logits(folder: Path, tokens: np.ndarray) -> tuple[np.ndarray, Any, Any]:
+    config = hf.read_config(folder)
+    weights = hf.load_weights(folder, config, one_device())
+    return np.asarray(model.full_logits(weights, config, jnp.asarray(tokens), jnp.dtype("float32"))), config, weights
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_logits_and_export(case: str, tmp_path: Path) -> None:
+    """Folder of transformers -> our logits; our export -> the logits of transformers."""
+    reference, tokens = torch_model(case), rows(2, 41)
+    reference.save_pretrained(tmp_path / "theirs", max_shard_size="20KB")
+    assert len(list((tmp_path / "theirs").glob("*.safetensors"))) > 1
+    expected = torch_logits(reference, tokens)
+    ours, config, weights = our_logits(tmp_path / "theirs", tokens)
+    assert np.abs(expected).max() > 1  # logits worth comparing
+    np.testing.assert_allclose(ours, expected, atol=1e-4, rtol=0)
+
+    generation = {"eos_token_id": [3, 5], "pad_token_id": 0}
+    hf.export(tmp_path / "ours", config, weights, dtype="float32", generation=generation)
+    again = transformers.AutoModelForCausalLM.from_pretrained(
+        tmp_path / "ours", dtype=torch.float32, attn_implementation="eager"
+    )
+    assert type(again) is type(reference)
+    assert again.generation_config.eos_token_id == [3, 5]
+    np.testing.assert_allclose(torch_logits(again, tokens), expected, atol=1e-5, rtol=0)
+    again.save_pretrained(tmp_path / "again")
+    assert hf.read_config(tmp_path / "again") == config
+
+
+@pytest.mark.parametrize("case", ["llama31", "qwen2_yarn"])
+def test_old_dialect(case: str, tmp_path: Path) -> None:
+    """The same model with the config.json that transformers 4 wrote."""
+    reference, tokens = torch_model(case), rows(1, 41)
+    reference.save_pretrained(tmp_path)
+    raw = json.loads((tmp_path / "config.json").read_text())
+    rope = raw.pop("rope_parameters")
+    raw |= {"rope_theta": rope.pop("rope_theta"), "torch_dtype": raw.pop("dtype")}
+    if rope["rope_type"] != "default":
+        raw["rope_scaling"] = {"type": rope.pop("rope_type"), **rope}
+    (tmp_path / "config.json").write_text(json.dumps(raw))
+    np.testing.assert_allclose(our_logits(tmp_path, tokens)[0], torch_logits(reference, tokens), atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("mixed", [False, True])
+def test_bfloat16_and_mixed_files(mixed: bool, tmp_path: Path) -> None:
+    low, tokens = copy.deepcopy(torch_model("qwen3")), rows(2, 21)
+    for name, p in low.named_parameters():  # not low.to(): it would round the rotary frequencies too
+        other = torch.float32 if "norm" in name else torch.float16 if "mlp" in name else torch.bfloat16
+        p.data = p.data.to(other if mixed else torch.bfloat16)
+    low.save_pretrained(tmp_path, max_shard_size="20KB")
+    expected = torch_logits(low.to(torch.float32), tokens)  # the values of the files, computed in float32
+    np.testing.assert_allclose(our_logits(tmp_path, tokens)[0], expected, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("case", FAMILIES)
+def test_greedy_generation_of_64_prompts(case: str, tmp_path: Path) -> None:
+    """Token for token, or the top two logits are closer than 1e-5 where the two part."""
+    reference, new = torch_model(case), 12
+    reference.save_pretrained(tmp_path)
+    config = hf.read_config(tmp_path)
+    lm = LM(
+        config=config,
+        weights=hf.load_weights(tmp_path, config, one_device()),
+        tokenizer=types.SimpleNamespace(pad_id=0, stop_ids=()),
+        mesh=one_device(),
+        dtype=jnp.dtype("float32"),
+    )
+    by_length = [rows(16, n) for n in (1, 4, 9, 16)]
+    prompts = [row.tolist() for group in by_length for row in group]
+    keys = jax.random.split(jax.random.key(0), len(prompts))
+    sampled = sampling.generate_ids(lm, prompts, keys, temperature=0.0, max_new_tokens=new, stop_ids=(), batch_size=64)
+    ours = [samples[0][0] for samples in sampled]
+    theirs: list[list[int]] = []
+    for group in by_length:
+        tokens = torch.tensor(group, dtype=torch.long)
+        out = reference.generate(
+            tokens, attention_mask=torch.ones_like(tokens), max_new_tokens=new, do_sample=False, pad_token_id=0
+        )
+        theirs += out[:, group.shape[1] :].tolist()
+    assert len(ours) == len(theirs) == 64
+    for prompt, a, b in zip(prompts, ours, theirs, strict=True):
+        assert len(a) == len(b) == new
+        parting = next((i for i in range(new) if a[i] != b[i]), None)
+        if parting is not None:
+            last = np.sort(torch_logits(reference, np.asarray([prompt + b[:parting]]))[0, -1])
+            assert last[-1] - last[-2] < 1e-5, (prompt, a, b)

@@ -1,0 +1,184 @@
+"""From records to batches: what is in them, that every row comes once an epoch, and that a batch is its number's alone."""
+
+import dataclasses
+
+import jax
+import numpy as np
+import pytest
+import tiny
+from hypothesis import given, settings, strategies as st
+
+from jaxsi import data
+from jaxsi.data import DataError, Sequence_
+from jaxsi.records import SFTExample
+
+ANY_LENGTHS = st.lists(st.integers(2, 40), min_size=1, max_size=60)
+
+
+def sequences(lengths: list[int]) -> list[Sequence_]:
+    """Sequence number i holds the tokens 100 i + 1, 100 i + 2, ..., so that each can be found again."""
+    made = []
+    for i, length in enumerate(lengths):
+        prompt = max(1, length // 3)
+        ids = [100 * i + 1 + j for j in range(length)]
+        made.append(data.encode(ids[:prompt], ids[prompt:]))
+    return made
+
+
+def texts_of(batch: data.TokenBatch) -> list[tuple[list[int], list[bool]]]:
+    """The sequences that a batch holds, taken apart by its segments."""
+    found = []
+    tokens, segments, masks = (np.asarray(x) for x in (batch.tokens_BT, batch.segments_BT, batch.loss_mask_BT))
+    for row in range(len(tokens)):
+        for segment in sorted(set(segments[row]) - {0}):
+            here = np.flatnonzero(segments[row] == segment)
+            assert (np.diff(here) == 1).all(), "a segment is one piece"
+            np.testing.assert_array_equal(np.asarray(batch.positions_BT)[row, here], np.arange(len(here)))
+            found.append((tokens[row, here].tolist(), masks[row, here].tolist()))
+        assert not masks[row, segments[row] == 0].any(), "padding never counts"
+    return found
+
+
+# -------------------------------------------------------------------------------------------------------------- encoding
+
+
+def test_the_loss_counts_the_response_and_its_one_end_of_turn() -> None:
+    tokenizer = tiny.tokenizer()
+    example = SFTExample(id="a", messages=({"role": "user", "content": "loop tree"},), response="sun moon")
+    tokens, mask = data.encode_example(tokenizer, example)
+    assert tokens.dtype == np.int32 and mask.dtype == bool
+    assert tokenizer.decode(tokens[mask].tolist()) == "sun moon"
+    assert tokens[-1] == tokenizer.eos_id and mask[-1]
+    assert (tokens[mask] == tokenizer.eos_id).sum() == 1 and (tokens == tokenizer.bos_id).sum() == 1
+    assert mask.tolist() == sorted(mask.tolist()), "the prompt, then the response"
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.lists(st.integers(0, tiny.ENTRIES - 1), min_size=1, max_size=30))
+def test_training_ids_are_the_sampled_ids(ids: list[int]) -> None:
+    """Any ids, also such as no text encodes to and without an end of turn, come through bit for bit; nothing is added."""
+    pair = tiny.preference_pairs(1)[0]
+    pair = dataclasses.replace(pair, chosen=dataclasses.replace(pair.chosen, token_ids=tuple(ids)))
+    chosen, rejected = data.encode_pair(tiny.tokenizer(), pair)
+    assert chosen.tokens[chosen.loss_mask].tolist() == ids
+    assert rejected.tokens[rejected.loss_mask].tolist() == list(pair.rejected.token_ids)
+    np.testing.assert_array_equal(chosen.tokens[~chosen.loss_mask], rejected.tokens[~rejected.loss_mask])
+
+
+def test_a_response_that_was_cut_off_gets_no_end_of_turn() -> None:
+    tokenizer = tiny.tokenizer()
+    cut_off = 0
+    for pair in tiny.preference_pairs(6):
+        for response, sequence in zip((pair.chosen, pair.rejected), data.encode_pair(tokenizer, pair), strict=True):
+            ends = (sequence.tokens[sequence.loss_mask] == tokenizer.eos_id).sum()
+            assert ends == (response.finish_reason == "stop")
+            cut_off += response.finish_reason == "length"
+    assert cut_off
+
+
+def test_another_template_is_refused() -> None:
+    pair = tiny.preference_pairs(1)[0]
+    other = dataclasses.replace(pair, rejected=dataclasses.replace(pair.rejected, template="f" * 16))
+    with pytest.raises(DataError, match=r"response 'p0#1' was sampled under chat template ffffffffffffffff"):
+        data.encode_pair(tiny.tokenizer(), other)
+
+
+@pytest.mark.parametrize(("prompt", "response"), [([], [1]), ([1], [])])
+def test_empty_prompts_and_responses_are_refused(prompt: list[int], response: list[int]) -> None:
+    with pytest.raises(DataError, match="each has at least 1"):
+        data.encode(prompt, response)
+
+
+# ------------------------------------------------------------------------------------------------- supervised batches
+
+
+@settings(max_examples=25, deadline=None)
+@given(ANY_LENGTHS, st.integers(0, 2**31), st.integers(1, 3))
+def test_packed_rows_hold_every_sequence_once_an_epoch(lengths: list[int], seed: int, epochs: int) -> None:
+    given_ = sequences(lengths)
+    batches = data.packed(given_, 40, 2, tiny.mesh(), epochs=epochs, seed=seed)
+    collected = [batches.collate([int(i) for i in np.atleast_1d(batches.plan[k])]) for k in range(len(batches))]
+    found = [text for batch in collected for text in texts_of(batch)]
+    expected = [(s.tokens.tolist(), s.loss_mask.tolist()) for s in given_] * epochs
+    assert sorted(found) == sorted(expected)
+    assert all(batch.tokens_BT.shape == (2, 40) for batch in collected)
+    rows = sum((np.asarray(batch.segments_BT) > 0).any(axis=1).sum() for batch in collected)
+    assert rows <= len(lengths) * epochs
+
+
+def test_packing_packs() -> None:
+    batches = data.packed(sequences([10] * 32), 40, 2, tiny.mesh(), epochs=1, seed=0)
+    assert len(batches) == 4 and all((np.asarray(batches[k].segments_BT) > 0).all() for k in range(4))
+
+
+@settings(max_examples=25, deadline=None)
+@given(ANY_LENGTHS, st.integers(0, 2**31), st.integers(1, 3))
+def test_padded_rows_hold_every_sequence_once_an_epoch(lengths: list[int], seed: int, epochs: int) -> None:
+    given_ = sequences(lengths)
+    batches = data.padded(given_, 40, 4, tiny.mesh(), epochs=epochs, seed=seed)
+    per_epoch, rest = divmod(len(batches), epochs)
+    assert not rest
+    for epoch in range(epochs):
+        plan = [batches.plan[k] for k in range(epoch * per_epoch, (epoch + 1) * per_epoch)]
+        found = [text for rows in plan for text in texts_of(batches.collate(rows))]
+        assert sorted(found) == sorted((s.tokens.tolist(), s.loss_mask.tolist()) for s in given_)
+
+
+def test_a_sequence_longer_than_the_row_is_never_cut() -> None:
+    for arrange in (data.packed, data.padded):
+        with pytest.raises(ValueError, match="41"):
+            batches = arrange(sequences([10, 41]), 40, 2, tiny.mesh(), epochs=1, seed=0)
+            batches[0]
+
+
+def test_a_batch_is_a_function_of_its_number() -> None:
+    """Read in any order, or by another process, batch number i is the same; epochs differ, and so do seeds."""
+    lengths = np.random.default_rng(0).integers(2, 40, 50).tolist()
+    for arrange in (data.packed, data.padded):
+        make = lambda seed, arrange=arrange: arrange(sequences(lengths), 40, 4, tiny.mesh(), epochs=2, seed=seed)  # noqa: E731
+        one, other = make(3), make(3)
+        backwards = {k: other[k] for k in reversed(range(len(other)))}
+        for k in range(len(one)):
+            assert tiny.max_difference(one[k], backwards[k]) == 0
+        half = len(one) // 2
+        order = lambda batches, start: [np.asarray(batches[k].tokens_BT).tolist() for k in range(start, start + half)]  # noqa: E731
+        assert order(one, 0) != order(one, half), "each epoch has its own order"
+        assert order(one, 0) != order(make(4), 0)
+
+
+def test_batches_lie_on_the_mesh() -> None:
+    batch = data.packed(sequences([10] * 40), 40, 8, tiny.mesh("2x2x2"), epochs=1, seed=0)[0]
+    assert {shard.data.shape for shard in batch.tokens_BT.addressable_shards} == {(2, 40)}
+    assert isinstance(batch.tokens_BT, jax.Array) and batch.tokens_BT.dtype == np.int32
+
+
+# ------------------------------------------------------------------------------------------------------------------ pairs
+
+
+@settings(max_examples=15, deadline=None)
+@given(st.integers(1, 40), st.integers(0, 2**31), st.integers(1, 2))
+def test_pairs_come_once_an_epoch_with_their_own_reference(count: int, seed: int, epochs: int) -> None:
+    encoded = [data.encode_pair(tiny.tokenizer(), pair) for pair in tiny.preference_pairs(count, longest=60)]
+    refs = [(float(i), -float(i)) for i in range(count)]
+    batches = data.pairs(encoded, refs, 4, tiny.mesh(), epochs=epochs, seed=seed, min_length=16)
+    seen: list[int] = []
+    for k in range(len(batches)):
+        rows = [int(i) for i in np.atleast_1d(batches.plan[k])]
+        batch = batches.collate(rows)
+        assert batch.real_B.tolist() == [True] * len(rows) + [False] * (4 - len(rows))
+        assert not batch.loss_mask_B2T[len(rows) :].any() and not batch.segments_B2T[len(rows) :].any()
+        for place, i in enumerate(rows):
+            np.testing.assert_array_equal(batch.ref_logps_B2[place], np.float32(refs[i]))
+            for side in (0, 1):
+                n = len(encoded[i][side].tokens)
+                np.testing.assert_array_equal(batch.tokens_B2T[place, side, :n], encoded[i][side].tokens)
+                np.testing.assert_array_equal(batch.loss_mask_B2T[place, side, :n], encoded[i][side].loss_mask)
+                np.testing.assert_array_equal(batch.segments_B2T[place, side], np.arange(batch.tokens_B2T.shape[2]) < n)
+        seen += rows
+    assert sorted(seen) == sorted(list(range(count)) * epochs)
+
+
+def test_batches_of_pairs_have_few_lengths() -> None:
+    encoded = [data.encode_pair(tiny.tokenizer(), pair) for pair in tiny.preference_pairs(60, longest=100)]
+    batches = data.pairs(encoded, [(0.0, 0.0)] * 60, 4, tiny.mesh(), epochs=1, seed=0, min_length=32)
+    assert {batches[k].tokens_B2T.shape[2] for k in range(len(batches))} <= {32, 64, 96, 128}

@@ -1,0 +1,217 @@
+"""LM: fingerprints, loading from every kind of MODEL, saving, and what its errors say."""
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import ClassVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny
+
+import jaxsi
+from jaxsi import checkpoint, lm as lmlib
+from jaxsi.checkpoint import CheckpointError
+from jaxsi.hf import HFError
+from jaxsi.lm import LoadError, load
+from jaxsi.run import Run
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Config:
+    """The least that a run needs."""
+
+    seed: int = 0
+    RESUMABLE: ClassVar[frozenset[str]] = frozenset()
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny model as a Hugging Face folder, float32."""
+    folder = tmp_path_factory.mktemp("export") / "hf"
+    lmlib.export(tiny.make_lm(), folder, dtype="float32")
+    return folder
+
+
+# ---------------------------------------------------------------------------------------------------------- fingerprint
+
+
+def test_fingerprint_is_of_the_bits_and_not_of_the_mesh() -> None:
+    prints = {name: tiny.make_lm(name).fingerprint for name in tiny.MESHES}
+    assert len(set(prints.values())) == 1
+    assert len(prints["1x1x1"]) == 16 and int(prints["1x1x1"], 16) >= 0
+
+
+def test_one_bit_anywhere_changes_the_fingerprint() -> None:
+    lm = tiny.make_lm()
+    seen = {lm.fingerprint}
+    for path, w in jax.tree_util.tree_leaves_with_path(lm.weights):
+        for place in (0, w.size - 1):
+            bits = np.array(w).view(np.uint32).reshape(-1)
+            bits[place] ^= 1
+            flipped = jnp.asarray(bits.view(np.float32).reshape(w.shape))
+            changed = jax.tree_util.tree_map_with_path(lambda p, x, at=path, y=flipped: y if p == at else x, lm.weights)
+            seen.add(lmlib.fingerprint(changed))
+    leaves = jax.tree.leaves(lm.weights)
+    assert len(seen) == 1 + sum(2 if w.size > 1 else 1 for w in leaves)
+
+
+def test_moved_values_change_the_fingerprint() -> None:
+    lm = tiny.make_lm()
+    swapped = np.array(lm.weights["embed"])
+    swapped[[3, 4]] = swapped[[4, 3]]
+    assert lmlib.fingerprint(lm.weights | {"embed": jnp.asarray(swapped)}) != lm.fingerprint
+    layers = lm.weights["layers"]  # two weights of one shape, exchanged
+    exchanged = layers | {"k": layers["v"], "v": layers["k"]}
+    assert lmlib.fingerprint(lm.weights | {"layers": exchanged}) != lm.fingerprint
+    assert lmlib.fingerprint(jax.tree.map(lambda w: w.astype(jnp.bfloat16), lm.weights)) != lm.fingerprint
+
+
+# --------------------------------------------------------------------------------------------------------------- models
+
+
+def test_logits() -> None:
+    lm = tiny.make_lm()
+    tokens = np.arange(10, 34).reshape(2, 12)
+    logits = lm.logits(tokens)
+    assert logits.shape == (2, 12, tiny.ENTRIES) and logits.dtype == jnp.float32
+    np.testing.assert_array_equal(lm.logits(jnp.asarray(tokens)), logits)
+    np.testing.assert_allclose(tiny.make_lm("2x2x2").logits(tokens), logits, atol=1e-4)
+    half = dataclasses.replace(lm, dtype=jnp.bfloat16).logits(tokens)
+    assert half.dtype == jnp.float32 and 1e-4 < tiny.max_difference(half, logits) < 0.5
+    for wrong, message in ((tokens[0], r"shape \(12,\)"), (tokens / 2, "float")):
+        with pytest.raises(ValueError, match=message):
+            lm.logits(wrong)
+
+
+@pytest.mark.parametrize("mesh", ["1x1x1", "2x2x2"])
+def test_sampling_weights_are_the_weights_cast_and_unstacked(mesh: str) -> None:
+    lm = tiny.make_lm(mesh, dtype=jnp.bfloat16)
+    moved = lm.sampling_weights
+    assert moved is lm.sampling_weights, "made once"
+    assert len(moved["layers"]) == tiny.CONFIG.num_layers
+    for i, layer in enumerate(moved["layers"]):
+        for name, w in layer.items():
+            assert w.dtype == jnp.bfloat16
+            np.testing.assert_array_equal(w, lm.weights["layers"][name][i].astype(jnp.bfloat16))
+    embed_shards = {shard.data.shape for shard in moved["layers"][0]["up"].addressable_shards}
+    assert embed_shards == {(16, 32) if mesh == "1x1x1" else (16, 16)}, "rows whole on each fsdp device"
+
+
+# ------------------------------------------------------------------------------------------------------- load and save
+
+
+def test_export_and_load_give_the_same_model_on_any_mesh(exported: Path) -> None:
+    lm = tiny.make_lm()
+    for mesh in ("1x1x1", "2x2x2"):
+        loaded = load(exported, tiny.mesh(mesh), "float32")
+        assert loaded.fingerprint == lm.fingerprint and loaded.config == lm.config
+        assert loaded.tokenizer.template_hash == lm.tokenizer.template_hash
+        assert loaded.tokenizer.stop_ids == lm.tokenizer.stop_ids
+    with pytest.raises(HFError, match="not an empty folder"):
+        lmlib.export(lm, exported)
+
+
+def test_default_dtype_is_bfloat16_and_masters_are_asked_for(exported: Path) -> None:
+    lm = jaxsi.load(str(exported), tiny.mesh())
+    assert lm.dtype == jnp.bfloat16 and {w.dtype for w in jax.tree.leaves(lm.weights)} == {jnp.dtype("bfloat16")}
+    masters = load(exported, tiny.mesh(), "bfloat16", weights_dtype="float32")
+    assert masters.dtype == jnp.bfloat16 and masters.fingerprint == tiny.make_lm().fingerprint
+
+
+def test_checkpoint_round_trip_on_another_mesh(tmp_path: Path) -> None:
+    lm = tiny.make_lm("2x2x2")
+    lmlib.save_checkpoint(lm, tmp_path / "c", {"step": 3})
+    meta = checkpoint.read_meta(tmp_path / "c" / "weights")
+    assert meta == {"step": 3, "fingerprint": lm.fingerprint}
+    loaded = load(tmp_path / "c", tiny.mesh("1x8x1"), "float32")
+    assert loaded.fingerprint == lm.fingerprint and loaded.config == lm.config
+    half = load(tmp_path / "c", tiny.mesh())
+    assert {w.dtype for w in jax.tree.leaves(half.weights)} == {jnp.dtype("bfloat16")}
+
+
+def test_an_interrupted_checkpoint_says_so(tmp_path: Path) -> None:
+    lmlib.save_checkpoint(tiny.make_lm(), tmp_path, {"step": 3})
+    (tmp_path / "weights" / checkpoint.MANIFEST).unlink()
+    with pytest.raises(CheckpointError, match="interrupted"):
+        load(tmp_path, tiny.mesh())
+
+
+# -------------------------------------------------------------------------------------------------------------- resolve
+
+
+def make_run(path: Path, complete: tuple[int, ...], incomplete: tuple[int, ...] = ()) -> Path:
+    """A run directory with iterations; a checkpoint here is a config and a manifest."""
+    with Run.open(path, Config()) as run:
+        for t in (*complete, *incomplete):
+            folder = run.at(f"iter_{t}").path / "checkpoint"
+            (folder / "weights").mkdir(parents=True)
+            (folder / "config.json").write_text("{}")
+            if t in complete:
+                checkpoint._write_manifest(folder / "weights", {"meta": {}, "leaves": {}, "files": {}})
+    return path
+
+
+def test_run_directories_and_iterations(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run", (1, 2, 10), (11,))
+    assert lmlib.resolve(run) == run / "iter_10" / "checkpoint", "the newest complete one, by number"
+    assert lmlib.resolve(f"{run}/") == run / "iter_10" / "checkpoint"
+    assert lmlib.resolve(f"{run}@2") == run / "iter_2" / "checkpoint"
+    assert lmlib.resolve(run / "iter_1" / "checkpoint") == run / "iter_1" / "checkpoint"
+    for wanted in (11, 3):
+        with pytest.raises(LoadError, match=rf"iteration {wanted} not complete; .* iterations: 1, 2, 10"):
+            lmlib.resolve(f"{run}@{wanted}")
+
+
+def test_a_run_that_has_just_begun_is_no_model(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run", ())
+    with pytest.raises(LoadError, match="no iteration complete.*none yet"):
+        lmlib.resolve(run)
+
+
+def test_names_that_hold_an_at_sign(tmp_path: Path, exported: Path) -> None:
+    run = make_run(tmp_path / "run@3", (1, 2))
+    assert lmlib.resolve(run) == run / "iter_2" / "checkpoint"
+    assert lmlib.resolve(f"{run}@1") == run / "iter_1" / "checkpoint"
+    folder = tmp_path / "model@2"
+    folder.symlink_to(exported)
+    assert lmlib.resolve(folder) == folder
+    with pytest.raises(LoadError, match="not a run directory"):
+        lmlib.resolve(f"{exported}@2")
+
+
+def test_what_names_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(LoadError, match="no config.json in it"):
+        lmlib.resolve(tmp_path / "empty")
+    for absent in (tmp_path / "absent", "gpt2", "./a/b"):
+        with pytest.raises(LoadError, match="no such folder; give a Hugging Face folder"):
+            lmlib.resolve(absent)
+    with pytest.raises(LoadError, match="somebody/some-model: no such folder, and the hub did not give it"):
+        lmlib.resolve("somebody/some-model")
+
+
+def test_hub_names_carry_a_revision(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import huggingface_hub
+
+    asked = []
+
+    def download(repository: str, *, revision: str | None, allow_patterns: list[str]) -> str:
+        asked.append((repository, revision))
+        assert not [p for p in allow_patterns if "bin" in p or "pt" in p or "py" in p]
+        return str(tmp_path)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    assert lmlib.resolve("org/model@abc123") == tmp_path and lmlib.resolve("org/model") == tmp_path
+    assert asked == [("org/model", "abc123"), ("org/model", None)]
+
+
+def test_tokens_array() -> None:
+    np.testing.assert_array_equal(lmlib.tokens_array([[1, 2], [3]], 3, 9), [[1, 2, 9], [3, 9, 9]])
+
+
+def test_config_of_a_checkpoint_is_a_hugging_face_config(tmp_path: Path) -> None:
+    lmlib.save_checkpoint(tiny.make_lm(), tmp_path, {"step": 0})
+    assert json.loads((tmp_path / "config.json").read_text())["model_type"] == "llama"

@@ -1,0 +1,378 @@
+"""The command line on a tiny model: results on stdout, errors in one line, exit codes, runs that resume."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import tiny
+from jaxsi import lm as lmlib, main as cli
+from jaxsi.commands import UsageError
+from jaxsi.commands.run import _full_flag, configure, field_flags
+from jaxsi.config_file import load_config
+from jaxsi.main import main
+from jaxsi.records import Judgment, Response, read_jsonl
+
+ROOT = Path(__file__).parents[1]
+TOY = ROOT / "configs" / "self_rewarding" / "toy.py"
+
+# A whole run of one iteration: prompts of a file, no SFT, and a judge that needs no verdicts: the weights are random.
+CONFIG = """
+from jaxsi.evals.toy import ToyEvaluation
+from jaxsi.feedback import JudgeConfig
+from jaxsi.methods.self_rewarding import Config, PairConfig, PromptFile
+from jaxsi.optim import OptimConfig
+from jaxsi.sampling import SamplingConfig
+from jaxsi.toyworld.corpus import RUBRIC
+from jaxsi.train import DPOConfig, TrainConfig
+
+
+def config():
+    adam = OptimConfig(learning_rate=1e-3)
+    train = TrainConfig(optim=adam, batch_size=8, max_length=64, remat=False, dtype="float32")
+    return Config(
+        model={model!r},
+        seed_data=None,
+        prompts=PromptFile(path={prompts!r}),
+        sampling=SamplingConfig(temperature=1.0, top_p=1.0, max_new_tokens=8, batch_size=16, dtype="float32"),
+        judge=JudgeConfig(num_samples=1, max_new_tokens=8, expected=True),
+        rubric=RUBRIC,
+        pairs=PairConfig(cut_off=True),
+        sft=None,
+        dpo=DPOConfig(train=train),
+        evaluate=ToyEvaluation(num_prompts=8, num_samples=2, max_new_tokens=4, judged_prompts=2),
+        iterations=2,
+    )
+"""
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    """A folder with a model, prompts and a config."""
+    folder = tmp_path_factory.mktemp("world")
+    lmlib.export(tiny.make_lm("1x8x1"), folder / "model", dtype="float32")
+    rows = [
+        json.dumps({"id": f"p{i}", "prompt": f"Reverse: cat red {word}"})
+        for i, word in enumerate(("axe", "egg", "saw"))
+    ]
+    (folder / "prompts.jsonl").write_text("\n".join(rows) + "\n")
+    text = CONFIG.format(model=str(folder / "model"), prompts=str(folder / "prompts.jsonl"))
+    (folder / "micro.py").write_text(text)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def finished(world):
+    """The run of that config: (its directory, what --json said)."""
+    directory = world / "run"
+    done = subprocess_main("run", world / "micro.py", "--run-dir", directory, "--json")
+    assert done.returncode == 0, done.stderr
+    return directory, json.loads(done.stdout)
+
+
+def subprocess_main(*argv):
+    """A command in a process of its own, on one device."""
+    command = [sys.executable, "-m", "jaxsi", *map(str, argv)]
+    environment = os.environ | {"XLA_FLAGS": ""}
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300, check=False)
+
+
+def called(capsys, *argv):
+    """(exit code, stdout, stderr) of a command in this process."""
+    code = main([str(word) for word in argv])
+    out, err = capsys.readouterr()
+    return code, out, err
+
+
+def json_of(capsys, *argv):
+    code, out, err = called(capsys, *argv, "--json")
+    assert code == 0, err
+    assert len(out.splitlines()) == 1
+    return json.loads(out)
+
+
+@pytest.mark.slow
+def test_a_run_ends_with_its_summary_as_the_only_thing_on_stdout(finished):
+    directory, value = finished
+    assert value["status"] == "complete"
+    assert value["already_complete"] is False
+    assert [line["iteration"] for line in value["iterations"]] == [1, 2]
+    summary = json.loads((directory / "summary.json").read_text())
+    assert summary["iterations"] == value["iterations"]
+    assert 0 <= value["iterations"][1]["quality"]["mean"] <= 100
+    assert value["iterations"][1]["pairs"] >= 1
+
+
+@pytest.mark.slow
+def test_a_finished_run_does_nothing_and_says_so(finished, world, capsys):
+    directory, _ = finished
+    before = {path: path.stat().st_mtime_ns for path in directory.rglob("*") if path.name != ".lock" and path.is_file()}
+    code, out, _ = called(capsys, "run", world / "micro.py", "--run-dir", directory)
+    assert code == 0
+    assert "complete, nothing left to do" in out
+    assert "quality" in out
+    after = {path: path.stat().st_mtime_ns for path in directory.rglob("*") if path.name != ".lock" and path.is_file()}
+    assert after == before
+
+
+@pytest.mark.slow
+def test_a_finished_run_needs_its_prompts_no_more(finished, world, capsys):
+    prompts = world / "prompts.jsonl"
+    text = prompts.read_text()
+    prompts.unlink()
+    try:
+        assert json_of(capsys, "run", world / "micro.py", "--run-dir", finished[0])["already_complete"]
+    finally:
+        prompts.write_text(text)
+
+
+@pytest.mark.slow
+def test_another_config_is_refused_with_its_difference(finished, world, capsys):
+    code, out, err = called(capsys, "run", world / "micro.py", "--run-dir", finished[0], "--dpo.learning-rate", "0.5")
+    assert code == 1
+    assert out == ""
+    assert "dpo.train.optim.learning_rate: 0.001 -> 0.5" in err
+    assert "Traceback" not in err
+
+
+@pytest.mark.slow
+def test_status(finished, capsys):
+    value = json_of(capsys, "status", finished[0])
+    assert value["status"] == "complete"
+    assert value["live"] is False
+    assert {(row["scope"], row["stage"]) for row in value["stages"]} >= {
+        ("iter_2", "candidates"),
+        ("iter_2", "judgments"),
+    }
+    code, out, _ = called(capsys, "status", finished[0])
+    assert code == 0
+    assert "complete, 2 of 2 iterations" in out
+
+
+@pytest.mark.slow
+def test_eval_toy_in_another_process_gives_the_figures_of_the_summary(finished):
+    line = finished[1]["iterations"][1]
+    done = subprocess_main("eval", "toy", f"{finished[0]}@2", "--json")
+    assert done.returncode == 0, done.stderr
+    value = json.loads(done.stdout)
+    for name in ("quality", "greedy", "judge_agreement", "parse_rate", "mean_length", "fingerprint"):
+        assert value[name] == line[name], name
+
+
+@pytest.mark.slow
+def test_eval_toy_on_another_mesh(finished, capsys):
+    line = finished[1]["iterations"][1]
+    mesh = ["--mesh.data", 2, "--mesh.fsdp", 2, "--mesh.tensor", 2]
+    value = json_of(capsys, "eval", "toy", f"{finished[0]}@2", *mesh)
+    assert value["quality"]["mean"] == pytest.approx(line["quality"]["mean"], abs=1e-5)
+    assert value["fingerprint"] == line["fingerprint"]
+
+
+@pytest.mark.slow
+def test_generate_judge_and_export(finished, world, tmp_path, capsys):
+    model, responses, judgments = f"{finished[0]}@2", tmp_path / "responses.jsonl", tmp_path / "judgments.jsonl"
+    value = json_of(
+        capsys, "generate", model, "--prompts", world / "prompts.jsonl", "-o", responses, "--num-samples", 2,
+        "--max-new-tokens", 8, "--dtype", "float32", "--max-prompts", 2,
+    )  # fmt: skip
+    made = read_jsonl(responses, Response)
+    assert [response.id for response in made] == ["p0#0", "p0#1", "p1#0", "p1#1"]
+    assert value["responses"] == 4
+    assert value["tokens"] == sum(len(response.token_ids) for response in made)
+    value = json_of(
+        capsys, "judge", model, "--responses", responses, "--prompts", world / "prompts.jsonl", "-o", judgments,
+        "--max-new-tokens", 8, "--num-samples", 1, "--expected", "--dtype", "float32",
+    )  # fmt: skip
+    assert value["rubric"] == "toy"  # the run's own
+    assert [judgment.id for judgment in read_jsonl(judgments, Judgment)] == [response.id for response in made]
+    value = json_of(capsys, "export", model, tmp_path / "exported", "--dtype", "float32")
+    assert {"config.json", "model.safetensors", "tokenizer.json", "README.md"} <= set(value["files"])
+    assert lmlib.load(tmp_path / "exported", dtype="float32").fingerprint == finished[1]["iterations"][1]["fingerprint"]
+    code, _, err = called(capsys, "export", model, tmp_path / "exported")
+    assert code == 1
+    assert "exists" in err
+
+
+@pytest.mark.parametrize(
+    ("argv", "said"),
+    [
+        (["nonsense"], "no command 'nonsense'"),
+        (["eval"], "no command 'eval'"),
+        (["eval", "nonsense"], "no command 'eval nonsense'"),
+        (["run"], "give a config first"),
+        (["run", "absent.py"], "absent.py: no such config file"),
+        (["run", str(TOY), "--nonsense", "3"], "--nonsense"),
+        (["run", str(TOY), "--iterations", "many"], "many"),
+        (["run", str(TOY), "--iterations", "0"], "iterations is 0"),
+        (["run", str(TOY), "--max-prompts", "4"], "give --prompts FILE as well"),
+        (["run", str(TOY), "--prompts", "x.jsonl", "--max-prompts", "0"], "it is at least 1"),
+        (["generate", "model"], "--prompts"),
+        (["generate", "model", "--prompts", "x.jsonl", "-o", "absent/out.jsonl"], "there is no folder absent"),
+        (["bench", "methods", "--seeds", "0"], "at least 1 seed"),
+        (["bench", "methods", "--arms", "magic"], "arms of method, permuted, exact"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_a_wrong_command_line_ends_with_2(argv, said, capsys):
+    code, out, err = called(capsys, *argv)
+    assert code == 2
+    assert out == ""
+    assert said in err
+    assert "Traceback" not in err
+
+
+def test_no_command_shows_what_there_is(capsys):
+    code, out, _ = called(capsys)
+    assert code == 2
+    assert all(name in out for name in cli.COMMANDS)
+    code, out, _ = called(capsys, "eval", "--help")
+    assert code == 0
+    assert "eval toy" in out
+    assert "export" not in out.split("Commands:")[1].split("--help")[0]
+    code, out, _ = called(capsys, "--version")
+    assert (code, out) == (0, "jaxsi 0.1.0\n")
+
+
+@pytest.mark.parametrize("name", cli.COMMANDS)
+def test_every_command_has_help_with_examples(name, capsys):
+    code, out, _ = called(capsys, *name.split(), "--help")
+    assert code == 0
+    assert "Examples:" in out
+    assert f"jaxsi {name} " in out
+    assert "--json" in out
+
+
+def failure(capsys, *argv):
+    code, out, err = called(capsys, *argv)
+    assert code == 1
+    assert out == ""
+    assert "Traceback" not in err
+    return next(line for line in err.splitlines() if line.startswith("jaxsi: error: "))
+
+
+def test_a_missing_folder(world, tmp_path, capsys):
+    prompts, out = world / "prompts.jsonl", tmp_path / "out.jsonl"
+    assert "nowhere: no such folder" in failure(capsys, "generate", "./nowhere", "--prompts", prompts, "-o", out)
+    assert "no such folder" in failure(capsys, "export", "./nowhere", tmp_path / "exported")
+    assert "holds no run" in failure(capsys, "status", tmp_path)
+
+
+def test_a_broken_line_of_a_prompts_file(world, tmp_path, capsys):
+    bad = tmp_path / "bad.jsonl"
+    bad.write_text('{"prompt": "one"}\n{"prompt": \n')
+    said = failure(capsys, "generate", world / "model", "--prompts", bad, "-o", tmp_path / "out.jsonl")
+    assert f"{bad}:2: broken JSON" in said
+    said = failure(capsys, "run", world / "micro.py", "--prompts", bad, "--run-dir", tmp_path / "run")
+    assert f"{bad}:2: broken JSON" in said
+    assert not (tmp_path / "run").exists()
+
+
+def test_an_over_long_prompt_is_refused_before_any_work(world, tmp_path, capsys):
+    long = tmp_path / "long.jsonl"
+    long.write_text(
+        json.dumps({"id": "short", "prompt": "cat"}) + "\n" + json.dumps({"id": "big", "prompt": "cat " * 300})
+    )
+    said = failure(capsys, "run", world / "micro.py", "--prompts", long, "--run-dir", tmp_path / "run")
+    assert "long.jsonl: prompt 'big' has 305 tokens, the limit is 63" in said
+    assert "dpo.train.max_length is 64" in said
+    assert not (tmp_path / "run").exists()
+    said = failure(
+        capsys, "generate", world / "model", "--prompts", long, "-o", tmp_path / "out.jsonl", "--max-new-tokens", 56
+    )
+    assert "prompt 'big' has 305 tokens, the limit is 200" in said
+
+
+def test_a_mesh_that_does_not_fit_is_refused_before_any_work(world, tmp_path, capsys):
+    run = ["run", world / "micro.py", "--run-dir", tmp_path / "run"]
+    assert "needs 3 devices, there are 8" in failure(capsys, *run, "--mesh.fsdp", 3)
+    assert "dpo.train.batch_size 12" in failure(capsys, *run, "--dpo.train.batch-size", 12)
+    assert "heads = 2 of the model does not divide in 8 parts" in failure(
+        capsys, *run, "--mesh.fsdp", 1, "--mesh.tensor", 8
+    )
+    assert "3 prompts for 4 iterations" in failure(capsys, *run, "--iterations", 5)
+    assert not (tmp_path / "run").exists()
+
+
+def test_responses_to_unknown_prompts(world, tmp_path, capsys):
+    made = tmp_path / "responses.jsonl"
+    judge = [
+        "judge",
+        world / "model",
+        "--responses",
+        made,
+        "--prompts",
+        world / "prompts.jsonl",
+        "-o",
+        tmp_path / "out.jsonl",
+    ]
+    made.write_text("")
+    assert "no responses in this file" in failure(capsys, *judge)
+    made.write_text('{"id": "x"}\n')
+    assert f"{made}:1: key 'fingerprint' of a Response is missing" in failure(capsys, *judge)
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "said"),
+    [
+        (KeyboardInterrupt(), 130, "interrupted; what is finished is kept"),
+        (ValueError("a value"), 1, "jaxsi: error: a value\n"),
+        (OSError(28, "No space left on device"), 1, "No space left on device"),
+        (KeyError("k"), 1, "jaxsi: error: KeyError: 'k' (--debug shows where)"),
+        (RuntimeError("RESOURCE_EXHAUSTED: out of memory\nmore"), 1, "lower the batch size"),
+    ],
+    ids=repr,
+)
+def test_errors_become_exit_codes(error, code, said, capsys, monkeypatch):
+    def fail(argv):
+        raise error
+
+    monkeypatch.setattr("jaxsi.commands.status.status", fail)
+    found, out, err = called(capsys, "status", "x")
+    assert (found, out) == (code, "")
+    assert said in err
+    assert "Traceback" not in err
+    if code == 1:
+        _, _, err = called(capsys, "status", "x", "--debug")
+        assert "Traceback" in err
+
+
+def test_stdout_carries_the_result_alone():
+    noise = """
+import os, sys
+import jaxsi.commands.status as module
+from jaxsi.commands import Report
+def status(argv):
+    print("python noise")
+    os.write(1, b"noise from below\\n")
+    return Report({"a": 1}, "text")
+module.status = status
+from jaxsi.main import main
+sys.exit(main(["status", "--json"]))
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", noise], capture_output=True, text=True, cwd=ROOT, timeout=60, check=True
+    )
+    assert done.stdout == '{"a": 1}\n'
+    assert "python noise" in done.stderr
+    assert "noise from below" in done.stderr
+
+
+def test_fields_on_the_command_line():
+    assert configure(TOY, []) == load_config(TOY)
+    cfg = configure(TOY, ["--dpo.learning-rate", "5e-7", "--sft.batch-size=8", "--seed", "3"])
+    assert (cfg.dpo.train.optim.learning_rate, cfg.sft.batch_size, cfg.seed) == (5e-7, 8, 3)
+    cfg = configure(TOY, ["--prompts.repeat"], prompts="x.jsonl", max_prompts=64)
+    assert (cfg.prompts.path, cfg.prompts.max_prompts, cfg.prompts.repeat) == ("x.jsonl", 64, True)
+
+
+def test_a_short_flag_stands_for_one_field():
+    flags = field_flags(load_config(TOY))
+    assert _full_flag("--dpo.learning-rate", flags) == "--dpo.train.optim.learning-rate"
+    assert _full_flag("--dpo.beta", flags) == "--dpo.beta"
+    assert _full_flag("--dpo.nonsense", flags) == "--dpo.nonsense"
+    assert _full_flag("5e-7", flags) == "5e-7"
+    with pytest.raises(UsageError, match=r"may mean --a\.b\.x or --a\.c\.x"):
+        _full_flag("--a.x", ["--a.b.x", "--a.c.x"])

@@ -1,0 +1,255 @@
+"""The shape of the package: layers, budgets, names, what is shipped, and how long it takes to say hello."""
+
+import ast
+import functools
+import importlib
+import json
+import os
+import re
+import shlex
+import subprocess
+import sys
+import tomllib
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PACKAGE = ROOT / "jaxsi"
+
+# From the bottom up. A module imports from its own layer and from those below it; "x" stands for x.py and all of x/.
+LAYERS = (
+    ("__init__", "config", "config_file", "records", "mesh", "losses", "metrics", "prompts"),
+    ("model", "optim", "run", "pairs", "sources"),
+    ("hf_config", "hf", "sentencepiece_model", "tokenizer", "chat", "checkpoint"),
+    ("lm",),
+    ("sampling", "data", "scoring"),
+    ("feedback", "instruct", "train"),
+    ("toyworld", "evals"),
+    ("methods",),
+    ("bench",),
+    ("commands", "main", "__main__"),
+)
+LAYER_OF = {name: number for number, layer in enumerate(LAYERS) for name in layer}
+MODULES = sorted(path.relative_to(ROOT) for path in PACKAGE.rglob("*.py"))
+MODULE_LINES, METHOD_LINES, FUNCTION_STATEMENTS, CONFIG_FIELDS = 500, 300, 60, 15
+
+
+def dotted(path: Path) -> str:
+    parts = path.with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def place(module: str) -> str:
+    """jaxsi.toyworld.seed -> toyworld."""
+    return [*module.split("."), "__init__"][1]
+
+
+@functools.cache
+def parsed(path: Path) -> ast.Module:
+    return ast.parse((ROOT / path).read_text(encoding="utf-8"))
+
+
+def imported(path: Path) -> set[str]:
+    """The modules of the package that a module imports, anywhere in it."""
+    known = {dotted(module) for module in MODULES}
+    found = set()
+    for node in ast.walk(parsed(path)):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}:{node.lineno}: imports are absolute"
+            below = {f"{node.module}.{alias.name}" for alias in node.names}
+            found |= below & known or {node.module or ""}
+    return {name for name in found if name.split(".")[0] == "jaxsi"}
+
+
+@pytest.mark.parametrize("path", MODULES, ids=str)
+def test_every_module_imports(path):
+    if path.name != "__main__.py":
+        importlib.import_module(dotted(path))
+
+
+@pytest.mark.parametrize("path", MODULES, ids=str)
+def test_imports_go_downward(path):
+    own = place(dotted(path))
+    assert own in LAYER_OF, f"{path} is in no layer; add it to LAYERS where it belongs"
+    for module in imported(path):
+        assert LAYER_OF[place(module)] <= LAYER_OF[own], f"{path} imports {module}, which is in a layer above it"
+
+
+def test_no_method_imports_another():
+    for path in MODULES:
+        if path.parts[1] == "methods" and path.name != "__init__.py":
+            others = {name for name in imported(path) if name.startswith("jaxsi.methods")}
+            assert not others, f"{path} imports {others}; what two methods share moves down"
+
+
+@pytest.mark.parametrize(
+    ("library", "homes"),
+    [
+        ("orbax", {"jaxsi/checkpoint.py"}),
+        ("flax", {"jaxsi/model.py"}),
+        ("grain", {"jaxsi/data.py"}),
+        ("datasets", {"jaxsi/sources.py"}),
+        ("transformers", {"jaxsi/tokenizer.py"}),
+        ("safetensors", {"jaxsi/hf.py"}),
+    ],
+)
+def test_a_library_has_one_home(library, homes):
+    users = set()
+    for path in MODULES:
+        for node in ast.walk(parsed(path)):
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+            if any(name.split(".")[0] == library for name in names):
+                users.add(path.as_posix())
+    assert users == homes
+
+
+@pytest.mark.parametrize("path", MODULES, ids=str)
+def test_budgets(path):
+    lines = len((ROOT / path).read_text(encoding="utf-8").splitlines())
+    limit = METHOD_LINES if path.parts[1] == "methods" else MODULE_LINES
+    assert lines < limit, f"{path} has {lines} lines, the budget is {limit}"
+    for node in ast.walk(parsed(path)):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            statements = sum(isinstance(inner, ast.stmt) for inner in ast.walk(node)) - 1
+            assert statements < FUNCTION_STATEMENTS, f"{path}:{node.lineno}: {node.name} has {statements} statements"
+        if isinstance(node, ast.ClassDef) and node.name.endswith("Config"):
+            fields = [
+                item for item in node.body if isinstance(item, ast.AnnAssign) and "ClassVar" not in ast.unparse(item)
+            ]
+            # ModelConfig is what an architecture is, not what a user sets.
+            assert len(fields) <= CONFIG_FIELDS or node.name == "ModelConfig", (
+                f"{path}: {node.name}, {len(fields)} fields"
+            )
+
+
+def test_a_module_has_a_noun_for_a_name():
+    for path in MODULES:
+        assert not {"utils", "common", "misc", "helpers"} & {path.stem, *path.parts}, path
+
+
+def test_every_module_of_a_name_has_a_docstring_and_no_leftovers():
+    for path in MODULES:
+        assert ast.get_docstring(parsed(path)), f"{path} does not say what it is"
+        text = (ROOT / path).read_text(encoding="utf-8")
+        assert not re.search(r"\b(?:TODO|FIXME|XXX)\b", text), path
+
+
+def child(code: str) -> dict:
+    """What a fresh interpreter prints, as JSON; without pytest's settings."""
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(("JAX_", "XLA_", "TF_"))}
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+# Time of the processor, not of the clock: other processes of the machine are no concern of this test.
+TIMED = """
+import json, sys, time, contextlib, io
+start = time.process_time()
+{statement}
+heavy = {{"jax", "jaxlib", "tensorflow", "transformers", "datasets", "torch", "orbax", "grain", "flax"}}
+heavy &= set(sys.modules)
+print(json.dumps({{"seconds": time.process_time() - start, "heavy": sorted(heavy)}}))
+"""
+
+
+@pytest.mark.parametrize(
+    ("statement", "limit"),
+    [
+        ("import jaxsi", 0.3),
+        ("from jaxsi.main import main\nwith contextlib.redirect_stdout(io.StringIO()): main(['--help'])", 1.0),
+        (
+            "from jaxsi.main import main\nwith contextlib.redirect_stdout(io.StringIO()): main(['generate', '--help'])",
+            2.0,
+        ),
+        ("from jaxsi.main import main\nwith contextlib.redirect_stdout(io.StringIO()): main(['run', '--help'])", 1.0),
+        ("from jaxsi.commands.status import status", 2.0),
+    ],
+    ids=["import", "--help", "generate --help", "run --help", "status"],
+)
+def test_starting_is_cheap(statement, limit):
+    result = child(TIMED.format(statement=statement))
+    assert result["heavy"] == []
+    assert result["seconds"] < limit
+
+
+def test_tensorflow_comes_only_where_it_is_used():
+    result = child(TIMED.format(statement="import jaxsi\njaxsi.load, jaxsi.generate, jaxsi.score"))
+    assert not {"tensorflow", "torch", "datasets"} & set(result["heavy"])
+
+
+def test_the_wheel_holds_what_is_not_python(tmp_path):
+    pytest.importorskip("hatchling", reason="pip install 'jaxsi[test]'")
+    build = [sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", str(tmp_path)]
+    subprocess.run(build, cwd=ROOT, check=True, capture_output=True)
+    (wheel,) = tmp_path.glob("*.whl")
+    inside = set(zipfile.ZipFile(wheel).namelist())
+    shipped = {path.relative_to(ROOT).as_posix() for path in PACKAGE.rglob("*") if path.is_file()}
+    shipped = {name for name in shipped if "__pycache__" not in name}
+    assert {
+        "jaxsi/prompts/self_rewarding_judge.txt",
+        "jaxsi/prompts/plain_chat.jinja",
+        "jaxsi/toyworld/judge.txt",
+    } <= inside
+    assert shipped <= inside
+    assert not [name for name in inside if name.startswith(("tests/", "configs/"))]
+    seed = [name for name in shipped if name.startswith("jaxsi/toyworld/seed_model/")]
+    assert sum((ROOT / name).stat().st_size for name in seed) <= 8 * 2**20
+
+
+def test_what_is_imported_is_declared():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    declared = {re.split(r"[^A-Za-z0-9_-]", text)[0].lower().replace("-", "_") for text in project["dependencies"]}
+    declared |= {"orbax", "tensorflow"}  # of orbax-checkpoint and tensorflow-text
+    used = set()
+    for path in MODULES:
+        for node in ast.walk(parsed(path)):
+            if isinstance(node, ast.Import):
+                used |= {alias.name.split(".")[0] for alias in node.names}
+            elif isinstance(node, ast.ImportFrom) and node.module:
+                used.add(node.module.split(".")[0])
+    assert used - set(sys.stdlib_module_names) - {"jaxsi"} <= declared
+
+
+def readme_commands() -> list[list[str]]:
+    """The `jaxsi …` commands of the README's code blocks, arguments split as a shell does."""
+    readme = ROOT / "README.md"
+    text = readme.read_text(encoding="utf-8") if readme.exists() else ""
+    blocks = re.findall(r"```(?:bash|sh|console|shell)?\n(.*?)```", text, re.DOTALL)
+    lines = [line for block in blocks for line in block.replace("\\\n", " ").splitlines()]
+    parts = [part.strip() for line in lines for part in re.split(r"&&|;|\|", line.partition(" #")[0])]
+    commands = [re.sub(r"^(?:\S*/)?(?:python3? -m )?jaxsi ", "jaxsi ", part) for part in parts]
+    return [shlex.split(command)[1:] for command in commands if command.startswith("jaxsi ")]
+
+
+@pytest.mark.parametrize("command", readme_commands(), ids=" ".join)
+def test_the_commands_of_the_readme_parse(command):
+    from jaxsi.main import COMMANDS
+
+    name = next((name for name in COMMANDS if command[: len(name.split())] == name.split()), None)
+    assert name, f"there is no command {command[:2]}"
+    rest = [word for word in command[len(name.split()) :] if word not in ("--json", "--debug", "--help")]
+    if name == "run":
+        from jaxsi.commands.run import _split, configure
+
+        config, options, overrides = _split(rest)
+        assert config is not None and (ROOT / config).is_file(), f"{config} is no config of this repository"
+        configure(ROOT / config, overrides, options.prompts, options.max_prompts)
+    elif "--help" not in command:
+        import tyro
+
+        module = importlib.import_module(COMMANDS[name][0])
+        tyro.cli(getattr(module, COMMANDS[name][1].capitalize()), args=rest)

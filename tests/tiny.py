@@ -1,0 +1,111 @@
+"""A tiny random model with the toy world's real tokenizer, for tests that need the real path at a small price."""
+
+import functools
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxsi import model
+from jaxsi.lm import LM
+from jaxsi.mesh import MeshConfig, make_mesh
+from jaxsi.model import ModelConfig
+from jaxsi.records import PreferencePair, Prompt, Response
+from jaxsi.tokenizer import Tokenizer, load_tokenizer
+from jaxsi.toyworld.vocabulary import ENTRIES, build_tokenizer
+
+# Everything that the mesh cuts divides by 8 or, where the tensor axis cuts it, by 2.
+CONFIG = ModelConfig(
+    family="llama", vocab_size=ENTRIES, embed_dim=16, num_layers=2, num_heads=2, num_kv_heads=2, head_dim=8, mlp_dim=32,
+    max_positions=256,
+)  # fmt: skip
+MESHES = {"1x1x1": (1, 1, 1), "2x2x2": (2, 2, 2), "1x8x1": (1, 8, 1)}
+
+
+@functools.cache
+def mesh(name: str = "1x1x1") -> jax.sharding.Mesh:
+    """The mesh ``data x fsdp x tensor`` of that name, on the first devices."""
+    data, fsdp, tensor = MESHES[name]
+    return make_mesh(MeshConfig(data=data, fsdp=fsdp, tensor=tensor), jax.devices()[: data * fsdp * tensor])
+
+
+@functools.cache
+def tokenizer_folder() -> Path:
+    folder = Path(tempfile.mkdtemp(prefix="jaxsi-tiny-"))
+    build_tokenizer(folder)
+    return folder
+
+
+@functools.cache
+def tokenizer() -> Tokenizer:
+    return load_tokenizer(tokenizer_folder())
+
+
+@functools.cache
+def host_weights(seed: int = 0) -> Any:
+    """Weights far from their start: the next token depends on the text, is uncertain, and no two logits tie."""
+    rng = np.random.default_rng(seed)
+
+    def draw(path: tuple, p: model.Parameter) -> np.ndarray:
+        name = jax.tree_util.keystr(path)
+        scale = 1.0 if "embed" in name else 0.5 if "lm_head" in name else 0.3
+        return (scale * rng.normal(size=p.shape) + ("norm" in name)).astype(np.float32)
+
+    is_leaf = lambda x: isinstance(x, model.Parameter)  # noqa: E731
+    return jax.tree_util.tree_map_with_path(draw, model.parameters(CONFIG), is_leaf=is_leaf)
+
+
+def make_lm(mesh_name: str = "1x1x1", seed: int = 0, dtype: Any = jnp.float32) -> LM:
+    """A fresh LM; the same weights, bit for bit, on every mesh."""
+    on = mesh(mesh_name)
+    weights = jax.device_put(host_weights(seed), model.weight_shardings(CONFIG, on))
+    return LM(config=CONFIG, weights=weights, tokenizer=tokenizer(), mesh=on, dtype=jnp.dtype(dtype))
+
+
+def response(prompt: Prompt, sample: int, token_ids: list[int], *, stopped: bool = True) -> Response:
+    """A record as sampling would write it."""
+    return Response(
+        id=f"{prompt.id}#{sample}",
+        prompt_id=prompt.id,
+        sample=sample,
+        text=tokenizer().decode(token_ids),
+        token_ids=tuple(token_ids),
+        logps=(0.0,) * len(token_ids),
+        finish_reason="stop" if stopped else "length",
+        fingerprint="0" * 16,
+        template=tokenizer().template_hash,
+    )
+
+
+def preference_pairs(count: int, seed: int = 0, longest: int = 24) -> list[PreferencePair]:
+    """Pairs of ragged lengths; every third response was cut off and has no end of turn."""
+    rng = np.random.default_rng(seed)
+    made = []
+    for i in range(count):
+        prompt = Prompt.of(f"p{i}", " ".join(["loop", "tree", "sun"][: 1 + i % 3]))
+
+        def ids(n: int) -> list[int]:
+            tokens = rng.integers(10, ENTRIES, rng.integers(1, longest)).tolist()
+            return tokens if n % 3 == 0 else [*tokens, tokenizer().eos_id]
+
+        sides = [response(prompt, n, ids(i + n), stopped=(i + n) % 3 != 0) for n in (0, 1)]
+        made.append(
+            PreferencePair(
+                id=prompt.id,
+                messages=prompt.messages,
+                chosen=sides[0],
+                rejected=sides[1],
+                chosen_score=2.0,
+                rejected_score=1.0,
+            )
+        )
+    return made
+
+
+def max_difference(a: Any, b: Any) -> float:
+    """Largest |a - b| over two trees of arrays, wherever they lie."""
+    both = zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True)
+    return max(float(np.max(np.abs(np.asarray(x, np.float64) - np.asarray(y, np.float64)))) for x, y in both)

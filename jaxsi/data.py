@@ -24,7 +24,9 @@ class DataError(ValueError):
 
 
 class TokenBatch(NamedTuple):
-    """Token sequences, one or several packed in a row. loss_mask True where a token counts; segments 0 where there is none."""
+    """Token sequences, one or several packed in a row. loss_mask True where a token counts; segments 0 where there is
+    none.
+    """
 
     tokens_BT: Any
     positions_BT: Any
@@ -33,8 +35,8 @@ class TokenBatch(NamedTuple):
 
 
 class PairBatch(NamedTuple):
-    """Preference pairs: [:, 0] chosen, [:, 1] rejected, each after its prompt. ``ref_logps_B2`` float32: the reference's
-    summed log-probabilities of the two responses. real_B False for fill."""
+    """Preference pairs: [:, 0] chosen, [:, 1] rejected, each after its prompt. ``ref_logps_B2`` float32: the
+    reference's summed log-probabilities of the two responses. real_B False for fill."""
 
     tokens_B2T: Any
     segments_B2T: Any
@@ -54,11 +56,13 @@ def encode(prompt_ids: Sequence[int], response_ids: Sequence[int]) -> Sequence_:
     """Prompt, then response; the loss counts the response, its end of turn included.
 
     Raises:
-      DataError: one of them is empty: the first token of a text has nothing to predict it, and a row needs one that counts.
+      DataError: one of them is empty: the first token of a text has nothing to predict it, and a row needs one that
+      counts.
     """
     if not len(prompt_ids) or not len(response_ids):
         raise DataError(
-            f"a prompt of {len(prompt_ids)} tokens and a response of {len(response_ids)}: each has at least 1; drop the row"
+            f"a prompt of {len(prompt_ids)} tokens and a response of {len(response_ids)}: each has at least 1; "
+            "drop the row"
         )
     tokens = np.asarray([*prompt_ids, *response_ids], np.int32)
     return Sequence_(tokens, np.arange(len(tokens)) >= len(prompt_ids))
@@ -154,7 +158,12 @@ def padded(
         T = max(sizes[i] for i in chosen)
         tokens, masks, segments = _rows([sequences[i] for i in chosen], T)
         positions_BT = np.broadcast_to(np.arange(T, dtype=np.int32), (batch_size, T)).copy()
-        return TokenBatch(_fill(batch_size, tokens, np.int32), positions_BT, _fill(batch_size, segments, np.int32), _fill(batch_size, masks, bool))  # fmt: skip
+        return TokenBatch(
+            _fill(batch_size, tokens, np.int32),
+            positions_BT,
+            _fill(batch_size, segments, np.int32),
+            _fill(batch_size, masks, bool),
+        )
 
     return Batches(_bucketed(sizes, batch_size, epochs, seed), collate, mesh)
 
@@ -201,7 +210,8 @@ def pairs(
     seed: int,
     min_length: int,
 ) -> Batches:
-    """Batches of pairs with the reference's log-probabilities, each batch as long as its bucket (at least ``min_length``)."""
+    """Batches of pairs with the reference's log-probabilities, each batch as long as its bucket (at least
+    ``min_length``)."""
     sizes = [bucket(max(len(c.tokens), len(r.tokens)), min_length) for c, r in encoded]
 
     def collate(chosen: Sequence[int]) -> PairBatch:

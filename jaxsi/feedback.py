@@ -32,7 +32,7 @@ class JudgeConfig:
 
     `expected` takes the expectation over the score strings after each justification in place of the parsed number:
     finer (fewer ties), never unparsable, and usable with a model that writes no verdicts. Defaults: K of the paper, and
-    the sampling settings of its open re-implementations (the paper states none).
+    the sampling settings of its open re-implementations (the paper states none). `batch_size` judgments are in flight.
     """
 
     num_samples: int = 3
@@ -40,6 +40,7 @@ class JudgeConfig:
     top_p: float = 0.9
     max_new_tokens: int = 256
     expected: bool = False
+    batch_size: int = 64
 
     def __post_init__(self) -> None:
         if self.num_samples < 1 or self.max_new_tokens < 1:
@@ -84,6 +85,7 @@ def judge(
             top_p=cfg.top_p,
             max_new_tokens=cfg.max_new_tokens,
             key=key,
+            batch_size=cfg.batch_size,
         ):
             generated[sample.prompt_id].append(sample)
     for id, samples in generated.items():

@@ -7,17 +7,15 @@ generated ones; the ROUGE-L threshold of 0.7 and the kind of blacklisted words a
 import functools
 import importlib.util
 import logging
-import os
 import re
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import jax
 import numpy as np
 
-from jaxsi import sampling
+from jaxsi import sampling, tensorflow_text
 from jaxsi.chat import render_prompt
 from jaxsi.lm import LM
 from jaxsi.prompts import parse_new_prompt, render_few_shot
@@ -54,6 +52,7 @@ class SelfInstruct:
     temperature: float = 0.6
     top_p: float = 0.9
     max_new_tokens: int = 128
+    batch_size: int = 64
     rouge_threshold: float = 0.7
     min_words: int = 4
     max_words: int = 150
@@ -176,6 +175,7 @@ def _sample(lm: LM, requests: list[Prompt], cfg: SelfInstruct, key: jax.Array, c
         top_p=cfg.top_p,
         max_new_tokens=cfg.max_new_tokens,
         key=key,
+        batch_size=cfg.batch_size,
     )
     by_prompt = {reply.prompt_id: reply for reply in replies}
     return [by_prompt[prompt.id] for prompt in fitting]
@@ -247,7 +247,7 @@ def _words(text: str) -> list[str]:
 
 def _f_measure_tensorflow(candidates: list[np.ndarray], pool: list[np.ndarray]) -> np.ndarray:
     """[len(candidates), len(pool)] by one call of tensorflow_text.metrics.rouge_l over all pairs."""
-    tf, tf_text = _tensorflow()
+    tf, tf_text = tensorflow_text.load()
     ragged = functools.partial(tf.RaggedTensor.from_row_lengths, validate=False)
     lengths = [len(words) for words in candidates]
     hypotheses = np.concatenate([np.tile(words, len(pool)) for words in candidates])
@@ -258,22 +258,6 @@ def _f_measure_tensorflow(candidates: list[np.ndarray], pool: list[np.ndarray]) 
             ragged(references, np.tile([len(words) for words in pool], len(candidates))),
         ).f_measure.numpy()
     return scores.reshape(len(candidates), len(pool))
-
-
-@functools.cache
-def _tensorflow() -> tuple[Any, Any]:
-    """TensorFlow and its text ops, without any accelerator: JAX owns those."""
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
-    import tensorflow as tf
-
-    for kind in ("GPU", "TPU"):
-        try:
-            tf.config.set_visible_devices([], kind)
-        except RuntimeError:  # TensorFlow was already in use; then the ops are only placed on the CPU, by tf.device
-            _log.debug("TensorFlow was initialised before jaxsi could hide the %s from it", kind)
-    import tensorflow_text as tf_text
-
-    return tf, tf_text
 
 
 def _f_measure_numpy(candidates: list[np.ndarray], pool: list[np.ndarray]) -> np.ndarray:

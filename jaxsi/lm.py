@@ -26,8 +26,8 @@ class LoadError(ValueError):
 class LM:
     """A language model. Never changed in place: ``replace`` makes the model of the next weights.
 
-    ``weights`` is the canonical tree (layers stacked, sharded by the training rules); ``dtype`` is the one that sampling and
-    scoring compute in.
+    ``weights`` is the canonical tree (layers stacked, sharded by the training rules); ``dtype`` is the one that
+    sampling and scoring compute in.
     """
 
     config: ModelConfig
@@ -98,16 +98,17 @@ def fingerprint(weights: Weights) -> str:
     return hashlib.sha256(json.dumps(list(zip(names, values, strict=True))).encode()).hexdigest()[:16]
 
 
-# ------------------------------------------------------------------------------------------------------- load and save
+# -------------------------------------------------------------------------------------------------------- load and save
 
 
 def load(path: str | Path, mesh: Mesh | None = None, dtype: Any = "bfloat16", *, weights_dtype: Any = None) -> LM:
-    """Loads MODEL: a Hugging Face folder or hub name, a jaxsi checkpoint, a run directory (its newest complete iteration)
-    or ``RUN_DIR@t``.
+    """Loads MODEL: a Hugging Face folder or hub name, a jaxsi checkpoint, a run directory (its newest complete
+    iteration) or ``RUN_DIR@t``.
 
     Args:
       mesh: where the weights go; by default all devices on the fsdp axis.
-      dtype: of sampling and scoring. weights_dtype: of the stored weights, ``dtype`` by default; training wants float32.
+      dtype: of sampling and scoring. weights_dtype: of the stored weights, ``dtype`` by default; training wants
+      float32.
 
     Raises:
       LoadError: the path names nothing loadable. hf.HFError, checkpoint.CheckpointError: it does, and it is broken.
@@ -127,8 +128,8 @@ def load(path: str | Path, mesh: Mesh | None = None, dtype: Any = "bfloat16", *,
 
 
 def save_checkpoint(lm: LM, folder: Path, meta: dict[str, Any]) -> None:
-    """Writes what ``load`` needs: Orbax weights, the model's config and the tokenizer. The weights are written last, and
-    they appear complete or not at all."""
+    """Writes what ``load`` needs: Orbax weights, the model's config and the tokenizer. The weights are written last,
+    and they appear complete or not at all."""
     folder.mkdir(parents=True, exist_ok=True)
     if jax.process_index() == 0:
         (folder / "config.json").write_text(json.dumps(hf.config_json(lm.config, dtype="float32"), indent=2))

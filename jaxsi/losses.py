@@ -1,8 +1,8 @@
 """Losses: pure functions of token log-probabilities and masks, each returning (sum, count).
 
-The caller divides the sum by the count of the whole global batch, so that neither accumulation nor the number of devices
-changes the loss. Every pair loss takes the same ``PairLogps`` and ``beta``, so that a config names the function itself.
-"""
+The caller divides the sum by the count of the whole global batch, so that neither accumulation nor the number of
+devices changes the loss. Every pair loss takes the same ``PairLogps`` and ``beta``, so that a config names the
+function itself."""
 
 from typing import NamedTuple
 
@@ -70,14 +70,14 @@ def _means(p: PairLogps) -> tuple[PerPair, PerPair]:
 
 
 def simpo(p: PairLogps, *, beta: float, gamma: float = 1.0) -> Loss:
-    """-log sigma(beta * (mean logp chosen - mean logp rejected) - gamma): no reference (Meng et al. 2024, equation 6)."""
+    """-log sigma(beta * (mean logp chosen - mean logp rejected) - gamma): no reference (Meng et al. 2024, eq. 6)."""
     chosen_B, rejected_B = _means(p)
     return _total(-jax.nn.log_sigmoid(beta * (chosen_B - rejected_B) - gamma), p.real_B)
 
 
 def orpo(p: PairLogps, *, beta: float) -> Loss:
-    """Mean negative log-likelihood of the chosen response plus beta * -log sigma(log odds ratio), the odds being q / (1 - q)
-    of q = exp(mean token logp) (Hong et al. 2024, equations 5 to 7, whose lambda is beta here)."""
+    """Mean negative log-likelihood of the chosen response plus beta * -log sigma(log odds ratio), the odds being q /
+    (1 - q) of q = exp(mean token logp) (Hong et al. 2024, equations 5 to 7, whose lambda is beta here)."""
     chosen_B, rejected_B = _means(p)
     log_odds_B = (chosen_B - _log1mexp(chosen_B)) - (rejected_B - _log1mexp(rejected_B))
     return _total(-chosen_B - beta * jax.nn.log_sigmoid(log_odds_B), p.real_B)
@@ -89,6 +89,6 @@ def _log1mexp(x_B: PerPair) -> PerPair:
 
 
 def nll(p: PairLogps) -> Loss:
-    """Mean token negative log-likelihood of the chosen response: the term that keeps DPO from pushing the chosen response
-    down together with the rejected (Pang et al. 2024, equation 1)."""
+    """Mean token negative log-likelihood of the chosen response: the term that keeps DPO from pushing the chosen
+    response down together with the rejected (Pang et al. 2024, equation 1)."""
     return _total(-_means(p)[0], p.real_B)

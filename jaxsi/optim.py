@@ -54,8 +54,8 @@ def schedule(config: OptimConfig, steps: int) -> optax.Schedule:
 
 
 def make_optimizer(config: OptimConfig) -> optax.GradientTransformation:
-    """AdamW without its learning rate: the train step multiplies by it, so that runs of different lengths, whose schedules
-    differ, share one compiled program."""
+    """AdamW without its learning rate: the train step multiplies by it, so that runs of different lengths, whose
+    schedules differ, share one compiled program."""
     adam = optax.chain(
         optax.scale_by_adam(b1=config.b1, b2=config.b2, eps=config.eps), optax.add_decayed_weights(config.weight_decay)
     )

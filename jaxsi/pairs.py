@@ -33,8 +33,8 @@ def best_and_worst(
     Args:
       length_control: rho of Meta-Rewarding (arXiv 2407.19594): among responses within rho * (best - worst) of the best
         score the shortest (in tokens) is chosen, within as much of the worst the longest is rejected. 0 <= rho < 0.5.
-      reject_cut_off, choose_cut_off: let a response that the token limit cut off be the rejected, or the chosen one. It is
-        trained on as it was sampled, without an end of turn.
+      reject_cut_off, choose_cut_off: let a response that the token limit cut off be the rejected, or the chosen one.
+        It is trained on as it was sampled, without an end of turn.
 
     Returns: the pairs in the order of `prompts`, and counts: prompts, pairs, ties, too_few, small_gap, identical, and
       unscored and cut_off responses.

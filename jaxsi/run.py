@@ -18,7 +18,6 @@ import json
 import operator
 import os
 import shutil
-import sys
 import time
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -28,6 +27,7 @@ from typing import Any, ClassVar, Protocol, Self, TypeVar
 import numpy as np
 
 from jaxsi.config import RunError, check_config, describe_config
+from jaxsi.progress import processes, progress
 from jaxsi.records import RecordError, read_jsonl, write_atomically, write_jsonl
 
 Record = TypeVar("Record")
@@ -52,6 +52,7 @@ class Run:
     def __init__(self, path: Path, config: RunConfig, lock: int | None):
         self.path, self.config = path, config
         self._let_go = (lambda: None) if lock is None else weakref.finalize(self, os.close, lock)
+        self.inside = 0.0  # seconds of the stages that are done inside the one under way
 
     @staticmethod
     def open(directory: Path | str, config: RunConfig, *, resume: bool = True) -> "Run":
@@ -216,7 +217,7 @@ class Scope:
         return fold(jax.random.key(self.run.config.seed, impl="threefry2x32"), self.name, *names)
 
     def seconds(self) -> dict[str, float]:
-        """{stage: seconds spent}, over every time it was done in this scope."""
+        """{stage: seconds spent, less those of stages inside it}, over every time it was done in this scope."""
         total: dict[str, float] = {}
         for entry in _read_journal(self.run.path):
             if entry["scope"] == self.name and entry["event"] == "done":
@@ -233,8 +234,14 @@ class Scope:
     @contextlib.contextmanager
     def _timed(self, name: str) -> Iterator[Callable[[int | None], None]]:
         self.run.journal(self.name, name, "start")
-        start = time.monotonic()
-        yield lambda count: self.run.journal(self.name, name, "done", seconds=time.monotonic() - start, records=count)
+        start, around, self.run.inside = time.monotonic(), self.run.inside, 0.0
+
+        def done(count: int | None) -> None:
+            seconds = time.monotonic() - start
+            self.run.journal(self.name, name, "done", seconds=seconds - self.run.inside, records=count)
+            self.run.inside = around + seconds
+
+        yield done
 
     def _reused(self, name: str, result: Any) -> Any:
         count = len(result) if isinstance(result, list) else None
@@ -434,23 +441,15 @@ def _is_locked(path: Path) -> bool:
     return False
 
 
-# ---- processes and progress ------------------------------------------------------------------------------------------
-
-
-def _processes() -> tuple[int, int]:
-    """(index of this process, how many there are): one, unless jax.distributed is initialised. Starts no backend."""
-    jax = sys.modules.get("jax")
-    if jax is None or not jax.distributed.is_initialized():
-        return 0, 1
-    return jax.process_index(), jax.process_count()
+# ---- processes -------------------------------------------------------------------------------------------------------
 
 
 def _is_writer() -> bool:
-    return _processes()[0] == 0
+    return processes()[0] == 0
 
 
 def _barrier(name: str) -> None:
-    if _processes()[1] > 1:
+    if processes()[1] > 1:
         from jax.experimental import multihost_utils
 
         multihost_utils.sync_global_devices(f"jaxsi {name}")
@@ -458,42 +457,8 @@ def _barrier(name: str) -> None:
 
 def _agreed(flags: list[bool]) -> list[bool]:
     """What process 0 sees: two processes that look at a folder at two moments must not part ways."""
-    if _processes()[1] == 1 or not flags:
+    if processes()[1] == 1 or not flags:
         return flags
     from jax.experimental import multihost_utils
 
     return np.asarray(multihost_utils.broadcast_one_to_all(np.asarray(flags))).tolist()
-
-
-@contextlib.contextmanager
-def progress(label: str, total: int) -> Iterator[Callable[[int, bool], None]]:
-    """Yields advance(items, worked): a bar on a terminal, else a line about every ten seconds, with the time left."""
-    if not _is_writer():
-        yield lambda items, worked: None
-    elif sys.stderr.isatty():
-        from rich.console import Console
-        from rich.progress import Progress
-
-        with Progress(console=Console(stderr=True)) as bar:
-            task = bar.add_task(label, total=total)
-            yield lambda items, worked: bar.advance(task, items)
-    else:
-        yield _LogLines(label, total)
-
-
-class _LogLines:
-    """Progress for logs: "iter_2/candidates 512/4096, 3:20 left"."""
-
-    def __init__(self, label: str, total: int):
-        self.label, self.total = label, total
-        self.done = self.worked = 0
-        self.start = self.said = time.monotonic()
-
-    def __call__(self, items: int, worked: bool) -> None:
-        now = time.monotonic()
-        self.done += items
-        self.worked += items if worked else 0
-        if now - self.said >= 10 and self.worked and self.done < self.total:
-            left, seconds = divmod(round((now - self.start) / self.worked * (self.total - self.done)), 60)
-            print(f"{self.label} {self.done}/{self.total}, {left}:{seconds:02d} left", file=sys.stderr, flush=True)
-            self.said = now

@@ -27,8 +27,8 @@ FIRST_SEGMENT = 64  # decode steps before the cache grows for the first time; ea
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SamplingConfig:
-    """How candidates are sampled; the defaults are the Self-Rewarding paper's. ``dtype`` of sampling, judging and scoring;
-    ``batch_size`` rows are in flight at a time."""
+    """How candidates are sampled; the defaults are the Self-Rewarding paper's. ``dtype`` of sampling, judging and
+    scoring; ``batch_size`` rows are in flight at a time."""
 
     num_samples: int = 4
     temperature: float = 0.7
@@ -56,7 +56,8 @@ class StaleRecordsError(ValueError):
 
 
 class Settings(NamedTuple):
-    """Sampling settings, traced: other values do not compile again. temperature 0 is greedy, top_k 0 and top_p 1 are off."""
+    """Sampling settings, traced: other values do not compile again. temperature 0 is greedy, top_k 0 and top_p 1 are
+    off."""
 
     temperature_B: jax.Array
     top_p_B: jax.Array
@@ -76,12 +77,12 @@ class Sampled(NamedTuple):
     steps: jax.Array
 
 
-# -------------------------------------------------------------------------------------------------------- token sampling
+# ------------------------------------------------------------------------------------------------------- token sampling
 
 
 def _threshold(p_BV: jax.Array, measure: Any, target_B: jax.Array) -> jax.Array:
-    """The largest t per row with measure(p >= t) >= target, found by bisection over the bits of non-negative floats, whose
-    integer order is their own: exact in 31 passes, where a sort of the vocabulary costs many times more."""
+    """The largest t per row with measure(p >= t) >= target, found by bisection over the bits of non-negative floats,
+    whose integer order is their own: exact in 31 passes, where a sort of the vocabulary costs many times more."""
     low = jnp.zeros(p_BV.shape[:1], jnp.int32)
     high = jnp.full(p_BV.shape[:1], np.float32(2.0).view(np.int32), jnp.int32)
 
@@ -97,7 +98,7 @@ def _threshold(p_BV: jax.Array, measure: Any, target_B: jax.Array) -> jax.Array:
 
 
 def truncate(p_BV: jax.Array, top_p_B: jax.Array, top_k_B: jax.Array) -> jax.Array:
-    """Unnormalised probabilities with all but the top k, then all but the nucleus of mass p, set to 0 (ties are kept)."""
+    """Unnormalised probabilities: 0 but for the top k and, of these, the nucleus of mass p (ties are kept)."""
 
     def keep_top_k(p_BV: jax.Array) -> jax.Array:
         k_B = jnp.where(top_k_B > 0, top_k_B, p_BV.shape[1])
@@ -130,9 +131,9 @@ def draw(p_BV: jax.Array, u_B: jax.Array) -> jax.Array:
 
 
 def _first_crossing(ends_BN: jax.Array, mass_BN: jax.Array, target_B: jax.Array) -> jax.Array:
-    """The first index whose end lies above the target and whose mass is not 0. Parallel prefix sums are not monotone to the
-    last bit: without the second condition a token that was cut off could be drawn, and at the very end none may cross (the
-    likeliest then)."""
+    """The first index whose end lies above the target and whose mass is not 0. Parallel prefix sums are not monotone
+    to the last bit: without the second condition a token that was cut off could be drawn, and at the very end none
+    may cross (the likeliest then)."""
     crossing_BN = (ends_BN > target_B[:, None]) & (mass_BN > 0)
     found_B = jnp.any(crossing_BN, axis=-1)
     return jnp.where(found_B, jnp.argmax(crossing_BN, axis=-1), jnp.argmax(mass_BN, axis=-1))
@@ -230,7 +231,7 @@ def generate_tokens(
     return Sampled(tokens_BM, logps_BM, counts_B, is_stop(final_B), steps)
 
 
-# ----------------------------------------------------------------------------------------------------------- host side
+# ------------------------------------------------------------------------------------------------------------ host side
 
 
 def bucket(n: int, smallest: int = 16) -> int:
@@ -440,11 +441,12 @@ def generate(
 
 
 def check_sampled_by(lm: LM, responses: Sequence[Response]) -> None:
-    """Raises StaleRecordsError where a response is of other weights or another chat template than ``lm``'s: a file of records
-    outlives the model folder that it was made with."""
+    """Raises StaleRecordsError where a response is of other weights or another chat template than ``lm``'s: a file of
+    records outlives the model folder that it was made with."""
     for r in responses:
         if (r.fingerprint, r.template) != (lm.fingerprint, lm.tokenizer.template_hash):
             raise StaleRecordsError(
                 f"response {r.id!r} was sampled by weights {r.fingerprint} with template {r.template}; this model has "
-                f"{lm.fingerprint} and {lm.tokenizer.template_hash}: restore the model of this run, or start a new run directory"
+                f"{lm.fingerprint} and {lm.tokenizer.template_hash}: restore the model of this run, or start a new "
+                "run directory"
             )

@@ -3,29 +3,10 @@
 tensorflow_text tells ids but not which pieces are control symbols, so the few fields needed are read here.
 """
 
-import functools
-import os
-import warnings
 from collections.abc import Iterator
 from typing import Any
 
-
-@functools.cache
-def _tensorflow_text() -> Any:
-    """tensorflow_text, imported at the first tokenizer.model, with TensorFlow kept off the accelerators JAX uses."""
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # TensorFlow's own imports; nothing here can act on them
-        import tensorflow as tf
-
-        for kind in ("GPU", "TPU"):
-            try:
-                tf.config.set_visible_devices([], kind)
-            except RuntimeError:  # the application ran TensorFlow before: its choice of devices stands
-                if tf.config.get_visible_devices(kind):
-                    warnings.warn(f"TensorFlow already uses the {kind}; it will compete with JAX", stacklevel=2)
-        import tensorflow_text
-    return tensorflow_text
+from jaxsi import tensorflow_text
 
 
 def _wire_fields(data: bytes) -> Iterator[tuple[int, int | bytes]]:
@@ -107,7 +88,7 @@ class SentencePieceModel:
         `unread`: pieces that no text is read as."""
         if (prefix, unread) not in self._processors:
             model = self._model if prefix and not unread else self._variant(prefix, unread)
-            self._processors[prefix, unread] = _tensorflow_text().SentencepieceTokenizer(model=model)
+            self._processors[prefix, unread] = tensorflow_text.load()[1].SentencepieceTokenizer(model=model)
         return self._processors[prefix, unread]
 
     def _variant(self, prefix: bool, unread: frozenset[int]) -> bytes:

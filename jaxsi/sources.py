@@ -9,7 +9,7 @@ import hashlib
 import json
 import re
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -315,13 +315,10 @@ def _table(name: str, source: str, split: str) -> Any:
     local = path.exists() or source.startswith((".", "/")) or kind is not None
     if local and not path.exists():
         raise SourceError(f"{name}: there is no file {source}; check the path or give a hub name")
-    load: Callable[[], Any] = (
-        (lambda: datasets.load_dataset(kind, data_files=str(path), split="train"))
-        if path.is_file()
-        else (lambda: datasets.load_dataset(source, split=split))
-    )
     try:
-        return load()
+        if path.is_file() and kind is not None:
+            return datasets.load_dataset(kind, data_files=str(path), split="train")
+        return datasets.load_dataset(source, split=split)
     except Exception as error:  # the library raises dozens of types; to the user they mean one of two things
         fix = "check that the file is whole" if local else "check name, split and network, or give a local file"
         raise SourceError(f"{name}: cannot read {source} ({type(error).__name__}: {error}); {fix}") from error

@@ -22,6 +22,7 @@ from jaxsi.lm import LM
 from jaxsi.losses import PairLogps
 from jaxsi.model import ModelConfig, Weights
 from jaxsi.optim import OptimConfig
+from jaxsi.progress import progress
 from jaxsi.records import PreferencePair, SFTExample
 from jaxsi.run import Scope
 
@@ -36,8 +37,8 @@ class TrainingError(RuntimeError):
 class TrainConfig:
     """How to train. ``batch_size`` is global, in rows (packed rows for SFT on CPU and TPU, pairs for DPO).
 
-    ``max_length``: the longest sequence in tokens; longer ones are dropped and counted. ``min_length``: the shortest padded
-    length, so that short data compile once. ``checkpoint_every`` optimizer steps, a checkpoint to resume from.
+    ``max_length``: the longest sequence in tokens; longer ones are dropped and counted. ``min_length``: the shortest
+    padded length, so that short data compile once. ``checkpoint_every`` optimizer steps, a checkpoint to resume from.
     """
 
     optim: OptimConfig
@@ -53,33 +54,29 @@ class TrainConfig:
     log_every: int = 10
 
     def __post_init__(self) -> None:
-        least = {
-            name: getattr(self, name) for name in ("batch_size", "accumulate", "epochs", "min_length", "log_every")
-        }
-        least |= {"checkpoint_every": self.checkpoint_every, "max_length": self.max_length}
-        if wrong := [f"{name} is {value}" for name, value in least.items() if value < 1]:
+        numbers = {name: value for name, value in vars(self).items() if type(value) is int}
+        if wrong := [f"{name} is {value}" for name, value in numbers.items() if value < 1]:
             raise ValueError(f"{', '.join(wrong)}; the least is 1")
-        if self.max_steps is not None and self.max_steps < 1:
-            raise ValueError(f"max_steps is {self.max_steps}; the least is 1, and None is all epochs")
         if self.batch_size % self.accumulate:
             raise ValueError(
-                f"batch_size {self.batch_size} does not divide in accumulate = {self.accumulate} parts; change one of them"
+                f"batch_size {self.batch_size} does not divide in accumulate = {self.accumulate} parts; "
+                "change one of them"
             )
 
     def check(self, mesh: Mesh) -> None:
-        """Raises MeshError where the rows of a micro-batch do not divide among the devices: before anything is computed."""
+        """Raises MeshError where the rows of a micro-batch do not divide among the devices."""
         rows, parts = self.batch_size // self.accumulate, meshlib.axis_size(mesh, "batch")
         if rows % parts:
             raise meshlib.MeshError(
-                f"batch_size {self.batch_size} / accumulate {self.accumulate} = {rows} rows do not divide among the {parts} "
-                "parts of the batch (mesh axes data x fsdp); change one of the three"
+                f"batch_size {self.batch_size} / accumulate {self.accumulate} = {rows} rows do not divide among the "
+                f"{parts} parts of the batch (mesh axes data x fsdp); change one of the three"
             )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DPOConfig:
-    """Preference training: ``loss`` is a pair loss of losses.py. ``nll_coef`` weighs the likelihood of the chosen response
-    beside it (0 is the paper's DPO)."""
+    """Preference training: ``loss`` is a pair loss of losses.py. ``nll_coef`` weighs the likelihood of the chosen
+    response beside it (0 is the paper's DPO)."""
 
     train: TrainConfig
     loss: Callable[..., losses.Loss] = losses.dpo
@@ -96,7 +93,7 @@ class State(NamedTuple):
     skipped: jax.Array
 
 
-# ---------------------------------------------------------------------------------------------------------- train step
+# ----------------------------------------------------------------------------------------------------------- train step
 
 Metrics = dict[str, tuple[jax.Array, jax.Array]]  # name -> (sum, count)
 
@@ -205,13 +202,14 @@ def train_step(
 
 
 def initial_state(weights: Weights, optimizer: OptimConfig) -> State:
-    """The state before the first step, with a copy of the weights: the step donates its state, and the caller's model lives on."""
+    """The state before the first step, with a copy of the weights: the step donates its state, and the caller's model
+    lives on."""
     weights = jax.tree.map(jnp.copy, weights)
     replicated = meshlib.sharding(jax.tree.leaves(weights)[0].sharding.mesh, ())
     optimizer_ = optim.make_optimizer(optimizer)
     # Zeros depend on no weight, so without a word XLA puts them all on one device.
     layout = optax.tree_utils.tree_map_params(
-        optimizer_,
+        optimizer_.init,
         lambda _, w: w.sharding,
         jax.eval_shape(optimizer_.init, weights),
         weights,
@@ -221,7 +219,7 @@ def initial_state(weights: Weights, optimizer: OptimConfig) -> State:
     return State(weights, moments, jax.device_put(jnp.int32(0), replicated), jax.device_put(jnp.int32(0), replicated))
 
 
-# ---------------------------------------------------------------------------------------------------------------- loop
+# ----------------------------------------------------------------------------------------------------------------- loop
 
 
 def fit(
@@ -236,8 +234,9 @@ def fit(
     """Trains, or takes up training where its last checkpoint left it, and saves the result as the scope's checkpoint.
 
     Args:
-      better: early stopping. Every ``checkpoint_every`` steps and at the end, ``better(now, previous)`` compares with the
-        previous checkpoint (the first time, with ``lm``); training ends, with the previous weights, when it is False.
+      better: early stopping. Every ``checkpoint_every`` steps and at the end, ``better(now, previous)`` compares with
+        the previous checkpoint (the first time, with ``lm``); training ends, with the previous weights, when it is
+        False.
 
     Raises:
       TrainingError: no batches, or MAX_SKIPPED gradients in a row that are not finite.
@@ -254,23 +253,26 @@ def fit(
     log = _Log(scope.path / "train.jsonl", done, total)
     # What early stopping compares with, and goes back to: the model at the last checkpoint.
     previous, previous_step = (lm if done == 0 or better is None else _snapshot(lm, state)), done
-    for step in range(done, total):
-        state, metrics = train_step(
-            state, batches[step], rates[step], loss=loss, optimizer=config.optim, accumulate=config.accumulate
-        )
-        steps, last = step + 1, step + 1 == total
-        if steps % config.log_every == 0 or last:
-            log.write(steps, float(rates[step]), metrics)
-            _check_skipped(state, steps, scope)
-        if not last and steps % config.checkpoint_every:
-            continue
-        if better is not None:
-            now = _snapshot(lm, state)
-            if not better(now, previous):
-                break
-            previous, previous_step = now, steps
-        if not last:
-            _save_resume(resume, state)
+    with progress(f"{scope.name}/train", total) as advance:
+        advance(done, False)
+        for step in range(done, total):
+            state, metrics = train_step(
+                state, batches[step], rates[step], loss=loss, optimizer=config.optim, accumulate=config.accumulate
+            )
+            advance(1, True)
+            steps, last = step + 1, step + 1 == total
+            if steps % config.log_every == 0 or last:
+                log.write(steps, float(rates[step]), metrics)
+                _check_skipped(state, steps, scope)
+            if not last and steps % config.checkpoint_every:
+                continue
+            if better is not None:
+                now = _snapshot(lm, state)
+                if not better(now, previous):
+                    break
+                previous, previous_step = now, steps
+            if not last:
+                _save_resume(resume, state)
     trained, steps = (lm.replace(state.weights), total) if better is None else (previous, previous_step)
     _save_result(trained, state, scope, {"step": steps, "stopped_early": steps < total})
     return trained
@@ -288,8 +290,8 @@ def _check_master(lm: LM) -> None:
 def _check_skipped(state: State, steps: int, scope: Scope) -> None:
     if (skipped := int(state.skipped)) >= MAX_SKIPPED:
         raise TrainingError(
-            f"{scope.path}: {skipped} updates in a row had gradients that are not finite (at most {MAX_SKIPPED - 1}) at step "
-            f"{steps}; lower the learning rate, or look at the data of these steps. The last checkpoint is kept"
+            f"{scope.path}: {skipped} updates in a row had gradients that are not finite (at most {MAX_SKIPPED - 1}) "
+            f"at step {steps}; lower the learning rate, or look at the data of these steps. The last checkpoint is kept"
         )
 
 
@@ -355,7 +357,7 @@ class _Log:
                 file.write(json.dumps(safe) + "\n")
 
 
-# ------------------------------------------------------------------------------------------------------- sft and dpo
+# ---------------------------------------------------------------------------------------------------------- sft and dpo
 
 
 def _finished(lm: LM, scope: Scope) -> LM | None:
@@ -425,7 +427,8 @@ def _digest(encoded: Sequence[tuple[Sequence_, Sequence_]], config: TrainConfig)
 
 
 def reference_logps(lm: LM, encoded: Sequence[tuple[Sequence_, Sequence_]], config: TrainConfig) -> list[list[float]]:
-    """The reference's summed log-probabilities (chosen, rejected) of each pair, by the program and the micro-batch that train."""
+    """The reference's summed log-probabilities (chosen, rejected) of each pair, by the program and the micro-batch
+    that train."""
     micro = config.batch_size // config.accumulate
     none = [(0.0, 0.0)] * len(encoded)
     batches = data.pairs(encoded, none, micro, lm.mesh, epochs=1, seed=0, min_length=config.min_length)
@@ -452,6 +455,7 @@ def _fitting(scope: Scope, sequences: Sequence[Sequence_], max_length: int) -> l
     scope.value("sft_data", lambda: {"sequences": len(kept), "dropped_too_long": len(sequences) - len(kept)})
     if not kept:
         raise TrainingError(
-            f"{scope.path}: none of {len(sequences)} examples has at most max_length = {max_length} tokens; raise max_length"
+            f"{scope.path}: none of {len(sequences)} examples has at most max_length = {max_length} tokens; "
+            "raise max_length"
         )
     return kept

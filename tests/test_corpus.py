@@ -6,8 +6,7 @@ import re
 from collections import Counter
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 
 from jaxsi.prompts import parse_new_prompt, parse_score, render_few_shot
 from jaxsi.toyworld.annotators import MODES, respond
@@ -122,7 +121,7 @@ def test_judged_responses_are_of_three_kinds():
     drawn = [judged_response(TASK, rng) for _ in range(4000)]
     assert 0.70 < sum(text in by_modes for text in drawn) / 4000 < 0.80  # some perturbations restore a mode's text
     assert all(drawn)
-    assert set(points(grade_task(TASK, text)) for text in drawn) == set(range(6))
+    assert {points(grade_task(TASK, text)) for text in drawn} == set(range(6))
 
 
 def test_new_instructions_parse_as_self_instruct_reads_them():

@@ -220,8 +220,8 @@ def test_expected_score_without_probabilities_is_invalid(lm, monkeypatch, bad):
 
 def test_expected_score_refuses_score_strings_that_begin_one_another(lm, monkeypatch):
     recorded(monkeypatch, {"p#0": ["x"]})
+    ten = dataclasses.replace(RUBRIC, high=10)
     with pytest.raises(ValueError, match="begins another"):
-        ten = dataclasses.replace(RUBRIC, high=10)
         judge(lm, PROMPTS, [answer("p", 0)], ten, JudgeConfig(num_samples=1, expected=True), KEY)
 
 

@@ -210,13 +210,3 @@ def test_rouge_l_ignores_case_and_punctuation_and_batches(monkeypatch):
     whole = rouge_l(texts, texts)
     monkeypatch.setattr(instruct, "_PAIRS_PER_CALL", 100)
     np.testing.assert_array_equal(rouge_l(texts, texts), whole)
-
-
-def test_tensorflow_sees_no_accelerator(monkeypatch):
-    tf = pytest.importorskip("tensorflow")
-    hidden = []
-    monkeypatch.setattr(tf.config, "set_visible_devices", lambda devices, kind: hidden.append((devices, kind)))
-    instruct._tensorflow.cache_clear()
-    rouge_l(["a b"], ["a c"])
-    assert hidden == [([], "GPU"), ([], "TPU")]
-    instruct._tensorflow.cache_clear()

@@ -9,9 +9,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import tiny
 
 import jaxsi
+import tiny
 from jaxsi import checkpoint, lm as lmlib
 from jaxsi.checkpoint import CheckpointError
 from jaxsi.hf import HFError
@@ -167,7 +167,7 @@ def test_run_directories_and_iterations(tmp_path: Path) -> None:
 
 def test_a_run_that_has_just_begun_is_no_model(tmp_path: Path) -> None:
     run = make_run(tmp_path / "run", ())
-    with pytest.raises(LoadError, match="no iteration complete.*none yet"):
+    with pytest.raises(LoadError, match=r"no iteration complete.*none yet"):
         lmlib.resolve(run)
 
 
@@ -184,12 +184,12 @@ def test_names_that_hold_an_at_sign(tmp_path: Path, exported: Path) -> None:
 
 def test_what_names_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "empty").mkdir()
-    with pytest.raises(LoadError, match="no config.json in it"):
+    with pytest.raises(LoadError, match=r"no config\.json in it"):
         lmlib.resolve(tmp_path / "empty")
     for absent in (tmp_path / "absent", "gpt2", "./a/b"):
         with pytest.raises(LoadError, match="no such folder; give a Hugging Face folder"):
             lmlib.resolve(absent)
-    with pytest.raises(LoadError, match="somebody/some-model: no such folder, and the hub did not give it"):
+    with pytest.raises(LoadError, match=r"somebody/some-model: no such folder, and the hub did not give it"):
         lmlib.resolve("somebody/some-model")
 
 

@@ -1,6 +1,7 @@
 """Losses against their equations in NumPy, the signs of their gradients, and what must not reach them."""
 
 import functools
+import itertools
 import math
 from collections.abc import Callable
 
@@ -120,7 +121,8 @@ def test_sft_is_the_sum_over_the_mask(rows: list[list[tuple[float, bool]]]) -> N
     assert float(count) == mask.sum()
 
 
-# --------------------------------------------------------------------------- the shift, on a model whose answer is known
+# --------------------------------------------------------------------------- the shift, on a model whose answer is
+# known
 
 V = 16
 MATRIX = np.random.default_rng(1).dirichlet(np.ones(V), V).astype(np.float32)
@@ -131,7 +133,8 @@ BIGRAM = model.ModelConfig(
 
 
 def bigram_weights() -> model.Weights:
-    """A decoder whose next-token distribution after token i is row i of MATRIX: layers that add nothing, one-hot embeddings."""
+    """A decoder whose next-token distribution after token i is row i of MATRIX: layers that add nothing, one-hot
+    embeddings."""
     zeros = model.map_parameters(lambda p: jnp.zeros(p.shape, jnp.float32), BIGRAM)
     head = jnp.asarray(np.log(MATRIX) / math.sqrt(V))  # the last norm turns a one-hot vector into sqrt(V) of it
     return zeros | {"embed": jnp.eye(V), "final_norm": jnp.ones(V), "lm_head": head}
@@ -145,7 +148,7 @@ def bigram_logps(weights: model.Weights, tokens: np.ndarray) -> jax.Array:
 
 def test_log_probability_of_a_known_transition_matrix() -> None:
     tokens = np.array([3, 1, 4, 1, 5, 9, 2, 6], np.int32)
-    expected = [0.0] + [math.log(MATRIX[a, b]) for a, b in zip(tokens[:-1], tokens[1:], strict=True)]
+    expected = [0.0] + [math.log(MATRIX[a, b]) for a, b in itertools.pairwise(tokens)]
     np.testing.assert_allclose(bigram_logps(bigram_weights(), tokens)[0], expected, rtol=1e-5)
 
 

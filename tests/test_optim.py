@@ -64,7 +64,7 @@ def test_adamw_is_optax_adamw(clip_norm: float | None, weight_decay: float) -> N
     loss = lambda w: jnp.sum(jnp.square(w["a"])) * 3 + jnp.sum(jnp.sin(5 * w["b"]))  # noqa: E731
     for step in range(10):
         updates, my_state = ours.update(jax.grad(loss)(mine), my_state, mine)
-        mine = jax.tree.map(lambda w, u, r=rate(step): w - r * u, mine, updates)
+        mine = jax.tree.map(lambda w, u, r: w - r * u, mine, updates, jax.tree.map(lambda _: rate(step), mine))  # noqa: B023
         updates, your_state = theirs.update(jax.grad(loss)(yours), your_state, yours)
         yours = optax.apply_updates(yours, updates)
     for name in mine:

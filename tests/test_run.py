@@ -429,15 +429,26 @@ def test_journal_seconds_and_status(tmp_path, monkeypatch):
         status(tmp_path / "nothing")
 
 
-def test_log_lines_tell_the_time_left(monkeypatch, capsys):
+def test_the_time_of_a_stage_inside_another_counts_once(tmp_path, monkeypatch):
     now = [0.0]
     monkeypatch.setattr(run_module.time, "monotonic", lambda: now[0])
-    log = run_module._LogLines("iter_2/candidates", 100)
-    log(50, False)  # read from disk, at no cost: not part of the rate
-    for second in (6.0, 12.0):
-        now[0] = second
-        log(10, True)
-    assert capsys.readouterr().err == "iter_2/candidates 70/100, 0:18 left\n"
+
+    def wait(seconds):
+        now[0] += seconds
+        return seconds
+
+    with Run.open(tmp_path / "run", Config()) as run:
+        scope = run.at("iter_1")
+
+        def outer():
+            wait(1.0)
+            scope.value("inner", wait, 4.0)
+            scope.value("other", wait, 2.0)
+            return wait(0.5)
+
+        scope.value("outer", outer)
+        scope.value("after", wait, 3.0)
+        assert scope.seconds() == {"inner": 4.0, "other": 2.0, "outer": 1.5, "after": 3.0}
 
 
 # ---- named keys ------------------------------------------------------------------------------------------------------

@@ -9,15 +9,20 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import tiny
 from hypothesis import given, settings, strategies as st
 from jax.sharding import Mesh
 
+import tiny
 from jaxsi import lm as lmlib, run, sampling, scoring
 from jaxsi.lm import LM
 from jaxsi.records import Prompt
 from jaxsi.sampling import (
-    PromptTooLongError, SamplingConfig, StaleRecordsError, check_sampled_by, generate, generate_ids,
+    PromptTooLongError,
+    SamplingConfig,
+    StaleRecordsError,
+    check_sampled_by,
+    generate,
+    generate_ids,
 )  # fmt: skip
 
 WORDS = ["loop", "tree", "sun moon", "loop tree sun moon", "tree tree"]
@@ -241,9 +246,8 @@ def test_each_row_has_its_own_settings() -> None:
     ]
 
     def sampled(rows: list[tuple[float, float, int]]) -> np.ndarray:
-        t, p, k = (
-            jnp.asarray(column, dtype) for column, dtype in zip(zip(*rows), (jnp.float32, jnp.float32, jnp.int32))
-        )
+        columns = zip(*rows, strict=True)
+        t, p, k = (jnp.asarray(column, dtype) for column, dtype in zip(columns, ("f4", "f4", "i4"), strict=True))
         out = sampling.generate_tokens(
             lm.sampling_weights, prompts, jnp.full(8, 3), jnp.ones(8, bool), jax.random.split(jax.random.key(0), 8),
             sampling.Settings(t, p, k, jnp.full(8, -1), jnp.int32(10)),
@@ -419,7 +423,7 @@ def test_errors_name_the_value_and_the_fix() -> None:
         with pytest.raises(ValueError, match=message):
             SamplingConfig(**wrong)
     with pytest.raises(ValueError, match="9 stop ids given, at most 8"):
-        generate_ids(lm, IDS, KEYS, stop_ids=range(9))
+        generate_ids(lm, IDS, KEYS, stop_ids=range(9), max_new_tokens=12)
     assert generate(lm, []) == [] and generate_ids(lm, [], []) == []
 
 

@@ -3,8 +3,8 @@
 import jax
 import numpy as np
 import pytest
-import tiny
 
+import tiny
 from jaxsi import data, model, scoring
 from jaxsi.chat import render_prompt, render_response
 from jaxsi.records import Prompt

@@ -20,7 +20,18 @@ PACKAGE = ROOT / "jaxsi"
 
 # From the bottom up. A module imports from its own layer and from those below it; "x" stands for x.py and all of x/.
 LAYERS = (
-    ("__init__", "config", "config_file", "records", "mesh", "losses", "metrics", "prompts"),
+    (
+        "__init__",
+        "config",
+        "config_file",
+        "records",
+        "mesh",
+        "losses",
+        "metrics",
+        "progress",
+        "prompts",
+        "tensorflow_text",
+    ),
     ("model", "optim", "run", "pairs", "sources"),
     ("hf_config", "hf", "sentencepiece_model", "tokenizer", "chat", "checkpoint"),
     ("lm",),

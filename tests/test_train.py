@@ -12,8 +12,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import tiny
 
+import tiny
 from jaxsi import checkpoint, data, lm as lmlib, losses, train
 from jaxsi.lm import LM
 from jaxsi.mesh import MeshError
@@ -129,8 +129,8 @@ def test_nll_term_and_other_pair_losses_go_through_the_same_step() -> None:
 
 
 def test_gradients_reach_exactly_the_responses_targets() -> None:
-    """The gradient of the logits is zero where the target is of the prompt or padding, and not where it is of a response,
-    the end of turn among them; a fill row has none at all."""
+    """The gradient of the logits is zero where the target is of the prompt or padding, and not where it is of a
+    response, the end of turn among them; a fill row has none at all."""
     lm = tiny.make_lm()
     batch = batches(lm)[2]
     B, _, T = batch.tokens_B2T.shape
@@ -205,9 +205,10 @@ def test_a_killed_fit_resumes_to_the_same_bits(
     with Run.open(tmp_path / "whole", Config()) as run:
         whole = run.at("iter_1")
         expected = fit(lm, whole)
-        with monkeypatch.context() as patch, pytest.raises(Killed):
+        with monkeypatch.context() as patch:
             kill_after(patch, module, name, calls)
-            fit(lm, scope)
+            with pytest.raises(Killed):
+                fit(lm, scope)
         with (scope.path / "train.jsonl").open("a") as file:
             file.write('{"step": 5, "of"')  # torn by the kill
         again = fit(lm, scope)
@@ -267,9 +268,10 @@ def test_early_stopping_resumes_with_the_right_previous_model(scope: Scope, monk
         seen.append((now.fingerprint, previous.fingerprint))
         return len(seen) < 3
 
-    with monkeypatch.context() as patch, pytest.raises(Killed):
+    with monkeypatch.context() as patch:
         kill_after(patch, train, "train_step", 5)
-        fit(lm, scope, better=better)
+        with pytest.raises(Killed):
+            fit(lm, scope, better=better)
     trained = fit(lm, scope, better=better)  # from step 4
     assert len(seen) == 3 and seen[2][1] == seen[1][0] and trained.fingerprint == seen[1][0]
 
@@ -370,7 +372,7 @@ def test_over_long_pairs_are_dropped_and_counted(scope: Scope, monkeypatch: pyte
         ({"batch_size": 6, "accumulate": 4}, "batch_size 6 does not divide in accumulate = 4 parts"),
         ({"accumulate": 0}, "accumulate is 0; the least is 1"),
         ({"min_length": 0, "log_every": 0}, "min_length is 0, log_every is 0; the least is 1"),
-        ({"max_steps": 0}, "max_steps is 0"),
+        ({"max_steps": 0}, "max_steps is 0; the least is 1"),
     ],
 )
 def test_bad_configs(changes: dict[str, int], message: str) -> None:

@@ -94,8 +94,8 @@ def generate(argv: list[str]) -> Report:
     from jaxsi import sampling
     from jaxsi.commands.preflight import check_lengths
     from jaxsi.lm import load
+    from jaxsi.progress import progress
     from jaxsi.records import Response, read_prompts, write_jsonl
-    from jaxsi.run import progress
 
     prompts = read_prompts(args.prompts, args.max_prompts)
     settings: dict[str, Any] = {
@@ -141,8 +141,8 @@ def judge(argv: list[str]) -> Report:
 
     from jaxsi import feedback
     from jaxsi.lm import load
+    from jaxsi.progress import progress
     from jaxsi.records import RecordError, Response, read_jsonl, read_prompts, write_jsonl
-    from jaxsi.run import progress
 
     cfg = _judge_config(args)
     prompts = read_prompts(args.prompts)

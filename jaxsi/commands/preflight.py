@@ -22,8 +22,8 @@ def check(cfg: Any) -> None:
         if train is not None and train.batch_size // train.accumulate % parts:
             rows = train.batch_size // train.accumulate
             raise meshlib.MeshError(
-                f"{name}.batch_size {train.batch_size} in accumulate = {train.accumulate} parts is {rows} rows at once, "
-                f"which do not divide over {parts} devices (mesh axes data x fsdp); make it a multiple of "
+                f"{name}.batch_size {train.batch_size} in accumulate = {train.accumulate} parts is {rows} rows at "
+                f"once, which do not divide over {parts} devices (mesh axes data x fsdp); make it a multiple of "
                 f"{parts * train.accumulate}, or choose another mesh"
             )
     if isinstance(cfg.prompts, PromptFile):

@@ -18,8 +18,8 @@ from jaxsi.toyworld import world
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ToyEvaluation:
-    """What is measured. The noise of the samples is the same for every model (common random numbers): differences between
-    iterations are of the models."""
+    """What is measured. The noise of the samples is the same for every model (common random numbers), so that
+    differences between iterations are of the models."""
 
     num_prompts: int = 500
     num_samples: int = 4
@@ -29,7 +29,7 @@ class ToyEvaluation:
     judged_prompts: int = 100
 
     def __call__(self, lm: LM, config: Any, scope: Scope) -> dict[str, Any]:
-        """The figures of one iteration; ``config`` has the run's ``rubric`` and ``judge``. The samples stay in the scope."""
+        """One iteration's figures, by the run's ``config.rubric`` and ``config.judge``; the scope keeps the samples."""
         responses = scope.records("eval_responses", self.sample, lm, of=Response)
         judgments = scope.records("eval_judgments", self.judge, lm, responses, config.rubric, config.judge, of=Judgment)
         return self.figures(responses, judgments, scope.records("eval_greedy", self.greedy, lm, of=Response))
@@ -46,9 +46,15 @@ class ToyEvaluation:
     def sample(self, lm: LM) -> list[Response]:
         """``num_samples`` responses to each held-out instruction."""
         return generate(
-            lm, world.prompts(self.num_prompts, seed=0, held_out=True), num_samples=self.num_samples,
-            temperature=self.temperature, top_p=self.top_p, max_new_tokens=self.max_new_tokens, key=self.key, batch_size=512,
-        )  # fmt: skip
+            lm,
+            world.prompts(self.num_prompts, seed=0, held_out=True),
+            num_samples=self.num_samples,
+            temperature=self.temperature,
+            top_p=self.top_p,
+            max_new_tokens=self.max_new_tokens,
+            key=self.key,
+            batch_size=512,
+        )
 
     def greedy(self, lm: LM) -> list[Response]:
         """The likeliest response to each held-out instruction, token by token."""
@@ -63,7 +69,7 @@ class ToyEvaluation:
         return feedback.judge(lm, prompts, mine, rubric, judge, fold(self.key, "judge"))
 
     def figures(self, responses: list[Response], judgments: list[Judgment], greedy: list[Response]) -> dict[str, Any]:
-        """Quality 0 to 100 with its interval over prompts, best of the samples, and the judge's agreement with the grader."""
+        """Quality, 0 to 100, with its interval over prompts, the best of the samples, and the judge's agreement."""
         texts = {p.id: p.text for p in world.prompts(self.num_prompts, seed=0, held_out=True)}
         graded = {r.id: 10 * exact(texts[r.prompt_id], r.text) for r in responses}
         by_prompt = np.asarray([graded[r.id] for r in responses]).reshape(len(texts), self.num_samples)

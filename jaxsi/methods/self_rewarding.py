@@ -8,10 +8,11 @@
         (x_i, y_i^w, y_i^l)   w = argmax_n r_i^n, l = argmin_n r_i^n         left out where equal
         M_t = DPO(M_{t-1}, pairs, reference M_{t-1})
 
-IFT: human demonstrations. EFT: judge prompts with the justification and score of a judge that agreed with human rankings;
-the judge that writes them is the model trained on IFT alone. The paper's constants are in configs/self_rewarding/. It does
-not state epochs, lengths, the judge's temperature or the number of prompts, and it trains with dropout 0.1, which this
-project has nowhere: policy and reference must give equal log-probabilities at step 0.
+IFT: human demonstrations. EFT: judge prompts with the justification and score of a judge that agreed with human
+rankings; the judge that writes them is the model trained on IFT alone. The paper's constants are in
+configs/self_rewarding/. It does not state epochs, lengths, the judge's temperature or the number of prompts, and it
+trains with dropout 0.1, which this project has nowhere: policy and reference must give equal log-probabilities at
+step 0.
 """
 
 import dataclasses
@@ -35,7 +36,8 @@ from jaxsi.train import DPOConfig, TrainConfig, dpo, seed_of, sft
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SeedData:
-    """Human data: ``ift`` gives demonstrations; ``rankings``, where given, the ranked responses that EFT is made from."""
+    """Human data: ``ift`` gives demonstrations; ``rankings``, where given, the ranked responses that EFT is made
+    from."""
 
     ift: Callable[[], list[SFTExample]]
     rankings: Callable[[], list[RankedResponses]] | None = None
@@ -53,8 +55,9 @@ class PromptFile:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PairConfig:
-    """``length_control`` is Meta-Rewarding's rho (0: off); pairs with a smaller score gap than ``min_gap`` are left out.
-    ``cut_off``: let responses that the token limit cut off be in pairs, for a model that does not stop by itself."""
+    """``length_control`` is Meta-Rewarding's rho (0: off); pairs with a smaller score gap than ``min_gap`` are left
+    out. ``cut_off``: let responses that the token limit cut off be in pairs, for a model that does not stop by
+    itself."""
 
     length_control: float = 0.0
     min_gap: float = 0.0
@@ -63,8 +66,8 @@ class PairConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class EarlyStop:
-    """Every ``dpo.train.checkpoint_every`` steps the win rate over the previous checkpoint on held-out ``prompts`` decides:
-    training stops when it is not above one half. ``judging`` scores both sides, with M_{t-1} as its model."""
+    """Every ``dpo.train.checkpoint_every`` steps the win rate over the previous checkpoint on held-out ``prompts``
+    decides: training stops when it is not above one half. ``judging`` scores both sides, with M_{t-1} as its model."""
 
     prompts: Callable[[], list[Prompt]]
     judging: Callable[..., list[Judgment]] = feedback.judge
@@ -72,7 +75,8 @@ class EarlyStop:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config:
-    """Everything that decides a run. ``sft`` None: the given model is M_1, for those who bring an instruct model and prompts.
+    """Everything that decides a run. ``sft`` None: the given model is M_1, for those who bring an instruct model and
+    prompts.
 
     ``judging`` is the judge stage, ``feedback.judge`` or another function of its signature (the control arms are).
     ``evaluate(lm, config, scope)`` gives the figures of an iteration's summary.

@@ -113,7 +113,11 @@ def up_to_verdict(text: str) -> str | None:
     This is what a judge is taught to write: the justification, the verdict, and an end.
     """
     number = _verdict(text)
-    return None if number is None else text[: _CLOSING.match(text, number.end()).end()].strip()
+    if number is None:
+        return None
+    closing = _CLOSING.match(text, number.end())
+    assert closing is not None  # it matches the empty text, too
+    return text[: closing.end()].strip()
 
 
 def force_marker(text: str, marker: str) -> str:

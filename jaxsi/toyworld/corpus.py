@@ -11,7 +11,7 @@ from jaxsi.toyworld.world import MAX_ITEMS, WORDS, Items, Task, grade_task, inst
 
 RUBRIC = Rubric(
     name="toy",
-    template=resources.files(__package__).joinpath("judge.txt").read_text(encoding="utf-8").removesuffix("\n"),
+    template=resources.files("jaxsi.toyworld").joinpath("judge.txt").read_text(encoding="utf-8").removesuffix("\n"),
     marker="Score:",
     low=0,
     high=5,

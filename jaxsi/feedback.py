@@ -197,19 +197,17 @@ def _expected_scores(
 ) -> dict[str, list[float | None]]:
     """Per response, for each sampled justification: the mean of the scores under softmax(log p(score string | ...))."""
     prefixes: list[list[int]] = []
-    continuations: list[list[int]] = []
+    choices: list[list[list[int]]] = []
     for prompt in judge_prompts:
         head = render_prompt(lm.tokenizer, prompt.messages)
         for sample in generated[prompt.id]:
             texts = [force_marker(sample.text, rubric.marker) + score for score in rubric.score_strings]
             prefix, ends = _split_at_score(lm.tokenizer, texts, rubric, cfg.max_new_tokens)
-            prefixes += [head + prefix] * len(ends)
-            continuations += ends
-    logps = np.asarray(scoring.score_continuations(lm, prefixes, continuations), np.float64)
-    if logps.shape != (len(prefixes),):
-        raise AssertionError(f"{len(prefixes)} forced scores gave log-probs of shape {logps.shape}")
+            prefixes.append(head + prefix)
+            choices.append(ends)
     values = np.arange(rubric.low, rubric.high + 1)
-    logps_NKG = logps.reshape(len(judge_prompts), cfg.num_samples, len(values))
+    logps_NG = np.asarray(scoring.score_choices(lm, prefixes, choices, batch_size=cfg.batch_size), np.float64)
+    logps_NKG = logps_NG.reshape(len(judge_prompts), cfg.num_samples, len(values))
     expected: dict[str, list[float | None]] = {}
     for prompt, logps_KG in zip(judge_prompts, logps_NKG, strict=True):
         expected[prompt.id] = [_expectation(logps_G, values) for logps_G in logps_KG]

@@ -4,7 +4,7 @@ import dataclasses
 import functools
 import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -210,7 +210,7 @@ def _from_hub(name: str) -> Path:
         ) from error
 
 
-def tokens_array(rows: list[list[int]], length: int, pad: int) -> np.ndarray:
+def tokens_array(rows: Sequence[Sequence[int]], length: int, pad: int) -> np.ndarray:
     """Right-padded [len(rows), length] int32."""
     out = np.full((len(rows), length), pad, np.int32)
     for i, row in enumerate(rows):

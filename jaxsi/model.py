@@ -20,6 +20,7 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from jaxsi import mesh as meshlib
+from jaxsi.attention import attend, attend_causally
 
 Weights = dict[str, Any]
 NO_WINDOW = 2**30  # a window longer than any text: full attention
@@ -268,17 +269,6 @@ def rotate(x_BTHC: jax.Array, positions_BT: jax.Array, config: ModelConfig) -> j
     return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x_BTHC.dtype)
 
 
-def attend(q_BTHC: jax.Array, k_BKSC: jax.Array, v_BKSC: jax.Array, mask_BTS: jax.Array) -> jax.Array:
-    """Grouped-query attention, softmax in float32 -> [B, T, H, C]. Every query must see at least one key."""
-    B, T, H, C = q_BTHC.shape
-    K = k_BKSC.shape[1]
-    q_BTKGC = q_BTHC.reshape(B, T, K, H // K, C)
-    scores_BKGTS = jnp.einsum("BTKGC,BKSC->BKGTS", q_BTKGC, k_BKSC, preferred_element_type=jnp.float32) / math.sqrt(C)
-    scores_BKGTS = jnp.where(mask_BTS[:, None, None], scores_BKGTS, -jnp.inf)
-    shares_BKGTS = jax.nn.softmax(scores_BKGTS, axis=-1).astype(v_BKSC.dtype)
-    return jnp.einsum("BKGTS,BKSC->BTKGC", shares_BKGTS, v_BKSC).reshape(B, T, H, C)
-
-
 def _qkv(
     layer: Weights, config: ModelConfig, x_BTD: jax.Array, positions_BT: jax.Array
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
@@ -316,14 +306,6 @@ def _embed(weights: Weights, tokens: jax.Array, dtype: Any) -> jax.Array:
 # ------------------------------------------------------------------------------------------------------ whole sequences
 
 
-def causal_mask(segments_BT: jax.Array, positions_BT: jax.Array, window: jax.Array | int) -> jax.Array:
-    """[B, T, T] bool: same segment, not later, within the window. Padding is a segment of its own (id 0)."""
-    T = segments_BT.shape[1]
-    same = segments_BT[:, :, None] == segments_BT[:, None, :]
-    distance = positions_BT[:, :, None] - positions_BT[:, None, :]
-    return same & jnp.tri(T, dtype=bool)[None] & (distance < window)
-
-
 def hidden_states(
     weights: Weights,
     config: ModelConfig,
@@ -355,7 +337,7 @@ def hidden_states(
     def block(x_BTD: jax.Array, layer_and_window: tuple[Weights, jax.Array]) -> tuple[jax.Array, None]:
         layer, window = layer_and_window
         q_BTHC, k_BKSC, v_BKSC = _qkv(layer, config, x_BTD, positions_BT)
-        attended_BTHC = attend(q_BTHC, k_BKSC, v_BKSC, causal_mask(segments_BT, positions_BT, window))
+        attended_BTHC = attend_causally(q_BTHC, k_BKSC, v_BKSC, segments_BT, positions_BT, window)
         return place(_after_attention(layer, config, x_BTD, attended_BTHC)), None
 
     if remat:
@@ -444,7 +426,7 @@ def prefill(
     cache: Cache = []
     for layer, window in zip(weights["layers"], _windows(config), strict=True):
         q_BTHC, k_BKSC, v_BKSC = _qkv(layer, config, x_BTD, positions_BT)
-        attended_BTHC = attend(q_BTHC, k_BKSC, v_BKSC, causal_mask(segments_BT, positions_BT, window))
+        attended_BTHC = attend_causally(q_BTHC, k_BKSC, v_BKSC, segments_BT, positions_BT, window)
         x_BTD = _after_attention(layer, config, x_BTD, attended_BTHC)
         cache.append((k_BKSC, v_BKSC))
     last_BD = jnp.take_along_axis(x_BTD, (lengths_B - 1)[:, None, None], axis=1)[:, 0]

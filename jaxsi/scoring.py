@@ -1,7 +1,7 @@
 """Log-probabilities of given responses, without ever making a [B, T, V] array."""
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
@@ -26,6 +26,18 @@ def _score(
     return model.sequence_logps(weights, config, tokens_BT, positions_BT, segments_BT, dtype=dtype, mesh=mesh)
 
 
+@functools.partial(jax.jit, static_argnames=("config", "dtype", "mesh"))
+def _next_logps(
+    weights: Weights, tokens_BT: jax.Array, lengths_B: jax.Array, *, config: ModelConfig, dtype: Any, mesh: Mesh
+) -> jax.Array:
+    """Log-probabilities [B, V] of the token after each text."""
+    positions_BT = jnp.broadcast_to(jnp.arange(tokens_BT.shape[1], dtype=jnp.int32), tokens_BT.shape)
+    segments_BT = (positions_BT < lengths_B[:, None]).astype(jnp.int32)
+    hidden_BTD = model.hidden_states(weights, config, tokens_BT, positions_BT, segments_BT, dtype=dtype, mesh=mesh)
+    last_BD = jnp.take_along_axis(hidden_BTD, (lengths_B - 1)[:, None, None], axis=1)[:, 0]
+    return jax.nn.log_softmax(model.logits(weights, config, last_BD))
+
+
 def score_ids(
     lm: LM, prefixes: Sequence[Sequence[int]], continuations: Sequence[Sequence[int]], *, batch_size: int = 32
 ) -> list[np.ndarray]:
@@ -37,31 +49,74 @@ def score_ids(
     if len(prefixes) != len(continuations):
         raise ValueError(f"{len(prefixes)} prefixes and {len(continuations)} continuations: give one for each")
     rows = [[*prefix, *continuation] for prefix, continuation in zip(prefixes, continuations, strict=True)]
+    _check_lengths(lm, prefixes, rows)
+    scored: dict[int, np.ndarray] = {}
+    for batch, tokens_BT, lengths_B in _batches(lm, rows, batch_size):
+        logps_BT = _score(lm.weights, tokens_BT, lengths_B, config=lm.config, dtype=jnp.dtype(lm.dtype), mesh=lm.mesh)
+        for i, logps_T in zip(batch, np.asarray(logps_BT), strict=False):
+            scored[i] = logps_T[len(prefixes[i]) : len(rows[i])].copy()
+    return [scored[i] for i in range(len(rows))]
+
+
+def _check_lengths(lm: LM, prefixes: Sequence[Sequence[int]], rows: Sequence[Sequence[int]]) -> None:
     for prefix, row in zip(prefixes, rows, strict=True):
         if not prefix or len(row) > lm.config.max_positions:
             raise ValueError(
                 f"a prefix of {len(prefix)} tokens and a text of {len(row)}: the prefix has at least 1, "
                 f"the text at most {lm.config.max_positions} (the model's positions)"
             )
+
+
+def _batches(
+    lm: LM, rows: Sequence[Sequence[int]], batch_size: int
+) -> Iterator[tuple[list[int], jax.Array, jax.Array]]:
+    """Row numbers, their tokens [B, T] and lengths [B] on the mesh: alike in length, all batches with the same B."""
     parts = meshlib.axis_size(lm.mesh, "batch")
     size = max(parts, batch_size // parts * parts)
     order = sorted(range(len(rows)), key=lambda i: (len(rows[i]), i))
-    scored: dict[int, np.ndarray] = {}
     for start in range(0, len(order), size):
         batch = order[start : start + size]
         filled = batch + [batch[0]] * (size - len(batch))
         tokens_BT = tokens_array([rows[i] for i in filled], bucket(len(rows[batch[-1]])), 0)
-        logps_BT = _score(
-            lm.weights,
+        lengths_B = np.asarray([len(rows[i]) for i in filled], np.int32)
+        yield (
+            batch,
             jax.device_put(tokens_BT, meshlib.sharding(lm.mesh, ("batch", None))),
-            jax.device_put(np.asarray([len(rows[i]) for i in filled], np.int32), meshlib.sharding(lm.mesh, ("batch",))),
-            config=lm.config,
-            dtype=jnp.dtype(lm.dtype),
-            mesh=lm.mesh,
+            jax.device_put(lengths_B, meshlib.sharding(lm.mesh, ("batch",))),
         )
-        for i, logps_T in zip(batch, np.asarray(logps_BT), strict=False):
-            scored[i] = logps_T[len(prefixes[i]) : len(rows[i])].copy()
-    return [scored[i] for i in range(len(rows))]
+
+
+def score_choices(
+    lm: LM,
+    prefixes: Sequence[Sequence[int]],
+    choices: Sequence[Sequence[Sequence[int]]],
+    *,
+    batch_size: int = 32,
+) -> np.ndarray:
+    """Summed log-probability [N, G] float32 of each of G continuations of each prefix, all given as token ids.
+
+    Where every continuation is one token, a prefix is read once for all of them.
+
+    Raises:
+      ValueError: as ``score_ids``, or the prefixes do not have equally many continuations.
+    """
+    if len({len(ends) for ends in choices}) > 1 or len(choices) != len(prefixes):
+        raise ValueError(
+            f"{len(prefixes)} prefixes have {sorted({len(e) for e in choices})} continuations; give G to each"
+        )
+    if any(len(end) != 1 for ends in choices for end in ends):
+        flat = [prefix for prefix, ends in zip(prefixes, choices, strict=True) for _ in ends]
+        logps = score_continuations(lm, flat, [end for ends in choices for end in ends])
+        return logps.reshape(len(prefixes), -1)
+    _check_lengths(lm, prefixes, [[*prefix, 0] for prefix in prefixes])
+    ends_NG = np.asarray(choices, np.int32)[:, :, 0]
+    logps_NG = np.zeros(ends_NG.shape, np.float32)
+    for batch, tokens_BT, lengths_B in _batches(lm, prefixes, batch_size):
+        logps_BV = _next_logps(
+            lm.weights, tokens_BT, lengths_B, config=lm.config, dtype=jnp.dtype(lm.dtype), mesh=lm.mesh
+        )
+        logps_NG[batch] = np.take_along_axis(np.asarray(logps_BV)[: len(batch)], ends_NG[batch], axis=1)
+    return logps_NG
 
 
 def score_continuations(

@@ -47,7 +47,7 @@ def recorded(monkeypatch, texts_of, cut_off=()):
     """Makes sampling.generate give texts_of[prompt id], in a shuffled order; returns the list of its calls."""
     calls = []
 
-    def generate(lm, prompts, *, num_samples, temperature, top_p, max_new_tokens, key):
+    def generate(lm, prompts, *, num_samples, temperature, top_p, max_new_tokens, key, batch_size):
         calls.append(
             SimpleNamespace(
                 prompts=list(prompts), num_samples=num_samples, temperature=temperature, max_new_tokens=max_new_tokens
@@ -124,10 +124,21 @@ def test_permuted_responses_give_the_same_judgments(lm, monkeypatch):
     assert [j.id for j in forwards] == [r.id for r in responses]
 
 
+def each_choice(score):
+    """A stand-in for scoring.score_choices that asks `score` about one continuation at a time."""
+
+    def score_choices(lm, prefixes, choices, *, batch_size):
+        flat = [prefix for prefix, ends in zip(prefixes, choices, strict=True) for _ in ends]
+        return score(lm, flat, [end for ends in choices for end in ends]).reshape(len(prefixes), -1)
+
+    return score_choices
+
+
 @pytest.mark.parametrize("expected", [False, True])
 def test_a_judge_prompt_that_does_not_fit_is_invalid_and_not_cut(lm, monkeypatch, expected):
     calls = recorded(monkeypatch, {"p#0": ["Score: 3"] * 2})
-    monkeypatch.setattr(scoring, "score_continuations", lambda lm, prefixes, ends: np.zeros(len(prefixes), np.float32))
+    zeros = lambda lm, prefixes, ends: np.zeros(len(prefixes), np.float32)  # noqa: E731
+    monkeypatch.setattr(scoring, "score_choices", each_choice(zeros))
     cfg = JudgeConfig(num_samples=2, max_new_tokens=100, expected=expected)
     short, long = judge(lm, PROMPTS, [answer("p", 0), answer("p", 1, "x" * 300)], RUBRIC, cfg, KEY)
     assert short.score is not None
@@ -184,7 +195,7 @@ def test_expected_score_follows_the_justification(lm, monkeypatch):
             rows.append(math.log(0.75 if int(continuation) == wanted[given] else 0.05) - 7.0)
         return np.asarray(rows, np.float32)
 
-    monkeypatch.setattr(scoring, "score_continuations", score)
+    monkeypatch.setattr(scoring, "score_choices", each_choice(score))
     cfg = JudgeConfig(num_samples=2, max_new_tokens=64, expected=True)
     p, q = judge(lm, PROMPTS, [answer("p", 0), answer("q", 0)], RUBRIC, cfg, KEY)
     mean = lambda favourite: 0.05 * 15 + 0.7 * favourite  # noqa: E731
@@ -204,7 +215,7 @@ def test_expected_score_of_text_that_grows_when_read_again_stays_in_the_context(
         assert [lm.tokenizer.decode(prefix)[-8:] for prefix in prefixes] == ["\nScore: "] * 6
         return np.zeros(len(prefixes), np.float32)
 
-    monkeypatch.setattr(scoring, "score_continuations", score)
+    monkeypatch.setattr(scoring, "score_choices", each_choice(score))
     cfg = JudgeConfig(num_samples=1, max_new_tokens=200, expected=True)
     (judgment,) = judge(lm, PROMPTS, [answer("p", 0)], RUBRIC, cfg, KEY)
     assert judgment.score == pytest.approx(2.5) and max(longest) <= 400
@@ -213,7 +224,8 @@ def test_expected_score_of_text_that_grows_when_read_again_stays_in_the_context(
 @pytest.mark.parametrize("bad", [np.nan, -np.inf])
 def test_expected_score_without_probabilities_is_invalid(lm, monkeypatch, bad):
     recorded(monkeypatch, {"p#0": ["x"]})
-    monkeypatch.setattr(scoring, "score_continuations", lambda lm, a, b: np.full(len(a), bad, np.float32))
+    full = lambda lm, a, b: np.full(len(a), bad, np.float32)  # noqa: E731
+    monkeypatch.setattr(scoring, "score_choices", each_choice(full))
     (judgment,) = judge(lm, PROMPTS, [answer("p", 0)], RUBRIC, JudgeConfig(num_samples=1, expected=True), KEY)
     assert judgment.scores == (None,) and judgment.score is None
 

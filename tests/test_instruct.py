@@ -44,7 +44,7 @@ def replies(monkeypatch, give, finish=lambda text: "stop"):
     """Makes sampling.generate reply give(round, i, request text); returns the requests of each round."""
     rounds = []
 
-    def generate(lm, prompts, *, num_samples, temperature, top_p, max_new_tokens, key):
+    def generate(lm, prompts, *, num_samples, temperature, top_p, max_new_tokens, key, batch_size):
         rounds.append(list(prompts))
         found = []
         for prompt in prompts:

@@ -108,3 +108,21 @@ def test_no_array_of_all_logits_is_made() -> None:
     )
     text = lowered.as_text()
     assert f"{B}x{T}x{tiny.ENTRIES}xf32" not in text and f"x{tiny.ENTRIES}xf32" in text
+
+
+@pytest.mark.parametrize("longest", [1, 3])
+def test_choices_after_a_prefix_are_scored_as_if_alone(longest: int) -> None:
+    lm = tiny.make_lm()
+    rng = np.random.default_rng(0)
+    draw = lambda n: rng.integers(6, tiny.ENTRIES, n).tolist()  # noqa: E731
+    prefixes = [draw(n) for n in (3, 20, 7, 40, 9)]
+    choices = [[draw(rng.integers(1, longest + 1)) for _ in range(4)] for _ in prefixes]
+    logps = scoring.score_choices(lm, prefixes, choices, batch_size=2)
+    flat = [prefix for prefix in prefixes for _ in range(4)]
+    alone = scoring.score_continuations(lm, flat, [end for ends in choices for end in ends])
+    np.testing.assert_allclose(logps, alone.reshape(5, 4), atol=1e-5)
+
+
+def test_choices_must_be_equally_many() -> None:
+    with pytest.raises(ValueError, match="give G to each"):
+        scoring.score_choices(tiny.make_lm(), [[1], [2]], [[[3]], [[3], [4]]])

@@ -22,6 +22,7 @@ PACKAGE = ROOT / "jaxsi"
 LAYERS = (
     (
         "__init__",
+        "attention",
         "config",
         "config_file",
         "records",

@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import hashlib
 import json
+import logging
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,8 @@ from jax.sharding import Mesh
 from jaxsi import checkpoint, hf, mesh as meshlib, model
 from jaxsi.model import ModelConfig, Weights
 from jaxsi.tokenizer import Tokenizer, load_tokenizer
+
+_log = logging.getLogger(__name__)
 
 
 class LoadError(ValueError):
@@ -203,11 +206,14 @@ def _from_hub(name: str) -> Path:
     repository, _, revision = name.partition("@")
     try:
         patterns = ["*.json", "*.safetensors", "*.model", "*.jinja"]
-        return Path(huggingface_hub.snapshot_download(repository, revision=revision or None, allow_patterns=patterns))
+        folder = Path(huggingface_hub.snapshot_download(repository, revision=revision or None, allow_patterns=patterns))
     except Exception as error:  # the hub client raises a dozen types; to the user all of them mean this
         raise LoadError(
             f"{name}: no such folder, and the hub did not give it ({type(error).__name__}: {error})"
         ) from error
+    if not revision:
+        _log.warning("%s is at revision %s now; name it with @%s to get the same again", name, *[folder.name] * 2)
+    return folder
 
 
 def tokens_array(rows: Sequence[Sequence[int]], length: int, pad: int) -> np.ndarray:

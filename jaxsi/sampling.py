@@ -278,7 +278,7 @@ def generate_ids(
             )
     if not prompts:
         return []
-    P = _prompts_in_batch(lm, num_samples, batch_size)
+    P = _prompts_in_batch(lm, num_samples, batch_size, len(prompts))
     stop_ids = lm.tokenizer.stop_ids if stop_ids is None else stop_ids
     settings = _settings(lm, P * num_samples, temperature, top_p, top_k, max_new_tokens, stop_ids)
     keys = keys if isinstance(keys, jax.Array) else jnp.stack(keys)
@@ -314,10 +314,11 @@ def _check_settings(temperature: float, top_p: float, top_k: int, max_new_tokens
         )
 
 
-def _prompts_in_batch(lm: LM, num_samples: int, batch_size: int) -> int:
-    """P: whole prompts, a multiple of the parts that the mesh cuts the batch in."""
+def _prompts_in_batch(lm: LM, num_samples: int, batch_size: int, count: int) -> int:
+    """P: whole prompts in equal parts over the mesh, as many as ``batch_size`` rows hold; of fewer, a power of two."""
     parts = meshlib.axis_size(lm.mesh, "batch")
-    return max(parts, batch_size // num_samples // parts * parts)
+    most = max(1, batch_size // num_samples // parts)
+    return parts * min(most, 2 ** math.ceil(math.log2(-(-count // parts))))
 
 
 def _settings(

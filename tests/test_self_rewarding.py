@@ -1,5 +1,6 @@
 """The whole method on the micro world: killed at every kind of stage, it ends with the same bytes."""
 
+import dataclasses
 import hashlib
 import json
 import os
@@ -10,6 +11,8 @@ import time
 from pathlib import Path
 
 import pytest
+
+from jaxsi.config_file import load_config
 
 MICRO = Path(__file__).parent / "micro" / "self_rewarding.py"
 ROOT = Path(__file__).parents[1]
@@ -129,3 +132,30 @@ def test_killed_in_every_kind_of_stage_it_ends_the_same(whole, tmp_path, environ
         kill_during(directory, environment, scope, stage)
     finish(directory, environment)
     assert artefacts(directory) == artefacts(whole)
+
+
+def test_a_file_of_prompts_is_dealt_out_once_also_when_iterations_are_added(tmp_path):
+    from jaxsi.methods.self_rewarding import PromptFile, prompts_of
+    from jaxsi.records import Prompt
+    from jaxsi.run import Run
+
+    file = tmp_path / "prompts.jsonl"
+    file.write_text("".join(json.dumps({"id": f"p{i}", "prompt": f"Question {i}?"}) + "\n" for i in range(7)))
+
+    def dealt(directory, iterations, repeat=False):
+        cfg = dataclasses.replace(
+            load_config(MICRO), prompts=PromptFile(path=str(file), repeat=repeat), iterations=iterations
+        )
+        with Run.open(directory, cfg) as run:
+            parts = []
+            for t in range(2, iterations + 1):
+                it = run.at(f"iter_{t}")
+                parts.append(it.records("prompts", prompts_of, cfg, None, it, t, of=Prompt))
+        return [[prompt.id for prompt in part] for part in parts]
+
+    assert dealt(tmp_path / "run", 3) == [["p0", "p1", "p2", "p3"], ["p4", "p5", "p6"]]
+    with pytest.raises(ValueError, match="none of its 7 prompts is left for iteration 4"):
+        dealt(tmp_path / "run", 4)
+    file.write_text(file.read_text() + json.dumps({"id": "p7", "prompt": "One more?"}) + "\n")
+    assert dealt(tmp_path / "run", 4)[2] == ["p7"]
+    assert dealt(tmp_path / "again", 3, repeat=True) == [[f"p{i}" for i in range(8)]] * 2

@@ -165,22 +165,26 @@ def agreeing(
 
 
 def prompts_of(cfg: Config, generator: LM, it: Scope, t: int) -> list[Prompt]:
-    """The new prompts of iteration t: generated, or the next part of the file."""
+    """The new prompts of iteration t: generated, or the next part of the file, of what no iteration has had."""
+    earlier = [p for s in range(2, t) for p in it.run.at(f"iter_{s}").records("prompts", list, of=Prompt)]
     if isinstance(cfg.prompts, PromptFile):
         everything = read_prompts(cfg.prompts.path, cfg.prompts.max_prompts)
-        rounds = cfg.iterations - 1
-        return everything if cfg.prompts.repeat else everything[t - 2 :: rounds]
+        used = set() if cfg.prompts.repeat else {prompt.id for prompt in earlier}
+        left = [prompt for prompt in everything if prompt.id not in used]
+        if not left:
+            raise ValueError(
+                f"{cfg.prompts.path}: none of its {len(everything)} prompts is left for iteration {t}; add prompts "
+                "to the file, or set prompts.repeat"
+            )
+        return left if cfg.prompts.repeat else left[: -(-len(left) // (cfg.iterations - t + 1))]
     if cfg.prompts.generator is not None:
         generator = load(cfg.prompts.generator, generator.mesh, cfg.sampling.dtype)
     assert cfg.seed_data is not None
-    run = it.run
-    ift = run.at("iter_1").records("ift", cfg.seed_data.ift, of=SFTExample)
+    ift = it.run.at("iter_1").records("ift", cfg.seed_data.ift, of=SFTExample)
     seeds = [Prompt(id=example.id, messages=example.messages) for example in ift]
-    earlier = [p.text for s in range(2, t) for p in run.at(f"iter_{s}").records("prompts", list, of=Prompt)]
     counts: Counter[str] = Counter()
-    made = new_prompts(
-        generator, seeds, cfg.prompts, it.key("prompts"), frozenset(earlier), prefix=f"iter{t}", counts=counts
-    )
+    known = frozenset(prompt.text for prompt in earlier)
+    made = new_prompts(generator, seeds, cfg.prompts, it.key("prompts"), known, prefix=f"iter{t}", counts=counts)
     it.value("prompts_counts", lambda: dict(counts))
     return made
 

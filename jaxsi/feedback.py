@@ -3,10 +3,12 @@
 A judgment that does not parse, or whose judge prompt is too long for the model, is None all the way: never a number.
 """
 
+import logging
 import math
 from collections import Counter, defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 import numpy as np
@@ -17,6 +19,8 @@ from jaxsi.lm import LM
 from jaxsi.prompts import Rubric, force_marker, question_text
 from jaxsi.records import Judgment, Prompt, Response
 from jaxsi.tokenizer import Tokenizer
+
+_log = logging.getLogger(__name__)
 
 # Alarms above these shares (below, for the parse rate): the judge has collapsed or does not follow its rubric.
 ONE_SCORE_ALARM = 0.6
@@ -33,6 +37,7 @@ class JudgeConfig:
     `expected` takes the expectation over the score strings after each justification in place of the parsed number:
     finer (fewer ties), never unparsable, and usable with a model that writes no verdicts. Defaults: K of the paper, and
     the sampling settings of its open re-implementations (the paper states none). `batch_size` judgments are in flight.
+    Below `min_parse_rate` a method stops: it would learn from the few judgments that happened to parse.
     """
 
     num_samples: int = 3
@@ -41,6 +46,7 @@ class JudgeConfig:
     max_new_tokens: int = 256
     expected: bool = False
     batch_size: int = 64
+    min_parse_rate: float = 0.1
 
     def __post_init__(self) -> None:
         if self.num_samples < 1 or self.max_new_tokens < 1:
@@ -99,7 +105,7 @@ def judge(
     return [_judgment(lm, response, scores.get(response.id), generated, cfg) for response in responses]
 
 
-def judgment_statistics(judgments: Sequence[Judgment], *, low: int = 0, high: int = 5) -> dict[str, object]:
+def judgment_statistics(judgments: Sequence[Judgment], *, low: int, high: int) -> dict[str, object]:
     """What the metrics of an iteration say about its judge (JSON-able; a rate without a denominator is None).
 
     parse_rate: valid of all K x N judgments. unscored: responses without any valid one. too_long: responses whose judge
@@ -134,6 +140,18 @@ def judgment_statistics(judgments: Sequence[Judgment], *, low: int = 0, high: in
         "std": float(np.std(means)) if means else None,
         "alarms": [name for name, raised in alarms.items() if raised],
     }
+
+
+def check_judge(statistics: Mapping[str, Any], cfg: JudgeConfig) -> None:
+    """Says the alarms of `judgment_statistics`, and raises ValueError where hardly a judgment has a score."""
+    for alarm in statistics["alarms"]:
+        _log.warning("the judge raises the alarm %r: %s", alarm, dict(statistics))
+    rate = statistics["parse_rate"]
+    if rate is not None and rate < cfg.min_parse_rate:
+        raise ValueError(
+            f"{rate:.1%} of the judgments have a score, fewer than judge.min_parse_rate = {cfg.min_parse_rate:.1%}; "
+            "in a new run directory, use a model that can judge, or judge.expected"
+        )
 
 
 @dataclass(frozen=True, kw_only=True)

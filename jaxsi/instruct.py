@@ -19,7 +19,7 @@ from jaxsi import sampling, tensorflow_text
 from jaxsi.chat import render_prompt
 from jaxsi.lm import LM
 from jaxsi.prompts import parse_new_prompt, render_few_shot
-from jaxsi.records import Prompt, Response
+from jaxsi.records import Prompt, Response, read_prompts
 from jaxsi.run import fold
 
 _log = logging.getLogger(__name__)
@@ -68,6 +68,33 @@ class SelfInstruct:
             raise ValueError(f"max_words is {self.max_words}, below min_words = {self.min_words}")
         if not 0.0 < self.rouge_threshold <= 1.0:
             raise ValueError(f"rouge_threshold is {self.rouge_threshold}; it lies in (0, 1]")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PromptFile:
+    """Prompts from a JSONL file, an equal part of it for each iteration (all of it, where `repeat`)."""
+
+    path: str
+    max_prompts: int | None = None
+    repeat: bool = False
+
+
+def next_part(file: PromptFile, earlier: Sequence[Prompt], parts: int) -> list[Prompt]:
+    """The first of `parts` equal parts of the prompts that are not among the `earlier` ones.
+
+    Raises: ValueError where none is left.
+    """
+    everything = read_prompts(file.path, file.max_prompts)
+    if file.repeat:
+        return everything
+    used = {prompt.id for prompt in earlier}
+    left = [prompt for prompt in everything if prompt.id not in used]
+    if not left:
+        raise ValueError(
+            f"{file.path}: earlier iterations have had all of its {len(everything)} prompts; add prompts to the "
+            "file, or set prompts.repeat"
+        )
+    return left[: -(-len(left) // parts)]
 
 
 def new_prompts(

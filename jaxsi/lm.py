@@ -52,8 +52,12 @@ class LM:
 
     @functools.cached_property
     def sampling_weights(self) -> Weights:
-        """Weights cast to ``dtype``, unstacked and laid out by the sampling rules: made once per model."""
+        """Weights cast to ``dtype``, unstacked and laid out by the sampling rules: made once per stage."""
         return for_sampling(self)
+
+    def release(self) -> None:
+        """Lets the sampling weights go: they are made again at the next stage that samples from this model."""
+        self.__dict__.pop("sampling_weights", None)
 
     @functools.cached_property
     def fingerprint(self) -> str:
@@ -84,7 +88,8 @@ def _mover(config: ModelConfig, mesh: Mesh, dtype: Any) -> Callable[[Weights], W
 @jax.jit
 def _checksums(weights: Weights) -> list[jax.Array]:
     def checksum(w: jax.Array) -> jax.Array:
-        bits = jax.lax.bitcast_convert_type(w, jnp.uint32 if w.dtype.itemsize == 4 else jnp.uint16).astype(jnp.uint32)
+        # As float32, which holds bfloat16 exactly: a bfloat16 folder has one fingerprint, whatever it is loaded in.
+        bits = jax.lax.bitcast_convert_type(w.astype(jnp.float32), jnp.uint32)
         index = jnp.zeros((), jnp.uint32)
         for axis in range(w.ndim):  # a position's number does not depend on how the array is cut
             index = index * w.shape[axis] + jax.lax.broadcasted_iota(jnp.uint32, w.shape, axis)
@@ -136,6 +141,7 @@ def save_checkpoint(lm: LM, folder: Path, meta: dict[str, Any]) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     if jax.process_index() == 0:
         (folder / "config.json").write_text(json.dumps(hf.config_json(lm.config, dtype="float32"), indent=2))
+        (folder / "generation_config.json").write_text(json.dumps(_generation_config(lm.tokenizer), indent=2))
         lm.tokenizer.save(folder)
     checkpoint.save(folder / "weights", lm.weights, meta | {"fingerprint": lm.fingerprint})
 
@@ -150,9 +156,17 @@ def export(
         if extras is not None:
             extras(target)
 
-    stops = list(lm.tokenizer.stop_ids)
-    generation = {"bos_token_id": lm.tokenizer.bos_id, "eos_token_id": stops, "pad_token_id": lm.tokenizer.pad_id}
+    generation = _generation_config(lm.tokenizer)
     hf.export(Path(folder), lm.config, lm.weights, dtype=dtype, generation=generation, extras=write_rest)
+
+
+def _generation_config(tokenizer: Tokenizer) -> dict[str, Any]:
+    """All the ids that end a response, of which a tokenizer's own files may know but one."""
+    return {
+        "bos_token_id": tokenizer.bos_id,
+        "eos_token_id": list(tokenizer.stop_ids),
+        "pad_token_id": tokenizer.pad_id,
+    }
 
 
 def resolve(path: str | Path) -> Path:

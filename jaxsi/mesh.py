@@ -6,6 +6,7 @@ partitioner places what the rules leave open.
 
 import dataclasses
 from collections.abc import Mapping
+from typing import Any
 
 import jax
 import numpy as np
@@ -86,6 +87,19 @@ def axis_size(mesh: Mesh, axis: str, rules: Rules = TRAINING_RULES) -> int:
     names = rules[axis]
     names = () if names is None else (names,) if isinstance(names, str) else names
     return int(np.prod([mesh.shape[name] for name in names], dtype=int))
+
+
+def fetch(tree: Any) -> Any:
+    """NumPy of arrays on the mesh, on every process: what another process holds is gathered."""
+
+    def one(x: jax.Array) -> np.ndarray:
+        if x.is_fully_addressable or x.is_fully_replicated:
+            return np.asarray(x)
+        from jax.experimental import multihost_utils
+
+        return multihost_utils.process_allgather(x, tiled=True)
+
+    return jax.tree.map(one, tree)
 
 
 def constrain(x: jax.Array, mesh: Mesh, axes: tuple[str | None, ...], rules: Rules = TRAINING_RULES) -> jax.Array:

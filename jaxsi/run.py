@@ -199,7 +199,8 @@ class Scope:
         """`stage(*args)`, a JSON value (numbers, texts, lists, objects), kept in <name>.json."""
         path = self._file(name, ".json")
         if _agreed([path.exists()])[0]:
-            return self._reused(name, _read_json(path))
+            self.run.journal(self.name, name, "reused")
+            return _read_json(path)
         with self._timed(name) as done:
             value = stage(*args)
             try:
@@ -243,10 +244,9 @@ class Scope:
 
         yield done
 
-    def _reused(self, name: str, result: Any) -> Any:
-        count = len(result) if isinstance(result, list) else None
-        self.run.journal(self.name, name, "reused", records=count)
-        return result
+    def _reused(self, name: str, records: list[Record]) -> list[Record]:
+        self.run.journal(self.name, name, "reused", records=len(records))
+        return records
 
     def _file(self, name: str, suffix: str) -> Path:
         return self.path / (_checked_name(name) + suffix)

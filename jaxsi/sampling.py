@@ -164,7 +164,7 @@ def generate_tokens(
     prompts_PT: jax.Array,
     lengths_P: jax.Array,
     real_P: jax.Array,
-    keys_B: jax.Array,
+    key_words_B2: jax.Array,
     settings: Settings,
     *,
     config: ModelConfig,
@@ -177,9 +177,10 @@ def generate_tokens(
 
     Args:
       weights: unstacked (``LM.sampling_weights``). prompts_PT: int32, right-padded; lengths_P >= 1.
-      real_P: bool, False for the rows that only fill the batch. keys_B: one typed key a row.
+      real_P: bool, False for the rows that only fill the batch. key_words_B2: uint32, the data of one key a row.
       capacity: M, columns of the result; ``settings.limit`` of them are used.
     """
+    keys_B = jax.random.wrap_key_data(key_words_B2, impl="threefry2x32")
     repeat = functools.partial(jnp.repeat, repeats=num_samples, axis=0)
     T = prompts_PT.shape[1]
     last_PD, cache = model.prefill(weights, config, prompts_PT, lengths_P, dtype=dtype)
@@ -374,12 +375,13 @@ def _inputs(
         put(tokens_array([list(prompts[i]) for i in filled], length, lm.tokenizer.pad_id), None),
         put(np.asarray([len(prompts[i]) for i in filled], np.int32)),
         put(np.arange(P) < len(rows)),
-        put(_sample_keys(keys[np.asarray(filled)], num_samples).reshape(-1)),
+        # As words: unlike typed keys, NumPy can be laid out over the devices of several processes.
+        put(np.asarray(jax.random.key_data(_sample_keys(keys[np.asarray(filled)], num_samples))).reshape(-1, 2), None),
     )
 
 
 def _collect(results: list, rows: list[int], sampled: Sampled, num_samples: int) -> None:
-    tokens, logps, counts, stopped, _ = jax.device_get(sampled)
+    tokens, logps, counts, stopped, _ = meshlib.fetch(sampled)
     for place, i in enumerate(rows):
         for b in range(place * num_samples, (place + 1) * num_samples):
             n = int(counts[b])

@@ -53,7 +53,7 @@ def score_ids(
     scored: dict[int, np.ndarray] = {}
     for batch, tokens_BT, lengths_B in _batches(lm, rows, batch_size):
         logps_BT = _score(lm.weights, tokens_BT, lengths_B, config=lm.config, dtype=jnp.dtype(lm.dtype), mesh=lm.mesh)
-        for i, logps_T in zip(batch, np.asarray(logps_BT), strict=False):
+        for i, logps_T in zip(batch, meshlib.fetch(logps_BT), strict=False):
             scored[i] = logps_T[len(prefixes[i]) : len(rows[i])].copy()
     return [scored[i] for i in range(len(rows))]
 
@@ -115,7 +115,7 @@ def score_choices(
         logps_BV = _next_logps(
             lm.weights, tokens_BT, lengths_B, config=lm.config, dtype=jnp.dtype(lm.dtype), mesh=lm.mesh
         )
-        logps_NG[batch] = np.take_along_axis(np.asarray(logps_BV)[: len(batch)], ends_NG[batch], axis=1)
+        logps_NG[batch] = np.take_along_axis(meshlib.fetch(logps_BV)[: len(batch)], ends_NG[batch], axis=1)
     return logps_NG
 
 

@@ -163,7 +163,7 @@ def eft_examples(
     Returns: examples with the ids of their responses, and counts: prompts, "in_ift", "disagree" (no k agrees), "agree",
       "no_justification" (a bare score), "thinned", examples.
 
-    Raises: ValueError for judgments that do not fit `ranked`, or a `max_share` that the scores found cannot meet.
+    Raises: ValueError for judgments that do not fit `ranked`.
     """
     if not 0.0 < max_share <= 1.0:
         raise ValueError(f"max_share is {max_share}; it lies in (0, 1]")
@@ -221,11 +221,7 @@ def _thinned(found: Sequence[tuple[int, SFTExample]], max_share: float, seed: in
     sizes = Counter(score for score, _ in found)
     if not sizes:
         return []
-    if max_share * len(sizes) < 1.0 - 1e-9:
-        raise ValueError(
-            f"the kept judgments have {len(sizes)} different scores ({dict(sorted(sizes.items()))}), so one holds at "
-            f"least 1/{len(sizes)} of them; raise max_share = {max_share}, or judge more varied responses"
-        )
+    max_share = max(max_share, 1 / len(sizes))  # of so few different scores, none can hold less
     cap = max(sizes.values())
     while cap > 1 and cap > max_share * sum(min(size, cap) for size in sizes.values()) + 1e-9:
         cap -= 1

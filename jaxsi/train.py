@@ -83,6 +83,10 @@ class DPOConfig:
     beta: float = 0.1
     nll_coef: float = 0.0
 
+    def __post_init__(self) -> None:
+        if self.beta <= 0 or self.nll_coef < 0:
+            raise ValueError(f"beta is {self.beta} (> 0) and nll_coef {self.nll_coef} (>= 0)")
+
 
 class State(NamedTuple):
     """What a step changes. ``skipped``: updates in a row that were left out for gradients that are not finite."""
@@ -148,12 +152,14 @@ class PairLoss:
             logps_B2[:, 0], logps_B2[:, 1], batch.ref_logps_B2[:, 0], batch.ref_logps_B2[:, 1],
             tokens_B2[:, 0], tokens_B2[:, 1], batch.real_B,
         )  # fmt: skip
-        total, count = self.loss(p, beta=self.beta)
-        if self.nll_coef:
-            total = total + self.nll_coef * losses.nll(p)[0]
+        preference, count = self.loss(p, beta=self.beta)
+        likelihood, _ = losses.nll(p)
+        total = preference + self.nll_coef * likelihood if self.nll_coef else preference
         mean = lambda x_B: (jnp.sum(jnp.where(p.real_B, x_B, 0.0)), count)  # noqa: E731
         margin_B = losses.margin(p)
         metrics = {
+            "preference_loss": (preference, count),
+            "nll": (likelihood, count),
             "accuracy": mean((margin_B > 0) + 0.5 * (margin_B == 0)),
             "margin": mean(margin_B),
             # Likelihood displacement shows here: DPO can raise the margin while both responses sink.
@@ -198,7 +204,7 @@ def train_step(
     skipped = jnp.where(finite, 0, state.skipped + 1)
     state = State(keep(weights, state.weights), keep(moments, state.moments), state.step + 1, skipped)
     logged = {name: value / jnp.maximum(n, 1.0) for name, (value, n) in metrics.items()}
-    return state, {"loss": total / count, "grad_norm": norm, **logged}
+    return state, {"loss": total / count, "grad_norm": norm, "skipped": skipped.astype(jnp.float32), **logged}
 
 
 def initial_state(weights: Weights, optimizer: OptimConfig) -> State:
@@ -247,6 +253,7 @@ def fit(
     _check_master(lm)
     # All at once: a rate read from the device at each step would wait for the step before.
     rates = np.asarray(jax.vmap(optim.schedule(config.optim, total))(jnp.arange(total)), np.float32)
+    lm.release()  # the memory of the stage that sampled from it
     resume = scope.path / "resume"
     state = _resumed(initial_state(lm.weights, config.optim), resume)
     done = int(state.step)
@@ -263,7 +270,7 @@ def fit(
             steps, last = step + 1, step + 1 == total
             if steps % config.log_every == 0 or last:
                 log.write(steps, float(rates[step]), metrics)
-                _check_skipped(state, steps, scope)
+                _check_skipped(state, steps, total, scope)
             if not last and steps % config.checkpoint_every:
                 continue
             if better is not None:
@@ -274,7 +281,8 @@ def fit(
             if not last:
                 _save_resume(resume, state)
     trained, steps = (lm.replace(state.weights), total) if better is None else (previous, previous_step)
-    _save_result(trained, state, scope, {"step": steps, "stopped_early": steps < total})
+    # Moments of later steps than the weights' are of no use to anyone.
+    _save_result(trained, state if steps == total else None, scope, {"step": steps, "stopped_early": steps < total})
     return trained
 
 
@@ -287,8 +295,8 @@ def _check_master(lm: LM) -> None:
         )
 
 
-def _check_skipped(state: State, steps: int, scope: Scope) -> None:
-    if (skipped := int(state.skipped)) >= MAX_SKIPPED:
+def _check_skipped(state: State, steps: int, total: int, scope: Scope) -> None:
+    if (skipped := int(state.skipped)) >= min(MAX_SKIPPED, total):
         raise TrainingError(
             f"{scope.path}: {skipped} updates in a row had gradients that are not finite (at most {MAX_SKIPPED - 1}) "
             f"at step {steps}; lower the learning rate, or look at the data of these steps. The last checkpoint is kept"
@@ -307,7 +315,11 @@ def _abstract(x: jax.Array) -> jax.ShapeDtypeStruct:
 def _resumed(start: State, folder: Path) -> State:
     """The newest sound state in ``folder``, or ``start``."""
     saved = checkpoint.latest(folder)
-    return start if saved is None else checkpoint.restore(saved, jax.tree.map(_abstract, start))
+    if saved is None:
+        return start
+    abstract = jax.tree.map(_abstract, start)
+    jax.tree.map(lambda x: x.delete(), start)  # first: a run that just fits in memory must be able to resume
+    return checkpoint.restore(saved, abstract)
 
 
 def _save_resume(folder: Path, state: State) -> None:
@@ -319,13 +331,13 @@ def _save_resume(folder: Path, state: State) -> None:
             _remove(old)
 
 
-def _save_result(trained: LM, state: State, scope: Scope, meta: dict[str, Any]) -> None:
+def _save_result(trained: LM, state: State | None, scope: Scope, meta: dict[str, Any]) -> None:
     """The scope's checkpoint. Its weights come last: with them it counts as complete."""
     folder = scope.path / "checkpoint"
     _remove(folder / "optimizer")  # complete, where a run was killed between the two
-    checkpoint.save(
-        folder / "optimizer", {"moments": state.moments, "step": state.step}, {"data_position": int(state.step)}
-    )
+    if state is not None:
+        moments = {"moments": state.moments, "step": state.step}
+        checkpoint.save(folder / "optimizer", moments, {"data_position": int(state.step)})
     lmlib.save_checkpoint(trained, folder, meta)
     _remove(scope.path / "resume")
 
@@ -438,7 +450,7 @@ def reference_logps(lm: LM, encoded: Sequence[tuple[Sequence_, Sequence_]], conf
         logps_B2 = _reference_logps(
             lm.weights, batches[step], config=lm.config, mesh=lm.mesh, dtype=config.dtype, remat=config.remat
         )
-        out[rows] = np.asarray(logps_B2)[: len(rows)]
+        out[rows] = meshlib.fetch(logps_B2)[: len(rows)]
     return out.tolist()
 
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from jaxsi import feedback, mesh, model, sampling, scoring
-from jaxsi.feedback import Comparison, JudgeConfig, compare, judge, judgment_statistics
+from jaxsi.feedback import Comparison, JudgeConfig, check_judge, compare, judge, judgment_statistics
 from jaxsi.lm import LM
 from jaxsi.prompts import Rubric
 from jaxsi.records import Judgment, Prompt, Response
@@ -144,7 +144,7 @@ def test_a_judge_prompt_that_does_not_fit_is_invalid_and_not_cut(lm, monkeypatch
     assert short.score is not None
     assert (long.scores, long.score, long.texts) == ((None, None), None, ())
     assert [p.id for call in calls for p in call.prompts] == ["p#0"]
-    assert judgment_statistics([short, long])["too_long"] == 1
+    assert judgment_statistics([short, long], low=0, high=5)["too_long"] == 1
 
 
 def test_the_limit_counts_prompt_and_new_tokens(lm, monkeypatch):
@@ -260,7 +260,7 @@ def test_statistics():
         judgment("c", 0, 2, 2),
         judgment("c", 1, None, None, texts=()),
     ]
-    stats = judgment_statistics(judgments)
+    stats = judgment_statistics(judgments, low=0, high=5)
     assert stats["judged"] == 6 and stats["unscored"] == 1 and stats["too_long"] == 1
     assert stats["parse_rate"] == 9 / 12 and stats["tie_rate"] == 1 / 2
     assert stats["histogram"] == {"0": 0.0, "1": 1 / 9, "2": 2 / 9, "3": 1 / 9, "4": 5 / 9, "5": 0.0}
@@ -271,12 +271,12 @@ def test_statistics():
 
 def test_alarms():
     always_five = [judgment(p, n, 5, 5) for p in "ab" for n in range(2)]
-    assert judgment_statistics(always_five)["alarms"] == ["one_score", "ties"]
-    assert judgment_statistics(always_five)["entropy"] == 0.0
+    assert judgment_statistics(always_five, low=0, high=5)["alarms"] == ["one_score", "ties"]
+    assert judgment_statistics(always_five, low=0, high=5)["entropy"] == 0.0
     silent = [judgment("a", n, None, None) for n in range(2)]
-    stats = judgment_statistics(silent)
+    stats = judgment_statistics(silent, low=0, high=5)
     assert stats["alarms"] == ["parse_rate"] and stats["mean"] is None and stats["tie_rate"] is None
-    assert judgment_statistics([])["parse_rate"] is None
+    assert judgment_statistics([], low=0, high=5)["parse_rate"] is None
 
 
 def test_compare_by_prompt():
@@ -319,3 +319,17 @@ def test_a_real_model_of_random_weights_is_judged_by_the_expected_score(tmp_path
     judgments = judge(lm, prompts, responses, RUBRIC, cfg, KEY)
     assert all(0.0 < score < 5.0 for j in judgments for score in j.scores)
     assert len({score for j in judgments for score in j.scores}) == 4
+
+
+def test_a_judge_that_hardly_parses_stops_the_method(caplog):
+    silent = [judgment("p", n, None, None, 3 if n == 0 else None) for n in range(4)]
+    statistics = judgment_statistics(silent, low=0, high=5)
+    with pytest.raises(ValueError, match=r"8.3% of the judgments have a score.*min_parse_rate = 10.0%"):
+        check_judge(statistics, JudgeConfig())
+    assert "parse_rate" in caplog.text
+    check_judge(statistics, JudgeConfig(min_parse_rate=0.05))
+
+
+def test_statistics_are_of_the_rubrics_range():
+    statistics = judgment_statistics([judgment("p", n, n) for n in range(6, 11)], low=0, high=10)
+    assert statistics["histogram"]["10"] == statistics["histogram"]["6"] == 0.2 and not statistics["alarms"]

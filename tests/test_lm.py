@@ -215,3 +215,31 @@ def test_tokens_array() -> None:
 def test_config_of_a_checkpoint_is_a_hugging_face_config(tmp_path: Path) -> None:
     lmlib.save_checkpoint(tiny.make_lm(), tmp_path, {"step": 0})
     assert json.loads((tmp_path / "config.json").read_text())["model_type"] == "llama"
+
+
+def test_all_stop_ids_survive_a_checkpoint(tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    lmlib.export(tiny.make_lm(), folder, dtype="float32")
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [2, 7]}))
+    loaded = load(folder, dtype="float32")
+    assert set(loaded.tokenizer.stop_ids) == {2, 7}
+    lmlib.save_checkpoint(loaded, tmp_path / "checkpoint", {})
+    again = load(tmp_path / "checkpoint", dtype="float32")
+    assert again.tokenizer.stop_ids == loaded.tokenizer.stop_ids
+    assert again.tokenizer.template_hash == loaded.tokenizer.template_hash
+
+
+def test_the_sampling_weights_last_until_they_are_released() -> None:
+    model = tiny.make_lm()
+    first = model.sampling_weights
+    assert model.sampling_weights is first
+    model.release()
+    assert model.sampling_weights is not first
+    model.release()
+    model.release()  # nothing to let go is no error
+
+
+def test_a_bfloat16_folder_has_one_fingerprint_in_every_dtype(tmp_path: Path) -> None:
+    lmlib.export(tiny.make_lm(), tmp_path / "model", dtype="bfloat16")
+    first, second = (load(tmp_path / "model", dtype=dtype).fingerprint for dtype in ("bfloat16", "float32"))
+    assert first == second

@@ -253,11 +253,13 @@ def test_each_row_has_its_own_settings() -> None:
         (1.0, 1.0, 1),
     ]
 
+    words = jax.random.key_data(jax.random.split(jax.random.key(0), 8))
+
     def sampled(rows: list[tuple[float, float, int]]) -> np.ndarray:
         columns = zip(*rows, strict=True)
         t, p, k = (jnp.asarray(column, dtype) for column, dtype in zip(columns, ("f4", "f4", "i4"), strict=True))
         out = sampling.generate_tokens(
-            lm.sampling_weights, prompts, jnp.full(8, 3), jnp.ones(8, bool), jax.random.split(jax.random.key(0), 8),
+            lm.sampling_weights, prompts, jnp.full(8, 3), jnp.ones(8, bool), words,
             sampling.Settings(t, p, k, jnp.full(8, -1), jnp.int32(10)),
             config=lm.config, mesh=lm.mesh, dtype=lm.dtype, num_samples=1, capacity=16,
         )  # fmt: skip

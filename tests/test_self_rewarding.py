@@ -58,7 +58,7 @@ def kill_during(directory: Path, environment: dict[str, str], scope: str, stage:
     else:
         pytest.fail(f"{scope}/{stage} never began: {process.communicate()[0].decode()}")
     os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
+    process.communicate()
 
 
 def artefacts(directory: Path) -> dict[str, str]:
@@ -154,7 +154,7 @@ def test_a_file_of_prompts_is_dealt_out_once_also_when_iterations_are_added(tmp_
         return [[prompt.id for prompt in part] for part in parts]
 
     assert dealt(tmp_path / "run", 3) == [["p0", "p1", "p2", "p3"], ["p4", "p5", "p6"]]
-    with pytest.raises(ValueError, match="none of its 7 prompts is left for iteration 4"):
+    with pytest.raises(ValueError, match="earlier iterations have had all of its 7 prompts"):
         dealt(tmp_path / "run", 4)
     file.write_text(file.read_text() + json.dumps({"id": "p7", "prompt": "One more?"}) + "\n")
     assert dealt(tmp_path / "run", 4)[2] == ["p7"]

@@ -272,10 +272,10 @@ def test_resampling_is_seeded_and_blind_to_order():
     assert sorted(e.id for e in first) == sorted(e.id for e in again) != sorted(e.id for e in other)
 
 
-def test_a_share_that_cannot_be_met_is_an_error():
+def test_a_share_that_cannot_be_met_is_the_least_that_can():
     pairs = [(ranked("a", 0, 1), judgments("a", "Yes. Score: 4", "No. Score: 1"))]
-    with pytest.raises(ValueError, match=r"2 different scores \(\{1: 1, 4: 1\}\).*raise max_share = 0.4"):
-        eft(pairs, max_share=0.4)
+    examples, counts = eft(pairs, max_share=0.4)
+    assert len(examples) == 2 and counts["thinned"] == 0
     with pytest.raises(ValueError, match="max_share is 0"):
         eft(pairs, max_share=0.0)
     assert eft([], max_share=0.4)[0] == []

@@ -392,3 +392,10 @@ def test_rows_that_do_not_divide_among_devices(stage: Callable[..., Any], scope:
         with pytest.raises(MeshError, match=r"rows do not divide among the 8 parts of the batch"):
             stage(lm, [], config, scope)
     dataclasses.replace(CONFIG, batch_size=32, accumulate=4).check(lm.mesh)
+
+
+def test_a_short_run_of_skipped_steps_does_not_pass_for_training(scope: Scope) -> None:
+    lm = tiny.make_lm()
+    bad = lm.replace(jax.tree.map(lambda w: w * jnp.nan, lm.weights))
+    with pytest.raises(TrainingError, match="not finite"):
+        train.sft(bad, examples(2), CONFIG, scope)

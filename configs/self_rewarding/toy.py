@@ -14,7 +14,7 @@ from jaxsi.optim import OptimConfig
 from jaxsi.sampling import SamplingConfig
 from jaxsi.toyworld.corpus import RUBRIC
 from jaxsi.toyworld.seed import SHIPPED
-from jaxsi.toyworld.seed_data import toy_ift, toy_rankings
+from jaxsi.toyworld.seed_data import toy_held_out, toy_ift, toy_rankings
 from jaxsi.train import DPOConfig, TrainConfig
 
 
@@ -33,7 +33,7 @@ def train(learning_rate: float, batch_size: int, epochs: int = 1) -> TrainConfig
 def config() -> Config:
     return Config(
         model=str(SHIPPED),
-        seed_data=SeedData(ift=toy_ift, rankings=toy_rankings),
+        seed_data=SeedData(ift=toy_ift, rankings=toy_rankings, held_out=toy_held_out),
         prompts=SelfInstruct(num_prompts=600, max_new_tokens=16, batch_size=256, min_words=3, max_words=12),
         # The paper samples at T 0.7, top-p 0.9. Candidates of the model's own distribution make the permuted arm a true
         # null: likelihood of a randomly chosen one has no direction, where on sharpened samples it sharpens the model.

@@ -23,34 +23,30 @@ from typing import Any, ClassVar
 from jaxsi import feedback, mesh as meshlib, pairs as pairlib
 from jaxsi.checkpoint import is_complete
 from jaxsi.feedback import JudgeConfig, judgment_statistics
-from jaxsi.instruct import SelfInstruct, new_prompts
+from jaxsi.instruct import PromptFile, SelfInstruct, new_prompts, next_part
 from jaxsi.lm import LM, load, save_checkpoint
 from jaxsi.mesh import MeshConfig
 from jaxsi.prompts import Rubric, load_rubric
-from jaxsi.records import Judgment, PreferencePair, Prompt, RankedResponses, Response, SFTExample, read_prompts
-from jaxsi.run import Run, Scope
-from jaxsi.sampling import SamplingConfig, check_sampled_by, generate
+from jaxsi.records import Judgment, PreferencePair, Prompt, RankedResponses, Response, SFTExample
+from jaxsi.run import Run, RunError, Scope
+from jaxsi.sampling import SamplingConfig, StaleRecordsError, check_sampled_by, generate
 from jaxsi.sources import as_responses, eft_examples
 from jaxsi.train import DPOConfig, TrainConfig, dpo, seed_of, sft
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SeedData:
-    """Human data: ``ift`` gives demonstrations; ``rankings``, where given, the ranked responses that EFT is made
-    from."""
+    """Human data: ``ift`` gives demonstrations; ``rankings``, where given, the ranked responses that EFT is made from,
+    ``max_share`` of which have one score at most. The prompts of ``held_out`` are never trained on."""
 
     ift: Callable[[], list[SFTExample]]
     rankings: Callable[[], list[RankedResponses]] | None = None
-    max_share: float = 0.4  # of one score among the EFT examples
+    held_out: Callable[[], list[Prompt]] | None = None
+    max_share: float = 0.4
 
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class PromptFile:
-    """Prompts from a JSONL file, an equal part of it for each iteration (all of it, where ``repeat``)."""
-
-    path: str
-    max_prompts: int | None = None
-    repeat: bool = False
+    def __post_init__(self) -> None:
+        if not 0 < self.max_share <= 1:
+            raise ValueError(f"max_share is {self.max_share}; it lies in (0, 1]")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -62,6 +58,10 @@ class PairConfig:
     length_control: float = 0.0
     min_gap: float = 0.0
     cut_off: bool = False
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.length_control < 0.5 or self.min_gap < 0:
+            raise ValueError(f"length_control is {self.length_control} (in [0, 0.5)), min_gap {self.min_gap} (>= 0)")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -116,9 +116,11 @@ def self_rewarding(cfg: Config, run: Run) -> LM:
         if training is not None:
             training.check(base.mesh)
 
+    check_given(cfg, base, run.at("iter_0").value("model", lambda: {"fingerprint": base.fingerprint}))
+
     it = run.at("iter_1")
     model = first_model(cfg, base, run, it)  # M_1
-    report(cfg, run, it, model, 1)
+    report(cfg, run, it, model, 1, None)
 
     for t in range(2, cfg.iterations + 1):
         it = run.at(f"iter_{t}")  # all that makes M_t, and its checkpoint
@@ -126,12 +128,29 @@ def self_rewarding(cfg: Config, run: Run) -> LM:
         candidates = it.sharded("candidates", prompts, sampler(cfg, model, it), of=Response)
         check_sampled_by(model, candidates)
         judgments = it.sharded("judgments", prompts, judger(cfg, model, candidates, it), of=Judgment)
-        pairs = it.records("pairs", best_and_worst, cfg, it, candidates, judgments, prompts, of=PreferencePair)
+        pairs = it.records("pairs", best_and_worst, cfg, candidates, judgments, prompts, of=PreferencePair)
+        counts = it.value("pairs_counts", pair_counts, cfg, candidates, judgments, prompts)
         model = dpo(model, pairs, cfg.dpo, it, better=stopper(cfg, model, it))  # M_t
-        report(cfg, run, it, model, t)
+        report(cfg, run, it, model, t, counts)
 
     run.update_summary({"status": "complete"})
     return model
+
+
+def check_given(cfg: Config, base: LM, stored: dict[str, str]) -> None:
+    """A run goes on with the M_0 it began with."""
+    if stored["fingerprint"] != base.fingerprint:
+        raise StaleRecordsError(
+            f"{cfg.model} now has the weights {base.fingerprint}, this run began with {stored['fingerprint']}; give it "
+            "back the model it began with, or start a new run directory"
+        )
+
+
+def absent(t: int) -> list[Prompt]:
+    """In place of a stage that an earlier iteration has done."""
+    raise RunError(
+        f"the prompts of iteration {t} are gone; put iter_{t}/prompts.jsonl back, or start a new run directory"
+    )
 
 
 def first_model(cfg: Config, base: LM, run: Run, it: Scope) -> LM:
@@ -161,29 +180,27 @@ def agreeing(
     seed = seed_of(it, "eft")
     examples, counts = eft_examples(ranked, judged, cfg.rubric, max_share=cfg.seed_data.max_share, seed=seed, ift=ift)
     it.value("eft_counts", lambda: counts)
+    if not examples:
+        raise ValueError(
+            f"no judgment of the {len(ranked)} ranked prompts agrees with people ({counts}), so there is no EFT; train "
+            "the judge of M_0 first, or leave the rankings out in a new run directory"
+        )
     return examples
 
 
 def prompts_of(cfg: Config, generator: LM, it: Scope, t: int) -> list[Prompt]:
     """The new prompts of iteration t: generated, or the next part of the file, of what no iteration has had."""
-    earlier = [p for s in range(2, t) for p in it.run.at(f"iter_{s}").records("prompts", list, of=Prompt)]
+    earlier = [p for s in range(2, t) for p in it.run.at(f"iter_{s}").records("prompts", absent, s, of=Prompt)]
     if isinstance(cfg.prompts, PromptFile):
-        everything = read_prompts(cfg.prompts.path, cfg.prompts.max_prompts)
-        used = set() if cfg.prompts.repeat else {prompt.id for prompt in earlier}
-        left = [prompt for prompt in everything if prompt.id not in used]
-        if not left:
-            raise ValueError(
-                f"{cfg.prompts.path}: none of its {len(everything)} prompts is left for iteration {t}; add prompts "
-                "to the file, or set prompts.repeat"
-            )
-        return left if cfg.prompts.repeat else left[: -(-len(left) // (cfg.iterations - t + 1))]
+        return next_part(cfg.prompts, earlier, cfg.iterations - t + 1)
     if cfg.prompts.generator is not None:
         generator = load(cfg.prompts.generator, generator.mesh, cfg.sampling.dtype)
     assert cfg.seed_data is not None
     ift = it.run.at("iter_1").records("ift", cfg.seed_data.ift, of=SFTExample)
     seeds = [Prompt(id=example.id, messages=example.messages) for example in ift]
     counts: Counter[str] = Counter()
-    known = frozenset(prompt.text for prompt in earlier)
+    held_out = [] if cfg.seed_data.held_out is None else cfg.seed_data.held_out()
+    known = frozenset(prompt.text for prompt in [*earlier, *held_out])
     made = new_prompts(generator, seeds, cfg.prompts, it.key("prompts"), known, prefix=f"iter{t}", counts=counts)
     it.value("prompts_counts", lambda: dict(counts))
     return made
@@ -215,17 +232,25 @@ def judger(
     return judge_part
 
 
-def best_and_worst(
-    cfg: Config, it: Scope, candidates: list[Response], judgments: list[Judgment], prompts: list[Prompt]
-) -> list[PreferencePair]:
-    """(x, y_w, y_l) of each prompt whose best and worst scores differ."""
-    chosen, counts = pairlib.best_and_worst(
-        candidates, judgments, prompts, length_control=cfg.pairs.length_control, min_gap=cfg.pairs.min_gap,
+def best_and_worst(cfg: Config, *records: list[Any]) -> list[PreferencePair]:
+    """(x, y_w, y_l) of each prompt whose best and worst scores differ, of candidates, judgments, prompts."""
+    return paired(cfg, *records)[0]
+
+
+def pair_counts(cfg: Config, *records: list[Any]) -> dict[str, Any]:
+    """What became of candidates, judgments, prompts, in numbers; an error where hardly a judgment parsed."""
+    chosen, counts = paired(cfg, *records)
+    judge = judgment_statistics(records[1], low=cfg.rubric.low, high=cfg.rubric.high)
+    feedback.check_judge(judge, cfg.judge)
+    return counts | pairlib.pair_statistics(chosen) | {"judge": judge}
+
+
+def paired(cfg: Config, *records: list[Any]) -> tuple[list[PreferencePair], dict[str, int]]:
+    """Pairs and counts by the config's rules."""
+    return pairlib.best_and_worst(
+        *records, length_control=cfg.pairs.length_control, min_gap=cfg.pairs.min_gap,
         reject_cut_off=cfg.pairs.cut_off, choose_cut_off=cfg.pairs.cut_off,
     )  # fmt: skip
-    it.value("pairs_counts", lambda: counts | pairlib.pair_statistics(chosen))
-    it.value("judge_statistics", judgment_statistics, judgments)
-    return chosen
 
 
 def stopper(cfg: Config, judge_model: LM, it: Scope) -> Callable[[LM, LM], bool] | None:
@@ -236,22 +261,26 @@ def stopper(cfg: Config, judge_model: LM, it: Scope) -> Callable[[LM, LM], bool]
     prompts, settings = stop.prompts(), cfg.sampling.settings | {"num_samples": 1}
 
     def better(now: LM, previous: LM) -> bool:
-        sides = [generate(lm, prompts, key=it.key("early_stop"), **settings) for lm in (now, previous)]
+        sides = []
+        for lm in (now, previous):
+            sides.append(generate(lm, prompts, key=it.key("early_stop"), **settings))
+            lm.release()
         judged = [
             stop.judging(judge_model, prompts, side, cfg.rubric, cfg.judge, it.key("early_stop", "judge"))
             for side in sides
         ]
+        judge_model.release()
         win_rate = feedback.compare(*judged).win_rate
         return win_rate is not None and win_rate > 0.5
 
     return better
 
 
-def report(cfg: Config, run: Run, it: Scope, model: LM, t: int) -> None:
-    """Evaluates M_t and writes its line of summary.json."""
+def report(cfg: Config, run: Run, it: Scope, model: LM, t: int, counts: dict[str, Any] | None) -> None:
+    """Evaluates M_t and writes its line of summary.json; M_1 has no counts of pairs."""
     figures = it.value("evaluation", cfg.evaluate, model, cfg, it) if cfg.evaluate is not None else {}
-    counts = it.value("pairs_counts", dict) if t > 1 else {}
-    judged = it.value("judge_statistics", dict) if t > 1 else {}
+    counts = counts or {}
+    judged = counts.get("judge", {})
     line = {
         "iteration": t,
         "quality": figures.get("quality"),
@@ -260,6 +289,7 @@ def report(cfg: Config, run: Run, it: Scope, model: LM, t: int) -> None:
         "parse_rate": figures.get("parse_rate", judged.get("parse_rate")),
         "pairs": counts.get("pairs"),
         "ties": counts.get("ties"),
+        "alarms": judged.get("alarms"),
         "mean_length": figures.get("mean_length"),
         "fingerprint": model.fingerprint,
         "seconds": it.seconds(),

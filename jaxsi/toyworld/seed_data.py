@@ -54,3 +54,8 @@ def permuted_judge(
     """The arm whose scores say nothing: the model's own verdicts, dealt out again at random within each prompt."""
     judgments = feedback.judge(lm, prompts, responses, rubric, cfg, key)
     return pairs.permuted_within_prompt(judgments, seed=str(jax.random.key_data(key).tolist()))
+
+
+def toy_held_out() -> list[Prompt]:
+    """The instructions that the evaluation asks."""
+    return world.prompts(500, seed=0, held_out=True)

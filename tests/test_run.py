@@ -451,6 +451,13 @@ def test_the_time_of_a_stage_inside_another_counts_once(tmp_path, monkeypatch):
         assert scope.seconds() == {"inner": 4.0, "other": 2.0, "outer": 1.5, "after": 3.0}
 
 
+def test_a_value_that_is_a_list_is_not_taken_for_records(tmp_path):
+    with Run.open(tmp_path / "run", Config()) as run:
+        scope = run.at("iter_1")
+        assert scope.value("logps", lambda: [1, 2]) == scope.value("logps", lambda: [3])
+        assert [row["state"] for row in status(run.path)["stages"]] == ["done"]
+
+
 # ---- named keys ------------------------------------------------------------------------------------------------------
 
 

@@ -9,10 +9,17 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from jaxsi.config_file import load_config
+from jaxsi.instruct import PromptFile
+from jaxsi.methods import self_rewarding
+from jaxsi.methods.self_rewarding import prompts_of
+from jaxsi.records import Prompt
+from jaxsi.run import Run, RunError
+from jaxsi.sampling import StaleRecordsError
 
 MICRO = Path(__file__).parent / "micro" / "self_rewarding.py"
 ROOT = Path(__file__).parents[1]
@@ -135,10 +142,6 @@ def test_killed_in_every_kind_of_stage_it_ends_the_same(whole, tmp_path, environ
 
 
 def test_a_file_of_prompts_is_dealt_out_once_also_when_iterations_are_added(tmp_path):
-    from jaxsi.methods.self_rewarding import PromptFile, prompts_of
-    from jaxsi.records import Prompt
-    from jaxsi.run import Run
-
     file = tmp_path / "prompts.jsonl"
     file.write_text("".join(json.dumps({"id": f"p{i}", "prompt": f"Question {i}?"}) + "\n" for i in range(7)))
 
@@ -159,3 +162,25 @@ def test_a_file_of_prompts_is_dealt_out_once_also_when_iterations_are_added(tmp_
     file.write_text(file.read_text() + json.dumps({"id": "p7", "prompt": "One more?"}) + "\n")
     assert dealt(tmp_path / "run", 4)[2] == ["p7"]
     assert dealt(tmp_path / "again", 3, repeat=True) == [[f"p{i}" for i in range(8)]] * 2
+
+
+def test_a_run_goes_on_with_the_model_it_began_with():
+    cfg, base = load_config(MICRO), SimpleNamespace(fingerprint="now")
+    self_rewarding.check_given(cfg, base, {"fingerprint": "now"})
+    with pytest.raises(StaleRecordsError, match="now has the weights now, this run began with then"):
+        self_rewarding.check_given(cfg, base, {"fingerprint": "then"})
+
+
+def test_new_prompts_are_never_held_out_ones_nor_those_of_earlier_iterations(tmp_path, monkeypatch):
+    excluded = []
+    monkeypatch.setattr(self_rewarding, "new_prompts", lambda *args, **named: excluded.append(args[4]) or [])
+    micro = load_config(MICRO)
+    held_out = lambda: [Prompt.of("h", "Held out?")]  # noqa: E731
+    cfg = dataclasses.replace(micro, seed_data=dataclasses.replace(micro.seed_data, held_out=held_out))
+    with Run.open(tmp_path / "run", micro) as run:
+        run.at("iter_2").records("prompts", lambda: [Prompt.of("a", "Asked before?")], of=Prompt)
+        self_rewarding.prompts_of(cfg, None, run.at("iter_3"), 3)
+        assert excluded == [{"Held out?", "Asked before?"}]
+        (tmp_path / "run" / "iter_2" / "prompts.jsonl").unlink()
+        with pytest.raises(RunError, match="the prompts of iteration 2 are gone"):
+            self_rewarding.prompts_of(cfg, None, run.at("iter_3"), 3)

@@ -44,8 +44,9 @@ def config() -> Config:
         judge=JudgeConfig(num_samples=3, temperature=0.7, top_p=0.9, max_new_tokens=32, batch_size=512),
         rubric=RUBRIC,
         sft=train(learning_rate=3e-4, batch_size=16),
-        # At 1e-4, batch 32 and one epoch the loop gained half as much; with nll_coef 0.1 the chosen responses lost more
-        # likelihood with the rejected (chosen_shift -1.0 nats against -0.3 at the end of iter_2/train.jsonl).
+        # Chosen in single runs on an unfinished seed model: 1e-4, batch 32 and one epoch gained half as much; with
+        # nll_coef 0.1 the chosen responses lost more likelihood with the rejected (chosen_shift -1.0 nats against
+        # -0.3 at the end of iter_2/train.jsonl), for the same gain.
         dpo=DPOConfig(train=train(learning_rate=2e-4, batch_size=16, epochs=2), beta=0.1, nll_coef=0.5),
         evaluate=ToyEvaluation(),
         iterations=3,

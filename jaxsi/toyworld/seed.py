@@ -2,7 +2,7 @@
 
 A Llama-shaped model of about a million weights learns, from scratch, the documents of ``corpus.py``: demonstrations of
 mixed quality, worked verdicts, and new instructions. It is made once, offline (the shipped one took 40 minutes on two
-busy CPU cores), and a run begins with it. Equal arguments on an equal machine give equal weights.
+busy CPU cores), and a run begins with it.
 """
 
 import concurrent.futures

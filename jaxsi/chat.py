@@ -22,6 +22,8 @@ import jinja2.ext
 import jinja2.nodes
 import jinja2.sandbox
 
+from jaxsi.records import Response
+
 if TYPE_CHECKING:
     from jaxsi.tokenizer import Tokenizer
 
@@ -375,3 +377,30 @@ def render_response(tokenizer: "Tokenizer", text: str) -> list[int]:
     if ids[: len(prompt_ids)] != prompt_ids:  # a token spans the border; the sampler meets the prompt's own tokens
         return _encode(tokenizer, whole[len(turn.prompt) :], hidden) + ending
     return ids[len(prompt_ids) :] + ending
+
+
+def marker_ids(tokenizer: "Tokenizer", text: str) -> tuple[int, ...]:
+    """The token ids of a line that begins with ``text``, as a response holds them.
+
+    Raises: ValueError where the line break before it and its first characters are one token: such a marker cannot be
+      seen to end a response.
+    """
+    before, whole = tokenizer.encode_text("x\n"), tokenizer.encode_text(f"x\n{text}")
+    if not text or whole[: len(before)] != before:
+        raise ValueError(f"{text!r} does not begin with a token of its own after a line break; choose another marker")
+    return tuple(whole[len(before) :])
+
+
+def written_response(tokenizer: "Tokenizer", id: str, prompt_id: str, text: str) -> Response:
+    """A text that no model sampled, as a response: a person's demonstration, say. It ends the turn and has no logps."""
+    return Response(
+        id=id,
+        prompt_id=prompt_id,
+        sample=0,
+        text=text,
+        token_ids=tuple(render_response(tokenizer, text)),
+        logps=(),
+        finish_reason="stop",
+        fingerprint="written",
+        template=tokenizer.template_hash,
+    )

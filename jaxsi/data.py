@@ -34,14 +34,15 @@ class TokenBatch(NamedTuple):
     loss_mask_BT: Any
 
 
-class PairBatch(NamedTuple):
-    """Preference pairs: [:, 0] chosen, [:, 1] rejected, each after its prompt. ``ref_logps_B2`` float32: the
-    reference's summed log-probabilities of the two responses. real_B False for fill."""
+class GroupBatch(NamedTuple):
+    """Rows of N sequences that are compared: the chosen and the rejected response of a pair (N = 2), each after its
+    prompt, or the four ordered pairs of PIT's gap (N = 4). ``ref_logps_BN`` float32: the reference's summed
+    log-probabilities of the sequences, where the loss has a reference. real_B False for fill."""
 
-    tokens_B2T: Any
-    segments_B2T: Any
-    loss_mask_B2T: Any
-    ref_logps_B2: Any
+    tokens_BNT: Any
+    segments_BNT: Any
+    loss_mask_BNT: Any
+    ref_logps_BN: Any
     real_B: Any
 
 
@@ -200,9 +201,9 @@ def _bucketed(sizes: Sequence[int], batch_size: int, epochs: int, seed: int) -> 
     return grain.MapDataset.source(plan)
 
 
-def pairs(
-    encoded: Sequence[tuple[Sequence_, Sequence_]],
-    ref_logps: Sequence[tuple[float, float]],
+def groups(
+    encoded: Sequence[tuple[Sequence_, ...]],
+    ref_logps: Sequence[Sequence[float]],
     batch_size: int,
     mesh: Mesh,
     *,
@@ -210,15 +211,16 @@ def pairs(
     seed: int,
     min_length: int,
 ) -> Batches:
-    """Batches of pairs with the reference's log-probabilities, each batch as long as its bucket (at least
-    ``min_length``)."""
-    sizes = [bucket(max(len(c.tokens), len(r.tokens)), min_length) for c, r in encoded]
+    """Batches of groups of N sequences with the reference's log-probabilities, each batch as long as its bucket (at
+    least ``min_length``)."""
+    sizes = [bucket(max(len(s.tokens) for s in group), min_length) for group in encoded]
 
-    def collate(chosen: Sequence[int]) -> PairBatch:
+    def collate(chosen: Sequence[int]) -> GroupBatch:
         T = max(sizes[i] for i in chosen)
-        sides = [_rows([encoded[i][side] for i in chosen], T) for side in (0, 1)]
-        both = lambda part, dtype: np.stack([_fill(batch_size, side[part], dtype) for side in sides], axis=1)  # noqa: E731
+        places = [_rows([encoded[i][n] for i in chosen], T) for n in range(len(encoded[chosen[0]]))]
+        together = lambda part, dtype: np.stack([_fill(batch_size, place[part], dtype) for place in places], axis=1)  # noqa: E731
         refs = _fill(batch_size, [np.asarray(ref_logps[i], np.float32) for i in chosen], np.float32)
-        return PairBatch(both(0, np.int32), both(2, np.int32), both(1, bool), refs, np.arange(batch_size) < len(chosen))
+        real_B = np.arange(batch_size) < len(chosen)
+        return GroupBatch(together(0, np.int32), together(2, np.int32), together(1, bool), refs, real_B)
 
     return Batches(_bucketed(sizes, batch_size, epochs, seed), collate, mesh)

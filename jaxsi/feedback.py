@@ -55,6 +55,8 @@ class JudgeConfig:
             )
         if self.temperature < 0 or not 0 < self.top_p <= 1:
             raise ValueError(f"temperature is {self.temperature} (>= 0) and top_p {self.top_p} (in (0, 1])")
+        if not 0 <= self.min_parse_rate <= 1:
+            raise ValueError(f"min_parse_rate is {self.min_parse_rate}; it lies in [0, 1]")
 
 
 def judge(

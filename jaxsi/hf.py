@@ -64,6 +64,7 @@ def _read_into_embed(tensor: Any, index: tuple[slice, ...], shape: tuple[int, ..
 
 SAME = Layout(lambda s: s, lambda tensor, index, _: tensor[index], lambda x: x)
 TRANSPOSED = Layout(lambda s: (s[1], s[0]), lambda tensor, index, _: tensor[index[1], index[0]].T, lambda x: x.T)
+ONE_ROW = Layout(lambda s: (1, *s), lambda tensor, index, _: tensor[0:1, index[0]][0], lambda x: x[None])
 # [D, H, C] <- [H*C, D]; [H, C, D] <- [D, H*C]; [H, C] <- [H*C]. The halves of a head stay in place: rotations pair them
 # as Hugging Face's do.
 OUT_OF_EMBED = Layout(
@@ -84,6 +85,7 @@ _BASE_NAMES: Names = {
     "embed": ("model.embed_tokens.weight", SAME),
     "final_norm": ("model.norm.weight", SAME),
     "lm_head": ("lm_head.weight", TRANSPOSED),
+    "score": ("score.weight", ONE_ROW),
     "attention_norm": ("model.layers.{}.input_layernorm.weight", SAME),
     "q": ("model.layers.{}.self_attn.q_proj.weight", OUT_OF_EMBED),
     "k": ("model.layers.{}.self_attn.k_proj.weight", OUT_OF_EMBED),

@@ -158,6 +158,7 @@ def parse_config(raw: Mapping[str, Any]) -> ModelConfig:
         o_bias=attention_bias,
         qk_norm=model_type == "qwen3",
         windows=_windows(raw, model_type, layers),
+        scalar_head=_scalar_head(raw, family),
     )
 
 
@@ -172,7 +173,7 @@ def config_json(config: ModelConfig, *, dtype: Any) -> dict[str, Any]:
     """
     raw: dict[str, Any] = {
         "model_type": config.family,
-        "architectures": [_family({"model_type": config.family}).architecture],
+        "architectures": [_architecture(_family({"model_type": config.family}), config.scalar_head)],
         "vocab_size": config.vocab_size,
         "hidden_size": config.embed_dim,
         "intermediate_size": config.mlp_dim,
@@ -190,6 +191,8 @@ def config_json(config: ModelConfig, *, dtype: Any) -> dict[str, Any]:
         "dtype": jnp.dtype(dtype).name,
         "torch_dtype": jnp.dtype(dtype).name,
     } | _rope_json(config)
+    if config.scalar_head:
+        raw |= {"num_labels": 1, "id2label": {"0": "LABEL_0"}, "label2id": {"LABEL_0": 0}}
     if config.family in ("llama", "qwen3"):
         raw["attention_bias"] = config.o_bias
     windows = config.windows or (None,) * config.num_layers
@@ -211,11 +214,26 @@ def _family(raw: Mapping[str, Any]) -> Family:
         raise HFError(f"model_type = {model_type!r} is not supported; supported are {', '.join(FAMILIES)}")
     family = FAMILIES[model_type]
     architectures = raw.get("architectures")
-    if architectures is not None and architectures != [family.architecture]:
+    known = [[_architecture(family, scalar_head)] for scalar_head in (False, True)]
+    if architectures is not None and architectures not in known:
         raise HFError(
-            f"architectures = {architectures!r} is not supported for {model_type!r}, only [{family.architecture!r}]"
+            f"architectures = {architectures!r} is not supported for {model_type!r}, only {known[0]!r} and {known[1]!r}"
         )
     return family
+
+
+def _architecture(family: Family, scalar_head: bool) -> str:
+    """The family's class with a language-model head, or with a scalar one (transformers: one label)."""
+    return family.architecture.replace("CausalLM", "SequenceClassification") if scalar_head else family.architecture
+
+
+def _scalar_head(raw: Mapping[str, Any], family: Family) -> bool:
+    if raw.get("architectures") != [_architecture(family, True)]:
+        return False
+    labels = len(raw["id2label"]) if isinstance(raw.get("id2label"), dict) else raw.get("num_labels", 2)
+    if labels != 1:
+        raise HFError(f"a classifier of {labels} labels (id2label) is not supported; a reward model has 1")
+    return True
 
 
 def _count(raw: Mapping[str, Any], key: str) -> int:

@@ -9,7 +9,7 @@ import importlib.util
 import logging
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import jax
@@ -79,20 +79,41 @@ class PromptFile:
     repeat: bool = False
 
 
-def next_part(file: PromptFile, earlier: Sequence[Prompt], parts: int) -> list[Prompt]:
-    """The first of `parts` equal parts of the prompts that are not among the `earlier` ones.
+def read_source(source: PromptFile | Callable[[], list[Prompt]]) -> list[Prompt]:
+    """The prompts of a user's file, or those that a function gives.
 
-    Raises: ValueError where none is left.
+    Raises: RecordError for a file that cannot be read. ValueError where there are no prompts, or two have one id.
     """
-    everything = read_prompts(file.path, file.max_prompts)
-    if file.repeat:
+    if isinstance(source, PromptFile):
+        return read_prompts(source.path, source.max_prompts)
+    made = source()
+    repeated = [id for id, count in Counter(prompt.id for prompt in made).items() if count > 1]
+    if not made or repeated:
+        what = f"{len(repeated)} ids more than once, the first is {repeated[0]!r}" if repeated else "no prompts"
+        raise ValueError(f"{source} gave {what}; each prompt has an id of its own")
+    return made
+
+
+def next_part(
+    source: PromptFile | Callable[[], list[Prompt]],
+    earlier: Sequence[Prompt],
+    parts: int,
+    exclude: frozenset[str] = frozenset(),
+) -> list[Prompt]:
+    """The first of `parts` equal parts of the prompts that are not among the `earlier` ones, nor texts of `exclude`.
+
+    Raises: as `read_source`, and ValueError where none is left.
+    """
+    known = {_normal(text) for text in exclude}
+    everything = [p for p in read_source(source) if _normal(p.text) not in known]
+    if isinstance(source, PromptFile) and source.repeat and everything:
         return everything
     used = {prompt.id for prompt in earlier}
     left = [prompt for prompt in everything if prompt.id not in used]
     if not left:
         raise ValueError(
-            f"{file.path}: earlier iterations have had all of its {len(everything)} prompts; add prompts to the "
-            "file, or set prompts.repeat"
+            f"{source.path if isinstance(source, PromptFile) else source}: earlier iterations have had all of its "
+            f"{len(everything)} prompts (held-out ones do not count); add prompts, or set prompts.repeat of a file"
         )
     return left[: -(-len(left) // parts)]
 

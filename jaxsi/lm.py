@@ -30,7 +30,7 @@ class LM:
     """A language model. Never changed in place: ``replace`` makes the model of the next weights.
 
     ``weights`` is the canonical tree (layers stacked, sharded by the training rules); ``dtype`` is the one that
-    sampling and scoring compute in.
+    sampling and scoring compute in; ``identity`` the fingerprint that a checkpoint was saved with.
     """
 
     config: ModelConfig
@@ -38,10 +38,11 @@ class LM:
     tokenizer: Tokenizer
     mesh: Mesh
     dtype: Any = jnp.bfloat16
+    identity: str | None = None
 
     def replace(self, weights: Weights) -> "LM":
-        """The same model with other weights."""
-        return dataclasses.replace(self, weights=weights)
+        """The same model with other weights, and so without its identity."""
+        return dataclasses.replace(self, weights=weights, identity=None)
 
     def logits(self, token_ids: Any) -> jax.Array:
         """[B, T] integers (NumPy or JAX) -> next-token logits [B, T, V] float32."""
@@ -61,8 +62,12 @@ class LM:
 
     @functools.cached_property
     def fingerprint(self) -> str:
-        """16 hex digits that change with any bit of any weight, whatever the mesh."""
-        return fingerprint(self.weights)
+        """16 hex digits that change with any bit of any weight, whatever the mesh.
+
+        A checkpoint's are those it was saved with, in every dtype. Of a folder they are of the weights as loaded: the
+        same in every dtype where it is stored in bfloat16, others where float32 is rounded to bfloat16 on the way.
+        """
+        return fingerprint(self.weights) if self.identity is None else self.identity
 
 
 def for_sampling(lm: LM) -> Weights:
@@ -125,14 +130,19 @@ def load(path: str | Path, mesh: Mesh | None = None, dtype: Any = "bfloat16", *,
     mesh = mesh or meshlib.make_mesh()
     weights_dtype = jnp.dtype(weights_dtype or dtype)
     config = hf.read_config(folder)
+    identity = None
     if (folder / "weights").is_dir():
+        identity = checkpoint.read_meta(folder / "weights")["fingerprint"]
         abstract = model.abstract_weights(config, mesh, weights_dtype)
         stored = jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, jnp.float32, sharding=s.sharding), abstract)
         weights = checkpoint.restore(folder / "weights", stored)
         weights = jax.tree.map(lambda w: w.astype(weights_dtype), weights)
     else:
         weights = hf.load_weights(folder, config, mesh, dtype=weights_dtype)
-    return LM(config=config, weights=weights, tokenizer=load_tokenizer(folder), mesh=mesh, dtype=jnp.dtype(dtype))
+    return LM(
+        config=config, weights=weights, tokenizer=load_tokenizer(folder), mesh=mesh, dtype=jnp.dtype(dtype),
+        identity=identity,
+    )  # fmt: skip
 
 
 def save_checkpoint(lm: LM, folder: Path, meta: dict[str, Any]) -> None:

@@ -92,3 +92,56 @@ def nll(p: PairLogps) -> Loss:
     """Mean token negative log-likelihood of the chosen response: the term that keeps DPO from pushing the chosen
     response down together with the rejected (Pang et al. 2024, equation 1)."""
     return _total(-_means(p)[0], p.real_B)
+
+
+PerGroup = Float[Array, "B N"]
+
+
+def _preferred(better_B: PerPair, worse_B: PerPair) -> PerPair:
+    return -jax.nn.log_sigmoid(better_B - worse_B)
+
+
+def bradley_terry(rewards_B2: PerGroup, real_B: Bool[Array, "B"]) -> Loss:
+    """-log sigma(r(x, y_w) - r(x, y_l)) of rewards (chosen, rejected): the usual reward model's loss."""
+    return _total(_preferred(rewards_B2[:, 0], rewards_B2[:, 1]), real_B)
+
+
+# PIT's five inequalities g(a) > g(b) among the quality gaps g of the ordered pairs (w,l), (w,w), (l,l), (l,w).
+GAP_INEQUALITIES = {"wl>ww": (0, 1), "wl>ll": (0, 2), "wl>lw": (0, 3), "ww>lw": (1, 3), "ll>lw": (2, 3)}
+
+
+def gap(gaps_B4: PerGroup, real_B: Bool[Array, "B"]) -> Loss:
+    """The sum of -log sigma(g(a) - g(b)) over ``GAP_INEQUALITIES`` (PIT, arXiv 2310.00898, equation 2), of gaps in the
+    order (w,l), (w,w), (l,l), (l,w): 5 ln 2 where all are equal. A constant added to all four changes nothing, so the
+    zero point of a gap is not learnt; nothing ties g(w,w) to g(l,l)."""
+    terms = [_preferred(gaps_B4[:, a], gaps_B4[:, b]) for a, b in GAP_INEQUALITIES.values()]
+    return _total(sum(terms, jnp.zeros(real_B.shape)), real_B)
+
+
+PerToken = Float[Array, "B T"]
+
+
+def ppo_clip(
+    logps_BT: PerToken,
+    old_logps_BT: PerToken,
+    advantages_BT: PerToken,
+    loss_mask_BT: Bool[Array, "B T"],
+    *,
+    clip: float,
+) -> Loss:
+    """-min(ratio A, clip(ratio, 1 - clip, 1 + clip) A) of each token, ratio = pi / pi_old (PPO, Schulman et al. 2017,
+    equation 7); at ratio 1 its gradient is the policy gradient's. The count is of tokens."""
+    ratio_BT = jnp.exp(jnp.where(loss_mask_BT, logps_BT - old_logps_BT, 0.0))
+    clipped_BT = jnp.clip(ratio_BT, 1 - clip, 1 + clip)
+    loss_BT = -jnp.minimum(ratio_BT * advantages_BT, clipped_BT * advantages_BT)
+    return jnp.sum(jnp.where(loss_mask_BT, loss_BT, 0.0)), jnp.sum(loss_mask_BT, dtype=jnp.float32)
+
+
+def value_clip(
+    values_BT: PerToken, old_values_BT: PerToken, returns_BT: PerToken, loss_mask_BT: Bool[Array, "B T"], *, clip: float
+) -> Loss:
+    """Half of max((V - R)^2, (clip(V, V_old - clip, V_old + clip) - R)^2) of each token: the value loss that PPO's code
+    has (Huang et al. 2022, detail 9). The count is of tokens."""
+    near_BT = old_values_BT + jnp.clip(values_BT - old_values_BT, -clip, clip)
+    loss_BT = 0.5 * jnp.maximum(jnp.square(values_BT - returns_BT), jnp.square(near_BT - returns_BT))
+    return jnp.sum(jnp.where(loss_mask_BT, loss_BT, 0.0)), jnp.sum(loss_mask_BT, dtype=jnp.float32)

@@ -210,3 +210,13 @@ def _check_finite(**arrays: np.ndarray) -> None:
         if not np.isfinite(array).all():
             bad = array[~np.isfinite(array)][0]
             raise ValueError(f"{name} hold {bad}; every figure must be finite, an absent score is None")
+
+
+def edit_distance(a: Sequence[Any], b: Sequence[Any]) -> int:
+    """Insertions, deletions and replacements that make ``b`` of ``a`` (Levenshtein 1966)."""
+    row = list(range(len(b) + 1))
+    for i, x in enumerate(a, start=1):
+        before, row[0] = row[0], i
+        for j, y in enumerate(b, start=1):
+            before, row[j] = row[j], min(row[j] + 1, row[j - 1] + 1, before + (x != y))
+    return row[-1]

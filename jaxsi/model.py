@@ -46,7 +46,8 @@ class Rope:
 class ModelConfig:
     """Everything that decides the decoder's function, in the project's names (``hf.py`` reads it from config.json).
 
-    ``windows`` has one entry a layer: how many positions back it sees, itself included; None is no limit.
+    ``windows`` has one entry a layer: how many positions back it sees, itself included; None is no limit. With
+    ``scalar_head`` the model gives one number at each token in place of logits: a reward or a value.
     """
 
     family: str
@@ -65,6 +66,7 @@ class ModelConfig:
     o_bias: bool = False
     qk_norm: bool = False
     windows: tuple[int | None, ...] | None = None
+    scalar_head: bool = False
 
     def __post_init__(self) -> None:
         if self.num_heads % self.num_kv_heads:
@@ -120,7 +122,10 @@ def parameters(config: ModelConfig) -> dict[str, Any]:
         "layers": layers,
         "final_norm": Parameter((c.embed_dim,), ("embed",), one),
     }
-    if not c.tie_embeddings:
+    if c.scalar_head:
+        # Zeros: an untrained reward model prefers nothing, so its loss at step 0 is known exactly.
+        tree["score"] = Parameter((c.embed_dim,), ("embed",), zero)
+    elif not c.tie_embeddings:
         tree["lm_head"] = Parameter((c.embed_dim, c.vocab_size), ("embed", "vocab"), normal)
     return tree
 
@@ -349,7 +354,12 @@ def hidden_states(
 
 
 def logits(weights: Weights, config: ModelConfig, hidden: jax.Array) -> jax.Array:
-    """Next-token logits [..., V] float32 of hidden states [..., D]."""
+    """Next-token logits [..., V] float32 of hidden states [..., D].
+
+    Raises: ModelError for a model with a scalar head.
+    """
+    if config.scalar_head:
+        raise ModelError("this model has a scalar head (a reward or value model): it writes and scores no text")
     head = (weights["embed"].T if config.tie_embeddings else weights["lm_head"]).astype(hidden.dtype)
     return jnp.matmul(hidden, head, preferred_element_type=jnp.float32)
 
@@ -405,6 +415,24 @@ def sequence_logps(
     )
     targets_BT = jnp.roll(tokens_BT, -1, axis=1)
     return jnp.roll(token_logps(weights, config, hidden_BTD, targets_BT), 1, axis=1).at[:, 0].set(0.0)
+
+
+def scalar_values(
+    weights: Weights,
+    config: ModelConfig,
+    tokens_BT: jax.Array,
+    positions_BT: jax.Array,
+    segments_BT: jax.Array,
+    *,
+    dtype: Any,
+    remat: bool = False,
+    mesh: Mesh | None = None,
+) -> jax.Array:
+    """The scalar head's number [B, T] float32 at each token, of that token and those before it."""
+    hidden_BTD = hidden_states(
+        weights, config, tokens_BT, positions_BT, segments_BT, dtype=dtype, remat=remat, mesh=mesh
+    )
+    return jnp.einsum("BTD,D->BT", hidden_BTD.astype(jnp.float32), weights["score"].astype(jnp.float32))
 
 
 # ------------------------------------------------------------------------------------------------------------- decoding

@@ -8,8 +8,9 @@ import random
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
+from typing import NamedTuple
 
-from jaxsi.records import Judgment, PreferencePair, Prompt, Response
+from jaxsi.records import Judgment, Message, PreferencePair, Prompt, RankedResponses, Response
 
 Scored = tuple[float, Response]
 
@@ -73,6 +74,54 @@ def best_and_worst(
         )
     counts["pairs"] = len(pairs)
     return pairs, dict(counts)
+
+
+class Preference(NamedTuple):
+    """Two texts in answer to one prompt, ``chosen`` the better one: (x, y_w, y_l)."""
+
+    id: str
+    messages: tuple[Message, ...]
+    chosen: str
+    rejected: str
+
+
+def preferences(ranked: Sequence[RankedResponses]) -> tuple[list[Preference], dict[str, int]]:
+    """The best and the worst response of each ranking, of equal ranks the first.
+
+    Returns: the preferences in the order of `ranked`, and counts: prompts, preferences, "ties" (all ranks equal),
+      "empty" (one of the two is, but for white space) and "identical" ones, which are left out.
+
+    Raises: ValueError naming a prompt whose ranks do not fit its responses, or an id that is doubled.
+    """
+    counts = Counter(dict.fromkeys(("prompts", "preferences", "ties", "empty", "identical"), 0))
+    found: dict[str, Preference] = {}
+    check_rankings(ranked)
+    for record in ranked:
+        chosen = record.responses[record.ranks.index(min(record.ranks))]
+        rejected = record.responses[record.ranks.index(max(record.ranks))]
+        counts["prompts"] += 1
+        if min(record.ranks) == max(record.ranks):
+            counts["ties"] += 1
+        elif not chosen.strip() or not rejected.strip():
+            counts["empty"] += 1
+        elif chosen == rejected:
+            counts["identical"] += 1
+        else:
+            found[record.id] = Preference(record.id, record.messages, chosen, rejected)
+    counts["preferences"] = len(found)
+    return list(found.values()), dict(counts)
+
+
+def check_rankings(ranked: Sequence[RankedResponses]) -> None:
+    """Raises ValueError naming a prompt whose ranks do not fit its responses, or an id that is doubled."""
+    seen: set[str] = set()
+    for record in ranked:
+        if len(record.ranks) != len(record.responses) or not record.ranks or record.id in seen:
+            raise ValueError(
+                f"ranking {record.id!r}: {len(record.responses)} responses, {len(record.ranks)} ranks; give each "
+                "response a rank, and each ranking an id of its own"
+            )
+        seen.add(record.id)
 
 
 def permuted_within_prompt(judgments: Sequence[Judgment], seed: int | str) -> list[Judgment]:

@@ -85,6 +85,40 @@ class Judgment:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Critique:
+    """What a critic wrote about the response with the same id: language feedback, a score, and an improved response.
+
+    A part that is not there in the form that was asked for is None. `text` is all that was generated; `fingerprint`
+    that of the critic's weights, or the name of the model behind an endpoint.
+    """
+
+    id: str
+    prompt_id: str
+    weaknesses: str | None
+    suggestions: str | None
+    score: float | None
+    improved: str | None
+    text: str
+    finish_reason: FinishReason
+    fingerprint: str
+    template: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Revision:
+    """What a reviser or an improver made of the response with the same id; on the label NO, that response itself.
+
+    `label_probs` are those of the labels in the order of the reviser's template; None where there are no labels.
+    """
+
+    id: str
+    prompt_id: str
+    label: str | None
+    label_probs: tuple[float, ...] | None
+    response: Response
+
+
+@dataclass(frozen=True, kw_only=True)
 class PreferencePair:
     """Two responses to the prompt with the same id; chosen_score > rejected_score."""
 

@@ -1,6 +1,7 @@
 """Generation: prefill, decode and token sampling in one compiled program per shape.
 
-A response depends on the weights, the prompt and its own key; not on the batch, its order or the mesh.
+A response depends on the weights, the prompt and its own key; in float32 not on the batch, its order or the mesh. In
+bfloat16 the rounding depends on their shapes, and a near tie may fall otherwise: the same in distribution only.
 """
 
 import dataclasses
@@ -15,13 +16,14 @@ import numpy as np
 from jax.sharding import Mesh
 
 from jaxsi import mesh as meshlib, model
-from jaxsi.chat import render_prompt
+from jaxsi.chat import marker_ids, render_prompt
 from jaxsi.lm import LM, tokens_array
 from jaxsi.model import ModelConfig, Weights
 from jaxsi.records import Prompt, Response
 from jaxsi.run import name_words
 
 MAX_STOPS = 8
+MAX_MARKER = 32  # tokens of a text that ends a response
 FIRST_SEGMENT = 64  # decode steps before the cache grows for the first time; each growth doubles the steps
 
 
@@ -63,12 +65,13 @@ class Settings(NamedTuple):
     top_p_B: jax.Array
     top_k_B: jax.Array
     stop_ids: jax.Array  # [MAX_STOPS] int32, -1 for none
+    marker: jax.Array  # [MAX_MARKER] int32: a text that ends a response, right-aligned after -1
     limit: jax.Array  # int32 scalar: most new tokens
 
 
 class Sampled(NamedTuple):
-    """tokens_BM int32 and logps_BM float32 (untruncated softmax, temperature 1); counts_B new tokens, the stop id among
-    them; stopped_B whether a stop id ended the row; steps, decode steps run."""
+    """tokens_BM int32 and logps_BM float32 (untruncated softmax, temperature 1); counts_B new tokens, the stop id or
+    the marker among them; stopped_B whether one of these ended the row; steps, decode steps run."""
 
     tokens_BM: jax.Array
     logps_BM: jax.Array
@@ -189,15 +192,20 @@ def generate_tokens(
     lengths_B = repeat(lengths_P)
     B = lengths_B.shape[0]
 
-    def is_stop(token_B: jax.Array) -> jax.Array:
-        return jnp.any(token_B[:, None] == settings.stop_ids[None, :], axis=-1)
+    def is_stop(recent_BM: jax.Array) -> jax.Array:
+        by_id_B = jnp.any(recent_BM[:, -1:] == settings.stop_ids[None, :], axis=-1)
+        same_BM = (recent_BM == settings.marker[None, :]) | (settings.marker < 0)[None, :]
+        return by_id_B | (jnp.all(same_BM, axis=-1) & (settings.marker[-1] >= 0))
 
     first_B, logp_B = sample_tokens(repeat(model.logits(weights, config, last_PD)), keys_B, jnp.int32(0), settings)
     tokens_BM = jnp.zeros((B, capacity), jnp.int32).at[:, 0].set(first_B)
     logps_BM = jnp.zeros((B, capacity), jnp.float32).at[:, 0].set(logp_B)
-    done_B = is_stop(first_B) | ~repeat(real_P)
+    # The newest tokens of each row, oldest first: what a marker is compared with.
+    recent_BM = jnp.full((B, MAX_MARKER), -1, jnp.int32).at[:, -1].set(first_B)
+    stopped_B = is_stop(recent_BM)
     counts_B = jnp.ones((B,), jnp.int32)
-    state = (jnp.int32(1), first_B, tokens_BM, logps_BM, counts_B, done_B, cache)
+    real_B = repeat(real_P)
+    state = (jnp.int32(1), recent_BM, tokens_BM, logps_BM, counts_B, stopped_B, cache)
 
     columns_S = jnp.arange(T + capacity, dtype=jnp.int32)
     prompt_BS = jnp.where(columns_S[None] < lengths_B[:, None], columns_S[None], -1)
@@ -211,25 +219,34 @@ def generate_tokens(
         state = (*state[:6], [(grow(k), grow(v)) for k, v in state[6]])
 
         def unfinished(state: Any, end: int = end) -> jax.Array:
-            return (state[0] <= end) & (state[0] < settings.limit) & ~jnp.all(state[5])
+            return (state[0] <= end) & (state[0] < settings.limit) & ~jnp.all(state[5] | ~real_B)
 
         def step(state: Any, end: int = end) -> Any:
-            i, token_B, tokens_BM, logps_BM, counts_B, done_B, cache = state
+            i, recent_BM, tokens_BM, logps_BM, counts_B, stopped_B, cache = state
+            done_B = stopped_B | ~real_B
             hidden_BD, cache = model.decode(
-                weights, config, token_B, lengths_B + i - 1, cache, T + i - 1, positions_BS[:, : T + end], dtype=dtype
+                weights,
+                config,
+                recent_BM[:, -1],
+                lengths_B + i - 1,
+                cache,
+                T + i - 1,
+                positions_BS[:, : T + end],
+                dtype=dtype,
             )
             next_B, logp_B = sample_tokens(model.logits(weights, config, hidden_BD), keys_B, i, settings)
             next_B = jnp.where(done_B, 0, next_B)
             tokens_BM = jax.lax.dynamic_update_slice_in_dim(tokens_BM, next_B[:, None], i, axis=1)
             logps_BM = jax.lax.dynamic_update_slice_in_dim(logps_BM, jnp.where(done_B, 0.0, logp_B)[:, None], i, axis=1)
             counts_B = counts_B + ~done_B
-            return i + 1, next_B, tokens_BM, logps_BM, counts_B, done_B | is_stop(next_B), cache
+            recent_BM = jnp.concatenate([recent_BM[:, 1:], next_B[:, None]], axis=1)
+            stopped_B = stopped_B | (~done_B & is_stop(recent_BM))
+            return i + 1, recent_BM, tokens_BM, logps_BM, counts_B, stopped_B, cache
 
         state = jax.lax.while_loop(unfinished, step, state)
         start = end
-    steps, _, tokens_BM, logps_BM, counts_B, _, _ = state
-    final_B = jnp.take_along_axis(tokens_BM, counts_B[:, None] - 1, axis=1)[:, 0]
-    return Sampled(tokens_BM, logps_BM, counts_B, is_stop(final_B), steps)
+    steps, _, tokens_BM, logps_BM, counts_B, stopped_B, _ = state
+    return Sampled(tokens_BM, logps_BM, counts_B, stopped_B, steps)
 
 
 # ------------------------------------------------------------------------------------------------------------ host side
@@ -254,14 +271,16 @@ def generate_ids(
     top_k: int = 0,
     max_new_tokens: int = 256,
     stop_ids: Sequence[int] | None = None,
+    marker: Sequence[int] = (),
     batch_size: int = 64,
 ) -> list[list[tuple[list[int], list[float], bool]]]:
     """Samples from prompts given as token ids.
 
     Args:
       keys: [len(prompts)] typed keys; sample number n of a prompt uses its key folded with n.
-      stop_ids: default the tokenizer's.
-      batch_size: rows in flight (prompts x num_samples), rounded to the mesh and to whole prompts.
+      stop_ids: default the tokenizer's. marker: token ids that end a response too, as ``marker_ids`` gives them.
+      batch_size: rows in flight (prompts x num_samples), rounded to the mesh and to whole prompts. In float32 it does
+        not change the responses; in bfloat16 they are the same in distribution only.
 
     Returns:
       For each prompt, ``num_samples`` triples (new token ids, the stop id included; their logps; stopped).
@@ -281,7 +300,7 @@ def generate_ids(
         return []
     P = _prompts_in_batch(lm, num_samples, batch_size, len(prompts))
     stop_ids = lm.tokenizer.stop_ids if stop_ids is None else stop_ids
-    settings = _settings(lm, P * num_samples, temperature, top_p, top_k, max_new_tokens, stop_ids)
+    settings = _settings(lm, P * num_samples, temperature, top_p, top_k, max_new_tokens, stop_ids, marker)
     keys = keys if isinstance(keys, jax.Array) else jnp.stack(keys)
     results: list[list[tuple[list[int], list[float], bool]]] = [[] for _ in prompts]
     pending: tuple[list[int], Sampled] | None = None
@@ -323,17 +342,27 @@ def _prompts_in_batch(lm: LM, num_samples: int, batch_size: int, count: int) -> 
 
 
 def _settings(
-    lm: LM, B: int, temperature: float, top_p: float, top_k: int, max_new_tokens: int, stop_ids: Sequence[int]
+    lm: LM,
+    B: int,
+    temperature: float,
+    top_p: float,
+    top_k: int,
+    max_new_tokens: int,
+    stop_ids: Sequence[int],
+    marker: Sequence[int],
 ) -> Settings:
     """The same settings for each of B rows, on the mesh."""
     if len(stop_ids) > MAX_STOPS:
         raise ValueError(f"{len(stop_ids)} stop ids given, at most {MAX_STOPS} are supported: {list(stop_ids)}")
+    if len(marker) > MAX_MARKER:
+        raise ValueError(f"the marker that ends a response has {len(marker)} tokens, at most {MAX_MARKER}; shorten it")
     by_row = meshlib.sharding(lm.mesh, ("batch",))
     return Settings(
         temperature_B=jax.device_put(np.full(B, temperature, np.float32), by_row),
         top_p_B=jax.device_put(np.full(B, top_p, np.float32), by_row),
         top_k_B=jax.device_put(np.full(B, top_k, np.int32), by_row),
         stop_ids=jnp.asarray([*stop_ids, *[-1] * (MAX_STOPS - len(stop_ids))], jnp.int32),
+        marker=jnp.asarray([*[-1] * (MAX_MARKER - len(marker)), *marker], jnp.int32),
         limit=jnp.int32(max_new_tokens),
     )
 
@@ -397,6 +426,7 @@ def generate(
     top_p: float = 0.9,
     top_k: int = 0,
     max_new_tokens: int = 256,
+    stop_text: str | None = None,
     key: jax.Array | None = None,
     seed: int = 0,
     batch_size: int = 64,
@@ -405,6 +435,7 @@ def generate(
 
     Args:
       prompts: records, or plain texts (which become prompts with their number as id).
+      stop_text: the beginning of a line that ends a response too; it stays part of the response.
       key: typed key of the stage; a response's noise is this key folded with its prompt id and sample number. Default:
         from ``seed``.
 
@@ -425,6 +456,7 @@ def generate(
     sampled = generate_ids(
         lm, ids, keys, num_samples=num_samples, temperature=temperature, top_p=top_p, top_k=top_k,
         max_new_tokens=max_new_tokens, batch_size=batch_size,
+        marker=() if stop_text is None else marker_ids(lm.tokenizer, stop_text),
     )  # fmt: skip
     return [
         Response(

@@ -51,7 +51,7 @@ def score_ids(
     rows = [[*prefix, *continuation] for prefix, continuation in zip(prefixes, continuations, strict=True)]
     _check_lengths(lm, prefixes, rows)
     scored: dict[int, np.ndarray] = {}
-    for batch, tokens_BT, lengths_B in _batches(lm, rows, batch_size):
+    for batch, tokens_BT, lengths_B in rows_on_mesh(lm, rows, batch_size):
         logps_BT = _score(lm.weights, tokens_BT, lengths_B, config=lm.config, dtype=jnp.dtype(lm.dtype), mesh=lm.mesh)
         for i, logps_T in zip(batch, meshlib.fetch(logps_BT), strict=False):
             scored[i] = logps_T[len(prefixes[i]) : len(rows[i])].copy()
@@ -67,7 +67,7 @@ def _check_lengths(lm: LM, prefixes: Sequence[Sequence[int]], rows: Sequence[Seq
             )
 
 
-def _batches(
+def rows_on_mesh(
     lm: LM, rows: Sequence[Sequence[int]], batch_size: int
 ) -> Iterator[tuple[list[int], jax.Array, jax.Array]]:
     """Row numbers, their tokens [B, T] and lengths [B] on the mesh: alike in length, all batches with the same B."""
@@ -106,12 +106,12 @@ def score_choices(
         )
     if any(len(end) != 1 for ends in choices for end in ends):
         flat = [prefix for prefix, ends in zip(prefixes, choices, strict=True) for _ in ends]
-        logps = score_continuations(lm, flat, [end for ends in choices for end in ends])
+        logps = score_continuations(lm, flat, [end for ends in choices for end in ends], batch_size=batch_size)
         return logps.reshape(len(prefixes), -1)
     _check_lengths(lm, prefixes, [[*prefix, 0] for prefix in prefixes])
     ends_NG = np.asarray(choices, np.int32)[:, :, 0]
     logps_NG = np.zeros(ends_NG.shape, np.float32)
-    for batch, tokens_BT, lengths_B in _batches(lm, prefixes, batch_size):
+    for batch, tokens_BT, lengths_B in rows_on_mesh(lm, prefixes, batch_size):
         logps_BV = _next_logps(
             lm.weights, tokens_BT, lengths_B, config=lm.config, dtype=jnp.dtype(lm.dtype), mesh=lm.mesh
         )
@@ -120,10 +120,11 @@ def score_choices(
 
 
 def score_continuations(
-    lm: LM, prefixes: Sequence[Sequence[int]], continuations: Sequence[Sequence[int]]
+    lm: LM, prefixes: Sequence[Sequence[int]], continuations: Sequence[Sequence[int]], *, batch_size: int = 32
 ) -> np.ndarray:
     """Summed log-probability [N] float32 of each continuation after its prefix, both given as token ids."""
-    return np.asarray([logps.sum(dtype=np.float32) for logps in score_ids(lm, prefixes, continuations)], np.float32)
+    scored = score_ids(lm, prefixes, continuations, batch_size=batch_size)
+    return np.asarray([logps.sum(dtype=np.float32) for logps in scored], np.float32)
 
 
 def score(lm: LM, prompts: Sequence[Prompt | str], responses: Sequence[Response | str]) -> np.ndarray:

@@ -148,7 +148,7 @@ def eft_examples(
     max_share: float = 0.4,
     seed: int = 0,
     ift: Sequence[SFTExample] = (),
-) -> tuple[list[SFTExample], dict[str, int]]:
+) -> tuple[list[SFTExample], dict[str, float]]:
     """Judge prompt -> justification and score: what the judge wrote where it ordered responses as humans did.
 
     The paper's rule (Self-Rewarding, arXiv 2401.10020): judge human-ranked responses, keep where the orders agree,
@@ -161,7 +161,8 @@ def eft_examples(
       ift: demonstrations whose prompts are left out, so that the two sets are disjoint.
 
     Returns: examples with the ids of their responses, and counts: prompts, "in_ift", "disagree" (no k agrees), "agree",
-      "no_justification" (a bare score), "thinned", examples.
+      "no_justification" (a bare score), "thinned", examples; and
+      "max_share_raised_to", where so few different scores were kept that none can hold less.
 
     Raises: ValueError for judgments that do not fit `ranked`.
     """
@@ -171,7 +172,7 @@ def eft_examples(
     if len(by_id) != len(judgments):
         raise ValueError(f"{len(judgments) - len(by_id)} of {len(judgments)} judgments repeat an id; ids are unique")
     taken = {_normal(question_text(example.messages)) for example in ift}
-    counts = Counter(prompts=len(ranked), in_ift=0, disagree=0, agree=0, no_justification=0, thinned=0, examples=0)
+    counts = dict.fromkeys(("in_ift", "disagree", "agree", "no_justification"), 0)
     found: list[tuple[int, SFTExample]] = []
     for record in ranked:
         if _normal(question_text(record.messages)) in taken:
@@ -187,9 +188,10 @@ def eft_examples(
                 continue
             messages = Prompt.of("", judge_prompt).messages
             found.append((score, SFTExample(id=f"{record.id}#{i}", messages=messages, response=target)))
-    examples = _thinned(found, max_share, seed)
-    counts.update(thinned=len(found) - len(examples), examples=len(examples))
-    return examples, dict(counts)
+    least = 1 / max(len({score for score, _ in found}), 1)
+    examples = _thinned(found, max(max_share, least), seed)
+    told = {"prompts": len(ranked), **counts, "thinned": len(found) - len(examples), "examples": len(examples)}
+    return examples, told | ({"max_share_raised_to": least} if found and least > max_share else {})
 
 
 def _first_agreeing(
@@ -221,7 +223,6 @@ def _thinned(found: Sequence[tuple[int, SFTExample]], max_share: float, seed: in
     sizes = Counter(score for score, _ in found)
     if not sizes:
         return []
-    max_share = max(max_share, 1 / len(sizes))  # of so few different scores, none can hold less
     cap = max(sizes.values())
     while cap > 1 and cap > max_share * sum(min(size, cap) for size in sizes.values()) + 1e-9:
         cap -= 1

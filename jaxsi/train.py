@@ -8,7 +8,7 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +17,7 @@ import optax
 from jax.sharding import Mesh
 
 from jaxsi import checkpoint, data, lm as lmlib, losses, mesh as meshlib, model, optim
-from jaxsi.data import Batches, PairBatch, Sequence_, TokenBatch
+from jaxsi.data import Batches, GroupBatch, Sequence_, TokenBatch
 from jaxsi.lm import LM
 from jaxsi.losses import PairLogps
 from jaxsi.model import ModelConfig, Weights
@@ -26,6 +26,7 @@ from jaxsi.progress import progress
 from jaxsi.records import PreferencePair, SFTExample
 from jaxsi.run import Scope
 
+Restored = TypeVar("Restored")
 MAX_SKIPPED = 5  # updates in a row with a gradient that is not finite, before training gives up
 
 
@@ -120,22 +121,22 @@ class SFTLoss:
 
 
 def pair_logps(
-    weights: Weights, batch: PairBatch, *, config: ModelConfig, mesh: Mesh, dtype: str, remat: bool
+    weights: Weights, batch: GroupBatch, *, config: ModelConfig, mesh: Mesh, dtype: str, remat: bool
 ) -> jax.Array:
     """Summed log-probabilities [B, 2] of the chosen and the rejected responses, in one pass over 2B rows."""
-    B, _, T = batch.tokens_B2T.shape
+    B, _, T = batch.tokens_BNT.shape
     flat = lambda x: meshlib.constrain(x.reshape(2 * B, T), mesh, ("batch", None))  # noqa: E731
     positions_BT = jnp.broadcast_to(jnp.arange(T, dtype=jnp.int32), (2 * B, T))
     logps_BT = model.sequence_logps(
-        weights, config, flat(batch.tokens_B2T), positions_BT, flat(batch.segments_B2T),
+        weights, config, flat(batch.tokens_BNT), positions_BT, flat(batch.segments_BNT),
         dtype=jnp.dtype(dtype), remat=remat, mesh=mesh,
     )  # fmt: skip
-    return jnp.sum(jnp.where(batch.loss_mask_B2T, logps_BT.reshape(B, 2, T), 0.0), axis=-1)
+    return jnp.sum(jnp.where(batch.loss_mask_BNT, logps_BT.reshape(B, 2, T), 0.0), axis=-1)
 
 
 @dataclasses.dataclass(frozen=True)
 class PairLoss:
-    """A pair loss of a ``PairBatch``, with the likelihood term. Equal fields are one compiled program."""
+    """A pair loss of a ``GroupBatch`` of pairs, with the likelihood term. Equal fields are one compiled program."""
 
     config: ModelConfig
     mesh: Mesh
@@ -145,11 +146,11 @@ class PairLoss:
     beta: float
     nll_coef: float
 
-    def __call__(self, weights: Weights, batch: PairBatch) -> tuple[losses.Loss, Metrics]:
+    def __call__(self, weights: Weights, batch: GroupBatch) -> tuple[losses.Loss, Metrics]:
         logps_B2 = pair_logps(weights, batch, config=self.config, mesh=self.mesh, dtype=self.dtype, remat=self.remat)
-        tokens_B2 = jnp.sum(batch.loss_mask_B2T, axis=-1)
+        tokens_B2 = jnp.sum(batch.loss_mask_BNT, axis=-1)
         p = PairLogps(
-            logps_B2[:, 0], logps_B2[:, 1], batch.ref_logps_B2[:, 0], batch.ref_logps_B2[:, 1],
+            logps_B2[:, 0], logps_B2[:, 1], batch.ref_logps_BN[:, 0], batch.ref_logps_BN[:, 1],
             tokens_B2[:, 0], tokens_B2[:, 1], batch.real_B,
         )  # fmt: skip
         preference, count = self.loss(p, beta=self.beta)
@@ -250,14 +251,14 @@ def fit(
     total = min(len(batches), config.max_steps or len(batches))
     if total == 0:
         raise TrainingError(f"{scope.path}: nothing to train on; look at the counts of the stages before it")
-    _check_master(lm)
+    check_master(lm)
     # All at once: a rate read from the device at each step would wait for the step before.
     rates = np.asarray(jax.vmap(optim.schedule(config.optim, total))(jnp.arange(total)), np.float32)
     lm.release()  # the memory of the stage that sampled from it
     resume = scope.path / "resume"
-    state = _resumed(initial_state(lm.weights, config.optim), resume)
+    state = resumed(initial_state(lm.weights, config.optim), resume)
     done = int(state.step)
-    log = _Log(scope.path / "train.jsonl", done, total)
+    log = Log(scope.path / "train.jsonl", done, total)
     # What early stopping compares with, and goes back to: the model at the last checkpoint.
     previous, previous_step = (lm if done == 0 or better is None else _snapshot(lm, state)), done
     with progress(f"{scope.name}/train", total) as advance:
@@ -270,7 +271,7 @@ def fit(
             steps, last = step + 1, step + 1 == total
             if steps % config.log_every == 0 or last:
                 log.write(steps, float(rates[step]), metrics)
-                _check_skipped(state, steps, total, scope)
+                check_skipped(state, steps, total, scope)
             if not last and steps % config.checkpoint_every:
                 continue
             if better is not None:
@@ -279,14 +280,14 @@ def fit(
                     break
                 previous, previous_step = now, steps
             if not last:
-                _save_resume(resume, state)
+                save_resume(resume, state, done=steps)
     trained, steps = (lm.replace(state.weights), total) if better is None else (previous, previous_step)
     # Moments of later steps than the weights' are of no use to anyone.
-    _save_result(trained, state if steps == total else None, scope, {"step": steps, "stopped_early": steps < total})
+    save_result(trained, state if steps == total else None, scope, {"step": steps, "stopped_early": steps < total})
     return trained
 
 
-def _check_master(lm: LM) -> None:
+def check_master(lm: LM) -> None:
     dtypes = {str(w.dtype) for w in jax.tree.leaves(lm.weights)}
     if dtypes != {"float32"}:
         raise TrainingError(
@@ -295,7 +296,7 @@ def _check_master(lm: LM) -> None:
         )
 
 
-def _check_skipped(state: State, steps: int, total: int, scope: Scope) -> None:
+def check_skipped(state: State, steps: int, total: int, scope: Scope) -> None:
     if (skipped := int(state.skipped)) >= min(MAX_SKIPPED, total):
         raise TrainingError(
             f"{scope.path}: {skipped} updates in a row had gradients that are not finite (at most {MAX_SKIPPED - 1}) "
@@ -312,7 +313,7 @@ def _abstract(x: jax.Array) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding)
 
 
-def _resumed(start: State, folder: Path) -> State:
+def resumed(start: Restored, folder: Path) -> Restored:
     """The newest sound state in ``folder``, or ``start``."""
     saved = checkpoint.latest(folder)
     if saved is None:
@@ -322,16 +323,16 @@ def _resumed(start: State, folder: Path) -> State:
     return checkpoint.restore(saved, abstract)
 
 
-def _save_resume(folder: Path, state: State) -> None:
-    """One newest resume point: the older one goes when the newer one is complete."""
-    target = folder / f"{int(state.step):08d}"
-    checkpoint.save(target, state, {"step": int(state.step)})
+def save_resume(folder: Path, state: Any, *, done: int) -> None:
+    """One newest resume point, of ``done`` steps: the older one goes when the newer one is complete."""
+    target = folder / f"{done:08d}"
+    checkpoint.save(target, state, {"step": done})
     for old in folder.iterdir():
         if old != target:
             _remove(old)
 
 
-def _save_result(trained: LM, state: State | None, scope: Scope, meta: dict[str, Any]) -> None:
+def save_result(trained: LM, state: State | None, scope: Scope, meta: dict[str, Any]) -> None:
     """The scope's checkpoint. Its weights come last: with them it counts as complete."""
     folder = scope.path / "checkpoint"
     _remove(folder / "optimizer")  # complete, where a run was killed between the two
@@ -349,7 +350,7 @@ def _remove(folder: Path) -> None:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-class _Log:
+class Log:
     """train.jsonl, one line each few steps; on resume the lines after the checkpoint are dropped."""
 
     def __init__(self, path: Path, done: int, total: int) -> None:
@@ -372,7 +373,7 @@ class _Log:
 # ---------------------------------------------------------------------------------------------------------- sft and dpo
 
 
-def _finished(lm: LM, scope: Scope) -> LM | None:
+def finished(lm: LM, scope: Scope) -> LM | None:
     """The scope's trained model, where an earlier run has made it."""
     folder = scope.path / "checkpoint"
     if not checkpoint.is_complete(folder / "weights"):
@@ -386,8 +387,8 @@ def sft(lm: LM, examples: Sequence[SFTExample], config: TrainConfig, scope: Scop
 
     Rows are packed on CPU and TPU; on GPU, where fused attention takes no segments, they are batched by length.
     """
-    if (finished := _finished(lm, scope)) is not None:
-        return finished
+    if (made := finished(lm, scope)) is not None:
+        return made
     config.check(lm.mesh)
     with scope.timed("sft"):
         sequences = _fitting(scope, [data.encode_example(lm.tokenizer, e) for e in examples], config.max_length)
@@ -407,8 +408,8 @@ def dpo(
     better: Callable[[LM, LM], bool] | None = None,
 ) -> LM:
     """Preference training from ``lm``, which is also the reference; the result is also the scope's checkpoint."""
-    if (finished := _finished(lm, scope)) is not None:
-        return finished
+    if (made := finished(lm, scope)) is not None:
+        return made
     train = config.train
     train.check(lm.mesh)
     every = [data.encode_pair(lm.tokenizer, pair) for pair in pairs]
@@ -422,7 +423,7 @@ def dpo(
     # The name says of which weights and which pairs: values of others are never taken for these.
     refs = scope.value(f"ref_logps_{lm.fingerprint}_{_digest(encoded, train)}", reference_logps, lm, encoded, train)
     with scope.timed("dpo"):
-        batches = data.pairs(
+        batches = data.groups(
             encoded, refs, train.batch_size, lm.mesh,
             epochs=train.epochs, seed=seed_of(scope, "dpo"), min_length=train.min_length,
         )  # fmt: skip
@@ -443,7 +444,7 @@ def reference_logps(lm: LM, encoded: Sequence[tuple[Sequence_, Sequence_]], conf
     that train."""
     micro = config.batch_size // config.accumulate
     none = [(0.0, 0.0)] * len(encoded)
-    batches = data.pairs(encoded, none, micro, lm.mesh, epochs=1, seed=0, min_length=config.min_length)
+    batches = data.groups(encoded, none, micro, lm.mesh, epochs=1, seed=0, min_length=config.min_length)
     out = np.zeros((len(encoded), 2), np.float32)
     for step in range(len(batches)):
         rows = [int(i) for i in np.atleast_1d(np.asarray(batches.plan[step]))]

@@ -17,7 +17,7 @@ from jaxsi import mesh as meshlib, model, optim, train
 from jaxsi.commands.run import run
 from jaxsi.config import describe_config
 from jaxsi.config_file import ConfigFileError, load_config
-from jaxsi.data import PairBatch, TokenBatch
+from jaxsi.data import GroupBatch, TokenBatch
 from jaxsi.methods import method_of
 from jaxsi.model import ModelConfig, Rope
 
@@ -132,7 +132,7 @@ def test_it_lowers_for_its_own_mesh(path):
         token = lambda shape, dtype: placed(shape, dtype, ("batch", *(None,) * (len(shape) - 1)))  # noqa: E731
         if isinstance(loss, train.PairLoss):
             ids = [token((B, 2, T), dtype) for dtype in (jnp.int32, jnp.int32, bool)]
-            batch = PairBatch(*ids, token((B, 2), jnp.float32), token((B,), bool))
+            batch = GroupBatch(*ids, token((B, 2), jnp.float32), token((B,), bool))
         else:
             batch = TokenBatch(*(token((B, T), dtype) for dtype in (jnp.int32, jnp.int32, jnp.int32, bool)))
         rate = jax.ShapeDtypeStruct((), jnp.float32)

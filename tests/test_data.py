@@ -162,25 +162,25 @@ def test_batches_lie_on_the_mesh() -> None:
 def test_pairs_come_once_an_epoch_with_their_own_reference(count: int, seed: int, epochs: int) -> None:
     encoded = [data.encode_pair(tiny.tokenizer(), pair) for pair in tiny.preference_pairs(count, longest=60)]
     refs = [(float(i), -float(i)) for i in range(count)]
-    batches = data.pairs(encoded, refs, 4, tiny.mesh(), epochs=epochs, seed=seed, min_length=16)
+    batches = data.groups(encoded, refs, 4, tiny.mesh(), epochs=epochs, seed=seed, min_length=16)
     seen: list[int] = []
     for k in range(len(batches)):
         rows = [int(i) for i in np.atleast_1d(batches.plan[k])]
         batch = batches.collate(rows)
         assert batch.real_B.tolist() == [True] * len(rows) + [False] * (4 - len(rows))
-        assert not batch.loss_mask_B2T[len(rows) :].any() and not batch.segments_B2T[len(rows) :].any()
+        assert not batch.loss_mask_BNT[len(rows) :].any() and not batch.segments_BNT[len(rows) :].any()
         for place, i in enumerate(rows):
-            np.testing.assert_array_equal(batch.ref_logps_B2[place], np.float32(refs[i]))
+            np.testing.assert_array_equal(batch.ref_logps_BN[place], np.float32(refs[i]))
             for side in (0, 1):
                 n = len(encoded[i][side].tokens)
-                np.testing.assert_array_equal(batch.tokens_B2T[place, side, :n], encoded[i][side].tokens)
-                np.testing.assert_array_equal(batch.loss_mask_B2T[place, side, :n], encoded[i][side].loss_mask)
-                np.testing.assert_array_equal(batch.segments_B2T[place, side], np.arange(batch.tokens_B2T.shape[2]) < n)
+                np.testing.assert_array_equal(batch.tokens_BNT[place, side, :n], encoded[i][side].tokens)
+                np.testing.assert_array_equal(batch.loss_mask_BNT[place, side, :n], encoded[i][side].loss_mask)
+                np.testing.assert_array_equal(batch.segments_BNT[place, side], np.arange(batch.tokens_BNT.shape[2]) < n)
         seen += rows
     assert sorted(seen) == sorted(list(range(count)) * epochs)
 
 
 def test_batches_of_pairs_have_few_lengths() -> None:
     encoded = [data.encode_pair(tiny.tokenizer(), pair) for pair in tiny.preference_pairs(60, longest=100)]
-    batches = data.pairs(encoded, [(0.0, 0.0)] * 60, 4, tiny.mesh(), epochs=1, seed=0, min_length=32)
-    assert {batches[k].tokens_B2T.shape[2] for k in range(len(batches))} <= {32, 64, 96, 128}
+    batches = data.groups(encoded, [(0.0, 0.0)] * 60, 4, tiny.mesh(), epochs=1, seed=0, min_length=32)
+    assert {batches[k].tokens_BNT.shape[2] for k in range(len(batches))} <= {32, 64, 96, 128}

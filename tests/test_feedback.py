@@ -290,7 +290,9 @@ def test_compare_by_prompt():
         compare(a, b[1:])
 
 
-@pytest.mark.parametrize("fields", [{"num_samples": 0}, {"max_new_tokens": 0}, {"temperature": -1.0}, {"top_p": 0.0}])
+@pytest.mark.parametrize(
+    "fields", [{"num_samples": 0}, {"max_new_tokens": 0}, {"temperature": -1.0}, {"top_p": 0.0}, {"min_parse_rate": 10}]
+)
 def test_config_out_of_range(fields):
     with pytest.raises(ValueError, match=next(iter(fields))):
         JudgeConfig(**fields)

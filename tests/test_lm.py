@@ -1,6 +1,7 @@
 """LM: fingerprints, loading from every kind of MODEL, saving, and what its errors say."""
 
 import dataclasses
+import gc
 import json
 from pathlib import Path
 from typing import ClassVar
@@ -132,6 +133,16 @@ def test_checkpoint_round_trip_on_another_mesh(tmp_path: Path) -> None:
     assert {w.dtype for w in jax.tree.leaves(half.weights)} == {jnp.dtype("bfloat16")}
 
 
+def test_a_checkpoint_is_known_by_the_fingerprint_it_was_saved_with(tmp_path: Path) -> None:
+    lm = tiny.make_lm()
+    lmlib.save_checkpoint(lm, tmp_path, {})
+    for dtype in ("bfloat16", "float16", "float32"):
+        loaded = load(tmp_path, tiny.mesh(), dtype)
+        assert loaded.fingerprint == lm.fingerprint
+        changed = loaded.replace(jax.tree.map(lambda w: w + 1, loaded.weights))
+        assert changed.fingerprint == lmlib.fingerprint(changed.weights) != lm.fingerprint
+
+
 def test_an_interrupted_checkpoint_says_so(tmp_path: Path) -> None:
     lmlib.save_checkpoint(tiny.make_lm(), tmp_path, {"step": 3})
     (tmp_path / "weights" / checkpoint.MANIFEST).unlink()
@@ -227,6 +238,10 @@ def test_all_stop_ids_survive_a_checkpoint(tmp_path: Path) -> None:
     again = load(tmp_path / "checkpoint", dtype="float32")
     assert again.tokenizer.stop_ids == loaded.tokenizer.stop_ids
     assert again.tokenizer.template_hash == loaded.tokenizer.template_hash
+    lmlib.export(again, tmp_path / "exported")
+    assert load(tmp_path / "exported").tokenizer.stop_ids == loaded.tokenizer.stop_ids
+    written = [tmp_path / name / "generation_config.json" for name in ("checkpoint", "exported")]
+    assert written[0].read_text() == written[1].read_text()
 
 
 def test_the_sampling_weights_last_until_they_are_released() -> None:
@@ -237,6 +252,19 @@ def test_the_sampling_weights_last_until_they_are_released() -> None:
     assert model.sampling_weights is not first
     model.release()
     model.release()  # nothing to let go is no error
+
+
+def test_released_memory_is_free() -> None:
+    def live() -> int:
+        gc.collect()
+        return sum(x.nbytes for x in jax.live_arrays())
+
+    model = tiny.make_lm(dtype=jnp.bfloat16)
+    before, own = live(), sum(w.nbytes for w in jax.tree.leaves(model.weights))
+    _ = model.sampling_weights
+    assert live() == before + own // 2
+    model.release()
+    assert live() == before
 
 
 def test_a_bfloat16_folder_has_one_fingerprint_in_every_dtype(tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ import tiny
 from jaxsi import lm as lmlib, main as cli
 from jaxsi.commands import UsageError
 from jaxsi.commands.run import _full_flag, configure, field_flags
+from jaxsi.commands.stored import Mesh, mesh_for
 from jaxsi.config_file import load_config
 from jaxsi.main import main
 from jaxsi.records import Judgment, Response, read_jsonl
@@ -172,6 +173,17 @@ def test_eval_toy_on_another_mesh(finished, capsys):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_a_model_of_a_run_has_the_fingerprint_of_the_summary_in_every_dtype(finished, world, tmp_path, capsys, dtype):
+    model, out = f"{finished[0]}@2", tmp_path / "responses.jsonl"
+    mine = finished[1]["iterations"][1]["fingerprint"]
+    options = ["--max-new-tokens", 4, "--max-prompts", 1, "--dtype", dtype]
+    json_of(capsys, "generate", model, "--prompts", world / "prompts.jsonl", "-o", out, *options)
+    assert [response.fingerprint for response in read_jsonl(out, Response)] == [mine]
+    assert json_of(capsys, "eval", "toy", model, "--dtype", dtype)["fingerprint"] == mine
+
+
+@pytest.mark.slow
 def test_generate_judge_and_export(finished, world, tmp_path, capsys):
     model, responses, judgments = f"{finished[0]}@2", tmp_path / "responses.jsonl", tmp_path / "judgments.jsonl"
     value = json_of(
@@ -180,6 +192,7 @@ def test_generate_judge_and_export(finished, world, tmp_path, capsys):
     )  # fmt: skip
     made = read_jsonl(responses, Response)
     assert [response.id for response in made] == ["p0#0", "p0#1", "p1#0", "p1#1"]
+    assert {response.fingerprint for response in made} == {finished[1]["iterations"][1]["fingerprint"]}
     assert value["responses"] == 4
     assert value["tokens"] == sum(len(response.token_ids) for response in made)
     value = json_of(
@@ -245,6 +258,28 @@ def test_every_command_has_help_with_examples(name, capsys):
     assert "--json" in out
 
 
+@pytest.mark.parametrize("name", ["generate", "judge", "eval toy", "export"])
+def test_commands_of_a_model_take_a_mesh(name, capsys):
+    _, out, _ = called(capsys, *name.split(), "--help")
+    assert all(f"--mesh.{axis}" in out for axis in ("data", "fsdp", "tensor"))
+
+
+def test_what_the_batch_size_changes_is_said(capsys):
+    _, out, _ = called(capsys, "generate", "--help")
+    said = " ".join(out.replace("│", " ").split())
+    assert "does not change the responses in float32, in bfloat16 they are the same in distribution only" in said
+
+
+def test_the_mesh_of_a_model(tmp_path):
+    given = Mesh(data=2, tensor=4)
+    assert tuple(mesh_for("somewhere", given).shape.values()) == (2, 1, 4)
+    assert tuple(mesh_for("somewhere", Mesh()).shape.values()) == (1, 8, 1)
+    (tmp_path / "journal.jsonl").touch()
+    (tmp_path / "config.json").write_text(json.dumps({"mesh": {"data": -1, "fsdp": 2, "tensor": 2}}))
+    assert tuple(mesh_for(f"{tmp_path}@2", Mesh()).shape.values()) == (2, 2, 2)
+    assert tuple(mesh_for(str(tmp_path), given).shape.values()) == (2, 1, 4)
+
+
 def failure(capsys, *argv):
     code, out, err = called(capsys, *argv)
     assert code == 1
@@ -256,7 +291,7 @@ def failure(capsys, *argv):
 def test_a_missing_folder(world, tmp_path, capsys):
     prompts, out = world / "prompts.jsonl", tmp_path / "out.jsonl"
     assert "nowhere: no such folder" in failure(capsys, "generate", "./nowhere", "--prompts", prompts, "-o", out)
-    assert "no such folder" in failure(capsys, "export", "./nowhere", tmp_path / "exported")
+    assert "no such folder" in failure(capsys, "export", "./nowhere", tmp_path / "exported", "--mesh.fsdp", -1)
     assert "holds no run" in failure(capsys, "status", tmp_path)
 
 

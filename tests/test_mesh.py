@@ -64,6 +64,14 @@ def test_constrain_lays_out_inside_jit() -> None:
     np.testing.assert_array_equal(out, np.ones((8, 6)))
 
 
+def test_fetch_gives_numpy_of_whole_arrays() -> None:
+    mesh = make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
+    x = np.arange(48, dtype=np.int32).reshape(8, 6)
+    fetched = meshlib.fetch({"cut": jax.device_put(x, meshlib.sharding(mesh, ("batch", "mlp"))), "one": jnp.int32(3)})
+    assert isinstance(fetched["cut"], np.ndarray) and fetched["one"] == 3
+    np.testing.assert_array_equal(fetched["cut"], x)
+
+
 @pytest.mark.parametrize(
     ("sizes", "message"),
     [

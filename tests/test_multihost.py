@@ -17,6 +17,8 @@ index, count, port = map(int, sys.argv[1:])
 if count > 1:
     jax.distributed.initialize(f"127.0.0.1:{port}", count, index)
 import jaxsi
+from jaxsi.chat import render_prompt
+from jaxsi.scoring import score_choices
 from jaxsi.toyworld import world
 from jaxsi.toyworld.seed import SHIPPED
 lm = jaxsi.load(SHIPPED, dtype="float32")
@@ -24,7 +26,9 @@ assert lm.mesh.devices.size == 2
 prompts = world.prompts(6, seed=3, held_out=False)
 responses = jaxsi.generate(lm, prompts, num_samples=2, max_new_tokens=16, batch_size=8)
 scores = jaxsi.score(lm, [prompt for prompt in prompts for _ in range(2)], responses)
-print(json.dumps([[r.token_ids for r in responses], scores.tolist(), lm.fingerprint]))
+texts = [render_prompt(lm.tokenizer, prompt.messages) for prompt in prompts]
+choices = score_choices(lm, texts, [[[7], [8]]] * len(texts))
+print(json.dumps([[r.token_ids for r in responses], [*scores.tolist(), *choices.ravel().tolist()], lm.fingerprint]))
 """
 
 

@@ -31,6 +31,9 @@ IDS = [[1, 40 + i, 80 + i, *range(100, 100 + i)] for i in range(5)]
 KEYS = [jax.random.key(i) for i in range(5)]
 
 
+NO_MARKER = jnp.full(sampling.MAX_MARKER, -1, jnp.int32)
+
+
 def tokens_of(lm: LM, **options: Any) -> list[list[list[int]]]:
     """Token ids by prompt and sample; never a stop id, unless one is given."""
     options = {
@@ -155,8 +158,9 @@ def test_sampled_tokens_follow_the_distribution() -> None:
 
     same = lambda value, dtype: jnp.full(N, value, dtype)  # noqa: E731
     s = sampling.Settings(
-        same(0.7, jnp.float32), same(0.9, jnp.float32), same(0, jnp.int32), jnp.full(8, -1, jnp.int32), jnp.int32(1)
-    )
+        same(0.7, jnp.float32), same(0.9, jnp.float32), same(0, jnp.int32), jnp.full(8, -1, jnp.int32), NO_MARKER,
+        jnp.int32(1),
+    )  # fmt: skip
     keys = jax.random.split(jax.random.key(3), N)
     tokens, logps = jax.jit(sampling.sample_tokens)(jnp.tile(logits, (N, 1)), keys, jnp.int32(5), s)
     np.testing.assert_allclose(
@@ -238,6 +242,49 @@ def test_rows_stop_each_at_its_own_stop_id() -> None:
     assert {1, 12} <= endings and len(endings) > 2
 
 
+@pytest.mark.parametrize("length", [1, 2, 5])
+def test_rows_stop_each_at_the_marker(length: int) -> None:
+    """A sequence that a row samples anyway, taken as the marker, ends that row behind it and changes no other token."""
+    lm = tiny.make_lm()
+    free = [
+        ids
+        for samples in generate_ids(lm, IDS, KEYS, num_samples=3, max_new_tokens=12, stop_ids=[])
+        for ids, _, _ in samples
+    ]
+    marker = free[4][3 : 3 + length]
+
+    def end(ids: list[int]) -> int | None:
+        return next((i + length for i in range(len(ids) - length + 1) if ids[i : i + length] == marker), None)
+
+    ended = [
+        sample
+        for samples in generate_ids(lm, IDS, KEYS, num_samples=3, max_new_tokens=12, stop_ids=[], marker=marker)
+        for sample in samples
+    ]
+    assert end(free[4]) is not None and any(end(ids) is None for ids in free)
+    for before, (ids, logps, stopped) in zip(free, ended, strict=True):
+        assert ids == before[: end(before)] and stopped == (end(before) is not None) and len(logps) == len(ids)
+
+
+def test_a_marker_is_what_a_response_holds_after_a_line_break() -> None:
+    tokenizer = tiny.tokenizer()
+    ids = sampling.marker_ids(tokenizer, "### Feedback")
+    written = tokenizer.encode_text("cat red.\n### Feedback\nsun right")
+    assert any(tuple(written[i : i + len(ids)]) == ids for i in range(len(written)))
+    with pytest.raises(ValueError, match="choose another marker"):
+        sampling.marker_ids(tokenizer, "")
+    with pytest.raises(ValueError, match="has 33 tokens, at most 32"):
+        generate_ids(tiny.make_lm(), IDS[:1], KEYS[:1], max_new_tokens=4, marker=[5] * 33)
+
+
+def test_a_response_that_its_marker_ends_keeps_it() -> None:
+    lm = tiny.make_lm()
+    free = generate(lm, PROMPTS[:1], max_new_tokens=8, temperature=0.0)[0]
+    assert free.finish_reason == "length"
+    ended = generate(lm, PROMPTS[:1], max_new_tokens=8, temperature=0.0, stop_text="nowhere to be found")[0]
+    assert ended == free
+
+
 def test_each_row_has_its_own_settings() -> None:
     """Rows with other temperature, top-p and top-k in one batch give what they give among their like."""
     lm = tiny.make_lm()
@@ -260,7 +307,7 @@ def test_each_row_has_its_own_settings() -> None:
         t, p, k = (jnp.asarray(column, dtype) for column, dtype in zip(columns, ("f4", "f4", "i4"), strict=True))
         out = sampling.generate_tokens(
             lm.sampling_weights, prompts, jnp.full(8, 3), jnp.ones(8, bool), words,
-            sampling.Settings(t, p, k, jnp.full(8, -1), jnp.int32(10)),
+            sampling.Settings(t, p, k, jnp.full(8, -1), NO_MARKER, jnp.int32(10)),
             config=lm.config, mesh=lm.mesh, dtype=lm.dtype, num_samples=1, capacity=16,
         )  # fmt: skip
         return np.asarray(out.tokens_BM)[:, :10]
@@ -467,7 +514,7 @@ def test_the_compiled_program_never_asks_the_host(mesh: str) -> None:
     keys = jax.random.split(jax.random.key(0), 8)
     inputs = sampling._inputs(lm, IDS, keys, [0, 1, 2, 3, 4], 16, 8, 2)
     program = sampling.generate_tokens.lower(
-        lm.sampling_weights, *inputs, sampling._settings(lm, 16, 0.7, 0.9, 5, 12, [3]), **options
+        lm.sampling_weights, *inputs, sampling._settings(lm, 16, 0.7, 0.9, 5, 12, [3], [7, 8]), **options
     ).compile()
     assert not re.findall(HOST_CALLS, program.as_text())
     assert isinstance(lm.mesh, Mesh)

@@ -9,7 +9,6 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 
@@ -96,6 +95,8 @@ def test_the_summary_has_what_readers_expect(whole):
     assert summary["method"] == "self_rewarding"
     assert [line["iteration"] for line in summary["iterations"]] == [1, 2]
     first, second = summary["iterations"]
+    assert first["seconds"]["baseline_sft"] > 0 and not any(name.startswith("baseline") for name in second["seconds"])
+    assert isinstance(second["alarms"], list)
     assert first["pairs"] is None and second["pairs"] > 0
     assert first["fingerprint"] != second["fingerprint"]
     low, high = second["quality"]["ci95"]
@@ -164,13 +165,6 @@ def test_a_file_of_prompts_is_dealt_out_once_also_when_iterations_are_added(tmp_
     assert dealt(tmp_path / "again", 3, repeat=True) == [[f"p{i}" for i in range(8)]] * 2
 
 
-def test_a_run_goes_on_with_the_model_it_began_with():
-    cfg, base = load_config(MICRO), SimpleNamespace(fingerprint="now")
-    self_rewarding.check_given(cfg, base, {"fingerprint": "now"})
-    with pytest.raises(StaleRecordsError, match="now has the weights now, this run began with then"):
-        self_rewarding.check_given(cfg, base, {"fingerprint": "then"})
-
-
 def test_new_prompts_are_never_held_out_ones_nor_those_of_earlier_iterations(tmp_path, monkeypatch):
     excluded = []
     monkeypatch.setattr(self_rewarding, "new_prompts", lambda *args, **named: excluded.append(args[4]) or [])
@@ -184,3 +178,55 @@ def test_new_prompts_are_never_held_out_ones_nor_those_of_earlier_iterations(tmp
         (tmp_path / "run" / "iter_2" / "prompts.jsonl").unlink()
         with pytest.raises(RunError, match="the prompts of iteration 2 are gone"):
             self_rewarding.prompts_of(cfg, None, run.at("iter_3"), 3)
+
+
+def test_without_sft_a_replaced_model_is_refused_too(tmp_path):
+    import tiny
+    from jaxsi import lm as lmlib
+    from jaxsi.methods.self_rewarding import PromptFile, self_rewarding
+
+    model = tmp_path / "model"
+    cfg = dataclasses.replace(
+        load_config(MICRO), model=str(model), sft=None, prompts=PromptFile(path="none"), evaluate=None, iterations=1
+    )
+    lmlib.export(tiny.make_lm("1x8x1"), model, dtype="float32")
+    with Run.open(tmp_path / "run", cfg) as run:
+        first = self_rewarding(cfg, run)
+    stored = json.loads((tmp_path / "run" / "iter_0" / "model.json").read_text())
+    assert stored == {"path": str(model), "fingerprint": first.fingerprint}
+    lmlib.export(tiny.make_lm("1x8x1", seed=1), tmp_path / "other", dtype="float32")
+    (tmp_path / "other" / "model.safetensors").replace(model / "model.safetensors")
+    with Run.open(tmp_path / "run", cfg) as run, pytest.raises(StaleRecordsError, match="this run began with"):
+        self_rewarding(cfg, run)
+
+
+def test_held_out_prompts_of_a_file_are_left_out(tmp_path):
+    from jaxsi.methods.self_rewarding import PromptFile, SeedData, prompts_of
+
+    file = tmp_path / "prompts.jsonl"
+    file.write_text("".join(json.dumps({"id": f"p{i}", "prompt": f"Question {i}?"}) + "\n" for i in range(3)))
+    data = SeedData(ift=list, held_out=lambda: [Prompt.of("h", "question  1?")])
+    cfg = load_config(MICRO)
+    with Run.open(tmp_path / "run", cfg) as run:
+        cfg = dataclasses.replace(cfg, seed_data=data, prompts=PromptFile(path=str(file)))
+        assert [prompt.id for prompt in prompts_of(cfg, None, run.at("iter_2"), 2)] == ["p0", "p2"]
+
+
+def test_no_agreeing_judgment_is_an_error(tmp_path):
+    from jaxsi.methods.self_rewarding import agreeing
+
+    cfg = load_config(MICRO)
+    with Run.open(tmp_path / "run", cfg) as run, pytest.raises(ValueError, match="so there is no EFT; train the judge"):
+        agreeing(cfg, run.at("iter_1"), [], [], [])
+
+
+@pytest.mark.parametrize("share", [0.0, 1.1])
+def test_values_out_of_range_are_refused_with_the_config(share):
+    from jaxsi.methods.self_rewarding import PairConfig, SeedData
+
+    with pytest.raises(ValueError, match="max_share is"):
+        SeedData(ift=list, max_share=share)
+    with pytest.raises(ValueError, match="length_control is"):
+        PairConfig(length_control=0.5 + share)
+    with pytest.raises(ValueError, match="min_gap -1"):
+        PairConfig(min_gap=-1.0)

@@ -275,7 +275,8 @@ def test_resampling_is_seeded_and_blind_to_order():
 def test_a_share_that_cannot_be_met_is_the_least_that_can():
     pairs = [(ranked("a", 0, 1), judgments("a", "Yes. Score: 4", "No. Score: 1"))]
     examples, counts = eft(pairs, max_share=0.4)
-    assert len(examples) == 2 and counts["thinned"] == 0
+    assert len(examples) == 2 and counts["thinned"] == 0 and counts["max_share_raised_to"] == 0.5
+    assert "max_share_raised_to" not in eft(many(), max_share=0.4)[1]
     with pytest.raises(ValueError, match="max_share is 0"):
         eft(pairs, max_share=0.0)
     assert eft([], max_share=0.4)[0] == []

@@ -38,6 +38,7 @@ LAYERS = (
     ("lm",),
     ("sampling", "data", "scoring"),
     ("feedback", "instruct", "train"),
+    ("iterations",),
     ("toyworld", "evals"),
     ("methods",),
     ("bench",),

@@ -61,7 +61,7 @@ def pair_loss(lm: LM, **changes: Any) -> PairLoss:
 def batches(lm: LM, refs: Any = None, count: int = 10) -> data.Batches:
     """Six batches: two epochs of ten pairs, four to a batch."""
     refs = [(-20.0, -30.0)] * count if refs is None else refs
-    return data.pairs(encoded(count), refs, 4, lm.mesh, epochs=2, seed=0, min_length=64)
+    return data.groups(encoded(count), refs, 4, lm.mesh, epochs=2, seed=0, min_length=64)
 
 
 def fit(lm: LM, scope: Scope, *, refs: Any = None, config: TrainConfig = CONFIG, better: Any = None) -> LM:
@@ -97,7 +97,7 @@ def test_step_0_of_dpo_is_ln_2_and_metrics_are_those_of_numpy() -> None:
     pairs = encoded()
     refs = np.asarray(train.reference_logps(lm, pairs, CONFIG))
     assert refs.shape == (10, 2) and np.abs(refs).min() > 1, "no reference value is left at its start"
-    made = data.pairs(pairs, refs.tolist(), 4, lm.mesh, epochs=1, seed=0, min_length=64)
+    made = data.groups(pairs, refs.tolist(), 4, lm.mesh, epochs=1, seed=0, min_length=64)
     state = train.initial_state(lm.weights, OPTIM)
     _, metrics = train.train_step(
         state, made[2], 0.0, loss=pair_loss(lm), optimizer=OPTIM, accumulate=1
@@ -116,7 +116,7 @@ def test_nll_term_and_other_pair_losses_go_through_the_same_step() -> None:
     logps = np.asarray(
         train.pair_logps(lm.weights, batch, config=lm.config, mesh=lm.mesh, dtype="float32", remat=False)
     )
-    counts = np.asarray(batch.loss_mask_B2T).sum(-1)
+    counts = np.asarray(batch.loss_mask_BNT).sum(-1)
     z = 0.1 * ((logps[:, 0] + 20) - (logps[:, 1] + 30))
     dpo = np.log1p(np.exp(-z))
     for changes, expected in (
@@ -133,7 +133,7 @@ def test_gradients_reach_exactly_the_responses_targets() -> None:
     response, the end of turn among them; a fill row has none at all."""
     lm = tiny.make_lm()
     batch = batches(lm)[2]
-    B, _, T = batch.tokens_B2T.shape
+    B, _, T = batch.tokens_BNT.shape
     assert not np.asarray(batch.real_B).all()
 
     def loss(bias_BT: jax.Array) -> jax.Array:
@@ -145,10 +145,10 @@ def test_gradients_reach_exactly_the_responses_targets() -> None:
 
     logps = train.model.sequence_logps
     gradient = np.asarray(jax.grad(loss)(jnp.zeros((2 * B, T)))).reshape(B, 2, T)
-    mask = np.asarray(batch.loss_mask_B2T)
+    mask = np.asarray(batch.loss_mask_BNT)
     np.testing.assert_array_equal(gradient != 0, mask)
     assert (gradient[:, 0][mask[:, 0]] < 0).all() and (gradient[:, 1][mask[:, 1]] > 0).all()
-    tokens = np.asarray(batch.tokens_B2T)
+    tokens = np.asarray(batch.tokens_BNT)
     assert (gradient[tokens == tiny.tokenizer().eos_id] != 0).any(), "the end of turn is trained"
 
 
@@ -194,7 +194,7 @@ def test_fit_trains_and_leaves_the_model_it_was_given(scope: Scope) -> None:
         (train, "train_step", 1),  # before the first resume point
         (train, "train_step", 4),  # just after one
         (train, "train_step", 5),
-        (train, "_save_resume", 1),
+        (train, "save_resume", 1),
         (lmlib, "save_checkpoint", 0),  # the optimizer is saved, the weights are not
     ],
 )
@@ -278,7 +278,7 @@ def test_early_stopping_resumes_with_the_right_previous_model(scope: Scope, monk
 
 def test_nothing_to_train_on(scope: Scope) -> None:
     lm = tiny.make_lm()
-    none = data.pairs([], [], 4, lm.mesh, epochs=1, seed=0, min_length=64)
+    none = data.groups([], [], 4, lm.mesh, epochs=1, seed=0, min_length=64)
     with pytest.raises(TrainingError, match="nothing to train on"):
         train.fit(lm, none, pair_loss(lm), CONFIG, scope)
     half = lm.replace(jax.tree.map(lambda w: w.astype(jnp.bfloat16), lm.weights))

@@ -58,7 +58,7 @@ def encoded() -> list[tuple[data.Sequence_, data.Sequence_]]:
 
 
 def dpo_batches(lm: Any, refs: list[list[float]]) -> data.Batches:
-    return data.pairs(encoded(), refs, ROWS, lm.mesh, epochs=1, seed=0, min_length=64)
+    return data.groups(encoded(), refs, ROWS, lm.mesh, epochs=1, seed=0, min_length=64)
 
 
 @pytest.fixture(scope="module")

@@ -50,7 +50,7 @@ def validation_prompts() -> list[Prompt]:
 def config() -> Config:
     return Config(
         model="meta-llama/Llama-2-70b-hf",
-        seed_data=SeedData(ift=ift, rankings=rankings),
+        seed_data=SeedData(ift=ift, rankings=rankings, held_out=validation_prompts),
         prompts=SelfInstruct(
             num_prompts=8000,
             generator="meta-llama/Llama-2-70b-chat-hf",

@@ -6,7 +6,7 @@ from typing import Annotated, Any
 import tyro
 
 from jaxsi.commands import Report, parse
-from jaxsi.commands.stored import stored_config, stored_value
+from jaxsi.commands.stored import Mesh, mesh_for, stored_config, stored_value
 from jaxsi.commands.tables import figures_table
 
 DESCRIPTION = """Exact quality on the held-out instructions of the embedded world, and how well the model judges its own
@@ -20,15 +20,6 @@ Examples:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Mesh:
-    """The devices; by default the run's own mesh, or all devices on fsdp."""
-
-    data: int | None = None
-    fsdp: int | None = None
-    tensor: int | None = None
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
 class Toy:
     model: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="MODEL")]
     dtype: str | None = None
@@ -39,27 +30,22 @@ class Toy:
 def toy(argv: list[str]) -> Report:
     """Exact quality on the embedded world."""
     args = parse(Toy, argv, "jaxsi eval toy", DESCRIPTION)
-    from jaxsi import mesh as meshlib
     from jaxsi.evals.toy import ToyEvaluation
     from jaxsi.feedback import JudgeConfig
     from jaxsi.lm import load
-    from jaxsi.mesh import MeshConfig
     from jaxsi.prompts import Rubric
     from jaxsi.toyworld.corpus import RUBRIC
 
     evaluation, rubric, judge = ToyEvaluation(), RUBRIC, JudgeConfig(max_new_tokens=32)
-    mesh, dtype = MeshConfig(), "float32"
+    dtype = "float32"
     stored: dict[str, Any] | None = stored_config(args.model)
     if stored is not None:
         rubric, judge = stored_value(Rubric, stored["rubric"]), stored_value(JudgeConfig, stored["judge"])
-        mesh, dtype = stored_value(MeshConfig, stored["mesh"]), stored["sampling"]["dtype"]
+        dtype = stored["sampling"]["dtype"]
         measured = stored["evaluate"]
         if isinstance(measured, dict) and measured["__type__"].endswith(".ToyEvaluation"):
             evaluation = stored_value(ToyEvaluation, measured)
-    given = {name: size for name, size in dataclasses.asdict(args.mesh).items() if size is not None}
-    if given:
-        mesh = MeshConfig(**{"data": 1, "fsdp": 1, "tensor": 1} | given)
-    lm = load(args.model, meshlib.make_mesh(mesh), args.dtype or dtype, weights_dtype="float32")
+    lm = load(args.model, mesh_for(args.model, args.mesh), args.dtype or dtype, weights_dtype="float32")
     figures = evaluation.measure(lm, rubric, judge)
     value = {"model": args.model, "fingerprint": lm.fingerprint, **figures}
     low, high = figures["quality"]["ci95"]

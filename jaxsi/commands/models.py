@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 import tyro
 
 from jaxsi.commands import Report, UsageError, parse
+from jaxsi.commands.stored import Mesh, mesh_for, stored_config, stored_value
 from jaxsi.commands.tables import figures_table
 
 Model = Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="MODEL")]
@@ -53,7 +54,9 @@ class Generate:
     max_prompts: int | None = None
     """Only the first prompts of the file."""
     batch_size: int = 64
-    """Rows in flight at a time; does not change the responses."""
+    """Rows in flight at a time; does not change the responses in float32, in bfloat16 they are the same in distribution
+    only."""
+    mesh: Mesh = Mesh()
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -77,6 +80,7 @@ class Judge:
     """Score by the expectation over the score strings in place of the number that was written."""
     seed: int = 0
     dtype: Dtype = "bfloat16"
+    mesh: Mesh = Mesh()
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -85,6 +89,7 @@ class Export:
     out: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="OUT")]
     """A folder that does not exist yet."""
     dtype: Dtype = "bfloat16"
+    mesh: Mesh = Mesh()
 
 
 def generate(argv: list[str]) -> Report:
@@ -106,7 +111,7 @@ def generate(argv: list[str]) -> Report:
         sampling.SamplingConfig(**settings, dtype=args.dtype)
     except ValueError as error:
         raise UsageError(str(error)) from error
-    lm = load(args.model, dtype=args.dtype)
+    lm = load(args.model, mesh_for(args.model, args.mesh), args.dtype)
     limit = lm.config.max_positions - args.max_new_tokens
     why = f"the model has {lm.config.max_positions} positions, of which --max-new-tokens takes {args.max_new_tokens}"
     check_lengths(args.prompts, prompts, lm.tokenizer, limit, why)
@@ -156,7 +161,7 @@ def judge(argv: list[str]) -> Report:
     if not responses:
         raise RecordError(args.responses, None, "no responses in this file; jaxsi generate writes them")
     rubric = _rubric(args.rubric, args.model)
-    lm = load(args.model, dtype=args.dtype)
+    lm = load(args.model, mesh_for(args.model, args.mesh), args.dtype)
     began = time.monotonic()
     judgments = []
     with progress("judge", len(responses)) as advance:
@@ -181,7 +186,7 @@ def export(argv: list[str]) -> Report:
     from jaxsi import lm as lmlib
     from jaxsi.model import count_parameters
 
-    lm = lmlib.load(args.model, dtype=args.dtype, weights_dtype="float32")
+    lm = lmlib.load(args.model, mesh_for(args.model, args.mesh), args.dtype, weights_dtype="float32")
     card = f"""# {args.out.name}
 
 Exported by jaxsi from `{args.model}` (weights {lm.fingerprint}) in {args.dtype}.
@@ -220,7 +225,6 @@ def _judge_config(args: Judge) -> Any:
 
 
 def _rubric(given: str | None, model: str) -> Any:
-    from jaxsi.commands.stored import stored_config, stored_value
     from jaxsi.prompts import Rubric, load_rubric
 
     if given is None:

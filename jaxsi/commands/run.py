@@ -55,8 +55,10 @@ def run_config(cfg: Any, directory: Path) -> Report:
 
     began = time.monotonic()
     method = method_of(cfg)
-    if not _is_complete(directory):
-        check(cfg)  # before the directory exists: what is mended after an error here is no other config of a run
+    if not _is_complete(directory, cfg):
+        check(
+            cfg, directory
+        )  # before the directory exists: what is mended after an error here is no other config of a run
     with Run.open(directory, cfg) as opened:
         finished = opened.complete
         if not finished:
@@ -150,8 +152,13 @@ def _with_prompts(cfg: Any, prompts: str | None, max_prompts: int | None) -> Any
     return dataclasses.replace(cfg, prompts=dataclasses.replace(cfg.prompts, max_prompts=max_prompts))
 
 
-def _is_complete(directory: Path) -> bool:
+def _is_complete(directory: Path, cfg: Any) -> bool:
+    """Whether nothing is left to do of as many iterations as ``cfg`` has."""
     try:
-        return json.loads((directory / "summary.json").read_text())["status"] == "complete"
+        status, iterations = (
+            json.loads((directory / file).read_text())[key]
+            for file, key in (("summary.json", "status"), ("config.json", "iterations"))
+        )
+        return status == "complete" and iterations >= cfg.iterations
     except (OSError, ValueError, KeyError, TypeError):
         return False

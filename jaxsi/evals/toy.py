@@ -1,6 +1,7 @@
 """Exact quality on the held-out instructions of the embedded world, and how well the model judges its own responses."""
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -10,7 +11,7 @@ from jaxsi import feedback, metrics
 from jaxsi.feedback import JudgeConfig
 from jaxsi.lm import LM
 from jaxsi.prompts import Rubric
-from jaxsi.records import Judgment, Response
+from jaxsi.records import Judgment, Prompt, Response
 from jaxsi.run import Scope, fold
 from jaxsi.sampling import generate
 from jaxsi.toyworld import world
@@ -70,27 +71,54 @@ class ToyEvaluation:
 
     def figures(self, responses: list[Response], judgments: list[Judgment], greedy: list[Response]) -> dict[str, Any]:
         """Quality, 0 to 100, with its interval over prompts, the best of the samples, and the judge's agreement."""
-        texts = {p.id: p.text for p in world.prompts(self.num_prompts, seed=0, held_out=True)}
-        graded = {r.id: 10 * exact(texts[r.prompt_id], r.text) for r in responses}
-        by_prompt = np.asarray([graded[r.id] for r in responses]).reshape(len(texts), self.num_samples)
-        mean, low, high = metrics.mean_ci(by_prompt.mean(axis=1), seed=0)
+        prompts = world.prompts(self.num_prompts, seed=0, held_out=True)
+        graded, figures = quality(prompts, responses)
         valid = [score for j in judgments for score in j.scores if score is not None]
         asked = sum(len(j.scores) for j in judgments)
         scored = [j for j in judgments if j.score is not None]
         agreement = metrics.pairwise_agreement(
             [j.score for j in scored], [graded[j.id] for j in scored], [j.prompt_id for j in scored]
         )
-        return {
-            "quality": {"mean": mean, "ci95": [low, high]},
-            "best_of_samples": float(by_prompt.max(axis=1).mean()),
-            "greedy": float(np.mean([10 * exact(texts[r.prompt_id], r.text) for r in greedy])),
+        return figures | {
+            "greedy": quality(prompts, greedy)[1]["quality"]["mean"],
             "judge_agreement": agreement.agreement,
             "judge_pairs": agreement.count,
             "parse_rate": len(valid) / asked if asked else None,
-            "mean_length": float(np.mean([len(r.token_ids) for r in responses])),
-            "cut_off": float(np.mean([r.finish_reason == "length" for r in responses])),
-            "by_prompt": by_prompt.mean(axis=1).tolist(),
         }
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ToyQuality:
+    """The quality of a model alone, for methods without a judge; the samples are those of ``ToyEvaluation``."""
+
+    num_prompts: int = 500
+    num_samples: int = 4
+
+    def __call__(self, lm: LM, config: Any, scope: Scope) -> dict[str, Any]:
+        """One iteration's figures; the scope keeps the samples."""
+        sampled = ToyEvaluation(num_prompts=self.num_prompts, num_samples=self.num_samples)
+        responses = scope.records("eval_responses", sampled.sample, lm, of=Response)
+        return quality(world.prompts(self.num_prompts, seed=0, held_out=True), responses)[1]
+
+
+def quality(prompts: Sequence[Prompt], responses: Sequence[Response]) -> tuple[dict[str, float], dict[str, Any]]:
+    """The exact grade, 0 to 100, of each response by its id, and the figures that every evaluation of the world has:
+    the mean with its interval over prompts, the best of each prompt's samples, lengths. Prompts have equally many
+    responses."""
+    texts = {prompt.id: prompt.text for prompt in prompts}
+    graded = {response.id: 10 * exact(texts[response.prompt_id], response.text) for response in responses}
+    groups: dict[str, list[float]] = {prompt.id: [] for prompt in prompts}
+    for response in responses:
+        groups[response.prompt_id].append(graded[response.id])
+    by_prompt = np.asarray(list(groups.values()))
+    mean, low, high = metrics.mean_ci(by_prompt.mean(axis=1), seed=0)
+    return graded, {
+        "quality": {"mean": mean, "ci95": [low, high]},
+        "best_of_samples": float(by_prompt.max(axis=1).mean()),
+        "mean_length": float(np.mean([len(response.token_ids) for response in responses])),
+        "cut_off": float(np.mean([response.finish_reason == "length" for response in responses])),
+        "by_prompt": by_prompt.mean(axis=1).tolist(),
+    }
 
 
 def exact(instruction: str, response: str) -> float:

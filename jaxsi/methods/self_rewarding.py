@@ -20,16 +20,17 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
 
-from jaxsi import feedback, mesh as meshlib, pairs as pairlib
+from jaxsi import feedback, pairs as pairlib
 from jaxsi.checkpoint import is_complete
 from jaxsi.feedback import JudgeConfig, judgment_statistics
 from jaxsi.instruct import PromptFile, SelfInstruct, new_prompts, next_part
+from jaxsi.iterations import begin, report
 from jaxsi.lm import LM, load, save_checkpoint
 from jaxsi.mesh import MeshConfig
 from jaxsi.prompts import Rubric, load_rubric
 from jaxsi.records import Judgment, PreferencePair, Prompt, RankedResponses, Response, SFTExample
 from jaxsi.run import Run, RunError, Scope
-from jaxsi.sampling import SamplingConfig, StaleRecordsError, check_sampled_by, generate
+from jaxsi.sampling import SamplingConfig, check_sampled_by, generate
 from jaxsi.sources import as_responses, eft_examples
 from jaxsi.train import DPOConfig, TrainConfig, dpo, seed_of, sft
 
@@ -37,7 +38,7 @@ from jaxsi.train import DPOConfig, TrainConfig, dpo, seed_of, sft
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SeedData:
     """Human data: ``ift`` gives demonstrations; ``rankings``, where given, the ranked responses that EFT is made from,
-    ``max_share`` of which have one score at most. The prompts of ``held_out`` are never trained on."""
+    ``max_share`` of which have one score at most. New prompts are none of ``held_out``."""
 
     ift: Callable[[], list[SFTExample]]
     rankings: Callable[[], list[RankedResponses]] | None = None
@@ -111,16 +112,11 @@ class Config:
 
 def self_rewarding(cfg: Config, run: Run) -> LM:
     """Runs, or goes on with, the whole method; returns M_T."""
-    base = load(cfg.model, meshlib.make_mesh(cfg.mesh), cfg.sampling.dtype, weights_dtype="float32")  # M_0
-    for training in (cfg.sft, cfg.dpo.train):
-        if training is not None:
-            training.check(base.mesh)
-
-    check_given(cfg, base, run.at("iter_0").value("model", lambda: {"fingerprint": base.fingerprint}))
+    base = begin(run, cfg.model, cfg.mesh, cfg.sampling.dtype, cfg.sft, cfg.dpo.train)  # M_0
 
     it = run.at("iter_1")
     model = first_model(cfg, base, run, it)  # M_1
-    report(cfg, run, it, model, 1, None)
+    summarise(cfg, run, it, model, 1, {})
 
     for t in range(2, cfg.iterations + 1):
         it = run.at(f"iter_{t}")  # all that makes M_t, and its checkpoint
@@ -131,26 +127,15 @@ def self_rewarding(cfg: Config, run: Run) -> LM:
         pairs = it.records("pairs", best_and_worst, cfg, candidates, judgments, prompts, of=PreferencePair)
         counts = it.value("pairs_counts", pair_counts, cfg, candidates, judgments, prompts)
         model = dpo(model, pairs, cfg.dpo, it, better=stopper(cfg, model, it))  # M_t
-        report(cfg, run, it, model, t, counts)
+        summarise(cfg, run, it, model, t, counts)
 
     run.update_summary({"status": "complete"})
     return model
 
 
-def check_given(cfg: Config, base: LM, stored: dict[str, str]) -> None:
-    """A run goes on with the M_0 it began with."""
-    if stored["fingerprint"] != base.fingerprint:
-        raise StaleRecordsError(
-            f"{cfg.model} now has the weights {base.fingerprint}, this run began with {stored['fingerprint']}; give it "
-            "back the model it began with, or start a new run directory"
-        )
-
-
 def absent(t: int) -> list[Prompt]:
     """In place of a stage that an earlier iteration has done."""
-    raise RunError(
-        f"the prompts of iteration {t} are gone; put iter_{t}/prompts.jsonl back, or start a new run directory"
-    )
+    raise RunError(f"the prompts of iteration {t} are gone; put iter_{t}/prompts.jsonl back, or begin a new run")
 
 
 def first_model(cfg: Config, base: LM, run: Run, it: Scope) -> LM:
@@ -191,16 +176,17 @@ def agreeing(
 def prompts_of(cfg: Config, generator: LM, it: Scope, t: int) -> list[Prompt]:
     """The new prompts of iteration t: generated, or the next part of the file, of what no iteration has had."""
     earlier = [p for s in range(2, t) for p in it.run.at(f"iter_{s}").records("prompts", absent, s, of=Prompt)]
+    held_out = cfg.seed_data.held_out if cfg.seed_data is not None else None
+    texts = frozenset(prompt.text for prompt in held_out()) if held_out is not None else frozenset[str]()
     if isinstance(cfg.prompts, PromptFile):
-        return next_part(cfg.prompts, earlier, cfg.iterations - t + 1)
+        return next_part(cfg.prompts, earlier, cfg.iterations - t + 1, texts)
     if cfg.prompts.generator is not None:
         generator = load(cfg.prompts.generator, generator.mesh, cfg.sampling.dtype)
     assert cfg.seed_data is not None
     ift = it.run.at("iter_1").records("ift", cfg.seed_data.ift, of=SFTExample)
     seeds = [Prompt(id=example.id, messages=example.messages) for example in ift]
     counts: Counter[str] = Counter()
-    held_out = [] if cfg.seed_data.held_out is None else cfg.seed_data.held_out()
-    known = frozenset(prompt.text for prompt in [*earlier, *held_out])
+    known = texts | {prompt.text for prompt in earlier}
     made = new_prompts(generator, seeds, cfg.prompts, it.key("prompts"), known, prefix=f"iter{t}", counts=counts)
     it.value("prompts_counts", lambda: dict(counts))
     return made
@@ -276,24 +262,15 @@ def stopper(cfg: Config, judge_model: LM, it: Scope) -> Callable[[LM, LM], bool]
     return better
 
 
-def report(cfg: Config, run: Run, it: Scope, model: LM, t: int, counts: dict[str, Any] | None) -> None:
+def summarise(cfg: Config, run: Run, it: Scope, model: LM, t: int, counts: dict[str, Any]) -> None:
     """Evaluates M_t and writes its line of summary.json; M_1 has no counts of pairs."""
     figures = it.value("evaluation", cfg.evaluate, model, cfg, it) if cfg.evaluate is not None else {}
-    counts = counts or {}
+    baseline = run.at("sft_baseline").seconds() if t == 1 else {}
     judged = counts.get("judge", {})
-    line = {
-        "iteration": t,
-        "quality": figures.get("quality"),
-        "greedy": figures.get("greedy"),
-        "judge_agreement": figures.get("judge_agreement"),
-        "parse_rate": figures.get("parse_rate", judged.get("parse_rate")),
-        "pairs": counts.get("pairs"),
-        "ties": counts.get("ties"),
-        "alarms": judged.get("alarms"),
-        "mean_length": figures.get("mean_length"),
-        "fingerprint": model.fingerprint,
-        "seconds": it.seconds(),
-    }
-    before = [entry for entry in run.summary.get("iterations", []) if entry["iteration"] < t]
     semantics = {"init_from": "M_{t-1}", "reference": "M_{t-1}", "data": "current", "optimizer": "reset"}
-    run.update_summary({"method": "self_rewarding", "semantics": semantics, "iterations": [*before, line]})
+    report(
+        run, it, t, model, figures, method="self_rewarding", semantics=semantics,
+        parse_rate=figures.get("parse_rate", judged.get("parse_rate")), pairs=counts.get("pairs"),
+        ties=counts.get("ties"), alarms=judged.get("alarms"),
+        seconds=it.seconds() | {f"baseline_{name}": seconds for name, seconds in baseline.items()},
+    )  # fmt: skip

@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from importlib import resources
 from importlib.resources.abc import Traversable
 
+from jaxsi.records import Message
+
 # The word "score", then an obligatory separator. ASCII keeps IGNORECASE from matching look-alikes such as "ſcore".
 _MARKER = re.compile(r"(?<![A-Za-z0-9])score[* \t]*[:：=]", re.IGNORECASE | re.ASCII)
 # No line break between marker and number: "Score:\n1. The response ..." is an empty verdict followed by a list.
@@ -39,12 +41,7 @@ class Rubric:
     high: int = 5
 
     def __post_init__(self) -> None:
-        slots = sorted(_SLOT.findall(self.template))
-        if slots != ["prompt", "response"]:
-            raise ValueError(
-                f"rubric {self.name!r}: the template has the slots {slots}; "
-                "it needs {prompt} and {response} exactly once each"
-            )
+        check_slots(f"rubric {self.name!r}", self.template)
         if not 0 <= self.low < self.high <= 9999:
             raise ValueError(
                 f"rubric {self.name!r}: low={self.low}, high={self.high}; it needs 0 <= low < high <= 9999"
@@ -61,13 +58,27 @@ class Rubric:
         return tuple(f" {value}" for value in range(self.low, self.high + 1))
 
     def render(self, prompt_text: str, response_text: str) -> str:
-        """The judge prompt. Both texts are inserted as they are, in one pass: a slot name inside them stays text."""
-        values = {"prompt": prompt_text, "response": response_text}
-        return _SLOT.sub(lambda slot: values[slot[1]], self.template)
+        """The judge prompt."""
+        return fill_slots(self.template, prompt_text, response_text)
 
     def parse(self, generated: str) -> int | None:
         """`parse_score` within this rubric's range."""
         return parse_score(generated, self.low, self.high)
+
+
+def check_slots(name: str, template: str) -> None:
+    """Raises ValueError where a template has not the slots `{prompt}` and `{response}` once each."""
+    slots = sorted(_SLOT.findall(template))
+    if slots != ["prompt", "response"]:
+        raise ValueError(
+            f"{name}: the template has the slots {slots}; it needs {{prompt}} and {{response}} exactly once each"
+        )
+
+
+def fill_slots(template: str, prompt_text: str, response_text: str) -> str:
+    """A template with both texts inserted as they are, in one pass: a slot name inside them stays text."""
+    values = {"prompt": prompt_text, "response": response_text}
+    return _SLOT.sub(lambda slot: values[slot[1]], template)
 
 
 def load_rubric(name: str = "self_rewarding_judge") -> Rubric:
@@ -137,6 +148,14 @@ def question_text(messages: Sequence[Mapping[str, str]]) -> str:
         return messages[0]["content"]
     first, *rest = (f"{message['role'].capitalize()}: {message['content']}" for message in messages)
     return "\n\n".join([first.removeprefix("User: "), *rest])
+
+
+def ask_to_improve(messages: Sequence[Message], response: str, request: str) -> tuple[Message, ...]:
+    """The conversation in which an improver answers: the prompt, the response to be improved, and the request.
+
+    The layout of PIT's improver and of its gap reward model, which the paper does not print (it is ours).
+    """
+    return (*messages, {"role": "assistant", "content": response}, {"role": "user", "content": request})
 
 
 def render_few_shot(examples: Sequence[str]) -> str:

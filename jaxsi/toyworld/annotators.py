@@ -107,21 +107,31 @@ def ift(n: int, seed: int) -> list[SFTExample]:
     return examples
 
 
-def rankings(n: int, seed: int, per_prompt: int = 4) -> list[RankedResponses]:
-    """`n` instructions, none held out, each with `per_prompt` different responses and human-like ranks (0 = best).
+def careful(n: int, seed: int) -> list[SFTExample]:
+    """`n` demonstrations of the careful annotator alone: the correct response to different instructions, none of them
+    held out."""
+    tasks = draw_tasks(n, random.Random(f"jaxsi/toyworld/careful/{seed}"), held_out=False)
+    prompts = [(task, prompt_of(task)) for task in tasks]
+    return [SFTExample(id=p.id, messages=p.messages, response=respond(task, "careful")) for task, p in prompts]
+
+
+def rankings(
+    n: int, seed: int, per_prompt: int = 4, *, held_out: bool = False, slip: float = SLIP
+) -> list[RankedResponses]:
+    """`n` instructions of one split, each with `per_prompt` different responses and human-like ranks (0 = best).
 
     The ranks follow the exact grade, equal grades in random order; then, from best to worst, each one changes places
-    with its neighbour with probability `SLIP`. Raises ValueError where `per_prompt` is not 2 to 5.
+    with its neighbour with probability `slip`. Raises ValueError where `per_prompt` is not 2 to 5.
     """
     if not 2 <= per_prompt <= MAX_RANKED:
         raise ValueError(
             f"per_prompt={per_prompt}: a task has 2 to {MAX_RANKED} different responses; choose one of these"
         )
     rng = random.Random(f"jaxsi/toyworld/rankings/{seed}")
-    return [_ranking(task, rng, per_prompt) for task in draw_tasks(n, rng, held_out=False)]
+    return [_ranking(task, rng, per_prompt, slip) for task in draw_tasks(n, rng, held_out=held_out)]
 
 
-def _ranking(task: Task, rng: random.Random, per_prompt: int) -> RankedResponses:
+def _ranking(task: Task, rng: random.Random, per_prompt: int, slip: float) -> RankedResponses:
     texts: list[str] = []
     while len(texts) < per_prompt:
         text, _ = demonstrate(task, rng)
@@ -130,7 +140,7 @@ def _ranking(task: Task, rng: random.Random, per_prompt: int) -> RankedResponses
     jitter = [rng.random() for _ in texts]
     best_first = sorted(range(per_prompt), key=lambda i: (-grade_task(task, texts[i]).total, jitter[i]))
     for place in range(per_prompt - 1):
-        if rng.random() < SLIP:
+        if rng.random() < slip:
             best_first[place], best_first[place + 1] = best_first[place + 1], best_first[place]
     prompt = prompt_of(task)
     ranks = tuple(best_first.index(i) for i in range(per_prompt))

@@ -1,0 +1,57 @@
+"""The embedded world: an improver of the seed model's responses learns what better means from annotators' preferences.
+
+jaxsi run configs/pit/toy.py
+"""
+
+from jaxsi.evals.toy_improved import ImprovedEvaluation
+from jaxsi.methods.pit import Config
+from jaxsi.optim import OptimConfig
+from jaxsi.rl import RLConfig
+from jaxsi.sampling import SamplingConfig
+from jaxsi.toyworld.seed import SHIPPED
+from jaxsi.toyworld.seed_data import toy_preferences
+from jaxsi.train import TrainConfig
+
+
+def train(learning_rate: float, batch_size: int, epochs: int = 1) -> TrainConfig:
+    """What SFT and reward training have in common on a CPU: float32, short rows, nothing recomputed."""
+    return TrainConfig(
+        optim=OptimConfig(learning_rate=learning_rate, end_learning_rate=learning_rate / 5),
+        batch_size=batch_size,
+        epochs=epochs,
+        max_length=128,
+        remat=False,
+        dtype="float32",
+    )
+
+
+def rl(learning_rate: float, steps: int) -> RLConfig:
+    """A step is 64 prompts of 4 responses."""
+    return RLConfig(
+        optim=OptimConfig(learning_rate=learning_rate, end_learning_rate=learning_rate / 5),
+        steps=steps,
+        prompts_per_step=64,
+        group_size=4,
+        batch_size=256,
+        kl_coef=0.05,
+        max_new_tokens=16,
+        remat=False,
+        dtype="float32",
+    )
+
+
+def config() -> Config:
+    return Config(
+        model=str(SHIPPED),
+        preferences=toy_preferences,
+        request="Check each item, then the form.",
+        sft=train(learning_rate=3e-4, batch_size=16, epochs=2),
+        reward=train(learning_rate=3e-4, batch_size=16, epochs=2),
+        policy_rl=rl(learning_rate=1e-4, steps=20),
+        rl=rl(learning_rate=1e-4, steps=30),
+        rounds=(30, 30),
+        sampling=SamplingConfig(
+            num_samples=1, temperature=1.0, top_p=1.0, max_new_tokens=16, batch_size=512, dtype="float32"
+        ),
+        evaluate=ImprovedEvaluation(),
+    )

@@ -1,0 +1,37 @@
+"""The embedded world: the shipped seed model plays against itself with 600 correct demonstrations.
+
+    jaxsi run configs/spin/toy.py
+
+Hardware: 2 CPU cores, 2 GB of memory, MINUTES. Expected: exact quality from about 70 to about EXPECTED.
+"""
+
+from jaxsi.evals.toy import ToyQuality
+from jaxsi.methods.spin import Config
+from jaxsi.optim import OptimConfig
+from jaxsi.sampling import SamplingConfig
+from jaxsi.toyworld.seed import SHIPPED
+from jaxsi.toyworld.seed_data import toy_demonstrations
+from jaxsi.train import DPOConfig, TrainConfig
+
+
+def config() -> Config:
+    return Config(
+        model=str(SHIPPED),
+        demonstrations=toy_demonstrations,
+        sampling=SamplingConfig(
+            num_samples=1, temperature=1.0, top_p=1.0, max_new_tokens=16, batch_size=512, dtype="float32"
+        ),
+        dpo=DPOConfig(
+            train=TrainConfig(
+                optim=OptimConfig(learning_rate=1e-4, end_learning_rate=2e-5),
+                batch_size=16,
+                epochs=1,
+                max_length=128,
+                remat=False,
+                dtype="float32",
+            ),
+            beta=0.1,
+        ),
+        evaluate=ToyQuality(),
+        iterations=2,
+    )

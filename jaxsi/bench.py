@@ -1,70 +1,128 @@
-"""Arms x seeds: the same loop with other judges, and whether what they gain is more than chance."""
+"""Methods x arms x seeds on the embedded world, and whether what they gain is more than chance.
+
+An arm is a config of its method; the arm "method" is the method itself, the others change one thing. What arms of one
+seed have in common (``Config.SHARED``, where they differ in ``Config.ARM_FIELDS`` alone) is computed once.
+"""
 
 import dataclasses
 import json
+import shutil
 import sys
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from jaxsi import metrics
+from jaxsi.config import describe_config
 from jaxsi.methods import method_of
 from jaxsi.records import write_atomically
 from jaxsi.run import Run
 
+METHOD, CONTROL, EXACT = "method", "control", "exact"
+LEAST_GAIN, MOST_OF_CONTROL = 8.0, 3.0  # points of 100
 
-def bench_methods(directory: Path, configs: Mapping[str, Any], seeds: Sequence[int]) -> dict[str, Any]:
-    """Runs each arm's config with each seed in ``directory/<arm>/<seed>``, where that is not done yet, and tabulates.
 
-    Returns: {"seeds", "arms": [{"arm", "gain", "iterations": [{"iteration", "quality", ...}]}]}, which is also
-    ``directory/table.json`` and, to read, ``table.md``. Gain is the exact quality of the last iteration less that of
-    the first, with its 95 % interval: a paired bootstrap over seeds x prompts.
+class Arm(NamedTuple):
+    """A config to run with each of ``seeds``, under ``method/name/seed``."""
+
+    method: str
+    name: str
+    config: Any
+    seeds: tuple[int, ...]
+
+
+def bench_methods(directory: Path, arms: Sequence[Arm]) -> dict[str, Any]:
+    """Runs each arm with each of its seeds, where that is not done yet, and tabulates.
+
+    Returns: {"arms": [{"method", "arm", "seeds", "gain", "base", "iterations": [{"iteration", "quality", ...}]}],
+    "checks"}, which is also ``directory/table.json`` and, to read, ``table.md``. Gain is the exact quality of the last
+    iteration less that of the first, with its 95 % interval: a paired bootstrap over seeds x prompts.
     """
-    for arm, cfg in configs.items():
-        for seed in seeds:
-            _run(directory / arm / str(seed), dataclasses.replace(cfg, seed=seed), f"{arm}, seed {seed}")
-    arms = [_arm(arm, [directory / arm / str(seed) for seed in seeds], cfg.iterations) for arm, cfg in configs.items()]
-    value = {"seeds": list(seeds), "arms": arms}
+    runs = [(arm, seed) for arm in arms for seed in arm.seeds]
+    for number, (arm, seed) in enumerate(runs, start=1):
+        source = next((a for a in arms if (a.method, a.name) == (arm.method, METHOD) and seed in a.seeds), None)
+        label = f"[{number}/{len(runs)}] {arm.method}, {arm.name}, seed {seed}"
+        _run(directory, arm, seed, None if source is None or source is arm else source, label)
+    rows = [_measured(directory, arm) for arm in arms]
+    value = {"arms": rows, "checks": checks(rows)}
     write_atomically(directory / "table.json", [(json.dumps(value, indent=2) + "\n").encode()])
     write_atomically(directory / "table.md", [markdown(rows_of(value)).encode()])
     return value
 
 
-def _run(directory: Path, cfg: Any, label: str) -> None:
+def _folder(directory: Path, arm: Arm, seed: int) -> Path:
+    return directory / arm.method / arm.name.replace(" ", "_") / str(seed)
+
+
+def _run(directory: Path, arm: Arm, seed: int, source: Arm | None, label: str) -> None:
     began = time.monotonic()
-    with Run.open(directory, cfg) as run:
+    cfg = dataclasses.replace(arm.config, seed=seed)
+    with Run.open(_folder(directory, arm, seed), cfg) as run:
         if run.complete:
             print(f"{label}: already complete", file=sys.stderr)
             return
+        if source is not None:
+            share(dataclasses.replace(source.config, seed=seed), _folder(directory, source, seed), cfg, run.path)
         method_of(cfg)(cfg, run)
     print(f"{label}: {time.monotonic() - began:.0f} s", file=sys.stderr, flush=True)
 
 
-def _arm(arm: str, runs: Sequence[Path], iterations: int) -> dict[str, Any]:
+def share(source: Any, done: Path, cfg: Any, folder: Path) -> None:
+    """Copies to a run's ``folder`` the scopes that its config has in common with the finished run of ``source``: none
+    where they differ in more than ARM_FIELDS. A scope appears under its name complete or not at all."""
+    described = [describe_config(c) for c in (source, cfg)]
+    for name in type(cfg).ARM_FIELDS:
+        for fields in described:
+            del fields[name]
+    if described[0] != described[1]:
+        return
+    for name in type(cfg).SHARED:
+        if (done / name).is_dir() and not (folder / name).exists():
+            unfinished = folder / f".{name}.copy"
+            shutil.rmtree(unfinished, ignore_errors=True)
+            shutil.copytree(done / name, unfinished)
+            unfinished.rename(folder / name)
+
+
+def _measured(directory: Path, arm: Arm) -> dict[str, Any]:
+    runs = [_folder(directory, arm, seed) for seed in arm.seeds]
+    summaries = [json.loads((run / "summary.json").read_text()) for run in runs]
     lines, by_prompt = [], []
-    for t in range(1, iterations + 1):
-        figures = [json.loads((run / f"iter_{t}" / "evaluation.json").read_text()) for run in runs]
-        summaries = [json.loads((run / "summary.json").read_text())["iterations"][t - 1] for run in runs]
+    for number, first in enumerate(summaries[0]["iterations"]):
+        figures = [json.loads((run / f"iter_{first['iteration']}" / "evaluation.json").read_text()) for run in runs]
         by_prompt.append(np.asarray([figure["by_prompt"] for figure in figures]))
+        told = [summary["iterations"][number] for summary in summaries]
         lines.append(
             {
-                "iteration": t,
+                "iteration": first["iteration"],
                 "quality": float(by_prompt[-1].mean()),
+                "ci95": _interval(by_prompt[-1]),
                 "quality_of_seeds": by_prompt[-1].mean(axis=1).tolist(),
-                "greedy": _mean(figure["greedy"] for figure in figures),
-                "best_of_samples": _mean(figure["best_of_samples"] for figure in figures),
-                "judge_agreement": _mean(figure["judge_agreement"] for figure in figures),
-                "parse_rate": _mean(figure["parse_rate"] for figure in figures),
-                "mean_length": _mean(figure["mean_length"] for figure in figures),
-                "pairs": _mean(summary["pairs"] for summary in summaries),
-                "seconds": _mean(sum(summary["seconds"].values()) for summary in summaries),
+                "judge_agreement": _mean(line["judge_agreement"] for line in told),
+                "mean_length": _mean(line["mean_length"] for line in told),
+                "pairs": _mean(line["pairs"] for line in told),
+                "seconds": _mean(sum(line["seconds"].values()) for line in told),
+                "figures": [{k: v for k, v in figure.items() if k != "by_prompt"} for figure in figures],
             }
         )
     mean, low, high = metrics.paired_bootstrap(by_prompt[-1], by_prompt[0])
-    return {"arm": arm, "gain": {"mean": mean, "ci95": [low, high]}, "iterations": lines}
+    return {
+        "method": arm.method,
+        "arm": arm.name,
+        "seeds": list(arm.seeds),
+        "gain": {"mean": mean, "ci95": [low, high]},
+        "base": _mean(summary["base"]["quality"]["mean"] for summary in summaries if "base" in summary),
+        "iterations": lines,
+    }
+
+
+def _interval(by_prompt: np.ndarray) -> list[float]:
+    """Of the mean over seeds x prompts."""
+    _, low, high = metrics.paired_bootstrap(by_prompt, np.zeros_like(by_prompt))
+    return [low, high]
 
 
 def _mean(values: Any) -> float | None:
@@ -72,25 +130,43 @@ def _mean(values: Any) -> float | None:
     return float(np.mean(present)) if present else None
 
 
+def checks(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """What is claimed of each method, and whether it held: the method gains at least 8 points with its interval above
+    0, and its control, which knows nothing, stays below 3 and below the method's lower end."""
+    gains = {(row["method"], row["arm"]): row["gain"] for row in rows}
+    found = []
+    for method in dict.fromkeys(row["method"] for row in rows):
+        own, control = gains.get((method, METHOD)), gains.get((method, CONTROL))
+        if own is not None:
+            held = own["mean"] >= LEAST_GAIN and own["ci95"][0] > 0
+            found.append({"method": method, "claim": f"gains at least {LEAST_GAIN:g}, interval above 0", "held": held})
+        if own is not None and control is not None:
+            high = control["ci95"][1]
+            held = high < MOST_OF_CONTROL and high < own["ci95"][0]
+            claim = f"control's upper end below {MOST_OF_CONTROL:g} and below the method's lower end"
+            found.append({"method": method, "claim": claim, "held": held})
+    return found
+
+
 def rows_of(value: Mapping[str, Any]) -> list[dict[str, str]]:
     """The table as texts: one row an arm and iteration; the gain stands in the row of the last."""
     rows = []
     for arm in value["arms"]:
         for line in arm["iterations"]:
-            last = line is arm["iterations"][-1]
+            first, last = line is arm["iterations"][0], line is arm["iterations"][-1]
             low, high = arm["gain"]["ci95"]
             rows.append(
                 {
-                    "arm": arm["arm"],
-                    "M": str(line["iteration"]),
-                    "quality": _text(line["quality"]),
-                    "gain (95 % interval)": f"{arm['gain']['mean']:+.2f} ({low:+.2f} to {high:+.2f})" if last else "",
-                    "greedy": _text(line["greedy"]),
-                    "best of samples": _text(line["best_of_samples"]),
-                    "judge agreement": _text(line["judge_agreement"], 3),
-                    "pairs": _text(line["pairs"], 0),
-                    "length": _text(line["mean_length"], 1),
+                    "method": arm["method"] if first else "",
+                    "arm": arm["arm"] if first else "",
+                    "base": _text(arm["base"]) if first else "",
+                    "iteration": str(line["iteration"]),
+                    "quality": f"{line['quality']:.1f} ({line['ci95'][0]:.1f} to {line['ci95'][1]:.1f})",
+                    "gain": f"{arm['gain']['mean']:+.1f} ({low:+.1f} to {high:+.1f})" if last else "",
+                    "agreement": _text(line["judge_agreement"], 3),
+                    "length": _text(line["mean_length"]),
                     "seconds": _text(line["seconds"], 0),
+                    "seeds": str(len(arm["seeds"])) if first else "",
                 }
             )
     return rows
@@ -103,5 +179,5 @@ def markdown(rows: Sequence[Mapping[str, str]]) -> str:
     return "".join(f"| {' | '.join(cells)} |\n" for cells in lines)
 
 
-def _text(figure: float | None, digits: int = 2) -> str:
+def _text(figure: float | None, digits: int = 1) -> str:
     return "-" if figure is None else f"{figure:.{digits}f}"

@@ -1,4 +1,4 @@
-"""Config files: Python with one function ``config() -> Config``."""
+"""Config files: Python with one function ``config() -> Config``, or ``configs()`` for several that vary one."""
 
 import importlib.util
 import sys
@@ -15,17 +15,25 @@ def load_config(path: Path | str) -> Any:
 
     Raises: ConfigFileError where there is no such file, or no function ``config`` in it; and what the file raises.
     """
-    path = Path(path)
+    return _call(Path(path), "config", "Config: return Config(...)")
+
+
+def load_configs(path: Path | str) -> dict[str, Any]:
+    """The named configs of a file with a function ``configs``. Raises: as ``load_config``."""
+    return _call(Path(path), "configs", "dict[str, Config]: return {...}")
+
+
+def _call(path: Path, function: str, shape: str) -> Any:
     if not path.is_file():
-        raise ConfigFileError(f"{path}: no such config file; give a Python file with a function config()")
+        raise ConfigFileError(f"{path}: no such config file; give a Python file with a function {function}()")
     # Functions of the file are part of the config by their qualified name, so the module's name may not vary.
     name = f"jaxsi_config_{path.stem}"
     spec = importlib.util.spec_from_file_location(name, path)
     if spec is None or spec.loader is None:
-        raise ConfigFileError(f"{path} is no Python file; give a .py file with a function config()")
+        raise ConfigFileError(f"{path} is no Python file; give a .py file with a function {function}()")
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module
     spec.loader.exec_module(module)
-    if not callable(getattr(module, "config", None)):
-        raise ConfigFileError(f"{path} has no function config(); write def config() -> Config: return Config(...)")
-    return module.config()
+    if function not in vars(module):
+        raise ConfigFileError(f"{path} has no function {function}(); write def {function}() -> {shape}")
+    return vars(module)[function]()

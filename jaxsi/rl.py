@@ -462,6 +462,7 @@ def _reinforce(
             rollouts = roll_out(now, reference, chosen, reward, config, scope.key("rollouts", step), monitor)
             batch = with_advantages(rollouts, states["value"].weights if value is not None else None)
             metrics: dict[str, Any] = dict(rollouts.metrics)
+            rate = rates[step * per_step]
             for k, rows in enumerate(minibatches(config.rows, config, seed, step)):
                 part, rate = _place(batch, rows, policy.mesh), rates[step * per_step + k]
                 for name, loss in loss_of.items():

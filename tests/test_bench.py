@@ -17,6 +17,8 @@ class Config:
     seed: int = 0
 
     RESUMABLE: ClassVar[frozenset[str]] = frozenset()
+    ARM_FIELDS: ClassVar[frozenset[str]] = frozenset({"gain"})
+    SHARED: ClassVar[tuple[str, ...]] = ("start",)
 
 
 @pytest.fixture
@@ -33,9 +35,15 @@ def calls(monkeypatch):
             figures = {"by_prompt": by_prompt.tolist(), "greedy": 60.0, "best_of_samples": 80.0, "mean_length": 6.5}
             folder = run.path / f"iter_{t}"
             folder.mkdir()
-            (folder / "evaluation.json").write_text(json.dumps(figures | {"judge_agreement": None, "parse_rate": 1.0}))
+            (folder / "evaluation.json").write_text(json.dumps(figures | {"parse_rate": 1.0}))
             lines.append(
-                {"iteration": t, "pairs": None if t == 1 else 90 + cfg.seed, "seconds": {"sft": 2.0, "eval": 1.0}}
+                {
+                    "iteration": t,
+                    "pairs": None if t == 1 else 90 + cfg.seed,
+                    "seconds": {"sft": 2.0, "eval": 1.0},
+                    "judge_agreement": None,
+                    "mean_length": 6.5,
+                }
             )
         run.update_summary({"status": "complete", "iterations": lines})
 
@@ -43,29 +51,72 @@ def calls(monkeypatch):
     return calls
 
 
+METHOD = bench.Arm("m", "method", Config(gain=12.0), (0, 1, 2))
+CONTROL = bench.Arm("m", "control", Config(gain=0.0), (0, 1, 2))
+
+
 def test_it_runs_what_is_not_done_and_tabulates(tmp_path, calls):
-    configs = {"method": Config(gain=12.0), "permuted": Config(gain=0.0)}
-    value = bench.bench_methods(tmp_path, configs, range(3))
+    value = bench.bench_methods(tmp_path, [METHOD, CONTROL])
     assert calls == [(12.0, 0), (12.0, 1), (12.0, 2), (0.0, 0), (0.0, 1), (0.0, 2)]
-    method, permuted = value["arms"]
+    method, control = value["arms"]
     assert method["gain"]["mean"] == pytest.approx(12, abs=1)
     assert method["gain"]["ci95"][0] > 10
-    assert permuted["gain"]["ci95"][0] < 0 < permuted["gain"]["ci95"][1]
-    assert method["iterations"][2]["quality"] == pytest.approx(np.mean(method["iterations"][2]["quality_of_seeds"]))
-    assert method["iterations"][0]["pairs"] is None
-    assert method["iterations"][2]["pairs"] == 91
+    assert control["gain"]["ci95"][0] < 0 < control["gain"]["ci95"][1]
+    last = method["iterations"][2]
+    assert last["quality"] == pytest.approx(np.mean(last["quality_of_seeds"]))
+    assert last["ci95"][0] < last["quality"] < last["ci95"][1]
+    assert method["iterations"][0]["pairs"] is None and last["pairs"] == 91
     assert method["iterations"][0]["seconds"] == 3.0
     assert json.loads((tmp_path / "table.json").read_text()) == value
-    again = bench.bench_methods(tmp_path, configs, range(3))
+    again = bench.bench_methods(tmp_path, [METHOD, CONTROL])
     assert len(calls) == 6  # all of them were complete
     assert again == value
 
 
+def test_what_is_claimed_is_checked(tmp_path, calls):
+    value = bench.bench_methods(tmp_path, [METHOD, CONTROL])
+    assert [check["held"] for check in value["checks"]] == [True, True]
+    weak = [
+        METHOD._replace(method="weak", config=Config(gain=4.0)),
+        CONTROL._replace(method="weak", config=METHOD.config),
+    ]
+    value = bench.bench_methods(tmp_path, weak)
+    assert [check["held"] for check in value["checks"]] == [False, False]
+
+
+def test_what_arms_have_in_common_is_copied(tmp_path, calls):
+    done, folder = tmp_path / "done", tmp_path / "folder"
+    (done / "start").mkdir(parents=True)
+    (done / "start" / "prompts.jsonl").write_text("{}")
+    (done / "iter_1").mkdir()
+    folder.mkdir()
+    bench.share(Config(gain=1.0), done, Config(gain=2.0, iterations=4), folder)
+    assert not list(folder.iterdir())  # another field differs, too
+    (folder / ".start.copy").mkdir()  # of a process that died
+    (folder / ".start.copy" / "half").touch()
+    bench.share(Config(gain=1.0), done, Config(gain=2.0), folder)
+    assert [path.name for path in folder.iterdir()] == ["start"]
+    assert [path.name for path in (folder / "start").iterdir()] == ["prompts.jsonl"]
+    (done / "start" / "later").touch()
+    bench.share(Config(gain=1.0), done, Config(gain=2.0), folder)
+    assert not (folder / "start" / "later").exists()  # what is there stays
+
+
 def test_the_table_to_read(tmp_path, calls):
-    value = bench.bench_methods(tmp_path, {"method": Config(gain=12.0)}, [0])
+    value = bench.bench_methods(tmp_path, [METHOD._replace(seeds=(0,))])
     rows = bench.rows_of(value)
-    assert [(row["arm"], row["M"]) for row in rows] == [("method", "1"), ("method", "2"), ("method", "3")]
-    assert [bool(row["gain (95 % interval)"]) for row in rows] == [False, False, True]
+    assert [(row["arm"], row["iteration"]) for row in rows] == [("method", "1"), ("", "2"), ("", "3")]
+    assert [bool(row["gain"]) for row in rows] == [False, False, True]
     text = (tmp_path / "table.md").read_text()
     assert text == bench.markdown(rows)
     assert {line.count("|") for line in text.splitlines()} == {len(rows[0]) + 1}
+
+
+def test_the_figure_is_drawn(tmp_path, calls):
+    pytest.importorskip("matplotlib")
+    from jaxsi.bench_plot import plot
+
+    value = bench.bench_methods(tmp_path, [METHOD, CONTROL])
+    files = [tmp_path / "quality.png", tmp_path / "quality.svg"]
+    plot(value, files)
+    assert files[0].read_bytes().startswith(b"\x89PNG") and "the method" in files[1].read_text()

@@ -4,12 +4,13 @@ jaxsi run configs/pit/toy.py
 """
 
 from jaxsi.evals.toy_improved import ImprovedEvaluation
+from jaxsi.mesh import MeshConfig
 from jaxsi.methods.pit import Config
 from jaxsi.optim import OptimConfig
 from jaxsi.rl import RLConfig
 from jaxsi.sampling import SamplingConfig
-from jaxsi.toyworld.seed import SHIPPED
-from jaxsi.toyworld.seed_data import toy_preferences
+from jaxsi.toyworld.careless import SHIPPED
+from jaxsi.toyworld.pit_data import pit_preferences
 from jaxsi.train import TrainConfig
 
 
@@ -26,13 +27,13 @@ def train(learning_rate: float, batch_size: int, epochs: int = 1) -> TrainConfig
 
 
 def rl(learning_rate: float, steps: int) -> RLConfig:
-    """A step is 64 prompts of 4 responses."""
+    """A step is 32 prompts of 4 responses."""
     return RLConfig(
         optim=OptimConfig(learning_rate=learning_rate, end_learning_rate=learning_rate / 5),
         steps=steps,
-        prompts_per_step=64,
+        prompts_per_step=32,
         group_size=4,
-        batch_size=256,
+        batch_size=128,
         kl_coef=0.05,
         max_new_tokens=16,
         remat=False,
@@ -43,15 +44,16 @@ def rl(learning_rate: float, steps: int) -> RLConfig:
 def config() -> Config:
     return Config(
         model=str(SHIPPED),
-        preferences=toy_preferences,
-        request="Check each item, then the form.",
+        preferences=pit_preferences,
+        request="{prompt}",
         sft=train(learning_rate=3e-4, batch_size=16, epochs=2),
-        reward=train(learning_rate=3e-4, batch_size=16, epochs=2),
-        policy_rl=rl(learning_rate=1e-4, steps=20),
-        rl=rl(learning_rate=1e-4, steps=30),
-        rounds=(30, 30),
+        reward=train(learning_rate=1e-3, batch_size=8, epochs=2),
+        policy_rl=rl(learning_rate=1e-4, steps=12),
+        rl=rl(learning_rate=3e-4, steps=20),
+        rounds=(20, 20),
         sampling=SamplingConfig(
             num_samples=1, temperature=1.0, top_p=1.0, max_new_tokens=16, batch_size=512, dtype="float32"
         ),
         evaluate=ImprovedEvaluation(),
+        mesh=MeshConfig(data=-1, fsdp=1),
     )

@@ -1,54 +1,87 @@
 """What can be refused before any work: a model, a mesh or prompts that do not fit one another."""
 
-from collections.abc import Sequence
+import dataclasses
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from jaxsi import hf, lm as lmlib, mesh as meshlib, model
 from jaxsi.chat import render_prompt
-from jaxsi.methods.self_rewarding import PromptFile
+from jaxsi.critique import CritiqueConfig
+from jaxsi.feedback import JudgeConfig
+from jaxsi.instruct import PromptFile, SelfInstruct
+from jaxsi.methods.self_rewarding import Config as SelfRewarding
 from jaxsi.records import Prompt, RecordError, read_jsonl, read_prompts
+from jaxsi.revise import ReviseConfig
+from jaxsi.rl import RLConfig
+from jaxsi.sampling import SamplingConfig
 from jaxsi.tokenizer import Tokenizer, load_tokenizer
+from jaxsi.train import TrainConfig
 
 
 def check(cfg: Any, directory: Path) -> None:
     """Raises where a run of ``cfg`` in ``directory`` is bound to fail: no such model, a mesh that does not fit, lengths
-    beyond the model's positions, an over-long prompt, fewer prompts than iterations that are left."""
+    beyond the model's positions, an over-long prompt, fewer prompts than iterations that are left.
+
+    ``cfg`` is the Config of any method: its parts are known by their types.
+    """
     folder = lmlib.resolve(cfg.model)
     config = hf.read_config(folder)
     mesh = meshlib.make_mesh(cfg.mesh)
     model.weight_shardings(config, mesh)
-    parts = meshlib.axis_size(mesh, "batch")
-    for name, train in (("sft", cfg.sft), ("dpo.train", cfg.dpo.train)):
-        if train is not None and train.batch_size // train.accumulate % parts:
-            rows = train.batch_size // train.accumulate
-            raise meshlib.MeshError(
-                f"{name}.batch_size {train.batch_size} in accumulate = {train.accumulate} parts is {rows} rows at "
-                f"once, which do not divide over {parts} devices (mesh axes data x fsdp); make it a multiple of "
-                f"{parts * train.accumulate}, or choose another mesh"
-            )
-        if train is not None and train.max_length > config.max_positions:
-            raise ValueError(
-                f"{name}.max_length is {train.max_length}, the model has {config.max_positions} positions; lower it"
-            )
-    _check_room("judge", cfg.judge.max_new_tokens, config.max_positions)
-    if cfg.early_stop is not None:
+    parts = dict(parts_of(cfg))
+    for name, part in parts.items():
+        match part:
+            case TrainConfig() | RLConfig():
+                _check_rows(name, part, meshlib.axis_size(mesh, "batch"))
+                longest = part.max_length if isinstance(part, TrainConfig) else part.max_new_tokens + 1
+                what = "max_length" if isinstance(part, TrainConfig) else "max_new_tokens"
+                if longest > config.max_positions:
+                    raise ValueError(
+                        f"{name}.{what} is {getattr(part, what)}, the model has {config.max_positions} positions; "
+                        "lower it"
+                    )
+            case SelfInstruct():
+                writer = config if part.generator is None else hf.read_config(lmlib.resolve(part.generator))
+                _check_room(name, part.max_new_tokens, writer.max_positions)
+            case SamplingConfig() | JudgeConfig() | CritiqueConfig() | ReviseConfig():
+                _check_room(name, part.max_new_tokens, config.max_positions)
+    if isinstance(cfg, SelfRewarding) and cfg.early_stop is not None:
         limit = config.max_positions - cfg.sampling.max_new_tokens
         why = f"{config.max_positions} positions less sampling.max_new_tokens"
         check_lengths("early_stop.prompts", cfg.early_stop.prompts(), load_tokenizer(folder), limit, why)
-    if not isinstance(cfg.prompts, PromptFile):
-        generator = cfg.prompts.generator
-        writer = config if generator is None else hf.read_config(lmlib.resolve(generator))
-        _check_room("prompts", cfg.prompts.max_new_tokens, writer.max_positions)
-    else:
-        prompts = read_prompts(cfg.prompts.path, cfg.prompts.max_prompts)
-        _check_supply(cfg, directory, prompts)
-        limit = min(config.max_positions - cfg.sampling.max_new_tokens, cfg.dpo.train.max_length - 1)
+    file = parts.get("prompts")
+    if isinstance(file, PromptFile):
+        prompts = read_prompts(file.path, file.max_prompts)
+        if isinstance(cfg, SelfRewarding):
+            _check_supply(cfg, directory, prompts)
+        rows = {f"{name}.max_length": p.max_length for name, p in parts.items() if isinstance(p, TrainConfig)}
+        shortest = min(rows, key=rows.__getitem__)
+        limit = min(config.max_positions - cfg.sampling.max_new_tokens, rows[shortest] - 1)
         why = (
             f"the model has {config.max_positions} positions, of which sampling.max_new_tokens takes "
-            f"{cfg.sampling.max_new_tokens}, and dpo.train.max_length is {cfg.dpo.train.max_length}"
+            f"{cfg.sampling.max_new_tokens}, and {shortest} is {rows[shortest]}"
         )
-        check_lengths(cfg.prompts.path, prompts, load_tokenizer(folder), limit, why)
+        check_lengths(file.path, prompts, load_tokenizer(folder), limit, why)
+
+
+def parts_of(cfg: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """The configs inside a config, by their dotted names."""
+    for field in dataclasses.fields(cfg):
+        value, name = getattr(cfg, field.name), prefix + field.name
+        if dataclasses.is_dataclass(value):
+            yield name, value
+            yield from parts_of(value, f"{name}.")
+
+
+def _check_rows(name: str, part: TrainConfig | RLConfig, devices: int) -> None:
+    rows = part.batch_size // part.accumulate
+    if rows % devices:
+        raise meshlib.MeshError(
+            f"{name}.batch_size {part.batch_size} in accumulate = {part.accumulate} parts is {rows} rows at "
+            f"once, which do not divide over {devices} devices (mesh axes data x fsdp); make it a multiple of "
+            f"{devices * part.accumulate}, or choose another mesh"
+        )
 
 
 def _check_room(name: str, max_new_tokens: int, max_positions: int) -> None:

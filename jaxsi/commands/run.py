@@ -56,9 +56,8 @@ def run_config(cfg: Any, directory: Path) -> Report:
     began = time.monotonic()
     method = method_of(cfg)
     if not _is_complete(directory, cfg):
-        check(
-            cfg, directory
-        )  # before the directory exists: what is mended after an error here is no other config of a run
+        # Before the directory exists: what is mended after an error here is no other config of a run.
+        check(cfg, directory)
     with Run.open(directory, cfg) as opened:
         finished = opened.complete
         if not finished:
@@ -139,8 +138,12 @@ def _split(argv: list[str]) -> tuple[Path | None, argparse.Namespace, list[str]]
 
 
 def _with_prompts(cfg: Any, prompts: str | None, max_prompts: int | None) -> Any:
-    from jaxsi.methods.self_rewarding import PromptFile
+    from jaxsi.instruct import PromptFile
 
+    if (prompts, max_prompts) != (None, None) and "prompts" not in {field.name for field in dataclasses.fields(cfg)}:
+        raise UsageError(
+            "--prompts and --max-prompts: this method's prompts come with its data; change the config file"
+        )
     if max_prompts is not None and max_prompts < 1:
         raise UsageError(f"--max-prompts is {max_prompts}; it is at least 1")
     if prompts is not None:
@@ -153,12 +156,11 @@ def _with_prompts(cfg: Any, prompts: str | None, max_prompts: int | None) -> Any
 
 
 def _is_complete(directory: Path, cfg: Any) -> bool:
-    """Whether nothing is left to do of as many iterations as ``cfg`` has."""
+    """Whether nothing is left to do of as many iterations as ``cfg`` has, where the method counts them."""
     try:
-        status, iterations = (
-            json.loads((directory / file).read_text())[key]
-            for file, key in (("summary.json", "status"), ("config.json", "iterations"))
-        )
-        return status == "complete" and iterations >= cfg.iterations
+        status = json.loads((directory / "summary.json").read_text())["status"]
+        stored = json.loads((directory / "config.json").read_text())
     except (OSError, ValueError, KeyError, TypeError):
         return False
+    wanted = {field.name: getattr(cfg, field.name) for field in dataclasses.fields(cfg)}.get("iterations", 0)
+    return status == "complete" and stored.get("iterations", 0) >= wanted

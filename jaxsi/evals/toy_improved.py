@@ -11,7 +11,7 @@ from jaxsi.pairs import preferences
 from jaxsi.records import Response, Revision
 from jaxsi.reward import GAP, gains, gap_group, inequalities
 from jaxsi.run import Scope
-from jaxsi.toyworld import annotators, world
+from jaxsi.toyworld import careless, world
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -25,7 +25,7 @@ class ImprovedEvaluation:
     preferences: int = 256
 
     def __call__(self, lm: LM, config: Any, scope: Scope, policy: LM | None, gap_reward: LM) -> dict[str, Any]:
-        """One iteration's figures, by the run's ``config.request``; without a policy those of ``lm``'s own responses."""
+        """One iteration's figures, by the run's ``config.request``; without a policy of ``lm``'s own responses."""
         prompts = world.prompts(self.num_prompts, seed=0, held_out=True)
         sampled = ToyEvaluation(num_prompts=self.num_prompts, num_samples=self.num_samples)
         drafts = scope.records("eval_drafts", sampled.sample, policy or lm, of=Response)
@@ -69,13 +69,6 @@ class ImprovedEvaluation:
 
     def orders(self, gap_reward: LM, request: str) -> dict[str, float]:
         """How often the gap reward keeps each of the five inequalities, on held-out preferences without slips."""
-        ranked = annotators.rankings(self.preferences, seed=9, per_prompt=2, held_out=True, slip=0.0)
-        pairs, _ = preferences([r for r in ranked if _graded_apart(r)])
+        pairs, _ = preferences(careless.preferences(self.preferences, 9, least=1, held_out=True, slip=0.0))
         groups = [gap_group(gap_reward.tokenizer, pair, request) for pair in pairs]
         return dict(inequalities(gap_reward, groups, GAP, batch_size=256))
-
-
-def _graded_apart(ranked: Any) -> bool:
-    """Whether the grader tells a ranking's two responses apart."""
-    grades = [world.grade(ranked.messages[-1]["content"], text) for text in ranked.responses]
-    return grades[0].total != grades[1].total

@@ -100,6 +100,8 @@ class Config:
     seed: int = 0
 
     RESUMABLE: ClassVar[frozenset[str]] = frozenset({"sft.log_every", "dpo.train.log_every"})
+    ARM_FIELDS: ClassVar[frozenset[str]] = frozenset({"judging"})
+    SHARED: ClassVar[tuple[str, ...]] = ("iter_0", "sft_baseline", "iter_1")
 
     def __post_init__(self) -> None:
         if self.iterations < 1:

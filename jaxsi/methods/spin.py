@@ -42,6 +42,8 @@ class Config:
     seed: int = 0
 
     RESUMABLE: ClassVar[frozenset[str]] = frozenset({"dpo.train.log_every"})
+    ARM_FIELDS: ClassVar[frozenset[str]] = frozenset()
+    SHARED: ClassVar[tuple[str, ...]] = ()
 
     def __post_init__(self) -> None:
         if self.iterations < 1 or self.sampling.num_samples != 1:

@@ -151,11 +151,10 @@ def question_text(messages: Sequence[Mapping[str, str]]) -> str:
 
 
 def ask_to_improve(messages: Sequence[Message], response: str, request: str) -> tuple[Message, ...]:
-    """The conversation in which an improver answers: the prompt, the response to be improved, and the request.
-
-    The layout of PIT's improver and of its gap reward model, which the paper does not print (it is ours).
-    """
-    return (*messages, {"role": "assistant", "content": response}, {"role": "user", "content": request})
+    """The conversation that PIT's improver answers and its gap reward model reads: the prompt, a response, and the
+    request to improve it, in which {prompt} stands for the prompt's text. The paper's layout is not known."""
+    asked = request.replace("{prompt}", question_text(messages))
+    return (*messages, {"role": "assistant", "content": response}, {"role": "user", "content": asked})
 
 
 def render_few_shot(examples: Sequence[str]) -> str:

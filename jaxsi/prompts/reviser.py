@@ -4,17 +4,20 @@ The wording is ours; the label strings are recalled, without a source (see metho
 """
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 
-from jaxsi.prompts import check_slots, fill_slots, load_template
+from jaxsi.prompts import ask_to_improve, check_slots, fill_slots, load_template, question_text
+from jaxsi.records import Message
 
 
 @dataclass(frozen=True, kw_only=True)
 class ReviserTemplate:
     """How a reviser is asked, and how its label stands before its answer: ``label + separator + answer``.
 
-    `template` asks the adaptive reviser, `warm_up` the one without labels; both have the slots `{prompt}` and
-    `{response}` once each. `labels`: rewrite, correct, keep, in this order. Example: `ReviserTemplate(name="short",
+    `template` asks the adaptive reviser, `warm_up` the one without labels. With the slots `{prompt}` and `{response}`
+    once each, a text is the whole request; without `{response}`, it is the user's message after a conversation in which
+    the draft was the assistant's answer. `labels`: rewrite, correct, keep, in this order. Example: `ReviserTemplate(name="short",
     template="Q: {prompt} A: {response} Label, then answer:", warm_up="Q: {prompt} A: {response} Better:",
     labels=("wrong", "bad", "good"), separator=" ")`.
     """
@@ -26,8 +29,9 @@ class ReviserTemplate:
     separator: str = "\n"
 
     def __post_init__(self) -> None:
-        check_slots(f"reviser template {self.name!r}", self.template)
-        check_slots(f"reviser template {self.name!r}, warm_up", self.warm_up)
+        for name, text in (("template", self.template), ("warm_up", self.warm_up)):
+            if "{response}" in text:
+                check_slots(f"reviser template {self.name!r}, {name}", text)
         if len({label.casefold() for label in self.labels}) != 3 or any(not x or x != x.strip() for x in self.labels):
             raise ValueError(
                 f"reviser template {self.name!r}: the labels are {self.labels}; give three different ones, none of "
@@ -54,13 +58,13 @@ class ReviserTemplate:
         """The label of a draft that stays as it is."""
         return self.labels[2]
 
-    def render(self, prompt_text: str, response_text: str) -> str:
+    def ask(self, messages: Sequence[Message], response: str) -> tuple[Message, ...]:
         """The request to the adaptive reviser."""
-        return fill_slots(self.template, prompt_text, response_text)
+        return _ask(self.template, messages, response)
 
-    def render_warm_up(self, prompt_text: str, response_text: str) -> str:
+    def ask_warm_up(self, messages: Sequence[Message], response: str) -> tuple[Message, ...]:
         """The request to the warm-up reviser, which writes the better answer alone."""
-        return fill_slots(self.warm_up, prompt_text, response_text)
+        return _ask(self.warm_up, messages, response)
 
     def write(self, label: str, text: str) -> str:
         """What the adaptive reviser is taught to write."""
@@ -79,6 +83,12 @@ class ReviserTemplate:
             if text[: len(label)].casefold() == label.casefold() and not runs_on:
                 return label, rest.strip() or None
         return None, None
+
+
+def _ask(template: str, messages: Sequence[Message], response: str) -> tuple[Message, ...]:
+    if "{response}" in template:
+        return ({"role": "user", "content": fill_slots(template, question_text(messages), response)},)
+    return ask_to_improve(messages, response, template)
 
 
 def load_reviser_template(name: str = "seft") -> ReviserTemplate:

@@ -113,7 +113,7 @@ if __name__ == "__main__":
     # XLA runs elementwise work of one CPU device on one thread: a device for each core trains 1.4 times as fast.
     jax.config.update("jax_num_cpu_devices", os.cpu_count())
 
-    def main(out: Path, config: SeedConfig = SeedConfig()) -> None:
+    def main(out: tyro.conf.Positional[Path], config: SeedConfig = SeedConfig()) -> None:
         make_seed(out, config)
 
     tyro.cli(main, description=__doc__)

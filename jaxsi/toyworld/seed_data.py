@@ -22,11 +22,6 @@ def toy_demonstrations() -> list[SFTExample]:
     return annotators.careful(600, 3)
 
 
-def toy_preferences() -> list[RankedResponses]:
-    """Two annotators' responses to each instruction, the better one first but for slips."""
-    return annotators.rankings(1536, 4, per_prompt=2)
-
-
 def toy_rankings() -> list[RankedResponses]:
     """Responses in the order of human-like annotators, of which EFT is made."""
     return annotators.rankings(128, 2)

@@ -1,0 +1,21 @@
+"""PIT's curriculum taken apart (the paper's Table 2) on the embedded world, at equal total steps; and PPO.
+
+jaxsi bench methods --methods pit --ablations
+"""
+
+import dataclasses
+from pathlib import Path
+
+from jaxsi import rl
+from jaxsi.config_file import load_config
+from jaxsi.methods.pit import Config
+
+
+def configs() -> dict[str, Config]:
+    both = load_config(Path(__file__).with_name("toy.py"))
+    steps = sum(both.rounds)
+    return {
+        "round 0 only": dataclasses.replace(both, rounds=(steps, 0)),
+        "round 1 only": dataclasses.replace(both, rounds=(0, steps)),
+        "PPO": dataclasses.replace(both, learner=rl.ppo),
+    }

@@ -1,0 +1,18 @@
+"""A control arm of the embedded world: the gap rewards, dealt out again at random within each batch.
+
+    jaxsi run configs/pit/toy_permuted.py
+
+As toy.py in everything but the rewards of the two rounds, hardware and time included. Expected: no gain over
+iteration 0.
+"""
+
+import dataclasses
+from pathlib import Path
+
+from jaxsi.config_file import load_config
+from jaxsi.methods.pit import Config
+from jaxsi.toyworld.pit_data import permuted_gaps
+
+
+def config() -> Config:
+    return dataclasses.replace(load_config(Path(__file__).with_name("toy.py")), rewarding=permuted_gaps)

@@ -1,0 +1,50 @@
+"""The embedded world: a small model's policy evolves on what its own adaptive reviser makes of unlabelled prompts.
+
+jaxsi run configs/seft/toy.py
+"""
+
+from jaxsi.evals.toy_revised import PolicyEvaluation, ReviserEvaluation
+from jaxsi.methods.seft import Config, ReviserConfig, Round
+from jaxsi.optim import OptimConfig
+from jaxsi.revise import ReviseConfig, best_of_n, revise
+from jaxsi.revision_data import LabelConfig
+from jaxsi.sampling import SamplingConfig
+from jaxsi.toyworld.careless import SHIPPED
+from jaxsi.toyworld.reviser import TEMPLATE, ranked_responses, stopping_prompts, unlabelled_prompts
+from jaxsi.train import TrainConfig
+
+
+def train(learning_rate: float, batch_size: int, epochs: int = 1) -> TrainConfig:
+    """What all training has in common on a CPU: float32, short rows, nothing recomputed."""
+    return TrainConfig(
+        optim=OptimConfig(learning_rate=learning_rate, end_learning_rate=learning_rate / 10),
+        batch_size=batch_size,
+        epochs=epochs,
+        max_length=128,
+        checkpoint_every=10_000,
+        remat=False,
+        dtype="float32",
+    )
+
+
+def config() -> Config:
+    return Config(
+        model=str(SHIPPED),
+        reviser=ReviserConfig(
+            rankings=ranked_responses,
+            template=TEMPLATE,
+            warm_up=train(learning_rate=2e-3, batch_size=8),
+            labels=LabelConfig(batch_size=256),
+            adaptive=train(learning_rate=2e-3, batch_size=8),
+            writing=ReviseConfig(temperature=1.0, top_p=1.0, max_new_tokens=16, batch_size=128),
+            evaluate=ReviserEvaluation(),
+        ),
+        prompts=unlabelled_prompts,
+        held_out=stopping_prompts,
+        sampling=SamplingConfig(temperature=1.0, top_p=1.0, max_new_tokens=16, batch_size=512, dtype="float32"),
+        internal=Round(target=best_of_n, num_samples=4),
+        external=Round(target=revise),
+        sft=train(learning_rate=1e-3, batch_size=16, epochs=2),
+        evaluate=PolicyEvaluation(),
+        iterations=3,
+    )

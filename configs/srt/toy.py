@@ -1,0 +1,45 @@
+"""The embedded world: the seed model learns to criticise and refine from the exact critic, then from itself.
+
+jaxsi run configs/srt/toy.py
+"""
+
+from jaxsi.critique import CritiqueConfig
+from jaxsi.evals.toy_refined import RefinedEvaluation
+from jaxsi.mesh import MeshConfig
+from jaxsi.methods.srt import Config
+from jaxsi.optim import OptimConfig
+from jaxsi.sampling import SamplingConfig
+from jaxsi.toyworld.careless import SHIPPED
+from jaxsi.toyworld.critic import TEMPLATE, exact_critic
+from jaxsi.toyworld.srt_data import srt_prompts
+from jaxsi.train import DPOConfig, TrainConfig
+
+
+def train(learning_rate: float, batch_size: int, epochs: int = 1) -> TrainConfig:
+    """What SFT and DPO have in common on a CPU: float32, short rows, nothing recomputed."""
+    return TrainConfig(
+        optim=OptimConfig(learning_rate=learning_rate, end_learning_rate=learning_rate / 5),
+        batch_size=batch_size,
+        epochs=epochs,
+        max_length=128,
+        remat=False,
+        dtype="float32",
+    )
+
+
+def config() -> Config:
+    return Config(
+        model=str(SHIPPED),
+        prompts=srt_prompts,
+        critic_prompts=512,
+        critic=exact_critic,
+        template=TEMPLATE,
+        sampling=SamplingConfig(
+            num_samples=1, temperature=1.0, top_p=1.0, max_new_tokens=24, batch_size=512, dtype="float32"
+        ),
+        critique=CritiqueConfig(max_new_tokens=64, batch_size=512),
+        sft=train(learning_rate=1e-3, batch_size=8, epochs=4),
+        dpo=DPOConfig(train=train(learning_rate=2e-4, batch_size=16, epochs=2), beta=0.1),
+        evaluate=RefinedEvaluation(),
+        mesh=MeshConfig(data=-1, fsdp=1),
+    )

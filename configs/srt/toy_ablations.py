@@ -1,0 +1,23 @@
+"""What the paper's Table 6 takes out of the feedback, on the embedded world: stage 1 alone, each part left out in turn.
+
+jaxsi bench methods --methods srt --ablations
+"""
+
+import dataclasses
+from pathlib import Path
+
+from jaxsi.config_file import load_config
+from jaxsi.methods.srt import Config
+
+
+def configs() -> dict[str, Config]:
+    full = dataclasses.replace(load_config(Path(__file__).with_name("toy.py")), dpo=None)
+    left_out = {
+        "stage 1": (),
+        "no score": ("score",),
+        "no suggestions": ("suggestions",),
+        "no weaknesses": ("weaknesses",),
+        "no feedback": ("weaknesses", "suggestions", "score"),
+    }
+    arms = {name: dataclasses.replace(full, template=full.template.without(*parts)) for name, parts in left_out.items()}
+    return arms | {"refinement only": dataclasses.replace(full, refinement_only=True)}

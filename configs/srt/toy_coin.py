@@ -1,0 +1,17 @@
+"""A control arm of the embedded world: the direction of every stage-2 pair by a fair coin.
+
+    jaxsi run configs/srt/toy_coin.py
+
+As toy.py in everything but the pairs' direction, hardware and time included. Expected: no gain over iteration 0.
+"""
+
+import dataclasses
+from pathlib import Path
+
+from jaxsi.config_file import load_config
+from jaxsi.methods.srt import Config
+from jaxsi.toyworld.srt_data import by_coin
+
+
+def config() -> Config:
+    return dataclasses.replace(load_config(Path(__file__).with_name("toy.py")), direction=by_coin)

@@ -1,0 +1,121 @@
+"""Careless annotators of the embedded world, and the model that learnt from them: where there is something to revise.
+
+A careless response is the correct one with up to four flaws, each with probability ``CARELESS``: talk before the items,
+the last item missing, the item before the last one written again in its place, no period. What is wrong with it can be
+seen in the response itself, as in the drafts that the papers' revisers, critics and reward models mend: a model of a
+million weights can learn to see it, and to mend it, in a minute. The model in ``careless_model`` is the seed model
+trained on such demonstrations by
+
+    python -m jaxsi.toyworld.careless OUT
+
+It was made once, offline (3 minutes on two CPU cores); the toy runs of SRT, SEFT and PIT begin with it.
+"""
+
+import dataclasses
+import random
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import ClassVar
+
+import jax
+
+from jaxsi.records import RankedResponses, SFTExample
+from jaxsi.toyworld.annotators import CHATTER
+from jaxsi.toyworld.world import Task, draw_tasks, grade_task, prompt_of
+
+SHIPPED = Path(__file__).parent / "careless_model"
+FLAWS = ("talk", "short", "stutter", "open")
+CARELESS = 0.5
+SLIP = 0.04  # probability that a preference is the wrong way round
+
+
+def draw_flaws(rng: random.Random) -> tuple[str, ...]:
+    """Some of ``FLAWS``, each with probability ``CARELESS``."""
+    return tuple(flaw for flaw in FLAWS if rng.random() < CARELESS)
+
+
+def respond(task: Task, flaws: Sequence[str]) -> str:
+    """The correct response with ``flaws``; of too few items none is missing or repeated."""
+    items = list(task.answer)
+    if "short" in flaws and len(items) > 1:
+        del items[-1]
+    if "stutter" in flaws and len(items) > 1:
+        items[-1] = items[-2]
+    return (CHATTER if "talk" in flaws else "") + " ".join(items) + ("" if "open" in flaws else ".")
+
+
+def demonstrations(n: int, seed: int) -> list[SFTExample]:
+    """``n`` careless responses to different instructions, none held out."""
+    rng = random.Random(f"jaxsi/toyworld/careless/{seed}")
+    prompts = [(task, prompt_of(task)) for task in draw_tasks(n, rng, held_out=False)]
+    return [SFTExample(id=p.id, messages=p.messages, response=respond(task, draw_flaws(rng))) for task, p in prompts]
+
+
+def preferences(
+    n: int, seed: int, *, per_prompt: int = 2, least: int = 0, held_out: bool = False, slip: float = SLIP
+) -> list[RankedResponses]:
+    """``n`` instructions of one split, each with ``per_prompt`` careless responses of at least ``least`` flaws, the
+    best first: each has the flaws of the one before and at least one more, and a lower grade. With probability ``slip``
+    the best and the worst change places. Raises: ValueError where so many different responses cannot be made."""
+    if not (least >= 0 and 2 <= per_prompt <= len(FLAWS) + 1 - least):
+        raise ValueError(
+            f"per_prompt is {per_prompt}, least {least}; of {len(FLAWS)} flaws 2 to {len(FLAWS) + 1 - least} responses "
+            "can be made"
+        )
+    rng = random.Random(f"jaxsi/toyworld/careless/preferences/{seed}/{held_out}")
+    return [_ranking(task, rng, per_prompt, least, slip) for task in draw_tasks(n, rng, held_out=held_out)]
+
+
+def _ranking(task: Task, rng: random.Random, per_prompt: int, least: int, slip: float) -> RankedResponses:
+    texts: list[str] = []
+    totals: list[float] = []
+    while len(totals) < per_prompt or sorted(set(totals), reverse=True) != totals:
+        flaws = rng.sample(FLAWS, len(FLAWS))
+        counts = sorted(rng.sample(range(least, len(FLAWS) + 1), per_prompt))
+        texts = [respond(task, flaws[:count]) for count in counts]
+        totals = [grade_task(task, text).total for text in texts]
+    ranks = list(range(per_prompt))
+    if rng.random() < slip:
+        ranks[0], ranks[-1] = ranks[-1], ranks[0]
+    prompt = prompt_of(task)
+    return RankedResponses(id=prompt.id, messages=prompt.messages, responses=tuple(texts), ranks=tuple(ranks))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Nameless:
+    """What a run needs for a config: the seed that its keys are named by."""
+
+    seed: int = 0
+    RESUMABLE: ClassVar[frozenset[str]] = frozenset()
+
+
+def make_careless(out: Path) -> None:
+    """Trains the seed model on careless demonstrations; writes it to ``out`` as a Hugging Face folder in bfloat16."""
+    from jaxsi import lm as lmlib, mesh as meshlib
+    from jaxsi.mesh import MeshConfig
+    from jaxsi.optim import OptimConfig
+    from jaxsi.run import Run
+    from jaxsi.toyworld.seed import SHIPPED as SEED
+    from jaxsi.train import TrainConfig, sft
+
+    optimizer = OptimConfig(learning_rate=1e-3, end_learning_rate=2e-5, warmup_steps=20, b2=0.98)
+    config = TrainConfig(
+        optim=optimizer, batch_size=32, epochs=2, max_length=128, remat=False, dtype="float32", checkpoint_every=10_000
+    )
+    start = lmlib.load(SEED, meshlib.make_mesh(MeshConfig(data=-1, fsdp=1)), "float32", weights_dtype="float32")
+    with tempfile.TemporaryDirectory() as folder, Run.open(Path(folder) / "run", _Nameless()) as run:
+        lmlib.export(sft(start, demonstrations(24_000, 0), config, run.at("careless")), out, dtype="bfloat16")
+
+
+if __name__ == "__main__":
+    import os
+
+    import tyro
+
+    jax.config.update("jax_num_cpu_devices", os.cpu_count())
+
+    def main(out: tyro.conf.Positional[Path]) -> None:
+        make_careless(out)
+
+    tyro.cli(main, description=__doc__)

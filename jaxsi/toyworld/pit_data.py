@@ -1,0 +1,43 @@
+"""The embedded world's preferences for PIT, and what its control arms put in the gap reward's place."""
+
+import hashlib
+import random
+from collections.abc import Sequence
+
+import numpy as np
+
+from jaxsi import reward
+from jaxsi.lm import LM
+from jaxsi.records import RankedResponses, Response
+from jaxsi.reward import Item
+from jaxsi.toyworld import careless, world
+
+
+def pit_preferences() -> list[RankedResponses]:
+    """Two careless responses to each instruction, neither without a flaw, the better one first but for slips."""
+    return careless.preferences(2400, 4, least=1)
+
+
+def permuted_gaps(
+    lm: LM, items: Sequence[Item], request: str, *, batch_size: int = 64
+) -> tuple[np.ndarray, np.ndarray]:
+    """The gap rewards, dealt out again at random within the batch: rewards that say nothing."""
+    gap_N, zero_N = reward.gaps(lm, items, request, batch_size=batch_size)
+    words = hashlib.sha256("\0".join(_text(response) for _, response, _ in items).encode()).hexdigest()
+    order = list(range(len(items)))
+    random.Random(words).shuffle(order)
+    return (gap_N - zero_N)[order], np.zeros_like(zero_N)
+
+
+def exact_gaps(lm: LM, items: Sequence[Item], request: str, *, batch_size: int = 64) -> tuple[np.ndarray, np.ndarray]:
+    """The exact grade of each response less that of its reference, in tenths of the whole scale."""
+    grades = [
+        [world.grade(messages[-1]["content"], text) for text in (_text(response), reference)]
+        for messages, response, reference in items
+    ]
+    totals = np.asarray([[np.nan if grade is None else grade.total for grade in both] for both in grades], np.float32)
+    return totals[:, 0] - totals[:, 1], np.zeros(len(items), np.float32)
+
+
+def _text(response: Response | str) -> str:
+    return response.text if isinstance(response, Response) else response

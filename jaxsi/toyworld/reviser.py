@@ -1,0 +1,94 @@
+"""The embedded world's reviser: its template in words of the seed's vocabulary, its data, and its control arms."""
+
+import dataclasses
+import random
+from collections.abc import Sequence
+
+import jax
+
+from jaxsi.lm import LM
+from jaxsi.prompts.reviser import ReviserTemplate
+from jaxsi.records import Prompt, RankedResponses, Response, Revision
+from jaxsi.revise import ReviseConfig, usable
+from jaxsi.toyworld import annotators, careless, world
+
+# The draft stands in the conversation; the words are few, and the model's tokenizer has each of them as one token.
+TEMPLATE = ReviserTemplate(
+    name="toy",
+    template="Check each item:",
+    warm_up="Check each item:",
+    labels=("wrong", "bad", "good"),
+    separator=" ",
+)
+
+
+def ranked_responses() -> list[RankedResponses]:
+    """What the reviser learns from: careless responses to 1,536 instructions, four to each, ranked but for slips."""
+    return careless.preferences(1536, 5, per_prompt=4)
+
+
+def coin_ranked_responses() -> list[RankedResponses]:
+    """The control arm's: the same responses, whose ranks are dealt out at random, so that a fair coin decides the
+    direction of each pair."""
+    rng = random.Random("jaxsi/toyworld/reviser/coin")
+    return [dataclasses.replace(r, ranks=tuple(rng.sample(r.ranks, len(r.ranks)))) for r in ranked_responses()]
+
+
+def unlabelled_prompts() -> list[Prompt]:
+    """New instructions for the policy's evolution."""
+    return world.prompts(2400, seed=6, held_out=False)
+
+
+def stopping_prompts() -> list[Prompt]:
+    """Instructions whose share of kept responses decides when evolution stops."""
+    return world.prompts(200, seed=7, held_out=True)
+
+
+def exact_revise(
+    lm: LM,
+    prompts: Sequence[Prompt],
+    responses: Sequence[Response],
+    template: ReviserTemplate,
+    cfg: ReviseConfig,
+    key: jax.Array,
+) -> list[Revision]:
+    """The arm with a perfect reviser: a draft of full grade is kept, any other becomes the correct response."""
+    tasks = {prompt.id: world.parse(prompt.text) for prompt in prompts}
+    revisions = []
+    for response in responses:
+        task = tasks[response.prompt_id]
+        if task is None:
+            raise ValueError(f"prompt {response.prompt_id!r} is not an instruction of the embedded world")
+        total = world.grade_task(task, response.text).total
+        label = template.no if total == 10 else template.minor if total >= 8 else template.major
+        if label != template.no:
+            response = dataclasses.replace(
+                response, text=annotators.respond(task, "careful"), token_ids=(), logps=(), finish_reason="stop",
+                fingerprint="exact",
+            )  # fmt: skip
+        revisions.append(
+            Revision(id=response.id, prompt_id=response.prompt_id, label=label, label_probs=None, response=response)
+        )
+    return revisions
+
+
+def exact_best_of_n(
+    lm: LM,
+    prompts: Sequence[Prompt],
+    responses: Sequence[Response],
+    template: ReviserTemplate,
+    cfg: ReviseConfig,
+    key: jax.Array,
+) -> list[Revision]:
+    """The internal round of that arm: the draft of each prompt with the best grade, of equal ones the first."""
+    texts = {prompt.id: prompt.text for prompt in prompts}
+    best: dict[str, tuple[float, Revision]] = {}
+    for response in responses:
+        grade = world.grade(texts[response.prompt_id], response.text)
+        if grade is None:
+            raise ValueError(f"prompt {response.prompt_id!r} is not an instruction of the embedded world")
+        label = template.no if grade.total == 10 else template.minor
+        kept = Revision(id=response.id, prompt_id=response.prompt_id, label=label, label_probs=None, response=response)
+        if usable(kept) and grade.total > best.get(response.prompt_id, (-1.0, kept))[0]:
+            best[response.prompt_id] = grade.total, kept
+    return [best[prompt.id][1] for prompt in prompts if prompt.id in best]

@@ -1,0 +1,58 @@
+"""The micro world: the toy config of SEFT, small enough to be killed and run again many times."""
+
+import dataclasses
+import importlib.util
+from pathlib import Path
+from types import ModuleType
+
+from jaxsi.evals.toy_revised import PolicyEvaluation, ReviserEvaluation
+from jaxsi.methods.seft import Config
+from jaxsi.toyworld import careless, world
+from jaxsi.train import TrainConfig
+
+CONFIGS = Path(__file__).parents[2] / "configs"
+
+
+def _toy() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("toy", CONFIGS / "seft" / "toy.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def rankings():
+    return careless.preferences(32, 1, per_prompt=3)
+
+
+def prompts():
+    return world.prompts(24, seed=1, held_out=False)
+
+
+def held_out():
+    return world.prompts(8, seed=2, held_out=True)
+
+
+def smaller(train: TrainConfig) -> TrainConfig:
+    return dataclasses.replace(train, batch_size=8, epochs=1, max_length=64, checkpoint_every=2, log_every=1)
+
+
+def config() -> Config:
+    toy = _toy().config()
+    return dataclasses.replace(
+        toy,
+        reviser=dataclasses.replace(
+            toy.reviser,
+            rankings=rankings,
+            warm_up=smaller(toy.reviser.warm_up),
+            adaptive=smaller(toy.reviser.adaptive),
+            labels=dataclasses.replace(toy.reviser.labels, batch_size=16),
+            writing=dataclasses.replace(toy.reviser.writing, batch_size=16),
+            evaluate=ReviserEvaluation(num_prompts=8, per_prompt=3),
+        ),
+        prompts=prompts,
+        held_out=held_out,
+        sampling=dataclasses.replace(toy.sampling, batch_size=32),
+        sft=smaller(toy.sft),
+        evaluate=PolicyEvaluation(num_prompts=8, judged_prompts=4),
+        iterations=2,
+    )

@@ -13,6 +13,7 @@ _HOMES = {
     "generate": "jaxsi.sampling",
     "score": "jaxsi.scoring",
     "judge": "jaxsi.feedback",
+    "improve": "jaxsi.improvement",
 }
 
 __all__ = ["__version__", *_HOMES]

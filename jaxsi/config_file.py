@@ -10,12 +10,13 @@ class ConfigFileError(ValueError):
     """A file that is no config; the message names it and what is missing."""
 
 
-def load_config(path: Path | str) -> Any:
-    """The ``Config`` of a config file. A config that derives from another one loads it by its path, with this function.
+def load_config(path: Path | str, function: str = "config") -> Any:
+    """The ``Config`` that ``function`` of a config file gives. A config that derives from another one loads it by its
+    path, with this function.
 
-    Raises: ConfigFileError where there is no such file, or no function ``config`` in it; and what the file raises.
+    Raises: ConfigFileError where there is no such file, or no such function in it; and what the file raises.
     """
-    return _call(Path(path), "config", "Config: return Config(...)")
+    return _call(Path(path), function, "Config: return Config(...)")
 
 
 def load_configs(path: Path | str) -> dict[str, Any]:

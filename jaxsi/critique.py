@@ -189,6 +189,11 @@ def improved_responses(
     return made
 
 
+def is_complete(c: Critique) -> bool:
+    """Whether no part of a critique is missing (the paper's first filter)."""
+    return None not in (c.weaknesses, c.suggestions, c.score, c.improved)
+
+
 def refinement_examples(
     prompts: Sequence[Prompt],
     drafts: Sequence[Response],
@@ -212,19 +217,21 @@ def refinement_examples(
     counts = Counter(dict.fromkeys(("drafts", "kept", "empty", "incomplete", "unscored", "worse"), 0))
     examples = []
     for draft in drafts:
-        c, check = by_id[draft.id], checked.get(draft.id)
+        c, check = by_id.get(draft.id), checked.get(draft.id)
         counts["drafts"] += 1
         if not draft.text.strip() or draft.finish_reason != "stop":
             counts["empty"] += 1
-        elif c.weaknesses is None or c.suggestions is None or c.score is None or c.improved is None:
+        elif c is None or not is_complete(c):
             counts["incomplete"] += 1
         elif check is None or check.score is None:
             counts["unscored"] += 1
         elif check.score < c.score:
             counts["worse"] += 1
         else:
-            feedback = template.write(c.weaknesses, c.suggestions, int(c.score), c.improved)
-            text = c.improved if refinement_only else template.marked(draft.text) + feedback
+            weaknesses, suggestions, score, improved = c.weaknesses, c.suggestions, c.score, c.improved
+            assert weaknesses and suggestions and score is not None and improved
+            feedback = template.write(weaknesses, suggestions, int(score), improved)
+            text = improved if refinement_only else template.marked(draft.text) + feedback
             examples.append(SFTExample(id=draft.id, messages=messages[draft.prompt_id], response=text))
     counts["kept"] = len(examples)
     return examples, dict(counts)

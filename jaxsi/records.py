@@ -118,6 +118,41 @@ class Revision:
     response: Response
 
 
+Outcome = Literal[
+    "draft", "accepted", "kept", "rejected", "no response", "too long", "cut off", "empty", "ended"
+]  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class Improvement:
+    """The response to a prompt after a round of improvement at inference time, e.g. id "17@2" after round 2.
+
+    Round 0 is the first response ("draft"). A round whose new response took the place of the one before is "accepted".
+    Else `response` is that of the round before: "kept", the method sees nothing to improve; "rejected", the new
+    response is no gain; "no response", "cut off" or "empty", what was written cannot be used; "too long", the request
+    does not fit in the context. The later rounds of the prompt have then "ended", but not those of best-of-n, where a
+    round without a gain goes on to more samples.
+
+    `score` is the method's own number (see jaxsi.improvement), `quality` that of a judge or of an exact grader;
+    `feedback` what was written about the response before; `tokens` how many were generated in this round.
+    """
+
+    id: str
+    prompt_id: str
+    round: int
+    response: Response
+    outcome: Outcome
+    score: float | None
+    quality: float | None
+    feedback: str | None
+    tokens: int
+
+    @property
+    def accepted(self) -> bool:
+        """Whether the response is new in this round."""
+        return self.outcome == "accepted"
+
+
 @dataclass(frozen=True, kw_only=True)
 class PreferencePair:
     """Two responses to the prompt with the same id; chosen_score > rejected_score."""

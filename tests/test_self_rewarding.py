@@ -186,8 +186,10 @@ def test_without_sft_a_replaced_model_is_refused_too(tmp_path):
     from jaxsi.methods.self_rewarding import PromptFile, self_rewarding
 
     model = tmp_path / "model"
+    micro = load_config(MICRO)
+    eight_rows = dataclasses.replace(micro.dpo, train=dataclasses.replace(micro.dpo.train, batch_size=8))
     cfg = dataclasses.replace(
-        load_config(MICRO), model=str(model), sft=None, prompts=PromptFile(path="none"), evaluate=None, iterations=1
+        micro, model=str(model), sft=None, dpo=eight_rows, prompts=PromptFile(path="none"), evaluate=None, iterations=1
     )
     lmlib.export(tiny.make_lm("1x8x1"), model, dtype="float32")
     with Run.open(tmp_path / "run", cfg) as run:

@@ -1,6 +1,9 @@
 """The embedded world: an improver of the seed model's responses learns what better means from annotators' preferences.
 
-jaxsi run configs/pit/toy.py
+    jaxsi run configs/pit/toy.py
+
+Hardware: 2 CPU cores, 3 GB of memory, about 3 minutes. Expected: exact quality of the improved responses from
+about START to about END.
 """
 
 from jaxsi.evals.toy_improved import ImprovedEvaluation
@@ -34,7 +37,7 @@ def rl(learning_rate: float, steps: int) -> RLConfig:
         prompts_per_step=32,
         group_size=4,
         batch_size=128,
-        kl_coef=0.05,
+        kl_coef=0.3,
         max_new_tokens=16,
         remat=False,
         dtype="float32",
@@ -49,8 +52,8 @@ def config() -> Config:
         sft=train(learning_rate=3e-4, batch_size=16, epochs=2),
         reward=train(learning_rate=1e-3, batch_size=8, epochs=2),
         policy_rl=rl(learning_rate=1e-4, steps=12),
-        rl=rl(learning_rate=3e-4, steps=20),
-        rounds=(20, 20),
+        rl=rl(learning_rate=2e-4, steps=12),
+        rounds=(12, 12),
         sampling=SamplingConfig(
             num_samples=1, temperature=1.0, top_p=1.0, max_new_tokens=16, batch_size=512, dtype="float32"
         ),

@@ -1,6 +1,9 @@
 """PIT's curriculum taken apart (the paper's Table 2) on the embedded world, at equal total steps; and PPO.
 
-jaxsi bench methods --methods pit --ablations
+    jaxsi bench methods --methods pit --ablations
+
+Hardware and time of toy.py for each arm. Expected: less quality with one round left out than with both, as reported of
+the paper; of PPO nothing is reported.
 """
 
 import dataclasses

@@ -1,6 +1,9 @@
 """The embedded world: a small model's policy evolves on what its own adaptive reviser makes of unlabelled prompts.
 
-jaxsi run configs/seft/toy.py
+    jaxsi run configs/seft/toy.py
+
+Hardware: 2 CPU cores, 3 GB of memory, about 3 minutes. Expected: exact quality of the policy's responses from
+about START to about END.
 """
 
 from jaxsi.evals.toy_revised import PolicyEvaluation, ReviserEvaluation

@@ -2,7 +2,7 @@
 
     jaxsi run configs/spin/toy.py
 
-Hardware: 2 CPU cores, 2 GB of memory, MINUTES. Expected: exact quality from about 70 to about EXPECTED.
+Hardware: 2 CPU cores, 2 GB of memory, 1 minute. Expected: exact quality from about 73 to about 87.
 """
 
 from jaxsi.evals.toy import ToyQuality

@@ -1,6 +1,9 @@
 """The embedded world: the seed model learns to criticise and refine from the exact critic, then from itself.
 
-jaxsi run configs/srt/toy.py
+    jaxsi run configs/srt/toy.py
+
+Hardware: 2 CPU cores, 3 GB of memory, about 3 minutes. Expected: exact quality of the refined responses from
+about START to about END.
 """
 
 from jaxsi.critique import CritiqueConfig
@@ -31,15 +34,15 @@ def config() -> Config:
     return Config(
         model=str(SHIPPED),
         prompts=srt_prompts,
-        critic_prompts=512,
+        critic_prompts=4096,
         critic=exact_critic,
         template=TEMPLATE,
         sampling=SamplingConfig(
-            num_samples=1, temperature=1.0, top_p=1.0, max_new_tokens=24, batch_size=512, dtype="float32"
+            num_samples=1, temperature=0.7, top_p=1.0, max_new_tokens=24, batch_size=512, dtype="float32"
         ),
         critique=CritiqueConfig(max_new_tokens=64, batch_size=512),
-        sft=train(learning_rate=1e-3, batch_size=8, epochs=4),
-        dpo=DPOConfig(train=train(learning_rate=2e-4, batch_size=16, epochs=2), beta=0.1),
+        sft=train(learning_rate=1e-3, batch_size=8, epochs=1),
+        dpo=DPOConfig(train=train(learning_rate=3e-5, batch_size=16, epochs=1), beta=0.1),
         evaluate=RefinedEvaluation(),
         mesh=MeshConfig(data=-1, fsdp=1),
     )

@@ -1,9 +1,13 @@
 """``jaxsi generate``, ``jaxsi judge`` and ``jaxsi export``: one model, files in, files out."""
 
 import dataclasses
+import hashlib
+import json
+import shutil
 import time
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
 import tyro
 
@@ -14,15 +18,18 @@ from jaxsi.commands.tables import figures_table
 Model = Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="MODEL")]
 Out = Annotated[Path, tyro.conf.arg(aliases=["-o"])]
 Dtype = Literal["bfloat16", "float32", "float16"]
-CHUNK = 256  # prompts between two lines of progress
+CHUNK = 256  # prompts or responses in a part: what a kill loses at most
+Made = TypeVar("Made")
 
 GENERATE = """Samples responses to the prompts of a file (JSONL with "prompt" or "messages", and optionally "id").
+Finished parts are kept in OUT.shards/ until OUT is there: the same command goes on where a killed one stopped.
 
 Examples:
   jaxsi generate runs/toy@3 --prompts prompts.jsonl -o responses.jsonl --num-samples 4
   jaxsi generate Qwen/Qwen3-0.6B --prompts prompts.jsonl -o out.jsonl --temperature 0 --max-new-tokens 512"""
 
 JUDGE = """Lets MODEL judge responses (as `jaxsi generate` writes them): justification and score, several times each.
+Finished parts are kept in OUT.shards/ until OUT is there: the same command goes on where a killed one stopped.
 
 Examples:
   jaxsi judge runs/toy@3 --responses responses.jsonl --prompts prompts.jsonl -o judgments.jsonl
@@ -99,8 +106,7 @@ def generate(argv: list[str]) -> Report:
     from jaxsi import sampling
     from jaxsi.commands.preflight import check_lengths
     from jaxsi.lm import load
-    from jaxsi.progress import progress
-    from jaxsi.records import Response, read_prompts, write_jsonl
+    from jaxsi.records import Prompt, Response, read_prompts
 
     prompts = read_prompts(args.prompts, args.max_prompts)
     settings: dict[str, Any] = {
@@ -116,13 +122,19 @@ def generate(argv: list[str]) -> Report:
     why = f"the model has {lm.config.max_positions} positions, of which --max-new-tokens takes {args.max_new_tokens}"
     check_lengths(args.prompts, prompts, lm.tokenizer, limit, why)
     began = time.monotonic()
-    responses: list[Response] = []
-    with progress("generate", len(prompts)) as advance:
-        for start in range(0, len(prompts), CHUNK):
-            part = prompts[start : start + CHUNK]
-            responses += sampling.generate(lm, part, seed=args.seed, **settings)
-            advance(len(part), True)
-    write_jsonl(args.out, responses)
+    sampled = 0  # tokens, by this command: a part may be of one before it
+
+    def sample(part: Sequence[Prompt]) -> list[Response]:
+        nonlocal sampled
+        made = sampling.generate(lm, part, seed=args.seed, **settings)
+        sampled += sum(len(response.token_ids) for response in made)
+        return made
+
+    parts = Parts(
+        prompts=_digest(prompts), responses=None, model=lm.fingerprint, settings=settings | {"dtype": args.dtype},
+        seed=args.seed,
+    )  # fmt: skip
+    responses = _in_parts(args.out, parts, prompts, sample, of=Response)
     seconds = time.monotonic() - began
     tokens = sum(len(response.token_ids) for response in responses)
     value = {
@@ -133,7 +145,7 @@ def generate(argv: list[str]) -> Report:
         "mean_length": tokens / len(responses),
         "cut_off": sum(response.finish_reason == "length" for response in responses),
         "seconds": round(seconds, 3),
-        "tokens_per_second": tokens / seconds,
+        "tokens_per_second": sampled / seconds,
     }
     return Report(value, figures_table(value))
 
@@ -146,8 +158,7 @@ def judge(argv: list[str]) -> Report:
 
     from jaxsi import feedback
     from jaxsi.lm import load
-    from jaxsi.progress import progress
-    from jaxsi.records import RecordError, Response, read_jsonl, read_prompts, write_jsonl
+    from jaxsi.records import Judgment, RecordError, Response, read_jsonl, read_prompts
 
     cfg = _judge_config(args)
     prompts = read_prompts(args.prompts)
@@ -163,13 +174,15 @@ def judge(argv: list[str]) -> Report:
     rubric = _rubric(args.rubric, args.model)
     lm = load(args.model, mesh_for(args.model, args.mesh), args.dtype)
     began = time.monotonic()
-    judgments = []
-    with progress("judge", len(responses)) as advance:
-        for start in range(0, len(responses), CHUNK):
-            part = responses[start : start + CHUNK]
-            judgments += feedback.judge(lm, prompts, part, rubric, cfg, jax.random.key(args.seed))
-            advance(len(part), True)
-    write_jsonl(args.out, judgments)
+    parts = Parts(
+        prompts=_digest(prompts), responses=_digest(responses), model=lm.fingerprint,
+        settings={"rubric": rubric, "judge": cfg, "dtype": args.dtype}, seed=args.seed,
+    )  # fmt: skip
+
+    def judged(part: Sequence[Response]) -> list[Judgment]:
+        return feedback.judge(lm, prompts, part, rubric, cfg, jax.random.key(args.seed))
+
+    judgments = _in_parts(args.out, parts, responses, judged, of=Judgment)
     statistics = feedback.judgment_statistics(judgments, low=rubric.low, high=rubric.high)
     value = {"out": str(args.out), "rubric": rubric.name, **statistics, "seconds": round(time.monotonic() - began, 3)}
     if statistics["unscored"] == len(judgments):
@@ -198,6 +211,42 @@ Exported by jaxsi from `{args.model}` (weights {lm.fingerprint}) in {args.dtype}
     files = sorted(path.name for path in args.out.iterdir())
     value = {"out": str(args.out), "dtype": args.dtype, "fingerprint": lm.fingerprint, "files": files}
     return Report(value, figures_table(value | {"files": ", ".join(files)}))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Parts:
+    """What decides the parts of a file on its way, in their folder's config.json: the same command goes on in it,
+    another is refused. ``prompts`` and ``responses`` are digests of their contents, ``model`` is a fingerprint."""
+
+    prompts: str
+    responses: str | None
+    model: str
+    settings: dict[str, Any]
+    seed: int
+
+    RESUMABLE: ClassVar[frozenset[str]] = frozenset({"settings.batch_size"})
+
+
+def _in_parts(
+    out: Path, parts: Parts, items: Sequence[Any], stage: Callable[[Sequence[Any]], Iterable[Made]], of: type[Made]
+) -> list[Made]:
+    """``stage`` of all items, in OUT. Parts of CHUNK items are kept beside it, and go when it is complete."""
+    from jaxsi.records import write_jsonl
+    from jaxsi.run import Run
+
+    folder = out.with_name(f"{out.name}.shards")
+    with Run.open(folder, parts) as run:
+        made = run.at("parts").sharded("records", items, stage, of=of, shard_size=CHUNK)
+        write_jsonl(out, made)
+        shutil.rmtree(folder)
+    return made
+
+
+def _digest(records: Sequence[Any]) -> str:
+    from jaxsi.records import to_json
+
+    rows = json.dumps([to_json(record) for record in records])
+    return f"{len(records)} records, {hashlib.sha256(rows.encode()).hexdigest()[:16]}"
 
 
 def _write(path: Path, text: str) -> None:
@@ -229,7 +278,9 @@ def _rubric(given: str | None, model: str) -> Any:
 
     if given is None:
         stored = stored_config(model)
-        return load_rubric() if stored is None else stored_value(Rubric, stored["rubric"])
+        if stored is None or "rubric" not in stored:  # a run of a method without a judge
+            return load_rubric()
+        return stored_value(Rubric, stored["rubric"])
     path = Path(given)
     if path.is_file():
         return Rubric(name=path.stem, template=path.read_text(encoding="utf-8").removesuffix("\n"))

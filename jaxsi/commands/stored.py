@@ -41,4 +41,6 @@ def mesh_for(model: str, given: Mesh) -> Any:
     if sizes:
         return make_mesh(MeshConfig(**{"data": 1, "fsdp": 1, "tensor": 1} | sizes))
     stored = stored_config(model)
-    return make_mesh(None if stored is None else stored_value(MeshConfig, stored["mesh"]))
+    if stored is None or "mesh" not in stored:  # a folder of `jaxsi improve` has a config, and no mesh
+        return make_mesh()
+    return make_mesh(stored_value(MeshConfig, stored["mesh"]))

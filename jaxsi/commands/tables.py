@@ -1,6 +1,6 @@
 """The short tables that commands end in."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from jaxsi.metrics import table
@@ -30,6 +30,28 @@ def iterations_table(summary: Mapping[str, Any]) -> str:
         return "no iteration is complete yet"
     measured = [name for name in rows[0] if any(row[name] is not None for row in rows)]
     return table(rows, measured)
+
+
+def rounds_table(rounds: Sequence[Mapping[str, Any]]) -> str:
+    """One line a round of `jaxsi improve`, with the outcomes and figures that any of them has."""
+    outcomes = list(dict.fromkeys(name for entry in rounds for name in entry["outcomes"]))
+    rows = []
+    for entry in rounds:
+        quality = entry["quality"] or {"mean": None, "ci95": [None, None]}
+        low, high = quality["ci95"]
+        rows.append(
+            {
+                "round": entry["iteration"],
+                **{name: entry["outcomes"].get(name, 0) for name in outcomes},
+                "score": _rounded(entry["mean_score"], 3),
+                "quality": _rounded(quality["mean"]),
+                "±": None if low is None else _rounded((high - low) / 2),
+                "length": _rounded(entry["mean_length"], 1),
+                "tokens": entry["tokens"],
+                "seconds": _rounded(sum(entry["seconds"].values()), 1),
+            }
+        )
+    return table(rows, [name for name in rows[0] if any(row[name] is not None for row in rows)])
 
 
 def figures_table(figures: Mapping[str, Any]) -> str:

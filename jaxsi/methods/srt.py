@@ -24,9 +24,11 @@ from jaxsi.critique import (
     CritiqueConfig,
     continue_critique,
     improved_responses,
+    is_complete,
     refinement_examples,
     refinement_pairs,
 )
+from jaxsi.endpoint import EndpointCritic
 from jaxsi.instruct import PromptFile, read_source
 from jaxsi.iterations import begin, report
 from jaxsi.lm import LM
@@ -64,7 +66,9 @@ class Config:
     mesh: MeshConfig = MeshConfig()
     seed: int = 0
 
-    RESUMABLE: ClassVar[frozenset[str]] = frozenset({"sft.log_every", "dpo.train.log_every"})
+    RESUMABLE: ClassVar[frozenset[str]] = frozenset(
+        {"sft.log_every", "dpo.train.log_every", *(f"critic.{name}" for name in EndpointCritic.RESUMABLE)}
+    )
     ARM_FIELDS: ClassVar[frozenset[str]] = frozenset({"dpo", "scoring", "direction"})
     SHARED: ClassVar[tuple[str, ...]] = ("base", "iter_0")
 
@@ -87,8 +91,10 @@ def srt(cfg: Config, run: Run) -> LM:
     it = run.at("iter_0")
     drafts = it.sharded("drafts", learnt, sampler(cfg, base, it, stop_text=None), of=Response)  # y
     check_sampled_by(base, drafts)
-    critiques = it.sharded("critiques", drafts, critic(cfg, learnt, it, "critiques"), of=Critique)  # f, r
-    refined = improved_responses(base.tokenizer, critiques, cfg.template, marked=False)
+    shown = [draft for draft in drafts if draft.finish_reason == "stop" and draft.text.strip()]
+    critiques = it.sharded("critiques", shown, critic(cfg, learnt, it, "critiques"), of=Critique)  # f, r
+    complete = [c for c in critiques if is_complete(c)]
+    refined = improved_responses(base.tokenizer, complete, cfg.template, marked=False)
     checks = it.sharded("checks", refined, critic(cfg, learnt, it, "checks"), of=Critique)  # score(r)
     learnable = (learnt, drafts, critiques, checks, cfg.template)
     examples = it.records("examples", examples_of, cfg, *learnable, of=SFTExample)

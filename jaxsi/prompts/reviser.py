@@ -17,9 +17,9 @@ class ReviserTemplate:
 
     `template` asks the adaptive reviser, `warm_up` the one without labels. With the slots `{prompt}` and `{response}`
     once each, a text is the whole request; without `{response}`, it is the user's message after a conversation in which
-    the draft was the assistant's answer. `labels`: rewrite, correct, keep, in this order. Example: `ReviserTemplate(name="short",
-    template="Q: {prompt} A: {response} Label, then answer:", warm_up="Q: {prompt} A: {response} Better:",
-    labels=("wrong", "bad", "good"), separator=" ")`.
+    the draft was the assistant's answer. `labels`: rewrite, correct, keep, in this order. Example:
+    `ReviserTemplate(name="short", template="Q: {prompt} A: {response} Label, then answer:",
+    warm_up="Q: {prompt} A: {response} Better:", labels=("wrong", "bad", "good"), separator=" ")`.
     """
 
     name: str

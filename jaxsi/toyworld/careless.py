@@ -1,14 +1,14 @@
 """Careless annotators of the embedded world, and the model that learnt from them: where there is something to revise.
 
-A careless response is the correct one with up to four flaws, each with probability ``CARELESS``: talk before the items,
-the last item missing, the item before the last one written again in its place, no period. What is wrong with it can be
+A careless response is the correct one with up to four flaws, each as often as ``FLAWS`` says: talk before the items, no
+period, the last item missing, the item before the last one written again in its place. What is wrong with it can be
 seen in the response itself, as in the drafts that the papers' revisers, critics and reward models mend: a model of a
 million weights can learn to see it, and to mend it, in a minute. The model in ``careless_model`` is the seed model
 trained on such demonstrations by
 
     python -m jaxsi.toyworld.careless OUT
 
-It was made once, offline (3 minutes on two CPU cores); the toy runs of SRT, SEFT and PIT begin with it.
+It was made once, offline (2 minutes on two CPU cores); the toy runs of SRT, SEFT and PIT begin with it.
 """
 
 import dataclasses
@@ -25,14 +25,14 @@ from jaxsi.toyworld.annotators import CHATTER
 from jaxsi.toyworld.world import Task, draw_tasks, grade_task, prompt_of
 
 SHIPPED = Path(__file__).parent / "careless_model"
-FLAWS = ("talk", "short", "stutter", "open")
-CARELESS = 0.5
+# How often each flaw is made.
+FLAWS: dict[str, float] = {"talk": 0.7, "open": 0.7, "short": 0.5, "stutter": 0.2}
 SLIP = 0.04  # probability that a preference is the wrong way round
 
 
 def draw_flaws(rng: random.Random) -> tuple[str, ...]:
-    """Some of ``FLAWS``, each with probability ``CARELESS``."""
-    return tuple(flaw for flaw in FLAWS if rng.random() < CARELESS)
+    """Some of ``FLAWS``, each with its probability."""
+    return tuple(flaw for flaw, often in FLAWS.items() if rng.random() < often)
 
 
 def respond(task: Task, flaws: Sequence[str]) -> str:
@@ -57,7 +57,8 @@ def preferences(
 ) -> list[RankedResponses]:
     """``n`` instructions of one split, each with ``per_prompt`` careless responses of at least ``least`` flaws, the
     best first: each has the flaws of the one before and at least one more, and a lower grade. With probability ``slip``
-    the best and the worst change places. Raises: ValueError where so many different responses cannot be made."""
+    the best and the worst change places. An answer of one or two items has fewer flaws to make, and so may have fewer
+    responses. Raises: ValueError where so many different responses cannot be made."""
     if not (least >= 0 and 2 <= per_prompt <= len(FLAWS) + 1 - least):
         raise ValueError(
             f"per_prompt is {per_prompt}, least {least}; of {len(FLAWS)} flaws 2 to {len(FLAWS) + 1 - least} responses "
@@ -70,8 +71,11 @@ def preferences(
 def _ranking(task: Task, rng: random.Random, per_prompt: int, least: int, slip: float) -> RankedResponses:
     texts: list[str] = []
     totals: list[float] = []
+    possible = min(len(task.answer) + 1, len(FLAWS))  # one item has talk and no period, two also one of the others
+    per_prompt = min(per_prompt, possible + 1 - least)
     while len(totals) < per_prompt or sorted(set(totals), reverse=True) != totals:
-        flaws = rng.sample(FLAWS, len(FLAWS))
+        # In an order in which frequent flaws come early, as a rule.
+        flaws = sorted(FLAWS, key=lambda flaw: rng.random() ** (1 / FLAWS[flaw]), reverse=True)
         counts = sorted(rng.sample(range(least, len(FLAWS) + 1), per_prompt))
         texts = [respond(task, flaws[:count]) for count in counts]
         totals = [grade_task(task, text).total for text in texts]

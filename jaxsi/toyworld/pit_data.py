@@ -15,7 +15,7 @@ from jaxsi.toyworld import careless, world
 
 def pit_preferences() -> list[RankedResponses]:
     """Two careless responses to each instruction, neither without a flaw, the better one first but for slips."""
-    return careless.preferences(2400, 4, least=1)
+    return careless.preferences(3000, 4, least=1)
 
 
 def permuted_gaps(

@@ -23,20 +23,34 @@ TEMPLATE = ReviserTemplate(
 
 
 def ranked_responses() -> list[RankedResponses]:
-    """What the reviser learns from: careless responses to 1,536 instructions, four to each, ranked but for slips."""
-    return careless.preferences(1536, 5, per_prompt=4)
+    """What the reviser learns from: careless responses to 3,072 instructions, four to each, ranked but for slips."""
+    return careless.preferences(3072, 5, per_prompt=4)
 
 
 def coin_ranked_responses() -> list[RankedResponses]:
-    """The control arm's: the same responses, whose ranks are dealt out at random, so that a fair coin decides the
-    direction of each pair."""
+    """The control arm's: the same responses, ranked at random."""
+    return by_coin(ranked_responses())
+
+
+def by_coin(rankings: Sequence[RankedResponses]) -> list[RankedResponses]:
+    """The ranks of each prompt's responses dealt out at random, so that a fair coin decides the direction of a pair."""
     rng = random.Random("jaxsi/toyworld/reviser/coin")
-    return [dataclasses.replace(r, ranks=tuple(rng.sample(r.ranks, len(r.ranks)))) for r in ranked_responses()]
+    return [dataclasses.replace(r, ranks=tuple(rng.sample(r.ranks, len(r.ranks)))) for r in rankings]
 
 
 def unlabelled_prompts() -> list[Prompt]:
     """New instructions for the policy's evolution."""
-    return world.prompts(2400, seed=6, held_out=False)
+    return world.prompts(1800, seed=6, held_out=False)
+
+
+def half_prompts() -> list[Prompt]:
+    """Half of them."""
+    return unlabelled_prompts()[:900]
+
+
+def double_prompts() -> list[Prompt]:
+    """Twice as many."""
+    return world.prompts(3600, seed=6, held_out=False)
 
 
 def stopping_prompts() -> list[Prompt]:

@@ -1,27 +1,22 @@
 """The micro world: the toy config of SEFT, small enough to be killed and run again many times."""
 
 import dataclasses
-import importlib.util
 from pathlib import Path
-from types import ModuleType
 
+from jaxsi.config_file import load_config
 from jaxsi.evals.toy_revised import PolicyEvaluation, ReviserEvaluation
 from jaxsi.methods.seft import Config
 from jaxsi.toyworld import careless, world
+from jaxsi.toyworld.reviser import by_coin
 from jaxsi.train import TrainConfig
-
-CONFIGS = Path(__file__).parents[2] / "configs"
-
-
-def _toy() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("toy", CONFIGS / "seft" / "toy.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 def rankings():
     return careless.preferences(32, 1, per_prompt=3)
+
+
+def coin_rankings():
+    return by_coin(rankings())
 
 
 def prompts():
@@ -33,11 +28,11 @@ def held_out():
 
 
 def smaller(train: TrainConfig) -> TrainConfig:
-    return dataclasses.replace(train, batch_size=8, epochs=1, max_length=64, checkpoint_every=2, log_every=1)
+    return dataclasses.replace(train, batch_size=16, epochs=1, max_length=64, checkpoint_every=2, log_every=1)
 
 
 def config() -> Config:
-    toy = _toy().config()
+    toy = load_config(Path(__file__).parents[2] / "configs" / "seft" / "toy.py")
     return dataclasses.replace(
         toy,
         reviser=dataclasses.replace(
@@ -56,3 +51,8 @@ def config() -> Config:
         evaluate=PolicyEvaluation(num_prompts=8, judged_prompts=4),
         iterations=2,
     )
+
+
+def control() -> Config:
+    cfg = config()
+    return dataclasses.replace(cfg, reviser=dataclasses.replace(cfg.reviser, rankings=coin_rankings))

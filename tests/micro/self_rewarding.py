@@ -1,22 +1,14 @@
 """The micro world: the toy config, small enough to be killed and run again many times."""
 
 import dataclasses
-import importlib.util
 from pathlib import Path
-from types import ModuleType
 
+from jaxsi.config_file import load_config
 from jaxsi.evals.toy import ToyEvaluation
 from jaxsi.methods.self_rewarding import Config, SeedData
 from jaxsi.toyworld import annotators
-
-CONFIGS = Path(__file__).parents[2] / "configs"
-
-
-def _toy() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("toy", CONFIGS / "self_rewarding" / "toy.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+from jaxsi.toyworld.seed_data import permuted_judge
+from jaxsi.train import TrainConfig
 
 
 def ift():
@@ -27,17 +19,23 @@ def rankings():
     return annotators.rankings(8, 2)
 
 
+def smaller(train: TrainConfig) -> TrainConfig:
+    return dataclasses.replace(train, batch_size=16, epochs=4, checkpoint_every=2, log_every=1)
+
+
 def config() -> Config:
-    toy = _toy().config()
+    toy = load_config(Path(__file__).parents[2] / "configs" / "self_rewarding" / "toy.py")
     return dataclasses.replace(
         toy,
         seed_data=SeedData(ift=ift, rankings=rankings, max_share=1.0),
         prompts=dataclasses.replace(toy.prompts, num_prompts=24),
         sampling=dataclasses.replace(toy.sampling, batch_size=32),
-        sft=dataclasses.replace(toy.sft, batch_size=4, epochs=2, checkpoint_every=2, log_every=1),
-        dpo=dataclasses.replace(
-            toy.dpo, train=dataclasses.replace(toy.dpo.train, batch_size=4, epochs=2, checkpoint_every=2, log_every=1)
-        ),
+        sft=smaller(toy.sft),
+        dpo=dataclasses.replace(toy.dpo, train=smaller(toy.dpo.train)),
         evaluate=ToyEvaluation(num_prompts=8, judged_prompts=4),
         iterations=2,
     )
+
+
+def control() -> Config:
+    return dataclasses.replace(config(), judging=permuted_judge)

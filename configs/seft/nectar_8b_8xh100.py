@@ -1,0 +1,74 @@
+"""An instruct model of 8B evolves on UltraFeedback's prompts, with a reviser that learnt from Nectar's rankings.
+
+    jaxsi run configs/seft/nectar_8b_8xh100.py
+
+Hardware: 8 GPUs with 80 GB each (float32 master weights, gradients and two Adam moments of 8B weights are 128 GB, the
+reviser's weights 32 GB more; pip install "jaxsi[cuda12]"); mesh fsdp 8. Expectation: never run by this project at this
+size, and the paper's text and numbers were not to be had.
+
+Summaries of the paper name the data sets. Everything else is chosen here: the model; the first 10,000 rows of Nectar,
+whose seven ranked responses make six pairs each; a reviser at 2e-5 (cosine, 3 % warm-up), 3 epochs, lengths up to
+2,048; a policy at 1e-5, one epoch a round of 15,000 prompts, one internal and three external rounds; drafts at
+temperature 1; 500 held-out prompts decide when to stop. Pin the models' revisions as NAME@REVISION.
+"""
+
+from jaxsi import sources
+from jaxsi.mesh import MeshConfig
+from jaxsi.methods.seft import Config, ReviserConfig, Round
+from jaxsi.optim import OptimConfig
+from jaxsi.records import Prompt, RankedResponses
+from jaxsi.revise import ReviseConfig, best_of_n, revise
+from jaxsi.sampling import SamplingConfig
+from jaxsi.train import TrainConfig
+
+
+def rankings() -> list[RankedResponses]:
+    """Ten thousand prompts with seven ranked responses each."""
+    return sources.nectar()[:10_000]
+
+
+def ultrafeedback_prompts() -> list[Prompt]:
+    """The instructions without their completions; equal ones once."""
+    by_text = {ranked.messages[-1]["content"]: ranked for ranked in sources.ultrafeedback()}
+    return [Prompt(id=ranked.id, messages=ranked.messages) for ranked in by_text.values()]
+
+
+def unlabelled_prompts() -> list[Prompt]:
+    """What the policy evolves on: 15,000 prompts for each of four rounds."""
+    return ultrafeedback_prompts()[500:60_500]
+
+
+def stopping_prompts() -> list[Prompt]:
+    """500 others."""
+    return ultrafeedback_prompts()[:500]
+
+
+def train(learning_rate: float, batch_size: int, epochs: int, warmup_steps: int) -> TrainConfig:
+    """What all training has in common."""
+    return TrainConfig(
+        optim=OptimConfig(learning_rate=learning_rate, end_learning_rate=learning_rate / 10, warmup_steps=warmup_steps),
+        batch_size=batch_size,
+        accumulate=4,
+        epochs=epochs,
+        max_length=2048,
+    )
+
+
+def config() -> Config:
+    return Config(
+        model="meta-llama/Llama-3.1-8B-Instruct",
+        reviser=ReviserConfig(
+            rankings=rankings,
+            warm_up=train(learning_rate=2e-5, batch_size=128, epochs=3, warmup_steps=30),
+            adaptive=train(learning_rate=2e-5, batch_size=128, epochs=3, warmup_steps=15),
+            writing=ReviseConfig(temperature=1.0, top_p=1.0, max_new_tokens=1024, batch_size=256),
+        ),
+        prompts=unlabelled_prompts,
+        held_out=stopping_prompts,
+        sampling=SamplingConfig(temperature=1.0, top_p=1.0, max_new_tokens=1024, batch_size=256),
+        internal=Round(target=best_of_n, num_samples=4),
+        external=Round(target=revise),
+        sft=train(learning_rate=1e-5, batch_size=128, epochs=1, warmup_steps=5),
+        mesh=MeshConfig(data=1, fsdp=8),
+        iterations=4,
+    )

@@ -1,0 +1,19 @@
+"""A control arm of the embedded world: a fair coin says which response of each pair the reviser takes for the better.
+
+    jaxsi run configs/seft/toy_coin.py
+
+As toy.py in everything but the ranks of the reviser's data, hardware and time included. Expected: no gain; what
+evolution does without a signal.
+"""
+
+import dataclasses
+from pathlib import Path
+
+from jaxsi.config_file import load_config
+from jaxsi.methods.seft import Config
+from jaxsi.toyworld.reviser import coin_ranked_responses
+
+
+def config() -> Config:
+    toy = load_config(Path(__file__).with_name("toy.py"))
+    return dataclasses.replace(toy, reviser=dataclasses.replace(toy.reviser, rankings=coin_ranked_responses))

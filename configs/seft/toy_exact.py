@@ -1,0 +1,23 @@
+"""A control arm of the embedded world: the exact grader in the reviser's place.
+
+    jaxsi run configs/seft/toy_exact.py
+
+As toy.py, but the drafts are chosen by their grades, and one without the full grade becomes the correct response.
+Hardware and time as toy.py. Expected: at least the gain of toy.py; what evolution does with a perfect reviser.
+"""
+
+import dataclasses
+from pathlib import Path
+
+from jaxsi.config_file import load_config
+from jaxsi.methods.seft import Config
+from jaxsi.toyworld.reviser import exact_best_of_n, exact_revise
+
+
+def config() -> Config:
+    toy = load_config(Path(__file__).with_name("toy.py"))
+    return dataclasses.replace(
+        toy,
+        internal=dataclasses.replace(toy.internal, target=exact_best_of_n),
+        external=dataclasses.replace(toy.external, target=exact_revise),
+    )

@@ -1,0 +1,25 @@
+"""The micro world: the toy config of SPIN, small enough to be killed and run again many times."""
+
+import dataclasses
+from pathlib import Path
+
+from jaxsi.config_file import load_config
+from jaxsi.evals.toy import ToyQuality
+from jaxsi.methods.spin import Config
+from jaxsi.toyworld import annotators
+
+
+def demonstrations():
+    return annotators.careful(32, 1)
+
+
+def config() -> Config:
+    toy = load_config(Path(__file__).parents[2] / "configs" / "spin" / "toy.py")
+    train = dataclasses.replace(toy.dpo.train, batch_size=16, max_length=64, checkpoint_every=1, log_every=1)
+    return dataclasses.replace(
+        toy,
+        demonstrations=demonstrations,
+        sampling=dataclasses.replace(toy.sampling, batch_size=32),
+        dpo=dataclasses.replace(toy.dpo, train=train),
+        evaluate=ToyQuality(num_prompts=8),
+    )

@@ -1,0 +1,38 @@
+"""The micro world: the toy config of SRT, small enough to be killed and run again many times."""
+
+import dataclasses
+from pathlib import Path
+
+from jaxsi.config_file import load_config
+from jaxsi.evals.toy_refined import RefinedEvaluation
+from jaxsi.methods.srt import Config
+from jaxsi.optim import OptimConfig
+from jaxsi.toyworld import world
+from jaxsi.toyworld.srt_data import by_coin, exact_scores
+
+
+def prompts():
+    return world.prompts(320 + 32, seed=1, held_out=False)
+
+
+def config() -> Config:
+    toy = load_config(Path(__file__).parents[2] / "configs" / "srt" / "toy.py")
+    # Enough of stage 1 that the model goes on with feedback; what its scores say is left to the exact grader.
+    first = dataclasses.replace(
+        toy.sft, optim=OptimConfig(learning_rate=3e-3), batch_size=16, checkpoint_every=8, log_every=1
+    )
+    train = dataclasses.replace(toy.dpo.train, batch_size=16, max_length=64, checkpoint_every=1, log_every=1)
+    return dataclasses.replace(
+        toy,
+        prompts=prompts,
+        critic_prompts=320,
+        sampling=dataclasses.replace(toy.sampling, batch_size=64),
+        sft=first,
+        dpo=dataclasses.replace(toy.dpo, train=train),
+        scoring=exact_scores,
+        evaluate=RefinedEvaluation(num_prompts=8, num_samples=2, reranked_prompts=4),
+    )
+
+
+def control() -> Config:
+    return dataclasses.replace(config(), direction=by_coin)

@@ -16,13 +16,11 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from jaxsi import metrics
+from jaxsi.bench_claims import METHOD, claims, gain_text
 from jaxsi.config import describe_config
 from jaxsi.methods import method_of
 from jaxsi.records import write_atomically
 from jaxsi.run import Run
-
-METHOD, CONTROL, EXACT = "method", "control", "exact"
-LEAST_GAIN, MOST_OF_CONTROL = 8.0, 3.0  # points of 100
 
 
 class Arm(NamedTuple):
@@ -34,12 +32,13 @@ class Arm(NamedTuple):
     seeds: tuple[int, ...]
 
 
-def bench_methods(directory: Path, arms: Sequence[Arm]) -> dict[str, Any]:
+def bench_methods(directory: Path, arms: Sequence[Arm], made_by: Mapping[str, str] | None = None) -> dict[str, Any]:
     """Runs each arm with each of its seeds, where that is not done yet, and tabulates.
 
-    Returns: {"arms": [{"method", "arm", "seeds", "gain", "base", "iterations": [{"iteration", "quality", ...}]}],
-    "checks"}, which is also ``directory/table.json`` and, to read, ``table.md``. Gain is the exact quality of the last
-    iteration less that of the first, with its 95 % interval: a paired bootstrap over seeds x prompts.
+    Returns: {"arms": [{"method", "arm", "seeds", "gain", "base", "seconds", "iterations": [{"iteration", "quality",
+    ...}]}], "claims", "made_by"}, which is also ``directory/table.json`` and, to read, ``table.md``. Gain is the exact
+    quality of the last iteration less that of the first, with its 95 % interval: a paired bootstrap over seeds x
+    prompts. ``made_by`` says how the table came to be: command, commit, versions.
     """
     runs = [(arm, seed) for arm in arms for seed in arm.seeds]
     for number, (arm, seed) in enumerate(runs, start=1):
@@ -47,9 +46,10 @@ def bench_methods(directory: Path, arms: Sequence[Arm]) -> dict[str, Any]:
         label = f"[{number}/{len(runs)}] {arm.method}, {arm.name}, seed {seed}"
         _run(directory, arm, seed, None if source is None or source is arm else source, label)
     rows = [_measured(directory, arm) for arm in arms]
-    value = {"arms": rows, "checks": checks(rows)}
+    value = {"arms": rows, "claims": [claim._asdict() for claim in claims(rows)], "made_by": dict(made_by or {})}
     write_atomically(directory / "table.json", [(json.dumps(value, indent=2) + "\n").encode()])
-    write_atomically(directory / "table.md", [markdown(rows_of(value)).encode()])
+    told = [f"{name}: {text}  \n" for name, text in value["made_by"].items()]
+    write_atomically(directory / "table.md", ["\n".join([markdown(rows_of(value)), "".join(told)]).encode()])
     return value
 
 
@@ -114,9 +114,17 @@ def _measured(directory: Path, arm: Arm) -> dict[str, Any]:
         "arm": arm.name,
         "seeds": list(arm.seeds),
         "gain": {"mean": mean, "ci95": [low, high]},
+        "seconds": _mean(_seconds(run) for run in runs),
+        "reviser": [summary["reviser"] for summary in summaries if "reviser" in summary],
         "base": _mean(summary["base"]["quality"]["mean"] for summary in summaries if "base" in summary),
         "iterations": lines,
     }
+
+
+def _seconds(run: Path) -> float:
+    """What the stages of a run took that were not copied from another one."""
+    journal = [json.loads(line) for line in (run / "journal.jsonl").read_text(encoding="utf-8").splitlines()]
+    return sum(entry["seconds"] for entry in journal if entry["event"] == "done")
 
 
 def _interval(by_prompt: np.ndarray) -> list[float]:
@@ -130,31 +138,12 @@ def _mean(values: Any) -> float | None:
     return float(np.mean(present)) if present else None
 
 
-def checks(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """What is claimed of each method, and whether it held: the method gains at least 8 points with its interval above
-    0, and its control, which knows nothing, stays below 3 and below the method's lower end."""
-    gains = {(row["method"], row["arm"]): row["gain"] for row in rows}
-    found = []
-    for method in dict.fromkeys(row["method"] for row in rows):
-        own, control = gains.get((method, METHOD)), gains.get((method, CONTROL))
-        if own is not None:
-            held = own["mean"] >= LEAST_GAIN and own["ci95"][0] > 0
-            found.append({"method": method, "claim": f"gains at least {LEAST_GAIN:g}, interval above 0", "held": held})
-        if own is not None and control is not None:
-            high = control["ci95"][1]
-            held = high < MOST_OF_CONTROL and high < own["ci95"][0]
-            claim = f"control's upper end below {MOST_OF_CONTROL:g} and below the method's lower end"
-            found.append({"method": method, "claim": claim, "held": held})
-    return found
-
-
 def rows_of(value: Mapping[str, Any]) -> list[dict[str, str]]:
     """The table as texts: one row an arm and iteration; the gain stands in the row of the last."""
     rows = []
     for arm in value["arms"]:
         for line in arm["iterations"]:
             first, last = line is arm["iterations"][0], line is arm["iterations"][-1]
-            low, high = arm["gain"]["ci95"]
             rows.append(
                 {
                     "method": arm["method"] if first else "",
@@ -162,10 +151,10 @@ def rows_of(value: Mapping[str, Any]) -> list[dict[str, str]]:
                     "base": _text(arm["base"]) if first else "",
                     "iteration": str(line["iteration"]),
                     "quality": f"{line['quality']:.1f} ({line['ci95'][0]:.1f} to {line['ci95'][1]:.1f})",
-                    "gain": f"{arm['gain']['mean']:+.1f} ({low:+.1f} to {high:+.1f})" if last else "",
+                    "gain": gain_text(arm["gain"]) if last else "",
                     "agreement": _text(line["judge_agreement"], 3),
                     "length": _text(line["mean_length"]),
-                    "seconds": _text(line["seconds"], 0),
+                    "seconds an arm": _text(arm["seconds"], 0) if first else "",
                     "seeds": str(len(arm["seeds"])) if first else "",
                 }
             )

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from jaxsi.bench import CONTROL, EXACT, METHOD
+from jaxsi.bench_claims import CONTROL, EXACT, METHOD
 
 # Okabe and Ito's colours, told apart by the colour-blind too; the marks differ as well.
 STYLES: dict[str, tuple[str, str, Any, str]] = {

@@ -221,17 +221,15 @@ def refinement_examples(
         counts["drafts"] += 1
         if not draft.text.strip() or draft.finish_reason != "stop":
             counts["empty"] += 1
-        elif c is None or not is_complete(c):
+        elif c is None or c.weaknesses is None or c.suggestions is None or c.score is None or c.improved is None:
             counts["incomplete"] += 1
         elif check is None or check.score is None:
             counts["unscored"] += 1
         elif check.score < c.score:
             counts["worse"] += 1
         else:
-            weaknesses, suggestions, score, improved = c.weaknesses, c.suggestions, c.score, c.improved
-            assert weaknesses and suggestions and score is not None and improved
-            feedback = template.write(weaknesses, suggestions, int(score), improved)
-            text = improved if refinement_only else template.marked(draft.text) + feedback
+            feedback = template.write(c.weaknesses, c.suggestions, int(c.score), c.improved)
+            text = c.improved if refinement_only else template.marked(draft.text) + feedback
             examples.append(SFTExample(id=draft.id, messages=messages[draft.prompt_id], response=text))
     counts["kept"] = len(examples)
     return examples, dict(counts)

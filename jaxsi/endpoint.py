@@ -19,7 +19,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import IO, Any, Literal
+from typing import IO, Any, ClassVar, Literal
 
 import jax
 import numpy as np
@@ -89,6 +89,14 @@ class EndpointCritic:
     completion_price: float = 0.0
     max_cost: float | None = None
     max_total_tokens: int | None = None
+
+    # What a run that goes on may change: where and how to ask, and the caps, but not what is asked.
+    RESUMABLE: ClassVar[frozenset[str]] = frozenset(
+        {
+            "base_url", "cache", "api_key_variable", "length_parameter", "concurrency", "retries", "timeout",
+            "prompt_price", "completion_price", "max_cost", "max_total_tokens",
+        }
+    )  # fmt: skip
 
     def __post_init__(self) -> None:
         numbers = {"concurrency": self.concurrency, "retries": self.retries, "max_new_tokens": self.max_new_tokens}

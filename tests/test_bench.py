@@ -35,6 +35,7 @@ def calls(monkeypatch):
             figures = {"by_prompt": by_prompt.tolist(), "greedy": 60.0, "best_of_samples": 80.0, "mean_length": 6.5}
             folder = run.path / f"iter_{t}"
             folder.mkdir()
+            run.journal(folder.name, "sft", "done", seconds=2.0)
             (folder / "evaluation.json").write_text(json.dumps(figures | {"parse_rate": 1.0}))
             lines.append(
                 {
@@ -75,13 +76,13 @@ def test_it_runs_what_is_not_done_and_tabulates(tmp_path, calls):
 
 def test_what_is_claimed_is_checked(tmp_path, calls):
     value = bench.bench_methods(tmp_path, [METHOD, CONTROL])
-    assert [check["held"] for check in value["checks"]] == [True, True]
+    assert [claim["held"] for claim in value["claims"]] == [True, True]
     weak = [
         METHOD._replace(method="weak", config=Config(gain=4.0)),
         CONTROL._replace(method="weak", config=METHOD.config),
     ]
     value = bench.bench_methods(tmp_path, weak)
-    assert [check["held"] for check in value["checks"]] == [False, False]
+    assert [claim["held"] for claim in value["claims"]] == [False, False]
 
 
 def test_what_arms_have_in_common_is_copied(tmp_path, calls):
@@ -103,13 +104,15 @@ def test_what_arms_have_in_common_is_copied(tmp_path, calls):
 
 
 def test_the_table_to_read(tmp_path, calls):
-    value = bench.bench_methods(tmp_path, [METHOD._replace(seeds=(0,))])
+    value = bench.bench_methods(tmp_path, [METHOD._replace(seeds=(0,))], {"command": "jaxsi bench methods"})
     rows = bench.rows_of(value)
+    assert "command: jaxsi bench methods" in (tmp_path / "table.md").read_text()
+    assert rows[0]["seconds an arm"] == "6"
     assert [(row["arm"], row["iteration"]) for row in rows] == [("method", "1"), ("", "2"), ("", "3")]
     assert [bool(row["gain"]) for row in rows] == [False, False, True]
     text = (tmp_path / "table.md").read_text()
-    assert text == bench.markdown(rows)
-    assert {line.count("|") for line in text.splitlines()} == {len(rows[0]) + 1}
+    assert text.startswith(bench.markdown(rows)) and text.endswith("\n")
+    assert {line.count("|") for line in bench.markdown(rows).splitlines()} == {len(rows[0]) + 1}
 
 
 def test_the_figure_is_drawn(tmp_path, calls):

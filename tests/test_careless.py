@@ -3,24 +3,29 @@
 import itertools
 import random
 
+import jax
 import pytest
 from hypothesis import given, settings, strategies as st
 
 import tiny
-from jaxsi.evals.toy import ToyEvaluation
 from jaxsi.lm import load
+from jaxsi.sampling import generate
 from jaxsi.toyworld import careless, world
 from jaxsi.toyworld.careless import FLAWS, demonstrations, draw_flaws, preferences, respond
 
-MANY, PAIR, ONE = "Swap first and last: cat red axe pie", "Keep the animals: cat red dog", "Count the foods: egg red cow"
-SUBSETS = [set(s) for n in range(5) for s in itertools.combinations(("talk", "open", "short", "stutter"), n)]
+MANY, PAIR, ONE = (
+    "Swap first and last: cat red axe pie",
+    "Keep the animals: cat red dog",
+    "Count the foods: egg red cow",
+)
+SUBSETS = [set(s) for n in range(5) for s in itertools.combinations(("talk", "open", "short", "unsure"), n)]
 LABELS = ["+".join(sorted(subset)) or "none" for subset in SUBSETS]
 
 
 def writing(answer: tuple[str, ...], flaws: set[str]) -> str:
     """The definition, in a few lines of its own."""
     items = answer[:-1] if "short" in flaws and len(answer) > 1 else answer
-    items = (*items[:-2], items[-2], items[-2]) if "stutter" in flaws and len(items) > 1 else items
+    items = (*items, "right") if "unsure" in flaws else items
     return "Sure thing: " * ("talk" in flaws) + " ".join(items) + "." * ("open" not in flaws)
 
 
@@ -47,9 +52,14 @@ def totals(ranking) -> list[float]:
         (("talk",), "Sure thing: pie red axe cat.", "Sure thing: cat dog.", "Sure thing: 1."),
         (("open",), "pie red axe cat", "cat dog", "1"),
         (("short",), "pie red axe.", "cat.", "1."),
-        (("stutter",), "pie red axe axe.", "cat cat.", "1."),
-        (("stutter", "short"), "pie red red.", "cat.", "1."),
-        (("open", "stutter", "talk", "short"), "Sure thing: pie red red", "Sure thing: cat", "Sure thing: 1"),
+        (("unsure",), "pie red axe cat right.", "cat dog right.", "1 right."),
+        (("unsure", "short"), "pie red axe right.", "cat right.", "1 right."),
+        (
+            ("open", "unsure", "talk", "short"),
+            "Sure thing: pie red axe right",
+            "Sure thing: cat right",
+            "Sure thing: 1 right",
+        ),
     ],
 )
 def test_each_flaw_by_hand(flaws, many, pair, one):
@@ -66,8 +76,9 @@ def test_every_set_of_flaws_is_written_in_any_order(flaws):
 def test_what_a_flaw_costs():
     task = world.parse(MANY)
     cost = lambda *flaws: 10 - world.grade_task(task, respond(task, flaws)).total  # noqa: E731
-    assert (cost(), cost("talk"), cost("open"), cost("short"), cost("stutter")) == (0, 1, 1, 2, 2)
-    assert cost("talk", "open", "short", "stutter") == 1 + 1 + 4  # two of four places are wrong
+    assert (cost(), cost("talk"), cost("open"), cost("short")) == (0, 1, 1, 2)
+    assert cost("unsure") == pytest.approx(1 + 8 / 5)  # a word that is no item, and a fifth where four are asked for
+    assert cost("talk", "open", "short", "unsure") == 1 + 1 + 2
 
 
 def test_flaws_are_as_often_as_said_and_independent():
@@ -102,17 +113,18 @@ def test_each_response_has_more_flaws_and_a_lower_grade_than_the_one_before(seed
         assert nested(task, ranking.responses, least)
         grades = totals(ranking)
         assert all(a > b for a, b in itertools.pairwise(grades))
-        assert least == 0 or grades[0] < 10
-        assert len(ranking.responses) == per_prompt or len(task.answer) <= 2
+        only = len(task.answer) == 1  # which is never missing, so that flaw changes nothing
+        assert least == 0 or grades[0] < 10 or only
+        assert len(ranking.responses) == per_prompt or only
 
 
-@pytest.mark.parametrize(("per_prompt", "least", "one", "two", "more"), [(5, 0, 3, 4, 5), (4, 1, 2, 3, 4)])
-def test_a_short_answer_has_fewer_responses(per_prompt, least, one, two, more):
-    lengths = {1: set(), 2: set(), 3: set()}
+@pytest.mark.parametrize(("per_prompt", "least", "one"), [(5, 0, 4), (4, 1, 3), (2, 0, 2), (2, 3, 1)])
+def test_an_answer_of_one_item_has_fewer_responses(per_prompt, least, one):
+    lengths = {True: set(), False: set()}
     for ranking in preferences(240, 2, per_prompt=per_prompt, least=least):
-        task = world.parse(ranking.messages[-1]["content"])
-        lengths[min(3, len(task.answer))].add(len(ranking.responses))
-    assert lengths == {1: {one}, 2: {two}, 3: {more}}
+        answer = world.parse(ranking.messages[-1]["content"]).answer
+        lengths[len(answer) == 1].add(len(ranking.responses))
+    assert lengths == {True: {one}, False: {per_prompt}}
 
 
 @pytest.mark.parametrize("slip", [0.0, 0.25, 1.0])
@@ -126,14 +138,12 @@ def test_a_slip_exchanges_the_best_and_the_worst(slip):
 
 
 def test_frequent_flaws_come_first_as_a_rule():
-    first = [ranking.responses for ranking in preferences(800, 4, least=1, slip=0.0)]
-    talks = sum(best.startswith("Sure thing: ") for best, _ in first)
-    missing = sum(
-        bool(may_have(world.parse(r.messages[-1]["content"]).answer, r.responses[0])) and "short" in flaws
-        for r in preferences(800, 4, least=1, slip=0.0)
-        for flaws in may_have(world.parse(r.messages[-1]["content"]).answer, r.responses[0])[:1]
-    )
-    assert talks > 1.5 * missing > 0
+    first = []
+    for ranking in preferences(1600, 4, least=1, slip=0.0):
+        answer = world.parse(ranking.messages[-1]["content"]).answer
+        ways = may_have(answer, ranking.responses[0])
+        first += [flaw for flaws in ways for flaw in flaws if len(ways) == len(flaws) == 1]
+    assert min(first.count("talk"), first.count("open")) > 1.4 * first.count("short") > 0
 
 
 def test_held_out_preferences_are_of_other_instructions():
@@ -164,9 +174,10 @@ def test_the_shipped_model_answers_carelessly():
     assert sum(file.stat().st_size for file in folder.iterdir()) < 3 * 2**20
     assert (folder / "tokenizer.json").read_bytes() == (tiny.tokenizer_folder() / "tokenizer.json").read_bytes()
     lm = load(folder, tiny.mesh(), "float32")
-    prompts = {prompt.id: prompt.text for prompt in world.prompts(40, seed=0, held_out=True)}
-    responses = ToyEvaluation(num_prompts=40, num_samples=4).sample(lm)
-    assert len(responses) == 160 and all(response.finish_reason == "stop" for response in responses)
+    asked = world.prompts(40, seed=0, held_out=True)
+    prompts = {prompt.id: prompt.text for prompt in asked}
+    responses = generate(lm, asked, temperature=0.7, top_p=0.9, max_new_tokens=24, key=jax.random.key(0), batch_size=40)
+    assert len(responses) == 40 and all(response.finish_reason == "stop" for response in responses)
     grades = [10 * world.grade(prompts[r.prompt_id], r.text).total for r in responses]
     assert 65 < sum(grades) / len(grades) < 90
     talks = sum(r.text.startswith("Sure thing: ") for r in responses) / len(responses)

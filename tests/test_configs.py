@@ -4,9 +4,12 @@ JAXSI_UPDATE_GOLDEN=1 python -m pytest tests/test_configs.py    writes the flags
 """
 
 import dataclasses
+import json
 import os
 import re
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -14,15 +17,21 @@ import pytest
 from jax.sharding import AbstractMesh, AxisType
 
 from jaxsi import mesh as meshlib, model, optim, train
+from jaxsi.commands import bench
+from jaxsi.commands.preflight import parts_of
 from jaxsi.commands.run import run
 from jaxsi.config import describe_config
-from jaxsi.config_file import ConfigFileError, load_config
+from jaxsi.config_file import ConfigFileError, load_config, load_configs
 from jaxsi.data import GroupBatch, TokenBatch
 from jaxsi.methods import method_of
 from jaxsi.model import ModelConfig, Rope
+from jaxsi.reward import BRADLEY_TERRY, GAP, RewardLoss
+from jaxsi.rl import PolicyLoss, PPOConfig, RLConfig, RolloutBatch, ValueLoss
+from jaxsi.train import TrainConfig
 
 ROOT = Path(__file__).parents[1]
 CONFIGS = sorted((ROOT / "configs").rglob("*.py"))
+ABLATIONS = [path for path in CONFIGS if path.stem == "toy_ablations"]  # several configs, for the bench
 GOLDEN = Path(__file__).parent / "golden"
 
 # The architectures that the configs name on the hub, as their config.json has them.
@@ -31,37 +40,118 @@ HUB = {
         family="llama", vocab_size=32000, embed_dim=8192, num_layers=80, num_heads=64, num_kv_heads=8, head_dim=128,
         mlp_dim=28672, max_positions=4096,
     ),
+    "allenai/tulu-2-7b": ModelConfig(
+        family="llama", vocab_size=32000, embed_dim=4096, num_layers=32, num_heads=32, num_kv_heads=32, head_dim=128,
+        mlp_dim=11008, max_positions=8192,
+    ),
+    "meta-llama/Llama-3.1-8B-Instruct": ModelConfig(
+        family="llama", vocab_size=128256, embed_dim=4096, num_layers=32, num_heads=32, num_kv_heads=8, head_dim=128,
+        mlp_dim=14336, max_positions=131072, rope=Rope(theta=5e5, scaling=("llama3", 8.0, 1.0, 4.0, 8192)),
+    ),
     "Qwen/Qwen3-0.6B": ModelConfig(
         family="qwen3", vocab_size=151936, embed_dim=1024, num_layers=28, num_heads=16, num_kv_heads=8, head_dim=128,
         mlp_dim=3072, max_positions=40960, tie_embeddings=True, qk_norm=True, rope=Rope(theta=1e6), norm_eps=1e-6,
     ),
 }  # fmt: skip
-DEVICES = {"llama2_70b_v5p128": 64, "qwen3_0p6b_1gpu": 1}
+HUB["meta-llama/Llama-3.1-8B"] = HUB["meta-llama/Llama-3.1-8B-Instruct"]
+DEVICES = {
+    "llama2_70b_v5p128": 64,
+    "qwen3_0p6b_1gpu": 1,
+    "tulu2_7b_8xh100": 8,
+    "nectar_8b_8xh100": 8,
+    "llama3_8b_hh_8xh100": 8,
+}
+LOSSES = {
+    "llama2_70b_v5p128": {"SFTLoss", "PairLoss"},
+    "qwen3_0p6b_1gpu": {"PairLoss"},
+    "tulu2_7b_8xh100": {"SFTLoss", "PairLoss"},
+    "nectar_8b_8xh100": {"SFTLoss"},
+    "llama3_8b_hh_8xh100": {"SFTLoss", "RewardLoss", "PolicyLoss", "ValueLoss"},
+}
 
 
-@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+# Where a control arm may differ from the toy.py beside it: one field, or the two kinds of round of seft.
+ARMS = {
+    "self_rewarding/toy_permuted": {"judging"},
+    "self_rewarding/toy_exact": {"judging"},
+    "srt/toy_coin": {"direction"},
+    "srt/toy_exact": {"scoring"},
+    "seft/toy_coin": {"reviser.rankings"},
+    "seft/toy_exact": {"internal.target", "external.target"},
+    "pit/toy_permuted": {"rewarding"},
+    "pit/toy_exact": {"rewarding"},
+}
+
+
+def name_of(path: Path) -> str:
+    """E.g. "srt/toy"."""
+    return f"{path.parent.name}/{path.stem}"
+
+
+def configs_of(path: Path) -> dict[str, Any]:
+    """The configs of a file by name; most have one."""
+    return load_configs(path) if path in ABLATIONS else {path.stem: load_config(path)}
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=name_of)
 def test_it_loads_and_can_be_stored(path):
-    cfg = load_config(path)
-    assert describe_config(load_config(path)) == describe_config(cfg)  # what a resumed run compares
-    assert describe_config(cfg)["__type__"].endswith(".Config")
-    assert method_of(cfg).__name__ == path.parent.name
+    again = configs_of(path)
+    for name, cfg in configs_of(path).items():
+        described = describe_config(cfg)
+        assert describe_config(again[name]) == described  # what a resumed run compares
+        assert described["__type__"].endswith(".Config")
+        assert json.loads(json.dumps(described)) == described
+        assert method_of(cfg).__name__ == path.parent.name
 
 
-@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", CONFIGS, ids=name_of)
 def test_the_docstring_says_command_hardware_and_expectation(path):
     text = path.read_text(encoding="utf-8")
     relative = path.relative_to(ROOT).as_posix()
-    for word in (f"jaxsi run {relative}", "ardware", "xpect"):
+    command = f"jaxsi run {relative}"
+    if path in ABLATIONS:
+        command = f"jaxsi bench methods --methods {path.parent.name} --ablations"
+    for word in (command, "ardware", "xpect"):
         assert word in text.split('"""')[1], f"{relative}: the docstring lacks {word!r}"
 
 
-@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
-def test_the_arms_differ_in_the_judge_alone(path):
-    if path.stem not in ("toy_permuted", "toy_exact"):
-        pytest.skip("no arm")
+def differences(one: Any, other: Any) -> set[str]:
+    """The fields, dotted, in which two configs of a type differ."""
+    flat_one, flat_other = (leaves(describe_config(cfg)) for cfg in (one, other))
+    return {name for name in flat_one | flat_other if flat_one.get(name) != flat_other.get(name)}
+
+
+def leaves(value: Any, prefix: str = "") -> dict[str, Any]:
+    if not isinstance(value, dict):
+        return {prefix: value}
+    return {
+        name: leaf for key, item in value.items() for name, leaf in leaves(item, f"{prefix}.{key}".strip(".")).items()
+    }
+
+
+@pytest.mark.parametrize("name", ARMS)
+def test_an_arm_differs_in_its_signal_alone(name):
+    path = ROOT / "configs" / f"{name}.py"
     toy, arm = load_config(path.with_name("toy.py")), load_config(path)
-    assert arm.judging is not toy.judging
-    assert dataclasses.replace(arm, judging=toy.judging) == toy
+    assert differences(toy, arm) == ARMS[name]
+
+
+def test_every_arm_is_known_and_on_the_bench():
+    arms = {name_of(path) for path in CONFIGS if path.stem.startswith("toy_") and path not in ABLATIONS}
+    assert arms == set(ARMS)
+    benched = {f"{method}/{Path(file).stem}" for method, files in bench.ARMS.items() for file in files.values()}
+    assert benched == arms | {f"{method}/toy" for method in bench.ARMS}
+
+
+@pytest.mark.parametrize("path", ABLATIONS, ids=name_of)
+def test_ablations_differ_from_the_toy_config_and_one_another(path):
+    toy, ablations = load_config(path.with_name("toy.py")), load_configs(path)
+    described = [json.dumps(describe_config(cfg)) for cfg in (toy, *ablations.values())]
+    assert len(set(described)) == len(described)
+    for name, cfg in ablations.items():
+        assert type(cfg) is type(toy)
+        changed = {field.partition(".")[0] for field in differences(toy, cfg)}
+        assert changed <= type(cfg).ARM_FIELDS | {"template", "refinement_only", "learner"}, name
 
 
 def flags(path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch) -> set[str]:
@@ -80,7 +170,7 @@ def flags(path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyP
 def test_the_flags_are_those_on_record(method, capsys, monkeypatch):
     found = set()
     for path in CONFIGS:
-        if path.parent.name == method:
+        if path.parent.name == method and path not in ABLATIONS:
             found |= flags(path, capsys, monkeypatch)
     text = "".join(f"{flag}\n" for flag in sorted(found))
     golden = GOLDEN / f"cli_{method}.txt"
@@ -107,36 +197,65 @@ def abstract_mesh(cfg, devices):
     return AbstractMesh(tuple(sizes), meshlib.AXES, axis_types=(AxisType.Auto,) * 3)
 
 
+def shaped(cfg: Any, config: ModelConfig, mesh: AbstractMesh) -> Iterator[tuple[Any, Any, ModelConfig, Any]]:
+    """(settings, loss, architecture, batch of abstract arrays) of each training program of a config."""
+
+    def rows(*shape, dtype=jnp.int32):
+        sharding = meshlib.sharding(mesh, ("batch", *(None,) * (len(shape) - 1)))
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
+
+    def group(B, N, T):
+        return GroupBatch(
+            *[rows(B, N, T)] * 2, rows(B, N, T, dtype=bool), rows(B, N, dtype=jnp.float32), rows(B, dtype=bool)
+        )
+
+    scalar = dataclasses.replace(config, scalar_head=True)
+    parts = {name: part for name, part in parts_of(cfg) if isinstance(part, TrainConfig | RLConfig)}
+    longest = max(part.max_length for part in parts.values() if isinstance(part, TrainConfig))
+    for name, part in parts.items():
+        B, own = part.batch_size, (config, mesh, part.dtype, part.remat)
+        match part:
+            case RLConfig():  # of the learners: the policy's own loss, and PPO's for its value model
+                floats = [rows(B, longest, dtype=jnp.float32)] * 4
+                batch = RolloutBatch(*[rows(B, longest)] * 2, rows(B, longest, dtype=bool), *floats)
+                value = ValueLoss(scalar, *own[1:], PPOConfig().value_clip)
+                yield part, PolicyLoss(*own, part.clip), config, batch
+                yield part, value, scalar, batch
+            case TrainConfig() if name == "dpo.train":
+                yield part, train.PairLoss(*own, cfg.dpo.loss, cfg.dpo.beta, 0.0), config, group(B, 2, part.max_length)
+            case TrainConfig() if name == "reward":
+                for objective, N in ((GAP, 4), (BRADLEY_TERRY, 2)):
+                    yield part, RewardLoss(scalar, *own[1:], objective), scalar, group(B, N, part.max_length)
+            case TrainConfig():
+                batch = TokenBatch(*[rows(B, part.max_length)] * 3, rows(B, part.max_length, dtype=bool))
+                yield part, train.SFTLoss(*own), config, batch
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("path", [path for path in CONFIGS if path.stem in DEVICES], ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", [path for path in CONFIGS if path.stem in DEVICES], ids=name_of)
 def test_it_lowers_for_its_own_mesh(path):
     """The training steps of the real architecture, lowered for the config's mesh; nothing is compiled or allocated."""
     cfg = load_config(path)
     mesh, config = abstract_mesh(cfg, DEVICES[path.stem]), HUB[cfg.model]
     if config.num_layers > 8:  # a scan: one layer or eighty is one program
         config = dataclasses.replace(config, num_layers=8)
+    scalar = jax.ShapeDtypeStruct((), jnp.int32, sharding=meshlib.sharding(mesh, ()))
+    lowered = set()
+    for part, loss, architecture, batch in shaped(cfg, config, mesh):
+        part.check(mesh)
+        assert part.batch_size // part.accumulate % meshlib.axis_size(mesh, "batch") == 0
+        if (loss, part.optim, part.accumulate, part.batch_size) in lowered:
+            continue
+        weights = model.abstract_weights(architecture, mesh)
+        moments = jax.eval_shape(optim.make_optimizer(part.optim).init, weights)
+        state, rate = train.State(weights, moments, scalar, scalar), jax.ShapeDtypeStruct((), jnp.float32)
+        text = train.train_step.trace(
+            state, batch, rate, loss=loss, optimizer=part.optim, accumulate=part.accumulate
+        ).lower(lowering_platforms=("tpu",)).as_text()  # fmt: skip
+        assert "fsdp" in text
+        lowered.add((loss, part.optim, part.accumulate, part.batch_size))
+    assert {type(loss).__name__ for loss, *_ in lowered} == LOSSES[path.stem]
 
-    def placed(shape, dtype, axes):
-        return jax.ShapeDtypeStruct(shape, dtype, sharding=meshlib.sharding(mesh, axes))
 
-    weights = model.abstract_weights(config, mesh)
-    scalar = placed((), jnp.int32, ())
-    jobs = [(cfg.dpo.train, train.PairLoss(config, mesh, cfg.dpo.train.dtype, True, cfg.dpo.loss, cfg.dpo.beta, 0.0))]
-    if cfg.sft is not None:
-        jobs.append((cfg.sft, train.SFTLoss(config, mesh, cfg.sft.dtype, True)))
-    for job, loss in jobs:
-        B, T = job.batch_size, job.max_length
-        assert B // job.accumulate % meshlib.axis_size(mesh, "batch") == 0
-        moments = jax.eval_shape(optim.make_optimizer(job.optim).init, weights)
-        state = train.State(weights, moments, scalar, scalar)
-        token = lambda shape, dtype: placed(shape, dtype, ("batch", *(None,) * (len(shape) - 1)))  # noqa: E731
-        if isinstance(loss, train.PairLoss):
-            ids = [token((B, 2, T), dtype) for dtype in (jnp.int32, jnp.int32, bool)]
-            batch = GroupBatch(*ids, token((B, 2), jnp.float32), token((B,), bool))
-        else:
-            batch = TokenBatch(*(token((B, T), dtype) for dtype in (jnp.int32, jnp.int32, jnp.int32, bool)))
-        rate = jax.ShapeDtypeStruct((), jnp.float32)
-        lowered = train.train_step.trace(
-            state, batch, rate, loss=loss, optimizer=job.optim, accumulate=job.accumulate
-        ).lower(lowering_platforms=("tpu",))
-        assert "fsdp" in lowered.as_text()
+def test_the_real_configs_are_all_lowered():
+    assert {path.stem for path in CONFIGS if not path.stem.startswith("toy")} == set(DEVICES)

@@ -120,7 +120,7 @@ def test_rope_scaling(dialect: str, kind: str, keys: dict[str, Any], scaling: tu
         ({"model_type": "gemma"}, "model_type = 'gemma' is not supported; supported are llama, mistral, qwen2, qwen3"),
         ({"model_type": None}, "model_type = None"),
         ({"model_type": ["llama"]}, "model_type = "),
-        ({"architectures": ["LlamaForSequenceClassification"]}, "LlamaForSequenceClassification"),
+        ({"architectures": ["LlamaForSequenceClassification"], "num_labels": 2}, "a classifier of 2 labels"),
         ({"hidden_act": "gelu"}, "hidden_act = 'gelu' is not supported .* only 'silu'"),
         ({"mlp_bias": True}, "mlp_bias = True"),
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor = 0.5"),

@@ -121,6 +121,71 @@ def test_sft_is_the_sum_over_the_mask(rows: list[list[tuple[float, bool]]]) -> N
     assert float(count) == mask.sum()
 
 
+# ---------------------------------------------------------------------------------------------------- reward models
+
+
+GAPS = RNG.normal(0, 2, (6, 4)).astype(np.float32)  # g(w,l), g(w,w), g(l,l), g(l,w) of six preferences
+
+
+def five_terms(gaps: np.ndarray) -> np.ndarray:
+    """Equation 2 of PIT: every inequality among the four gaps, per preference."""
+    wl, ww, ll, lw = gaps.astype(np.float64).T
+    return -sum(np.log(sigmoid(z)) for z in (wl - ww, wl - ll, wl - lw, ww - lw, ll - lw))
+
+
+def test_the_gap_loss_is_its_five_terms() -> None:
+    total, count = losses.gap(jnp.asarray(GAPS), jnp.asarray(REAL))
+    np.testing.assert_allclose(total, five_terms(GAPS)[REAL].sum(), rtol=2e-6)
+    assert float(count) == REAL.sum() == 4
+
+
+@pytest.mark.parametrize(
+    ("gaps", "expected"),
+    [
+        ((0.0, 0.0, 0.0, 0.0), 5 * math.log(2)),
+        ((7.5, 7.5, 7.5, 7.5), 5 * math.log(2)),
+        # differences 1, 1, 2, 1, 1
+        ((1.0, 0.0, 0.0, -1.0), 4 * math.log(1 + math.exp(-1)) + math.log(1 + math.exp(-2))),
+        # the wrong way round: -1, -1, -2, -1, -1
+        ((-1.0, 0.0, 0.0, 1.0), 4 * math.log(1 + math.exp(1)) + math.log(1 + math.exp(2))),
+        # nothing ties g(w,w) to g(l,l): differences -1, 1, 2, 3, 1
+        ((1.0, 2.0, 0.0, -1.0), sum(math.log(1 + math.exp(-z)) for z in (-1, 1, 2, 3, 1))),
+    ],
+)
+def test_the_gap_loss_by_hand(gaps: tuple[float, ...], expected: float) -> None:
+    total, count = losses.gap(jnp.asarray([gaps]), jnp.asarray([True]))
+    assert float(total) == pytest.approx(expected, rel=1e-6) and float(count) == 1
+
+
+@settings(max_examples=25, deadline=None)
+@given(shift=st.integers(-64, 64))
+def test_the_zero_point_of_a_gap_is_not_in_the_loss(shift: int) -> None:
+    gaps = np.round(GAPS * 64) / 64  # adding a whole number is exact
+    moved, still = (losses.gap(jnp.asarray(g, jnp.float32), jnp.asarray(REAL))[0] for g in (gaps + shift, gaps))
+    assert float(moved) == float(still)
+
+
+def test_descent_raises_the_improvement_and_lowers_the_decline() -> None:
+    gradient = np.asarray(jax.grad(lambda g: losses.gap(g, jnp.asarray(REAL))[0])(jnp.asarray(GAPS)))
+    assert (gradient[REAL, 0] < 0).all() and (gradient[REAL, 3] > 0).all() and not gradient[~REAL].any()
+    np.testing.assert_allclose(gradient.sum(axis=1), 0, atol=1e-6)
+
+
+@pytest.mark.parametrize("poison", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("loss", [losses.gap, losses.bradley_terry])
+def test_fill_groups_do_not_reach_the_sum(loss: Callable[..., losses.Loss], poison: float) -> None:
+    spoilt = np.where(REAL[:, None], GAPS, np.float32(poison))
+    clean, dirty = (loss(jnp.asarray(g), jnp.asarray(REAL)) for g in (GAPS, spoilt))
+    np.testing.assert_array_equal(np.asarray(clean), np.asarray(dirty))
+
+
+def test_bradley_terry_by_hand() -> None:
+    rewards = jnp.asarray([[0.0, 0.0], [2.0, 1.0], [1.0, 3.0], [9.0, -9.0]])
+    total, count = losses.bradley_terry(rewards, jnp.asarray([True, True, True, False]))
+    expected = math.log(2) + math.log(1 + math.exp(-1)) + math.log(1 + math.exp(2))
+    assert float(total) == pytest.approx(expected, rel=1e-6) and float(count) == 3
+
+
 # --------------------------------------------------------------------------- the shift, on a model whose answer is
 # known
 

@@ -1,5 +1,6 @@
 """The command line on a tiny model: results on stdout, errors in one line, exit codes, runs that resume."""
 
+import dataclasses
 import json
 import os
 import subprocess
@@ -9,13 +10,14 @@ from pathlib import Path
 import pytest
 
 import tiny
-from jaxsi import lm as lmlib, main as cli
-from jaxsi.commands import UsageError
+from jaxsi import feedback, lm as lmlib, main as cli, sampling
+from jaxsi.commands import UsageError, models
 from jaxsi.commands.run import _full_flag, configure, field_flags
 from jaxsi.commands.stored import Mesh, mesh_for
 from jaxsi.config_file import load_config
 from jaxsi.main import main
-from jaxsi.records import Judgment, Response, read_jsonl
+from jaxsi.prompts import load_rubric
+from jaxsi.records import Judgment, Response, read_jsonl, write_jsonl
 
 ROOT = Path(__file__).parents[1]
 TOY = ROOT / "configs" / "self_rewarding" / "toy.py"
@@ -62,6 +64,7 @@ def world(tmp_path_factory):
     (folder / "prompts.jsonl").write_text("\n".join(rows) + "\n")
     text = CONFIG.format(model=str(folder / "model"), prompts=str(folder / "prompts.jsonl"))
     (folder / "micro.py").write_text(text)
+    (folder / "rubric.txt").write_text(load_config(TOY).rubric.template)
     return folder
 
 
@@ -225,7 +228,7 @@ def test_generate_judge_and_export(finished, world, tmp_path, capsys):
         (["generate", "model"], "--prompts"),
         (["generate", "model", "--prompts", "x.jsonl", "-o", "absent/out.jsonl"], "there is no folder absent"),
         (["bench", "methods", "--seeds", "0"], "at least 1 seed"),
-        (["bench", "methods", "--arms", "magic"], "arms of method, permuted, exact"),
+        (["bench", "methods", "--arms", "magic"], "arms of method, control, exact"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
@@ -278,6 +281,92 @@ def test_the_mesh_of_a_model(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps({"mesh": {"data": -1, "fsdp": 2, "tensor": 2}}))
     assert tuple(mesh_for(f"{tmp_path}@2", Mesh()).shape.values()) == (2, 2, 2)
     assert tuple(mesh_for(str(tmp_path), given).shape.values()) == (2, 1, 4)
+    (tmp_path / "config.json").write_text(json.dumps({"method": "seft"}))  # of `jaxsi improve`
+    assert tuple(mesh_for(str(tmp_path), Mesh()).shape.values()) == (1, 8, 1)
+
+
+def test_the_rubric_of_a_model(tmp_path):
+    (tmp_path / "journal.jsonl").touch()
+    own = dataclasses.asdict(load_config(TOY).rubric)
+    (tmp_path / "config.json").write_text(json.dumps({"rubric": own}))
+    assert models._rubric(None, f"{tmp_path}@2") == load_config(TOY).rubric
+    (tmp_path / "config.json").write_text(json.dumps({"critic_prompts": 8}))  # a method without a judge
+    assert models._rubric(None, str(tmp_path)) == load_rubric()
+    assert models._rubric(None, "somewhere") == load_rubric()
+
+
+def interrupted_in_the_second_part(monkeypatch, module, name):
+    """Counts the calls of a function of a module; the second one of all is interrupted."""
+    calls, whole = [], getattr(module, name)
+
+    def call(*args, **options):
+        calls.append(name)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return whole(*args, **options)
+
+    monkeypatch.setattr(module, name, call)
+    return calls
+
+
+def in_parts(monkeypatch, size=1):
+    monkeypatch.setattr(models, "CHUNK", size)
+    monkeypatch.setattr(models, "mesh_for", lambda model, given: tiny.mesh())  # eight devices compile for longer
+
+
+def test_generate_goes_on_where_it_was_interrupted(world, tmp_path, capsys, monkeypatch):
+    in_parts(monkeypatch)
+    asked = ["generate", world / "model", "--prompts", world / "prompts.jsonl", "--max-new-tokens", 4]
+    asked += ["--dtype", "float32", "--num-samples", 2, "--batch-size", 2]
+    whole, out = tmp_path / "whole.jsonl", tmp_path / "out.jsonl"
+    value = json_of(capsys, *asked, "-o", whole)
+    calls = interrupted_in_the_second_part(monkeypatch, sampling, "generate")
+    code, _, err = called(capsys, *asked, "-o", out)
+    assert code == 130
+    assert "what is finished is kept" in err
+    assert not out.exists()
+
+    said = failure(capsys, *asked, "-o", out, "--temperature", "0.9")
+    assert "out.jsonl.shards holds parts of out.jsonl" in said
+    _, _, err = called(capsys, *asked, "-o", out, "--max-prompts", 2, "--seed", 1)
+    assert "prompts: '3 records" in err
+    assert "seed: 0 -> 1" in err
+    assert len(calls) == 2
+
+    again = json_of(capsys, *asked, "-o", out)
+    assert len(calls) == 4  # the second and the third prompt
+    assert out.read_bytes() == whole.read_bytes()
+    assert again["tokens"] == value["tokens"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out.jsonl", "whole.jsonl"]
+
+
+def test_judge_goes_on_where_it_was_interrupted(world, tmp_path, capsys, monkeypatch):
+    in_parts(monkeypatch, size=2)
+    prompts, responses = world / "prompts.jsonl", tmp_path / "responses.jsonl"
+    made = [tiny_response(f"p{i}", sample) for i in range(3) for sample in range(2)]
+    write_jsonl(responses, made)
+    asked = ["judge", world / "model", "--responses", responses, "--prompts", prompts, "--dtype", "float32"]
+    asked += ["--max-new-tokens", 4, "--num-samples", 1, "--expected", "--rubric", world / "rubric.txt"]
+    whole, out = tmp_path / "whole.jsonl", tmp_path / "out.jsonl"
+    json_of(capsys, *asked, "-o", whole)
+    calls = interrupted_in_the_second_part(monkeypatch, feedback, "judge")
+    assert called(capsys, *asked, "-o", out)[0] == 130
+    write_jsonl(responses, made[:5])
+    _, _, err = called(capsys, *asked, "-o", out)
+    assert "responses: '6 records" in err
+    write_jsonl(responses, made)
+    json_of(capsys, *asked, "-o", out)
+    assert len(calls) == 4
+    assert out.read_bytes() == whole.read_bytes()
+    assert not out.with_name("out.jsonl.shards").exists()
+
+
+def tiny_response(prompt_id, sample):
+    """A response as of some other model."""
+    return Response(
+        id=f"{prompt_id}#{sample}", prompt_id=prompt_id, sample=sample, text=f"cat {sample}", token_ids=(1, 2),
+        logps=(-1.0, -1.0), finish_reason="stop", fingerprint="", template="",
+    )  # fmt: skip
 
 
 def failure(capsys, *argv):

@@ -54,7 +54,9 @@ METHODS = {
     "spin": Method(("iter_1/responses", "iter_1/dpo", "iter_2/responses"),
                    {"iter_1": {"loss": LN2}, "iter_2": {"loss": LN2}}, None),
 }  # fmt: skip
-each_method = pytest.mark.parametrize("name", METHODS)
+# One worker has all tests of a method, so that it runs the method but once.
+LINES = {name: pytest.param(name, marks=pytest.mark.xdist_group(name)) for name in METHODS}
+each_method = pytest.mark.parametrize("name", LINES.values())
 
 
 def micro(name: str) -> Path:
@@ -222,7 +224,7 @@ def test_remat_and_accumulation_change_nothing(name, done, tmp_path):
     assert same_direction(update(cfg, done(name)), update(cfg, other)) > 0.98
 
 
-@pytest.mark.parametrize("name", [name for name, method in METHODS.items() if method.differs])
+@pytest.mark.parametrize("name", [LINES[name] for name, method in METHODS.items() if method.differs])
 def test_the_control_arm_differs_in_its_signal_alone(name, done, tmp_path):
     cfg, control = load_config(micro(name)), load_config(micro(name), "control")
     given, changed = describe_config(cfg), describe_config(control)

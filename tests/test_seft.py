@@ -109,36 +109,6 @@ def test_a_finished_run_is_taken_up_without_any_work(whole, cfg, monkeypatch):
     assert (whole / "summary.json").read_text() == before
 
 
-class KillError(Exception):
-    pass
-
-
-def test_interrupted_anywhere_it_ends_the_same(whole, tmp_path, cfg, monkeypatch):
-    """Each try dies at the start of a later stage; the last one is let through."""
-    stages = [("warm_reviser", "sft"), ("reviser", "labels"), ("reviser", "sft"), ("iter_0", "held_out_share")]
-    stages += [("iter_1", "drafts"), ("iter_1", "revisions"), ("iter_1", "targets"), ("iter_1", "sft")]
-    journal = Run.journal
-    for scope, stage in [*stages, ("", "")]:
-
-        def dying(self, s, name, event, *, at=(scope, stage), **rest):
-            journal(self, s, name, event, **rest)
-            if (s, name, event) == (*at, "start"):
-                raise KillError
-
-        monkeypatch.setattr(Run, "journal", dying)
-        with Run.open(tmp_path / "run", cfg) as run:
-            if scope:
-                with pytest.raises(KillError):
-                    seft(cfg, run)
-            else:
-                seft(cfg, run)
-    for file in sorted(whole.rglob("*.jsonl")):
-        if file.name != "journal.jsonl":
-            assert (tmp_path / "run" / file.relative_to(whole)).read_bytes() == file.read_bytes(), file
-    for line, again in zip(*(value(d / "summary.json")["iterations"] for d in (whole, tmp_path / "run")), strict=True):
-        assert line | {"seconds": None} == again | {"seconds": None}
-
-
 @pytest.mark.parametrize(
     ("shares", "expected"),
     [([0.3], False), ([0.3, 0.4], False), ([0.3, 0.4, 0.4], True), ([0.5, 0.4], True), ([None, None], False)],

@@ -1,13 +1,7 @@
-"""The whole method on the micro world: killed at every kind of stage, it ends with the same bytes."""
+"""Self-Rewarding on the micro world: what its records hold, where its prompts come from, what it refuses."""
 
 import dataclasses
-import hashlib
 import json
-import os
-import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -21,72 +15,14 @@ from jaxsi.run import Run, RunError
 from jaxsi.sampling import StaleRecordsError
 
 MICRO = Path(__file__).parent / "micro" / "self_rewarding.py"
-ROOT = Path(__file__).parents[1]
 
 
 @pytest.fixture(scope="module")
-def environment(tmp_path_factory):
-    cache = tmp_path_factory.mktemp("compiled")
-    return os.environ | {
-        "JAX_COMPILATION_CACHE_DIR": str(cache),
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-        "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
-        "JAX_PLATFORMS": "cpu",
-        "XLA_FLAGS": "",
-    }
-
-
-def start(directory: Path, environment: dict[str, str]) -> subprocess.Popen:
-    command = [sys.executable, "-m", "jaxsi", "run", str(MICRO), "--run-dir", str(directory)]
-    return subprocess.Popen(
-        command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True
-    )
-
-
-def finish(directory: Path, environment: dict[str, str]) -> str:
-    process = start(directory, environment)
-    out, _ = process.communicate(timeout=300)
-    assert process.returncode == 0, out.decode()
-    return out.decode()
-
-
-def kill_during(directory: Path, environment: dict[str, str], scope: str, stage: str) -> None:
-    """SIGKILL of the whole process group once the journal says that the stage has begun."""
-    process = start(directory, environment)
-    journal = directory / "journal.jsonl"
-    deadline = time.monotonic() + 240
-    while time.monotonic() < deadline and process.poll() is None:
-        lines = journal.read_text().splitlines() if journal.exists() else []
-        entries = [json.loads(line) for line in lines if line.endswith("}")]
-        if any((e["scope"], e["stage"], e["event"]) == (scope, stage, "start") for e in entries):
-            break
-        time.sleep(0.01)
-    else:
-        pytest.fail(f"{scope}/{stage} never began: {process.communicate()[0].decode()}")
-    os.killpg(process.pid, signal.SIGKILL)
-    process.communicate()
-
-
-def artefacts(directory: Path) -> dict[str, str]:
-    """Hash of every record file, and the fingerprints of the final weights."""
-    files = {
-        str(path.relative_to(directory)): hashlib.sha256(path.read_bytes()).hexdigest()
-        for path in sorted(directory.rglob("*.jsonl"))
-        if path.name != "journal.jsonl"
-    }
-    weights = {
-        str(path.relative_to(directory)): json.loads(path.read_text())["meta"]["fingerprint"]
-        for path in sorted(directory.glob("iter_*/checkpoint/weights/jaxsi.json"))
-    }
-    assert len(weights) == 2
-    return files | weights
-
-
-@pytest.fixture(scope="module")
-def whole(tmp_path_factory, environment):
-    directory = tmp_path_factory.mktemp("runs") / "whole"
-    finish(directory, environment)
-    return directory
+def whole(tmp_path_factory):
+    cfg = load_config(MICRO)
+    with Run.open(tmp_path_factory.mktemp("runs") / "whole", cfg) as run:
+        self_rewarding.self_rewarding(cfg, run)
+    return run.path
 
 
 def test_the_summary_has_what_readers_expect(whole):
@@ -113,33 +49,6 @@ def test_pairs_come_from_the_weights_that_were_current(whole):
     for line in (whole / "iter_2" / "pairs.jsonl").read_text().splitlines():
         pair = json.loads(line)
         assert scores[pair["chosen"]["id"]] > scores[pair["rejected"]["id"]]
-
-
-def test_a_finished_run_says_so_and_does_nothing(whole, environment):
-    before = artefacts(whole)
-    journal = (whole / "journal.jsonl").read_text()
-    out = finish(whole, environment)
-    assert "complete" in out
-    assert artefacts(whole) == before
-    assert (whole / "journal.jsonl").read_text() == journal
-
-
-def test_killed_in_every_kind_of_stage_it_ends_the_same(whole, tmp_path, environment):
-    directory = tmp_path / "killed"
-    stages = [
-        ("sft_baseline", "sft"),
-        ("iter_1", "eft_judgments"),
-        ("iter_1", "evaluation"),
-        ("iter_2", "prompts"),
-        ("iter_2", "candidates"),
-        ("iter_2", "judgments"),
-        ("iter_2", "pairs"),
-        ("iter_2", "dpo"),
-    ]
-    for scope, stage in stages:
-        kill_during(directory, environment, scope, stage)
-    finish(directory, environment)
-    assert artefacts(directory) == artefacts(whole)
 
 
 def test_a_file_of_prompts_is_dealt_out_once_also_when_iterations_are_added(tmp_path):

@@ -42,7 +42,7 @@ LAYERS = (
     ("rl", "improver", "iterations", "improvement", "reranking"),
     ("toyworld", "evals"),
     ("methods",),
-    ("bench", "bench_plot"),
+    ("bench_claims", "bench", "bench_plot"),
     ("commands", "main", "__main__"),
 )
 LAYER_OF = {name: number for number, layer in enumerate(LAYERS) for name in layer}

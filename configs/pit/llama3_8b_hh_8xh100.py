@@ -3,10 +3,10 @@
     jaxsi run configs/pit/llama3_8b_hh_8xh100.py
 
 Hardware: 8 GPUs with 80 GB each; mesh fsdp 8. Up to seven models of 8B are held as float32, 32 GB each, beside the
-weights, gradients and moments of the one in training, 128 GB more (pip install "jaxsi[cuda12]"). Expectation: never run by this project at
-this size. The paper trained PaLM 2 (Bison); reports of it have improved responses preferred to the originals by 7.2 to
-33.59 points over all its data sets and judges, and without one of the two rounds hardly any gain (0.0 and 1.7 against
-13.0 points).
+weights, gradients and moments of the one in training, 128 GB more (pip install "jaxsi[cuda12]"). Expectation: never run
+by this project at this size. The paper trained PaLM 2 (Bison); reports of it have improved responses preferred to the
+originals by 7.2 to 33.59 points over all its data sets and judges, and without one of the two rounds hardly any gain
+(0.0 and 1.7 against 13.0 points).
 
 From what could be read of the paper (arXiv 2310.00898): HH-RLHF as data, its preferences in three equal parts; round 0
 from both responses of a preference, round 1 from samples of the policy after RL; the KL to the SFT model; temperatures
@@ -15,7 +15,7 @@ of 0.4 to 0.6 to improve with, best 0.4 (`jaxsi improve pit ... --temperature 0.
 Its hyper-parameters could not be read, so all others are chosen here: the model; pairs of at most 4,000 characters with
 the longer response; SFT at 1e-5, reward models at 5e-6, one epoch each (cosine, 3 % warm-up), batch 128; RLOO with 4
 responses to each of 128 prompts, 400 steps for the policy and for each round, at 1e-6 with a KL coefficient of 0.05;
-references at temperature 1; a fifth of round 0's references in round 1. Pin the model's revision as NAME@REVISION.
+references at temperature 1; a fifth of round 1's references from round 0. Pin the model's revision as NAME@REVISION.
 """
 
 from jaxsi import sources
@@ -29,7 +29,7 @@ from jaxsi.train import TrainConfig
 
 
 def short_pairs() -> list[RankedResponses]:
-    """The pairs whose conversation and longer response, with the other one for reference, fit in 2,048 tokens."""
+    """The pairs that mostly fit in 2,048 tokens with one response as reference; training drops and counts the rest."""
 
     def characters(ranked: RankedResponses) -> int:
         return sum(len(message["content"]) for message in ranked.messages) + max(map(len, ranked.responses))

@@ -37,7 +37,7 @@ def rl(learning_rate: float, steps: int) -> RLConfig:
         prompts_per_step=32,
         group_size=4,
         batch_size=128,
-        kl_coef=0.3,
+        kl_coef=1.0,
         max_new_tokens=16,
         remat=False,
         dtype="float32",
@@ -49,11 +49,11 @@ def config() -> Config:
         model=str(SHIPPED),
         preferences=pit_preferences,
         request="{prompt}",
-        sft=train(learning_rate=3e-4, batch_size=16, epochs=2),
+        sft=train(learning_rate=1e-3, batch_size=16, epochs=3),
         reward=train(learning_rate=1e-3, batch_size=8, epochs=2),
         policy_rl=rl(learning_rate=1e-4, steps=12),
-        rl=rl(learning_rate=2e-4, steps=12),
-        rounds=(12, 12),
+        rl=rl(learning_rate=3e-4, steps=20),
+        rounds=(20, 20),
         sampling=SamplingConfig(
             num_samples=1, temperature=1.0, top_p=1.0, max_new_tokens=16, batch_size=512, dtype="float32"
         ),

@@ -3,8 +3,8 @@
     OPENAI_API_KEY=... jaxsi run configs/srt/tulu2_7b_8xh100.py
 
 Hardware: 8 GPUs with 80 GB each (float32 master weights, gradients and two Adam moments of 7B weights are 108 GB; pip
-install "jaxsi[cuda12,endpoint]"); mesh fsdp 8. The critic is asked 50,000 times at most; at the prices below we
-expect some 1,500 dollars, and it is not asked further where that may come to more than 2,500. Expectation: never run by this
+install "jaxsi[cuda12,endpoint]"); mesh fsdp 8. The critic is asked 50,000 times at most; at the prices below we expect
+some 1,500 dollars, and it is not asked further where that may come to more than 2,500. Expectation: never run by this
 project at this size. The paper reports for its 7B, on AlpacaEval against text-davinci-003, 73.9 % wins before, 84.6 %
 after stage 1 and 85.3 % after stage 2, and an average over four benchmarks of 50.7, 54.4 and 53.4.
 

@@ -62,9 +62,10 @@ def methods(argv: list[str]) -> Report:
         if args.ablations and ablations.exists():
             arms += [Arm(method, name, cfg, (0,)) for name, cfg in load_configs(ablations).items()]
     args.run_dir.mkdir(parents=True, exist_ok=True)
-    value = bench_methods(args.run_dir, arms)
+    value = bench_methods(args.run_dir, arms, made_by(argv))
     lines = [table(rows_of(value)), ""]
-    lines += [f"{'held' if c['held'] else 'NOT held'}: {c['method']}: {c['claim']}" for c in value["checks"]]
+    for claim in value["claims"]:
+        lines.append("{0}: {method}: {claim}: {measured}".format("held" if claim["held"] else "NOT HELD", **claim))
     if importlib.util.find_spec("matplotlib") is None:
         lines.append("no figure: pip install 'jaxsi[plots]' for one")
     else:
@@ -74,3 +75,23 @@ def methods(argv: list[str]) -> Report:
         plot(value, files)
         lines.append(f"figure: {files[0]}")
     return Report(value | {"run_dir": str(args.run_dir)}, "\n".join(lines))
+
+
+def made_by(argv: list[str]) -> dict[str, str]:
+    """The command, the commit and the versions that a table comes from."""
+    import platform
+    import subprocess
+
+    import jax
+
+    asked = ["git", "describe", "--always", "--dirty", "--abbrev=7"]
+    try:
+        commit = subprocess.run(asked, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        commit = "not in a repository"
+    return {
+        "command": " ".join(["jaxsi bench methods", *argv]),
+        "commit": commit,
+        "versions": f"JAX {jax.__version__}, Python {platform.python_version()}",
+        "devices": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
+    }

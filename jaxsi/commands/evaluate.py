@@ -40,8 +40,9 @@ def toy(argv: list[str]) -> Report:
     dtype = "float32"
     stored: dict[str, Any] | None = stored_config(args.model)
     if stored is not None:
-        rubric, judge = stored_value(Rubric, stored["rubric"]), stored_value(JudgeConfig, stored["judge"])
         dtype = stored["sampling"]["dtype"]
+    if stored is not None and {"rubric", "judge"} <= set(stored):  # of the methods, only one has a judge
+        rubric, judge = stored_value(Rubric, stored["rubric"]), stored_value(JudgeConfig, stored["judge"])
         measured = stored["evaluate"]
         if isinstance(measured, dict) and measured["__type__"].endswith(".ToyEvaluation"):
             evaluation = stored_value(ToyEvaluation, measured)

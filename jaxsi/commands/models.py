@@ -231,14 +231,23 @@ def _in_parts(
     out: Path, parts: Parts, items: Sequence[Any], stage: Callable[[Sequence[Any]], Iterable[Made]], of: type[Made]
 ) -> list[Made]:
     """``stage`` of all items, in OUT. Parts of CHUNK items are kept beside it, and go when it is complete."""
+    from jaxsi.config import RunConfigError
     from jaxsi.records import write_jsonl
     from jaxsi.run import Run
 
     folder = out.with_name(f"{out.name}.shards")
-    with Run.open(folder, parts) as run:
+    try:
+        run = Run.open(folder, parts)
+    except RunConfigError as error:
+        raise RunConfigError(
+            f"{folder} holds parts of {out.name} from a command with other settings (only settings.batch_size may "
+            "change); give the stored ones, give another --out, or delete that folder. Stored -> given:",
+            error.differences,
+        ) from None
+    with run:
         made = run.at("parts").sharded("records", items, stage, of=of, shard_size=CHUNK)
         write_jsonl(out, made)
-        shutil.rmtree(folder)
+    shutil.rmtree(folder)
     return made
 
 

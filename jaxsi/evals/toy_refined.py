@@ -82,11 +82,12 @@ class RefinedEvaluation:
         short = np.mean([len(lm.tokenizer.encode_text(c.text.partition(template.improved)[0])) for c in critiques])
         count = max(2, int(np.ceil((draft_cost + full) / (draft_cost + short))))
         many = scope.records("eval_reranked_drafts", draft, count, asked, "reranked", of=Response)
-        scores = {c.id: c.score for c in scope.records("eval_reranked_scores", criticise, many, of=Critique)}
+        scored = scope.records("eval_reranked_scores", criticise, many, of=Critique)
+        scores = {c.id: -np.inf if c.score is None else c.score for c in scored}  # a score of 0 is one
         best: dict[str, Response] = {}
         for response in many:
             held = best.get(response.prompt_id)
-            if held is None or (scores[response.id] or -1.0) > (scores[held.id] or -1.0):
+            if held is None or scores[response.id] > scores[held.id]:
                 best[response.prompt_id] = response
         chosen = [dataclasses.replace(r, text=text_of(r, template)) for r in best.values()]
         _, figures = quality(asked, chosen)

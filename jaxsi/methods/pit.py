@@ -23,6 +23,7 @@ from typing import Any, ClassVar, Literal
 import numpy as np
 
 from jaxsi import metrics, rl
+from jaxsi.chat import render_prompt, render_response
 from jaxsi.iterations import begin, report
 from jaxsi.lm import LM
 from jaxsi.mesh import MeshConfig
@@ -116,7 +117,8 @@ def pit(cfg: Config, run: Run) -> LM:
         target = GapReward(cfg, gap_reward, references)
         config = dataclasses.replace(cfg.rl, steps=steps)
         model = cfg.learner(model, improver, target.prompts, target, config, it, monitor=target.monitor)
-        summarise(cfg, run, t, it, model, policy_rl, gap_reward, round=round)
+        counts = {"references": len(target.prompts), "left_out": target.left_out}
+        summarise(cfg, run, t, it, model, policy_rl, gap_reward, round=round, **counts)
 
     run.update_summary({"status": "complete"})
     return model
@@ -172,18 +174,26 @@ def mixed_in(cfg: Config, given: Sequence[tuple[Prompt, str]], it: Scope) -> lis
 
 
 class GapReward:
-    """r_gap(x, y, y_ref) - r_gap(x, y_ref, y_ref) of responses to the improver's ``prompts``, one for each reference;
-    empty references are left out."""
+    """r_gap(x, y, y_ref) - r_gap(x, y_ref, y_ref) of responses to the improver's ``prompts``, one for each reference.
+    Left out, and counted in ``left_out``: empty references, and those after which the context has no room for a
+    response, or for the reference itself as one."""
 
     def __init__(self, cfg: Config, lm: LM, references: Sequence[tuple[Prompt, str]]):
         self.cfg, self.lm, self.zero = cfg, lm, 0.0
         self.of: dict[str, tuple[tuple[Message, ...], str]] = {}
         self.prompts: list[Prompt] = []
         for number, (prompt, reference) in enumerate(references):
-            if reference.strip():
-                id = f"{prompt.id}~{number}"
+            id = f"{prompt.id}~{number}"
+            asked = Prompt(id=id, messages=ask_to_improve(prompt.messages, reference, cfg.request))
+            if reference.strip() and self.fits(asked, reference):
                 self.of[id] = prompt.messages, reference
-                self.prompts.append(Prompt(id=id, messages=ask_to_improve(prompt.messages, reference, cfg.request)))
+                self.prompts.append(asked)
+        self.left_out = len(references) - len(self.prompts)
+
+    def fits(self, asked: Prompt, reference: str) -> bool:
+        head = len(render_prompt(self.lm.tokenizer, asked.messages))
+        longest = max(self.cfg.rl.max_new_tokens, len(render_response(self.lm.tokenizer, reference)))
+        return head + longest <= self.lm.config.max_positions
 
     def __call__(self, prompts: Sequence[Prompt], responses: Sequence[Response]) -> np.ndarray:
         items = [(self.of[r.prompt_id][0], r, self.of[r.prompt_id][1]) for r in responses]

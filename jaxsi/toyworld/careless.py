@@ -1,8 +1,8 @@
 """Careless annotators of the embedded world, and the model that learnt from them: where there is something to revise.
 
 A careless response is the correct one with up to four flaws, each as often as ``FLAWS`` says: talk before the items, no
-period, the last item missing, the item before the last one written again in its place. What is wrong with it can be
-seen in the response itself, as in the drafts that the papers' revisers, critics and reward models mend: a model of a
+period, the last item missing, "right" after the items, as if it asked back. What is wrong with it can be seen in the
+response itself, as in the drafts that the papers' revisers, critics and reward models mend: a model of a
 million weights can learn to see it, and to mend it, in a minute. The model in ``careless_model`` is the seed model
 trained on such demonstrations by
 
@@ -26,7 +26,7 @@ from jaxsi.toyworld.world import Task, draw_tasks, grade_task, prompt_of
 
 SHIPPED = Path(__file__).parent / "careless_model"
 # How often each flaw is made.
-FLAWS: dict[str, float] = {"talk": 0.7, "open": 0.7, "short": 0.5, "stutter": 0.2}
+FLAWS: dict[str, float] = {"talk": 0.7, "open": 0.7, "short": 0.3, "unsure": 0.5}
 SLIP = 0.04  # probability that a preference is the wrong way round
 
 
@@ -36,12 +36,12 @@ def draw_flaws(rng: random.Random) -> tuple[str, ...]:
 
 
 def respond(task: Task, flaws: Sequence[str]) -> str:
-    """The correct response with ``flaws``; of too few items none is missing or repeated."""
+    """The correct response with ``flaws``; an only item is never missing."""
     items = list(task.answer)
     if "short" in flaws and len(items) > 1:
         del items[-1]
-    if "stutter" in flaws and len(items) > 1:
-        items[-1] = items[-2]
+    if "unsure" in flaws:
+        items.append("right")
     return (CHATTER if "talk" in flaws else "") + " ".join(items) + ("" if "open" in flaws else ".")
 
 
@@ -57,8 +57,8 @@ def preferences(
 ) -> list[RankedResponses]:
     """``n`` instructions of one split, each with ``per_prompt`` careless responses of at least ``least`` flaws, the
     best first: each has the flaws of the one before and at least one more, and a lower grade. With probability ``slip``
-    the best and the worst change places. An answer of one or two items has fewer flaws to make, and so may have fewer
-    responses. Raises: ValueError where so many different responses cannot be made."""
+    the best and the worst change places. An answer of one item has a flaw less to make, and so may have a response
+    less. Raises: ValueError where so many different responses cannot be made."""
     if not (least >= 0 and 2 <= per_prompt <= len(FLAWS) + 1 - least):
         raise ValueError(
             f"per_prompt is {per_prompt}, least {least}; of {len(FLAWS)} flaws 2 to {len(FLAWS) + 1 - least} responses "
@@ -71,7 +71,7 @@ def preferences(
 def _ranking(task: Task, rng: random.Random, per_prompt: int, least: int, slip: float) -> RankedResponses:
     texts: list[str] = []
     totals: list[float] = []
-    possible = min(len(task.answer) + 1, len(FLAWS))  # one item has talk and no period, two also one of the others
+    possible = len(FLAWS) - (len(task.answer) == 1)
     per_prompt = min(per_prompt, possible + 1 - least)
     while len(totals) < per_prompt or sorted(set(totals), reverse=True) != totals:
         # In an order in which frequent flaws come early, as a rule.

@@ -17,18 +17,21 @@ def prompts():
 
 def config() -> Config:
     toy = load_config(Path(__file__).parents[2] / "configs" / "srt" / "toy.py")
-    # Enough of stage 1 that the model goes on with feedback; what its scores say is left to the exact grader.
+    # The least that a model learns in a few steps: to go on, after its response, with a better one. The exact grader
+    # scores them, in the place of feedback.
     first = dataclasses.replace(
-        toy.sft, optim=OptimConfig(learning_rate=3e-3), batch_size=16, checkpoint_every=8, log_every=1
+        toy.sft, optim=OptimConfig(learning_rate=4e-3), batch_size=16, epochs=2, checkpoint_every=8, log_every=1
     )
     train = dataclasses.replace(toy.dpo.train, batch_size=16, max_length=64, checkpoint_every=1, log_every=1)
     return dataclasses.replace(
         toy,
         prompts=prompts,
         critic_prompts=320,
+        template=toy.template.without("weaknesses", "suggestions", "score"),
         sampling=dataclasses.replace(toy.sampling, batch_size=64),
         sft=first,
         dpo=dataclasses.replace(toy.dpo, train=train),
+        critique=dataclasses.replace(toy.critique, max_new_tokens=24, batch_size=64),
         scoring=exact_scores,
         evaluate=RefinedEvaluation(num_prompts=8, num_samples=2, reranked_prompts=4),
     )

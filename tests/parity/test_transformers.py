@@ -16,7 +16,8 @@ torch = pytest.importorskip("torch", reason="parity with transformers needs torc
 
 import transformers  # noqa: E402
 
-from jaxsi import hf, model, sampling  # noqa: E402
+from jaxsi import hf, model, reward, sampling  # noqa: E402
+from jaxsi.data import Sequence_  # noqa: E402
 from jaxsi.lm import LM  # noqa: E402
 from jaxsi.mesh import make_mesh  # noqa: E402
 
@@ -98,6 +99,57 @@ def test_logits_and_export(case: str, tmp_path: Path) -> None:
     np.testing.assert_allclose(torch_logits(again, tokens), expected, atol=1e-5, rtol=0)
     again.save_pretrained(tmp_path / "again")
     assert hf.read_config(tmp_path / "again") == config
+
+
+@functools.cache
+def torch_classifier(case: str) -> Any:
+    """A reward model: one label, read at the last token that is not the pad."""
+    family, changes = CASES[case]
+    labels = {"num_labels": 1, "pad_token_id": 0, "attn_implementation": "eager"}
+    config = getattr(transformers, f"{family}Config")(**ODD | changes | labels)
+    torch.manual_seed(1 + len(case))
+    reference = getattr(transformers, f"{family}ForSequenceClassification")(config).eval()
+    with torch.no_grad():
+        for name, p in reference.named_parameters():
+            p.copy_(torch.randn_like(p) * 0.2 + ("norm" in name))
+    return reference
+
+
+@pytest.mark.parametrize("case", ["llama2", "mistral", "qwen3"])
+def test_scores_of_a_reward_model_and_export(case: str, tmp_path: Path) -> None:
+    """Folder of a classifier with one label -> our rewards of ragged texts; our export -> its scores again."""
+    reference = torch_classifier(case)
+    texts = [np.random.default_rng(n).integers(1, ODD["vocab_size"], n).astype(np.int32) for n in (3, 17, 1, 41)]
+    with torch.no_grad():
+        expected = [float(reference(torch.tensor(row[None], dtype=torch.long)).logits[0, 0]) for row in texts]
+    assert np.ptp(expected) > 0.5  # scores worth comparing
+    reference.save_pretrained(tmp_path / "theirs", max_shard_size="20KB")
+
+    def ours(folder: Path) -> tuple[np.ndarray, LM]:
+        config = hf.read_config(folder)
+        lm = LM(
+            config=config,
+            weights=hf.load_weights(folder, config, one_device()),
+            tokenizer=types.SimpleNamespace(pad_id=0, stop_ids=()),
+            mesh=one_device(),
+            dtype=jnp.dtype("float32"),
+        )
+        return reward.rewards(lm, [Sequence_(row, np.ones(len(row), bool)) for row in texts], batch_size=4), lm
+
+    values, lm = ours(tmp_path / "theirs")
+    assert lm.config.scalar_head
+    np.testing.assert_allclose(values, expected, atol=1e-4, rtol=0)
+    hf.export(tmp_path / "ours", lm.config, lm.weights, dtype="float32", generation={"pad_token_id": 0})
+    again = transformers.AutoModelForSequenceClassification.from_pretrained(
+        tmp_path / "ours", dtype=torch.float32, attn_implementation="eager"
+    )
+    assert type(again) is type(reference) and again.config.num_labels == 1
+    with torch.no_grad():
+        scores = [float(again(torch.tensor(row[None], dtype=torch.long)).logits[0, 0]) for row in texts]
+    np.testing.assert_allclose(scores, expected, atol=1e-5, rtol=0)
+    once_more, same = ours(tmp_path / "ours")
+    assert same.config == lm.config
+    np.testing.assert_array_equal(once_more, values)
 
 
 @pytest.mark.parametrize("case", ["llama31", "qwen2_yarn"])

@@ -1,0 +1,96 @@
+"""What is claimed of each method on the embedded world, and whether the measured table holds it."""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+METHOD, CONTROL, EXACT = "method", "control", "exact"
+LEAST_GAIN, MOST_OF_CONTROL = 8.0, 3.0  # points of 100
+LEAST_MEAN, LEAST_EACH = 0.85, 0.75  # of the gap reward model's inequalities
+
+Row = Mapping[str, Any]  # an arm of the table
+
+
+class Claim(NamedTuple):
+    """A claim of a method, what was measured, and whether it held."""
+
+    method: str
+    claim: str
+    measured: str
+    held: bool
+
+
+def claims(rows: Sequence[Row]) -> list[Claim]:
+    """All claims that the arms at hand can be held against."""
+    found = []
+    for method in dict.fromkeys(row["method"] for row in rows):
+        arms = {row["arm"]: row for row in rows if row["method"] == method}
+        if METHOD in arms:
+            for check in (_gains, *OF_METHOD.get(method, ())):
+                found += [Claim(method, *claim) for claim in check(arms)]
+    return found
+
+
+Found = Iterator[tuple[str, str, bool]]
+
+
+def _gains(arms: Mapping[str, Row]) -> Found:
+    """The method gains; its control, which knows nothing, does not."""
+    own = arms[METHOD]["gain"]
+    held = own["mean"] >= LEAST_GAIN and own["ci95"][0] > 0
+    yield f"gains at least {LEAST_GAIN:g}, interval above 0", gain_text(own), held
+    if CONTROL in arms:
+        control = arms[CONTROL]["gain"]
+        high = control["ci95"][1]
+        claim = f"control's upper end below {MOST_OF_CONTROL:g} and below the method's lower end"
+        yield claim, gain_text(control), high < MOST_OF_CONTROL and high < own["ci95"][0]
+
+
+def _orders(arms: Mapping[str, Row]) -> Found:
+    """PIT: the gap reward model orders held-out pairs."""
+    of_seeds = [figures["inequalities"] for figures in arms[METHOD]["iterations"][-1]["figures"]]
+    means = [shares["mean"] for shares in of_seeds]
+    least = min(share for shares in of_seeds for share in shares.values())
+    claim = f"gap reward keeps the inequalities in {LEAST_MEAN:.0%} of held-out pairs on average, {LEAST_EACH:.0%} each"
+    measured = f"{sum(means) / len(means):.1%} on average, the least {least:.1%}"
+    yield claim, measured, min(means) >= LEAST_MEAN and least >= LEAST_EACH
+
+
+def _both_rounds(arms: Mapping[str, Row]) -> Found:
+    """PIT: the curriculum is worth more than either of its rounds, with the seed that they have in common."""
+    for name in ("round 0 only", "round 1 only"):
+        if name in arms:
+            both, one = (arms[arm]["iterations"][-1]["quality_of_seeds"][0] for arm in (METHOD, name))
+            yield f"both rounds beat {name} at equal steps (one seed)", f"{both:.1f} against {one:.1f}", both > one
+
+
+def _gated(arms: Mapping[str, Row]) -> Found:
+    """SEFT: a draft without a fault is better left alone."""
+    good = [reviser["good_drafts"] for reviser in arms[METHOD]["reviser"]]
+    measured = "; ".join(f"{of['gated']:.1f} against {of['always']:.1f}" for of in good)
+    yield "gated revision beats always-revise on good drafts", measured, all(of["ci95"][0] > 0 for of in good)
+
+
+def _refined(arms: Mapping[str, Row]) -> Found:
+    """SRT: refining is worth its tokens."""
+    figures = arms[METHOD]["iterations"][-1]["figures"]
+    gains = [figure["gain_of_refining"] for figure in figures]
+    measured = "; ".join(f"{of['mean']:+.1f} ({of['low']:+.1f} to {of['high']:+.1f})" for of in gains)
+    yield "refined answers beat first answers", measured, all(of["low"] > 0 for of in gains)
+    for number, line in ((0, "M_self"), (-1, "the result")):
+        better = [f["reranked"]["refined_is_better_by"] for f in arms[METHOD]["iterations"][number]["figures"]]
+        measured = "; ".join(f"{mean:+.1f} ({low:+.1f} to {high:+.1f})" for mean, low, high in better)
+        claim = f"{line}: refining once beats re-ranking as many samples as cost the same tokens"
+        yield claim, measured, all(low > 0 for _, low, _ in better)
+
+
+def gain_text(gain: Mapping[str, Any]) -> str:
+    """A gain with its interval, e.g. `+16.5 (+13.7 to +19.6)`."""
+    low, high = gain["ci95"]
+    return f"{gain['mean']:+.1f} ({low:+.1f} to {high:+.1f})"
+
+
+OF_METHOD: dict[str, tuple[Callable[[Mapping[str, Row]], Found], ...]] = {
+    "srt": (_refined,),
+    "seft": (_gated,),
+    "pit": (_orders, _both_rounds),
+}

@@ -5,6 +5,7 @@ seed have in common (``Config.SHARED``, where they differ in ``Config.ARM_FIELDS
 """
 
 import dataclasses
+import functools
 import json
 import shutil
 import sys
@@ -18,9 +19,14 @@ import numpy as np
 from jaxsi import metrics
 from jaxsi.bench_claims import METHOD, claims, gain_text
 from jaxsi.config import describe_config
+from jaxsi.lm import load
 from jaxsi.methods import method_of
 from jaxsi.records import write_atomically
 from jaxsi.run import Run
+
+
+class BenchError(RuntimeError):
+    """A run that no longer belongs to the table."""
 
 
 class Arm(NamedTuple):
@@ -44,12 +50,21 @@ def bench_methods(directory: Path, arms: Sequence[Arm], made_by: Mapping[str, st
     for number, (arm, seed) in enumerate(runs, start=1):
         source = next((a for a in arms if (a.method, a.name) == (arm.method, METHOD) and seed in a.seeds), None)
         label = f"[{number}/{len(runs)}] {arm.method}, {arm.name}, seed {seed}"
-        _run(directory, arm, seed, None if source is None or source is arm else source, label)
+        _run(
+            directory,
+            arm,
+            seed,
+            None if source is None or source is arm else source,
+            label,
+            (made_by or {}).get("commit"),
+        )
     rows = [_measured(directory, arm) for arm in arms]
-    value = {"arms": rows, "claims": [claim._asdict() for claim in claims(rows)], "made_by": dict(made_by or {})}
+    commits = {str(json.loads((_folder(directory, *of) / "summary.json").read_text()).get("commit")) for of in runs}
+    told = dict(made_by or {}) | ({"commit": ", ".join(sorted(commits))} if made_by else {})
+    value = {"arms": rows, "claims": [claim._asdict() for claim in claims(rows)], "made_by": told}
     write_atomically(directory / "table.json", [(json.dumps(value, indent=2) + "\n").encode()])
-    told = [f"{name}: {text}  \n" for name, text in value["made_by"].items()]
-    write_atomically(directory / "table.md", ["\n".join([markdown(rows_of(value)), "".join(told)]).encode()])
+    below = "".join(f"{name}: {text}  \n" for name, text in told.items())
+    write_atomically(directory / "table.md", ["\n".join([markdown(rows_of(value)), below]).encode()])
     return value
 
 
@@ -57,17 +72,33 @@ def _folder(directory: Path, arm: Arm, seed: int) -> Path:
     return directory / arm.method / arm.name.replace(" ", "_") / str(seed)
 
 
-def _run(directory: Path, arm: Arm, seed: int, source: Arm | None, label: str) -> None:
+def _run(directory: Path, arm: Arm, seed: int, source: Arm | None, label: str, commit: str | None) -> None:
     began = time.monotonic()
     cfg = dataclasses.replace(arm.config, seed=seed)
     with Run.open(_folder(directory, arm, seed), cfg) as run:
         if run.complete:
+            _check_model(run, cfg.model)
             print(f"{label}: already complete", file=sys.stderr)
             return
         if source is not None:
             share(dataclasses.replace(source.config, seed=seed), _folder(directory, source, seed), cfg, run.path)
         method_of(cfg)(cfg, run)
+        run.update_summary({"commit": commit})
     print(f"{label}: {time.monotonic() - began:.0f} s", file=sys.stderr, flush=True)
+
+
+def _check_model(run: Run, model: str) -> None:
+    """A run that is complete is not opened again by its method, which would notice another model under the old name."""
+    given, now = run.at("iter_0").value("model", dict)["fingerprint"], _fingerprint(model)
+    if given != now:
+        raise BenchError(
+            f"{run.path} was made from the weights {given}, {model} now has {now}: give another --run-dir, or delete it"
+        )
+
+
+@functools.cache
+def _fingerprint(model: str) -> str:
+    return load(model, dtype="float32").fingerprint
 
 
 def share(source: Any, done: Path, cfg: Any, folder: Path) -> None:
@@ -88,37 +119,60 @@ def share(source: Any, done: Path, cfg: Any, folder: Path) -> None:
 
 
 def _measured(directory: Path, arm: Arm) -> dict[str, Any]:
+    """A row of the table. A method may stop early, so runs of one arm may have different numbers of iterations: an
+    iteration's figures are of the runs that have it, the gain is from each run's first to its own last."""
     runs = [_folder(directory, arm, seed) for seed in arm.seeds]
-    summaries = [json.loads((run / "summary.json").read_text()) for run in runs]
-    lines, by_prompt = [], []
-    for number, first in enumerate(summaries[0]["iterations"]):
-        figures = [json.loads((run / f"iter_{first['iteration']}" / "evaluation.json").read_text()) for run in runs]
-        by_prompt.append(np.asarray([figure["by_prompt"] for figure in figures]))
-        told = [summary["iterations"][number] for summary in summaries]
+    told = [json.loads((run / "summary.json").read_text()) for run in runs]
+    measured = [
+        [_figures(run, line) for line in summary["iterations"]] for run, summary in zip(runs, told, strict=True)
+    ]
+    lines = []
+    for number in range(max(map(len, measured))):
+        of = [figures[number] for figures in measured if number < len(figures)]
+        by_prompt = np.asarray([figure["by_prompt"] for figure in of])
         lines.append(
             {
-                "iteration": first["iteration"],
-                "quality": float(by_prompt[-1].mean()),
-                "ci95": _interval(by_prompt[-1]),
-                "quality_of_seeds": by_prompt[-1].mean(axis=1).tolist(),
-                "judge_agreement": _mean(line["judge_agreement"] for line in told),
-                "mean_length": _mean(line["mean_length"] for line in told),
-                "pairs": _mean(line["pairs"] for line in told),
-                "seconds": _mean(sum(line["seconds"].values()) for line in told),
-                "figures": [{k: v for k, v in figure.items() if k != "by_prompt"} for figure in figures],
+                "iteration": of[0]["iteration"],
+                "seeds": len(of),
+                "quality": float(by_prompt.mean()),
+                "ci95": _interval(by_prompt),
+                "quality_of_seeds": by_prompt.mean(axis=1).tolist(),
+                "judge_agreement": _mean(figure["judge_agreement"] for figure in of),
+                "mean_length": _mean(figure["mean_length"] for figure in of),
+                "pairs": _mean(figure["pairs"] for figure in of),
             }
         )
-    mean, low, high = metrics.paired_bootstrap(by_prompt[-1], by_prompt[0])
+    first, last = ([figures[place] for figures in measured] for place in (0, -1))
     return {
         "method": arm.method,
         "arm": arm.name,
         "seeds": list(arm.seeds),
-        "gain": {"mean": mean, "ci95": [low, high]},
+        "gain": _gain(last, first, "by_prompt") if len(lines) > 1 else None,
+        "over_drafts": _gain(last, last, "draft_by_prompt") if "draft_by_prompt" in last[0] else None,
+        "base": _mean(summary["base"]["quality"]["mean"] for summary in told if "base" in summary),
         "seconds": _mean(_seconds(run) for run in runs),
-        "reviser": [summary["reviser"] for summary in summaries if "reviser" in summary],
-        "base": _mean(summary["base"]["quality"]["mean"] for summary in summaries if "base" in summary),
+        "reviser": [summary["reviser"] for summary in told if "reviser" in summary],
         "iterations": lines,
+        "first": [_without_prompts(figures) for figures in first],
+        "last": [_without_prompts(figures) for figures in last],
     }
+
+
+def _figures(run: Path, line: Mapping[str, Any]) -> dict[str, Any]:
+    """What was measured of one iteration of one run."""
+    figures = json.loads((run / f"iter_{line['iteration']}" / "evaluation.json").read_text())
+    return figures | {name: line[name] for name in ("iteration", "judge_agreement", "mean_length", "pairs")}
+
+
+def _without_prompts(figures: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: figure for name, figure in figures.items() if not name.endswith("by_prompt")}
+
+
+def _gain(after: Sequence[Mapping[str, Any]], before: Sequence[Mapping[str, Any]], name: str) -> dict[str, Any]:
+    """Of each run's quality ``after`` over its ``before``, which has it under ``name``."""
+    qualities = [[figures["by_prompt"] for figures in after], [figures[name] for figures in before]]
+    mean, low, high = metrics.paired_bootstrap(*map(np.asarray, qualities))
+    return {"mean": mean, "ci95": [low, high]}
 
 
 def _seconds(run: Path) -> float:
@@ -151,11 +205,11 @@ def rows_of(value: Mapping[str, Any]) -> list[dict[str, str]]:
                     "base": _text(arm["base"]) if first else "",
                     "iteration": str(line["iteration"]),
                     "quality": f"{line['quality']:.1f} ({line['ci95'][0]:.1f} to {line['ci95'][1]:.1f})",
-                    "gain": gain_text(arm["gain"]) if last else "",
+                    "gain": gain_text(arm["gain"]) if last and arm["gain"] else "",
                     "agreement": _text(line["judge_agreement"], 3),
                     "length": _text(line["mean_length"]),
                     "seconds an arm": _text(arm["seconds"], 0) if first else "",
-                    "seeds": str(len(arm["seeds"])) if first else "",
+                    "seeds": str(line["seeds"]),
                 }
             )
     return rows

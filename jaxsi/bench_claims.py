@@ -36,10 +36,12 @@ Found = Iterator[tuple[str, str, bool]]
 def _gains(arms: Mapping[str, Row]) -> Found:
     """The method gains; its control, which knows nothing, does not."""
     own = arms[METHOD]["gain"]
+    if own is None:
+        return
     held = own["mean"] >= LEAST_GAIN and own["ci95"][0] > 0
     yield f"gains at least {LEAST_GAIN:g}, interval above 0", gain_text(own), held
-    if CONTROL in arms:
-        control = arms[CONTROL]["gain"]
+    control = arms[CONTROL]["gain"] if CONTROL in arms else None
+    if control is not None:
         high = control["ci95"][1]
         claim = f"control's upper end below {MOST_OF_CONTROL:g} and below the method's lower end"
         yield claim, gain_text(control), high < MOST_OF_CONTROL and high < own["ci95"][0]
@@ -47,12 +49,18 @@ def _gains(arms: Mapping[str, Row]) -> Found:
 
 def _orders(arms: Mapping[str, Row]) -> Found:
     """PIT: the gap reward model orders held-out pairs."""
-    of_seeds = [figures["inequalities"] for figures in arms[METHOD]["iterations"][-1]["figures"]]
+    of_seeds = [figures["inequalities"] for figures in arms[METHOD]["last"]]
     means = [shares["mean"] for shares in of_seeds]
     least = min(share for shares in of_seeds for share in shares.values())
     claim = f"gap reward keeps the inequalities in {LEAST_MEAN:.0%} of held-out pairs on average, {LEAST_EACH:.0%} each"
     measured = f"{sum(means) / len(means):.1%} on average, the least {least:.1%}"
     yield claim, measured, min(means) >= LEAST_MEAN and least >= LEAST_EACH
+
+
+def _over_drafts(arms: Mapping[str, Row]) -> Found:
+    """PIT: what the improver makes of the policy's responses is better than they are."""
+    gain = arms[METHOD]["over_drafts"]
+    yield "improved responses beat the policy's own", gain_text(gain), gain["ci95"][0] > 0
 
 
 def _both_rounds(arms: Mapping[str, Row]) -> Found:
@@ -72,14 +80,14 @@ def _gated(arms: Mapping[str, Row]) -> Found:
 
 def _refined(arms: Mapping[str, Row]) -> Found:
     """SRT: refining is worth its tokens."""
-    figures = arms[METHOD]["iterations"][-1]["figures"]
-    gains = [figure["gain_of_refining"] for figure in figures]
-    measured = "; ".join(f"{of['mean']:+.1f} ({of['low']:+.1f} to {of['high']:+.1f})" for of in gains)
-    yield "refined answers beat first answers", measured, all(of["low"] > 0 for of in gains)
-    for number, line in ((0, "M_self"), (-1, "the result")):
-        better = [f["reranked"]["refined_is_better_by"] for f in arms[METHOD]["iterations"][number]["figures"]]
+    for place, name in (("first", "M_self"), ("last", "the result")):
+        figures = arms[METHOD][place]
+        gains = [figure["gain_of_refining"] for figure in figures]
+        measured = "; ".join(f"{of['mean']:+.1f} ({of['low']:+.1f} to {of['high']:+.1f})" for of in gains)
+        yield f"{name}: refined answers beat first answers", measured, all(of["low"] > 0 for of in gains)
+        better = [figure["reranked"]["refined_is_better_by"] for figure in figures]
         measured = "; ".join(f"{mean:+.1f} ({low:+.1f} to {high:+.1f})" for mean, low, high in better)
-        claim = f"{line}: refining once beats re-ranking as many samples as cost the same tokens"
+        claim = f"{name}: refining once beats re-ranking as many samples as cost the same tokens"
         yield claim, measured, all(low > 0 for _, low, _ in better)
 
 
@@ -92,5 +100,5 @@ def gain_text(gain: Mapping[str, Any]) -> str:
 OF_METHOD: dict[str, tuple[Callable[[Mapping[str, Row]], Found], ...]] = {
     "srt": (_refined,),
     "seft": (_gated,),
-    "pit": (_orders, _both_rounds),
+    "pit": (_over_drafts, _orders, _both_rounds),
 }

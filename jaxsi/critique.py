@@ -46,7 +46,7 @@ class LocalCritic:
         self, prompts: Sequence[Prompt], responses: Sequence[Response], template: CritiqueTemplate, key: jax.Array
     ) -> list[Critique]:
         """One critique of each response; where the request leaves no room for feedback, one without any part."""
-        lm = _loaded(self.model, self.dtype)
+        lm = loaded(self.model, self.dtype)
         requests = critic_requests(prompts, responses, template)
         room = lm.config.max_positions - self.max_new_tokens
         fitting = [p for p in requests if len(render_prompt(lm.tokenizer, p.messages)) <= room]
@@ -62,7 +62,8 @@ class LocalCritic:
 
 
 @functools.lru_cache(maxsize=1)
-def _loaded(model: str, dtype: str) -> LM:
+def loaded(model: str, dtype: str) -> LM:
+    """A critic's model, which stays for the next shard; ``loaded.cache_clear()`` lets it go."""
     return load(model, dtype=dtype)
 
 

@@ -33,6 +33,7 @@ _log = logging.getLogger(__name__)
 BYTES_PER_TOKEN = 3.0  # of UTF-8 text, rounded down: the estimate is to be too high rather than too low
 TEMPLATE_TOKENS = 32  # what a chat template adds to a request
 FIRST_WAIT, LONGEST_WAIT = 1.0, 300.0  # seconds; a server that asks for a longer wait is not waited for
+MANY = 16  # requests that are all refused: not they, but the settings are wrong
 _PASSING = frozenset({408, 409, 425, 429})  # and 5xx: statuses of a request that may well be answered later
 _NO_CREDIT = re.compile(r"insufficient.?quota|insufficient.?(?:balance|credit|funds)", re.IGNORECASE)
 _TOO_LONG = re.compile(
@@ -205,7 +206,8 @@ class EndpointCritic:
             except BaseException:
                 stop.set()  # those in flight end, and are kept; no other begins
                 raise
-        if not cache.used.total():  # nothing ever came from this model: no matter of this or that request
+        refused = all(cache.found[entry].prompt_tokens == 0 for entry in missing)
+        if refused and (not cache.used.total() or len(missing) >= MANY):  # no matter of this or that request
             raise EndpointError(
                 f"{self.model} at {self.base_url} refuses all {len(missing)} requests for their length or content; "
                 f"lower max_new_tokens = {self.max_new_tokens} or serve the model with a longer context"

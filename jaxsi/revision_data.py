@@ -196,6 +196,12 @@ def reviser_examples(
     """
     groups = [[pair for pair in labelled if pair.label == label] for label in template.labels]
     unit = min(len(group) / share for group, share in zip(groups, mix, strict=True) if share)
+    if not unit:
+        have = ", ".join(f"{len(group)} {label!r}" for group, label in zip(groups, template.labels, strict=True))
+        raise ValueError(
+            f"of {len(labelled)} pairs are labelled: {have}, and mix {tuple(mix)} wants some of each; choose another "
+            "labelling or threshold, or a share of 0"
+        )
     drawn = {
         pair.id
         for group, share in zip(groups, mix, strict=True)

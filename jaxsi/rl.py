@@ -441,6 +441,7 @@ def _reinforce(
     if (made := train.finished(policy, scope)) is not None:
         return made
     config.check(policy.mesh)
+    policy.release()
     learners = {"policy": policy} if value is None else {"policy": policy, "value": value}
     policy_loss = PolicyLoss(policy.config, policy.mesh, config.dtype, config.remat, config.clip)
     loss_of: dict[str, Any] = {"policy": policy_loss}
@@ -460,6 +461,7 @@ def _reinforce(
             now = dataclasses.replace(policy, weights=states["policy"].weights, identity=f"{scope.name} step {step}")
             chosen = prompts_of_step(prompts, step, config, seed)
             rollouts = roll_out(now, reference, chosen, reward, config, scope.key("rollouts", step), monitor)
+            now.release()
             batch = with_advantages(rollouts, states["value"].weights if value is not None else None)
             metrics: dict[str, Any] = dict(rollouts.metrics)
             rate = rates[step * per_step]
@@ -479,6 +481,7 @@ def _reinforce(
                 train.save_resume(scope.path / "resume", states, done=step + 1)
         if value is not None:
             trained_value = value.replace(states["value"].weights)
+            train.remove(scope.path / "value")  # complete, where a run was killed between the two
             save_checkpoint(trained_value, scope.path / "value", {"step": config.steps})
         trained = policy.replace(states["policy"].weights)
         train.save_result(trained, states["policy"], scope, {"step": config.steps})

@@ -329,21 +329,22 @@ def save_resume(folder: Path, state: Any, *, done: int) -> None:
     checkpoint.save(target, state, {"step": done})
     for old in folder.iterdir():
         if old != target:
-            _remove(old)
+            remove(old)
 
 
 def save_result(trained: LM, state: State | None, scope: Scope, meta: dict[str, Any]) -> None:
     """The scope's checkpoint. Its weights come last: with them it counts as complete."""
     folder = scope.path / "checkpoint"
-    _remove(folder / "optimizer")  # complete, where a run was killed between the two
+    remove(folder / "optimizer")  # complete, where a run was killed between the two
     if state is not None:
         moments = {"moments": state.moments, "step": state.step}
         checkpoint.save(folder / "optimizer", moments, {"data_position": int(state.step)})
     lmlib.save_checkpoint(trained, folder, meta)
-    _remove(scope.path / "resume")
+    remove(scope.path / "resume")
 
 
-def _remove(folder: Path) -> None:
+def remove(folder: Path) -> None:
+    """What a killed process left there, or what is no longer wanted (process 0)."""
     import shutil
 
     if jax.process_index() == 0:
@@ -378,7 +379,7 @@ def finished(lm: LM, scope: Scope) -> LM | None:
     folder = scope.path / "checkpoint"
     if not checkpoint.is_complete(folder / "weights"):
         return None
-    _remove(scope.path / "resume")  # where a run was killed just before it did so itself
+    remove(scope.path / "resume")  # where a run was killed just before it did so itself
     return lm.replace(checkpoint.restore(folder / "weights", jax.tree.map(_abstract, lm.weights)))
 
 

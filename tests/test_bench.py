@@ -13,6 +13,7 @@ from jaxsi import bench
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config:
     gain: float
+    model: str = "given"
     iterations: int = 3
     seed: int = 0
 
@@ -46,8 +47,10 @@ def calls(monkeypatch):
                     "mean_length": 6.5,
                 }
             )
+        run.at("iter_0").value("model", lambda: {"fingerprint": "given"})
         run.update_summary({"status": "complete", "iterations": lines})
 
+    monkeypatch.setattr(bench, "_fingerprint", lambda model: model)
     monkeypatch.setattr(bench, "method_of", lambda cfg: method)
     return calls
 
@@ -67,11 +70,28 @@ def test_it_runs_what_is_not_done_and_tabulates(tmp_path, calls):
     assert last["quality"] == pytest.approx(np.mean(last["quality_of_seeds"]))
     assert last["ci95"][0] < last["quality"] < last["ci95"][1]
     assert method["iterations"][0]["pairs"] is None and last["pairs"] == 91
-    assert method["iterations"][0]["seconds"] == 3.0
+    assert method["seconds"] == pytest.approx(6.0, abs=0.1)
     assert json.loads((tmp_path / "table.json").read_text()) == value
     again = bench.bench_methods(tmp_path, [METHOD, CONTROL])
     assert len(calls) == 6  # all of them were complete
     assert again == value
+
+
+def test_runs_may_stop_at_different_iterations(tmp_path, calls):
+    bench.bench_methods(tmp_path, [METHOD])
+    stopped = tmp_path / "m" / "method" / "1" / "summary.json"
+    summary = json.loads(stopped.read_text())
+    stopped.write_text(json.dumps(summary | {"iterations": summary["iterations"][:2]}))
+    row = bench.bench_methods(tmp_path, [METHOD])["arms"][0]
+    assert [line["seeds"] for line in row["iterations"]] == [3, 3, 2]
+    assert row["gain"]["mean"] == pytest.approx((12 + 6 + 12) / 3, abs=1)
+
+
+def test_a_finished_run_of_another_model_is_refused(tmp_path, calls, monkeypatch):
+    bench.bench_methods(tmp_path, [METHOD])
+    monkeypatch.setattr(bench, "_fingerprint", lambda model: "other")
+    with pytest.raises(bench.BenchError, match="from the weights given, given now has other"):
+        bench.bench_methods(tmp_path, [METHOD])
 
 
 def test_what_is_claimed_is_checked(tmp_path, calls):

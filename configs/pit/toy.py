@@ -1,4 +1,4 @@
-"""The embedded world: an improver of the seed model's responses learns what better means from annotators' preferences.
+"""The embedded world: an improver of a careless model's responses learns from preferences what better means.
 
     jaxsi run configs/pit/toy.py
 

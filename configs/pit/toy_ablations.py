@@ -19,6 +19,6 @@ def configs() -> dict[str, Config]:
     steps = sum(both.rounds)
     return {
         "round 0 only": dataclasses.replace(both, rounds=(steps, 0)),
-        "round 1 only": dataclasses.replace(both, rounds=(0, steps)),
+        "round 1 only": dataclasses.replace(both, rounds=(0, steps), mix=0.0),
         "PPO": dataclasses.replace(both, learner=rl.ppo),
     }

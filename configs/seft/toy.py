@@ -47,7 +47,7 @@ def config() -> Config:
         sampling=SamplingConfig(temperature=1.0, top_p=1.0, max_new_tokens=16, batch_size=512, dtype="float32"),
         internal=Round(target=best_of_n, num_samples=4),
         external=Round(target=revise),
-        sft=train(learning_rate=1e-3, batch_size=16, epochs=2),
+        sft=train(learning_rate=5e-4, batch_size=16, epochs=2),
         evaluate=PolicyEvaluation(),
         iterations=3,
     )

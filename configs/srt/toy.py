@@ -18,12 +18,11 @@ from jaxsi.toyworld.srt_data import srt_prompts
 from jaxsi.train import DPOConfig, TrainConfig
 
 
-def train(learning_rate: float, batch_size: int, epochs: int = 1) -> TrainConfig:
+def train(learning_rate: float, batch_size: int, eps: float = 1e-8) -> TrainConfig:
     """What SFT and DPO have in common on a CPU: float32, short rows, nothing recomputed."""
     return TrainConfig(
-        optim=OptimConfig(learning_rate=learning_rate, end_learning_rate=learning_rate / 5),
+        optim=OptimConfig(learning_rate=learning_rate, end_learning_rate=learning_rate / 5, eps=eps),
         batch_size=batch_size,
-        epochs=epochs,
         max_length=128,
         remat=False,
         dtype="float32",
@@ -34,15 +33,17 @@ def config() -> Config:
     return Config(
         model=str(SHIPPED),
         prompts=srt_prompts,
-        critic_prompts=4096,
+        critic_prompts=8192,
         critic=exact_critic,
         template=TEMPLATE,
         sampling=SamplingConfig(
-            num_samples=1, temperature=0.7, top_p=1.0, max_new_tokens=24, batch_size=512, dtype="float32"
+            num_samples=1, temperature=1.0, top_p=1.0, max_new_tokens=24, batch_size=512, dtype="float32"
         ),
         critique=CritiqueConfig(max_new_tokens=64, batch_size=512),
-        sft=train(learning_rate=1e-3, batch_size=8, epochs=1),
-        dpo=DPOConfig(train=train(learning_rate=3e-5, batch_size=16, epochs=1), beta=0.1),
+        sft=train(learning_rate=1e-3, batch_size=8),
+        # Adam's eps is large, so that weights without a say in the preference stay; beta too, so that DPO stops early:
+        # what a model of a million weights learnt in stage 1 is soon lost.
+        dpo=DPOConfig(train=train(learning_rate=5e-4, batch_size=16, eps=0.1), beta=1.0),
         evaluate=RefinedEvaluation(),
         mesh=MeshConfig(data=-1, fsdp=1),
     )

@@ -48,7 +48,7 @@ class ToyEvaluation:
         """``num_samples`` responses to each held-out instruction."""
         return generate(
             lm,
-            world.prompts(self.num_prompts, seed=0, held_out=True),
+            world.evaluation_prompts(self.num_prompts),
             num_samples=self.num_samples,
             temperature=self.temperature,
             top_p=self.top_p,
@@ -59,19 +59,19 @@ class ToyEvaluation:
 
     def greedy(self, lm: LM) -> list[Response]:
         """The likeliest response to each held-out instruction, token by token."""
-        prompts = world.prompts(self.num_prompts, seed=0, held_out=True)
+        prompts = world.evaluation_prompts(self.num_prompts)
         return generate(lm, prompts, temperature=0.0, max_new_tokens=self.max_new_tokens, key=self.key, batch_size=512)
 
     def judge(self, lm: LM, responses: list[Response], rubric: Rubric, judge: JudgeConfig) -> list[Judgment]:
         """The model's own verdicts on its responses to the first ``judged_prompts`` instructions."""
-        prompts = world.prompts(self.num_prompts, seed=0, held_out=True)[: self.judged_prompts]
+        prompts = world.evaluation_prompts(self.num_prompts)[: self.judged_prompts]
         ids = {prompt.id for prompt in prompts}
         mine = [response for response in responses if response.prompt_id in ids]
         return feedback.judge(lm, prompts, mine, rubric, judge, fold(self.key, "judge"))
 
     def figures(self, responses: list[Response], judgments: list[Judgment], greedy: list[Response]) -> dict[str, Any]:
         """Quality, 0 to 100, with its interval over prompts, the best of the samples, and the judge's agreement."""
-        prompts = world.prompts(self.num_prompts, seed=0, held_out=True)
+        prompts = world.evaluation_prompts(self.num_prompts)
         graded, figures = quality(prompts, responses)
         valid = [score for j in judgments for score in j.scores if score is not None]
         asked = sum(len(j.scores) for j in judgments)
@@ -98,7 +98,7 @@ class ToyQuality:
         """One iteration's figures; the scope keeps the samples."""
         sampled = ToyEvaluation(num_prompts=self.num_prompts, num_samples=self.num_samples)
         responses = scope.records("eval_responses", sampled.sample, lm, of=Response)
-        return quality(world.prompts(self.num_prompts, seed=0, held_out=True), responses)[1]
+        return quality(world.evaluation_prompts(self.num_prompts), responses)[1]
 
 
 def quality(prompts: Sequence[Prompt], responses: Sequence[Response]) -> tuple[dict[str, float], dict[str, Any]]:

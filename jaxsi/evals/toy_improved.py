@@ -26,7 +26,7 @@ class ImprovedEvaluation:
 
     def __call__(self, lm: LM, config: Any, scope: Scope, policy: LM | None, gap_reward: LM) -> dict[str, Any]:
         """One iteration's figures, by the run's ``config.request``; without a policy of ``lm``'s own responses."""
-        prompts = world.prompts(self.num_prompts, seed=0, held_out=True)
+        prompts = world.evaluation_prompts(self.num_prompts)
         sampled = ToyEvaluation(num_prompts=self.num_prompts, num_samples=self.num_samples)
         drafts = scope.records("eval_drafts", sampled.sample, policy or lm, of=Response)
         _, before = quality(prompts, drafts)
@@ -46,6 +46,7 @@ class ImprovedEvaluation:
         changes = list(zip(drafts, responses, strict=True))
         return after | {
             "draft": before["quality"],
+            "draft_by_prompt": before["by_prompt"],
             "copied": sum(a.text == b.text for a, b in changes) / len(changes),
             "edit_distance": sum(metrics.edit_distance(a.text.split(), b.text.split()) for a, b in changes)
             / len(changes),

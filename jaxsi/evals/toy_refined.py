@@ -28,7 +28,7 @@ class RefinedEvaluation:
     def __call__(self, lm: LM, config: Any, scope: Scope, refine: bool) -> dict[str, Any]:
         """One iteration's figures, by the run's ``config.template`` and ``config.critique``; of the first responses
         alone where ``refine`` is False."""
-        prompts = world.prompts(self.num_prompts, seed=0, held_out=True)
+        prompts = world.evaluation_prompts(self.num_prompts)
         sampled = ToyEvaluation(num_prompts=self.num_prompts, num_samples=self.num_samples)
         if not refine or config.refinement_only:
             return quality(prompts, scope.records("eval_responses", sampled.sample, lm, of=Response))[1]

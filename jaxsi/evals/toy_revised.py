@@ -30,7 +30,7 @@ class PolicyEvaluation:
 
     def __call__(self, lm: LM, config: Any, scope: Scope, reviser: LM) -> dict[str, Any]:
         """One iteration's figures. judge_agreement: how often P(keep) orders two responses as the exact grader does."""
-        prompts = world.prompts(self.num_prompts, seed=0, held_out=True)
+        prompts = world.evaluation_prompts(self.num_prompts)
         sampled = ToyEvaluation(num_prompts=self.num_prompts, num_samples=self.num_samples)
         responses = scope.records("eval_responses", sampled.sample, lm, of=Response)
         graded, figures = quality(prompts, responses)

@@ -97,7 +97,8 @@ def pit(cfg: Config, run: Run) -> LM:
     reward_groups = [reward_group(base.tokenizer, pair) for pair in of_rm]
     policy_reward = train_reward(policy, reward_groups, BRADLEY_TERRY, cfg.reward, run.at("policy_reward"))  # r_P
 
-    prompts = [Prompt(id=pair.id, messages=pair.messages) for pair in of_rl]
+    prompts = with_room(base, [Prompt(id=pair.id, messages=pair.messages) for pair in of_rl], cfg)
+    start.value("too_long", lambda: len(of_rl) - len(prompts))
     policy_rl = cfg.learner(
         policy, policy, prompts, policy_rewards(policy_reward, cfg), cfg.policy_rl, run.at("policy_rl")
     )  # M_P^RL
@@ -106,8 +107,8 @@ def pit(cfg: Config, run: Run) -> LM:
     summarise(cfg, run, 0, start, improver, policy_rl, gap_reward)
 
     model, t = improver, 0
-    given = [(x, pair.rejected) for x, pair in zip(prompts, of_rl, strict=True)]
-    given += [(x, pair.chosen) for x, pair in zip(prompts, of_rl, strict=True)]
+    sides = {pair.id: pair for pair in of_rl}
+    given = [(x, sides[x.id].rejected) for x in prompts] + [(x, sides[x.id].chosen) for x in prompts]
     for round, steps in enumerate(cfg.rounds):
         if steps == 0:
             continue
@@ -156,13 +157,19 @@ def policy_rewards(lm: LM, cfg: Config) -> rl.Reward:
     return reward
 
 
+def with_room(lm: LM, prompts: Sequence[Prompt], cfg: Config) -> list[Prompt]:
+    """The prompts after which the policy's context has room for a response."""
+    room = lm.config.max_positions - max(cfg.policy_rl.max_new_tokens, cfg.sampling.max_new_tokens)
+    return [prompt for prompt in prompts if len(render_prompt(lm.tokenizer, prompt.messages)) <= room]
+
+
 def from_policy(cfg: Config, policy: LM, prompts: Sequence[Prompt], it: Scope) -> list[tuple[Prompt, str]]:
-    """References y_ref ~ M_P^RL(. | x)."""
+    """References y_ref ~ M_P^RL(. | x), empty where the token limit cut one off: it has no end to be compared with."""
     sample = lambda part: generate(policy, part, key=it.key("references"), **cfg.sampling.settings)  # noqa: E731
     sampled = it.sharded("references", prompts, sample, of=Response)
     check_sampled_by(policy, sampled)
     policy.release()
-    by_prompt = {response.prompt_id: response.text for response in sampled}
+    by_prompt = {r.prompt_id: r.text if r.finish_reason == "stop" else "" for r in sampled}
     return [(prompt, by_prompt[prompt.id]) for prompt in prompts]
 
 

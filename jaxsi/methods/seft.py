@@ -127,6 +127,7 @@ def seft(cfg: Config, run: Run) -> LM:
         drafts = it.sharded("drafts", prompts, drafter(cfg, round, source, it), of=Response)  # y
         check_sampled_by(source, drafts)
         source.release()
+        del source  # where it is another model than the policy, all of it
         revisions = it.sharded("revisions", prompts, chooser(cfg, round, reviser, drafts, it), of=Revision)  # l, y+
         reviser.release()
         counts = it.value("targets_counts", reviselib.revision_statistics, drafts, revisions, cfg.reviser.template)

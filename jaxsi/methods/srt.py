@@ -25,6 +25,7 @@ from jaxsi.critique import (
     continue_critique,
     improved_responses,
     is_complete,
+    loaded,
     refinement_examples,
     refinement_pairs,
 )
@@ -100,6 +101,7 @@ def srt(cfg: Config, run: Run) -> LM:
     examples = it.records("examples", examples_of, cfg, *learnable, of=SFTExample)
     counts = it.value("examples_counts", lambda: examples_and_counts(cfg, *learnable)[1])
     base.release()
+    loaded.cache_clear()  # a local critic
     model = sft(base, examples, cfg.sft, it)  # M_self
     summarise(cfg, run, 0, it, model, examples=counts)
 

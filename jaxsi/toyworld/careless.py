@@ -2,9 +2,9 @@
 
 A careless response is the correct one with up to four flaws, each as often as ``FLAWS`` says: talk before the items, no
 period, the last item missing, "right" after the items, as if it asked back. What is wrong with it can be seen in the
-response itself, as in the drafts that the papers' revisers, critics and reward models mend: a model of a
-million weights can learn to see it, and to mend it, in a minute. The model in ``careless_model`` is the seed model
-trained on such demonstrations by
+response itself, as in the drafts that the papers' revisers, critics and reward models mend: a model of a million
+weights can learn to see it, and to mend it, in a minute. The model in ``careless_model`` is the seed model trained on
+such demonstrations by
 
     python -m jaxsi.toyworld.careless OUT
 
@@ -26,7 +26,7 @@ from jaxsi.toyworld.world import Task, draw_tasks, grade_task, prompt_of
 
 SHIPPED = Path(__file__).parent / "careless_model"
 # How often each flaw is made.
-FLAWS: dict[str, float] = {"talk": 0.7, "open": 0.7, "short": 0.3, "unsure": 0.5}
+FLAWS: dict[str, float] = {"talk": 0.7, "open": 0.7, "short": 0.3, "unsure": 0.65}
 SLIP = 0.04  # probability that a preference is the wrong way round
 
 
@@ -71,12 +71,12 @@ def preferences(
 def _ranking(task: Task, rng: random.Random, per_prompt: int, least: int, slip: float) -> RankedResponses:
     texts: list[str] = []
     totals: list[float] = []
-    possible = len(FLAWS) - (len(task.answer) == 1)
-    per_prompt = min(per_prompt, possible + 1 - least)
+    possible = [flaw for flaw in FLAWS if flaw != "short" or len(task.answer) > 1]
+    per_prompt = min(per_prompt, len(possible) + 1 - least)
     while len(totals) < per_prompt or sorted(set(totals), reverse=True) != totals:
         # In an order in which frequent flaws come early, as a rule.
-        flaws = sorted(FLAWS, key=lambda flaw: rng.random() ** (1 / FLAWS[flaw]), reverse=True)
-        counts = sorted(rng.sample(range(least, len(FLAWS) + 1), per_prompt))
+        flaws = sorted(possible, key=lambda flaw: rng.random() ** (1 / FLAWS[flaw]), reverse=True)
+        counts = sorted(rng.sample(range(least, len(possible) + 1), per_prompt))
         texts = [respond(task, flaws[:count]) for count in counts]
         totals = [grade_task(task, text).total for text in texts]
     ranks = list(range(per_prompt))

@@ -6,10 +6,11 @@ from collections.abc import Sequence
 
 import jax
 
-from jaxsi.lm import LM
+from jaxsi.lm import LM, load
 from jaxsi.prompts.reviser import ReviserTemplate
 from jaxsi.records import Prompt, RankedResponses, Response, Revision
 from jaxsi.revise import ReviseConfig, usable
+from jaxsi.sampling import generate
 from jaxsi.toyworld import annotators, careless, world
 
 # The draft stands in the conversation; the words are few, and the model's tokenizer has each of them as one token.
@@ -23,8 +24,31 @@ TEMPLATE = ReviserTemplate(
 
 
 def ranked_responses() -> list[RankedResponses]:
-    """What the reviser learns from: careless responses to 3,072 instructions, four to each, ranked but for slips."""
-    return careless.preferences(3072, 5, per_prompt=4)
+    """What the reviser learns from: four responses of the policy itself to each of 3,072 instructions, ranked but for
+    slips. A reviser that knows nothing of their order writes as the policy does, and so moves it nowhere."""
+    lm = load(careless.SHIPPED, dtype="float32")
+    prompts = world.prompts(3072, seed=5, held_out=False)
+    responses = generate(lm, prompts, num_samples=4, temperature=1.0, top_p=1.0, max_new_tokens=16, batch_size=512)
+    by_prompt: dict[str, list[str]] = {}
+    for response in responses:
+        if response.finish_reason == "stop":
+            by_prompt.setdefault(response.prompt_id, []).append(response.text)
+    rng = random.Random("jaxsi/toyworld/reviser/slips")
+    return [rank_by_grade(p, by_prompt[p.id], rng) for p in prompts if len(by_prompt.get(p.id, ())) > 1]
+
+
+def rank_by_grade(prompt: Prompt, texts: Sequence[str], rng: random.Random) -> RankedResponses:
+    """Ranked by the exact grade, equal grades alike; with probability ``careless.SLIP`` the best and the worst of the
+    ranks change places."""
+    task = world.parse(prompt.text)
+    assert task is not None
+    grades = [world.grade_task(task, text).total for text in texts]
+    order = sorted(set(grades), reverse=True)
+    ranks = [order.index(grade) for grade in grades]
+    if rng.random() < careless.SLIP:
+        last = len(order) - 1
+        ranks = [{0: last, last: 0}.get(rank, rank) for rank in ranks]
+    return RankedResponses(id=prompt.id, messages=prompt.messages, responses=tuple(texts), ranks=tuple(ranks))
 
 
 def coin_ranked_responses() -> list[RankedResponses]:

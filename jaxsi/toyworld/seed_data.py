@@ -63,4 +63,4 @@ def permuted_judge(
 
 def toy_held_out() -> list[Prompt]:
     """The instructions that the evaluation asks."""
-    return world.prompts(500, seed=0, held_out=True)
+    return world.evaluation_prompts(500)

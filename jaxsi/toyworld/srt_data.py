@@ -11,7 +11,7 @@ from jaxsi.toyworld import world
 
 def srt_prompts() -> list[Prompt]:
     """Instructions, none held out: the critic's, then stage 2's."""
-    return world.prompts(7168, seed=5, held_out=False)
+    return world.prompts(11264, seed=5, held_out=False)
 
 
 def exact_scores(

@@ -333,6 +333,11 @@ def prompt_of(task: Task) -> Prompt:
     return Prompt.of(f"toy-{task.family}-{hashlib.sha256(text.encode()).hexdigest()[:12]}", text)
 
 
+def evaluation_prompts(n: int) -> list[Prompt]:
+    """The held-out instructions of every evaluation: new ones, by which no setting of a config was chosen."""
+    return prompts(n, seed=20, held_out=True)
+
+
 def tasks(n: int, seed: int, held_out: bool) -> list[Task]:
     """`n` tasks with different instructions, all held out or all not, the families in turn."""
     return draw_tasks(n, random.Random(f"jaxsi/toyworld/prompts/{seed}/{held_out}"), held_out)

@@ -2,6 +2,7 @@
 
 import itertools
 import random
+import statistics
 
 import jax
 import pytest
@@ -178,8 +179,9 @@ def test_the_shipped_model_answers_carelessly():
     prompts = {prompt.id: prompt.text for prompt in asked}
     responses = generate(lm, asked, temperature=0.7, top_p=0.9, max_new_tokens=24, key=jax.random.key(0), batch_size=40)
     assert len(responses) == 40 and all(response.finish_reason == "stop" for response in responses)
-    grades = [10 * world.grade(prompts[r.prompt_id], r.text).total for r in responses]
-    assert 65 < sum(grades) / len(grades) < 90
+    quality = statistics.mean(world.grade(prompts[r.prompt_id], r.text).total for r in responses)
+    learnt = statistics.mean(world.grade(d.messages[-1]["content"], d.response).total for d in demonstrations(500, 0))
+    assert quality == pytest.approx(learnt, abs=0.8), "a temperature of 0.7 makes the frequent flaws more frequent"
     talks = sum(r.text.startswith("Sure thing: ") for r in responses) / len(responses)
     assert 0.4 < talks < 0.98
     known = sum(bool(may_have(world.parse(prompts[r.prompt_id]).answer, r.text)) for r in responses)

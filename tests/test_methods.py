@@ -29,6 +29,7 @@ from jaxsi.train import TrainConfig
 
 ROOT = Path(__file__).parents[1]
 LN2 = math.log(2)
+DPO_STEP_0 = {"preference_loss": LN2, "margin": 0.0, "chosen_shift": 0.0}  # DPO, whatever its likelihood term
 ON_POLICY = {"ratio": 1.0, "kl": 0.0, "kl_k3": 0.0, "clipped": 0.0}
 
 
@@ -43,8 +44,8 @@ class Method(NamedTuple):
 
 METHODS = {
     "self_rewarding": Method(("sft_baseline/sft", "iter_1/eft_judgments", "iter_2/prompts", "iter_2/candidates",
-                              "iter_2/judgments", "iter_2/dpo"), {"iter_2": {"loss": LN2}}, "judging"),
-    "srt": Method(("iter_0/sft", "iter_1/drafts", "iter_1/critiques", "iter_1/dpo"), {"iter_1": {"loss": LN2}},
+                              "iter_2/judgments", "iter_2/dpo"), {"iter_2": DPO_STEP_0}, "judging"),
+    "srt": Method(("iter_0/sft", "iter_1/drafts", "iter_1/critiques", "iter_1/dpo"), {"iter_1": DPO_STEP_0},
                   "direction"),
     "seft": Method(("warm_reviser/sft", "reviser/labels", "reviser/sft", "iter_1/revisions", "iter_1/sft"), {},
                    "reviser"),
@@ -52,7 +53,7 @@ METHODS = {
                   {"gap_reward": {"loss": 5 * LN2}, "policy_reward": {"loss": LN2}, "policy_rl": ON_POLICY,
                    "iter_1": ON_POLICY, "iter_2": {"ratio": 1.0, "clipped": 0.0}}, "rewarding"),
     "spin": Method(("iter_1/responses", "iter_1/dpo", "iter_2/responses"),
-                   {"iter_1": {"loss": LN2}, "iter_2": {"loss": LN2}}, None),
+                   {"iter_1": DPO_STEP_0, "iter_2": DPO_STEP_0}, None),
 }  # fmt: skip
 # One worker has all tests of a method, so that it runs the method but once.
 LINES = {name: pytest.param(name, marks=pytest.mark.xdist_group(name)) for name in METHODS}

@@ -51,7 +51,7 @@ def plot(value: Mapping[str, Any], files: Sequence[Path]) -> None:
         base = next((arm["base"] for arm in arms if arm["base"] is not None), None)
         if base is not None:
             axis.axhline(base, color="#888888", linewidth=1, zorder=0)
-        ticks = next(arm["iterations"] for arm in value["arms"] if arm["method"] == method)
+        ticks = max((arm["iterations"] for arm in arms), key=len)  # an arm may stop early
         axis.set_xticks(range(len(ticks)), [str(entry["iteration"]) for entry in ticks])
         axis.set_xlim(-0.35, len(ticks) - 0.65)
         axis.set_title(TITLES.get(method, method), fontsize=11)
@@ -67,7 +67,8 @@ def plot(value: Mapping[str, Any], files: Sequence[Path]) -> None:
     ]
     if any(arm["base"] is not None for arm in value["arms"]):
         handles.append(pyplot.Line2D([], [], color="#888888", linewidth=1, label="model as given"))
-    figure.legend(handles=handles, loc="outside lower center", ncols=len(handles), frameon=False, fontsize=9)
+    columns = min(len(handles), len(methods))  # a label is no wider than a panel
+    figure.legend(handles=handles, loc="outside lower center", ncols=columns, frameon=False, fontsize=9)
     for file in files:
         figure.savefig(file, dpi=160)
     pyplot.close(figure)

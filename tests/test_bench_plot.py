@@ -45,6 +45,15 @@ def test_what_is_not_there_has_no_legend(tmp_path):
     assert "control" not in svg and "exact grader" not in svg and "model as given" not in svg
 
 
+def test_nothing_is_cut_off_at_the_sides(tmp_path):
+    pyplot = pytest.importorskip("matplotlib.pyplot")
+    pit = [arm("pit", name, [10.0, 20.0, 30.0], 9.0) for name in (METHOD, CONTROL, EXACT)]
+    for arms in (pit, [*pit, arm("srt", METHOD, [10.0, 20.0], None)], VALUE["arms"]):
+        plot({"arms": arms}, [tmp_path / "methods.png"])
+        pixels = pyplot.imread(tmp_path / "methods.png")[..., :3]
+        assert (pixels[:, [0, -1]] == 1).all() and not (pixels == 1).all()
+
+
 def test_without_matplotlib_it_says_what_to_install(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     with pytest.raises(PlotError, match=r"pip install 'jaxsi\[plots\]'"):

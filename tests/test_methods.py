@@ -199,16 +199,6 @@ def same_direction(a: np.ndarray, b: np.ndarray) -> float:
     return float(a @ b / (np.linalg.norm(a) * np.linalg.norm(b)))
 
 
-@each_method
-@pytest.mark.parametrize(
-    "mesh", [MeshConfig(data=2, fsdp=2, tensor=2), MeshConfig(data=1, fsdp=8, tensor=1)], ids=["2x2x2", "1x8x1"]
-)
-def test_a_run_does_not_know_the_mesh(name, mesh, done, tmp_path):
-    cfg = dataclasses.replace(load_config(micro(name)), mesh=mesh, evaluate=None)
-    other = run_in_process(cfg, tmp_path / "run")
-    assert same_direction(update(cfg, done(name)), update(cfg, other)) > 0.98
-
-
 def with_training(cfg: Any, **changes: Any) -> Any:
     """The config with ``changes`` in each TrainConfig and RLConfig inside it."""
     if isinstance(cfg, TrainConfig | RLConfig):
@@ -219,9 +209,18 @@ def with_training(cfg: Any, **changes: Any) -> Any:
 
 
 @each_method
-def test_remat_and_accumulation_change_nothing(name, done, tmp_path):
-    cfg = dataclasses.replace(load_config(micro(name)), mesh=MeshConfig(data=1, fsdp=8, tensor=1), evaluate=None)
-    other = run_in_process(with_training(cfg, remat=True, accumulate=2), tmp_path / "run")
+@pytest.mark.parametrize(
+    ("mesh", "training"),
+    [
+        pytest.param(MeshConfig(data=2, fsdp=2, tensor=2), {}, id="2x2x2"),
+        pytest.param(
+            MeshConfig(data=1, fsdp=8, tensor=1), {"remat": True, "accumulate": 2}, id="1x8x1 remat accumulate"
+        ),
+    ],
+)
+def test_meshes_remat_and_accumulation_change_nothing(name, mesh, training, done, tmp_path):
+    cfg = dataclasses.replace(load_config(micro(name)), mesh=mesh, evaluate=None)
+    other = run_in_process(with_training(cfg, **training), tmp_path / "run")
     assert same_direction(update(cfg, done(name)), update(cfg, other)) > 0.98
 
 

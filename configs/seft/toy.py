@@ -2,8 +2,8 @@
 
     jaxsi run configs/seft/toy.py
 
-Hardware: 2 CPU cores, 3 GB of memory, about 3 minutes. Expected: exact quality of the policy's responses from
-about START to about END.
+Hardware: 2 CPU cores, 3 GB of memory, about 2 minutes. Expected: exact quality of the policy's responses from
+about 64 to about 81.
 """
 
 from jaxsi.evals.toy_revised import PolicyEvaluation, ReviserEvaluation

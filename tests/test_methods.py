@@ -138,6 +138,7 @@ def done(tmp_path_factory, environment):
     return run_of
 
 
+@pytest.mark.slow
 @each_method
 def test_killed_in_any_stage_it_ends_the_same(name, done, tmp_path, environment):
     directory = tmp_path / "killed"

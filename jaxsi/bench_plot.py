@@ -51,7 +51,7 @@ def plot(value: Mapping[str, Any], files: Sequence[Path]) -> None:
         base = next((arm["base"] for arm in arms if arm["base"] is not None), None)
         if base is not None:
             axis.axhline(base, color="#888888", linewidth=1, zorder=0)
-        ticks = max((arm["iterations"] for arm in arms), key=len)  # an arm may stop early
+        ticks = max([arm["iterations"] for arm in arms], key=lambda lines: len(lines))  # an arm may stop early
         axis.set_xticks(range(len(ticks)), [str(entry["iteration"]) for entry in ticks])
         axis.set_xlim(-0.35, len(ticks) - 0.65)
         axis.set_title(TITLES.get(method, method), fontsize=11)

@@ -47,17 +47,11 @@ def bench_methods(directory: Path, arms: Sequence[Arm], made_by: Mapping[str, st
     prompts. ``made_by`` says how the table came to be: command, commit, versions.
     """
     runs = [(arm, seed) for arm in arms for seed in arm.seeds]
+    commit = (made_by or {}).get("commit")
     for number, (arm, seed) in enumerate(runs, start=1):
-        source = next((a for a in arms if (a.method, a.name) == (arm.method, METHOD) and seed in a.seeds), None)
+        finished = (a for a in arms if a is not arm and (a.method, a.name) == (arm.method, METHOD) and seed in a.seeds)
         label = f"[{number}/{len(runs)}] {arm.method}, {arm.name}, seed {seed}"
-        _run(
-            directory,
-            arm,
-            seed,
-            None if source is None or source is arm else source,
-            label,
-            (made_by or {}).get("commit"),
-        )
+        _run(directory, arm, seed, next(finished, None), label, commit)
     rows = [_measured(directory, arm) for arm in arms]
     commits = {str(json.loads((_folder(directory, *of) / "summary.json").read_text()).get("commit")) for of in runs}
     told = dict(made_by or {}) | ({"commit": ", ".join(sorted(commits))} if made_by else {})

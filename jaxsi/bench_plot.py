@@ -36,7 +36,8 @@ def plot(value: Mapping[str, Any], files: Sequence[Path]) -> None:
         1, len(methods), figsize=(3.1 * len(methods) + 0.4, 3.6), sharey=True, squeeze=False, layout="constrained"
     )
     for axis, method in zip(axes[0], methods, strict=True):
-        arms = [arm for arm in value["arms"] if arm["method"] == method and arm["arm"] in STYLES]
+        of_method = [arm for arm in value["arms"] if arm["method"] == method]
+        arms = [arm for arm in of_method if arm["arm"] in STYLES]
         for offset, arm in enumerate(arms):
             color, marker, line, _ = STYLES[arm["arm"]]
             lines = arm["iterations"]
@@ -51,7 +52,7 @@ def plot(value: Mapping[str, Any], files: Sequence[Path]) -> None:
         base = next((arm["base"] for arm in arms if arm["base"] is not None), None)
         if base is not None:
             axis.axhline(base, color="#888888", linewidth=1, zorder=0)
-        ticks = max([arm["iterations"] for arm in arms], key=lambda lines: len(lines))  # an arm may stop early
+        ticks = max([arm["iterations"] for arm in of_method], key=lambda lines: len(lines))  # an arm may stop early
         axis.set_xticks(range(len(ticks)), [str(entry["iteration"]) for entry in ticks])
         axis.set_xlim(-0.35, len(ticks) - 0.65)
         axis.set_title(TITLES.get(method, method), fontsize=11)

@@ -136,7 +136,7 @@ def test_the_table_to_read(tmp_path, calls):
 
 
 def test_the_figure_is_drawn(tmp_path, calls):
-    pytest.importorskip("matplotlib")
+    pytest.importorskip("matplotlib", reason="plots need matplotlib: pip install 'jaxsi[plots]'")
     from jaxsi.bench_plot import plot
 
     value = bench.bench_methods(tmp_path, [METHOD, CONTROL])

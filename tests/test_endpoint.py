@@ -27,7 +27,7 @@ from jaxsi.prompts.critique import CritiqueTemplate
 from jaxsi.records import Critique, Prompt, Response
 from jaxsi.toyworld.careless import SHIPPED
 
-pytest.importorskip("openai")
+pytest.importorskip("openai", reason="the endpoint critic needs openai: pip install 'jaxsi[endpoint]'")
 
 ROOT = Path(__file__).parents[1]
 KEY = "sk-a-secret-of-this-test"

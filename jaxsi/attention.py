@@ -1,11 +1,18 @@
 """Attention over whole sequences and over a cache. Dimension letters as in model.py."""
 
+import functools
 import math
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
+
+from jaxsi import fused_attention, mesh as meshlib
+from jaxsi.products import settle
 
 QUERY_TILE = 512  # queries whose scores exist at a time: memory grows with T, not with T squared
+UNSEEN = -1e30  # the score of a key that is not seen; finite, for the padded queries of the last tile see none
 
 
 def attend(q_BTHC: jax.Array, k_BKSC: jax.Array, v_BKSC: jax.Array, mask_BTS: jax.Array) -> jax.Array:
@@ -19,6 +26,31 @@ def attend(q_BTHC: jax.Array, k_BKSC: jax.Array, v_BKSC: jax.Array, mask_BTS: ja
     return jnp.einsum("BKGTS,BKSC->BTKGC", shares_BKGTS, v_BKSC).reshape(B, T, H, C)
 
 
+def attend_last(q_BHC: jax.Array, k_BKSC: jax.Array, v_BKSC: jax.Array, mask_BS: jax.Array) -> jax.Array:
+    """``attend`` for one query a row -> [B, H, C]. Keys and values are read where they lie: written with a query axis
+    of length 1, XLA copies both into another layout in every step."""
+    B, H, C = q_BHC.shape
+    K = k_BKSC.shape[1]
+    q_BKGC = q_BHC.reshape(B, K, H // K, C)
+
+    def multiplied(q_BKGC: jax.Array, k_BKSC: jax.Array, v_BKSC: jax.Array) -> jax.Array:
+        scores_BKGS = jnp.sum(q_BKGC[:, :, :, None] * k_BKSC[:, :, None], axis=-1)
+        return jnp.sum(shares(scores_BKGS)[..., None] * v_BKSC[:, :, None], axis=3)
+
+    def contracted(q_BKGC: jax.Array, k_BKSC: jax.Array, v_BKSC: jax.Array) -> jax.Array:
+        scores_BKGS = jnp.einsum("BKGC,BKSC->BKGS", q_BKGC, k_BKSC, preferred_element_type=jnp.float32)
+        return jnp.einsum("BKGS,BKSC->BKGC", shares(scores_BKGS), v_BKSC)
+
+    def shares(scores_BKGS: jax.Array) -> jax.Array:
+        scores_BKGS = jnp.where(mask_BS[:, None, None], scores_BKGS / math.sqrt(C), -jnp.inf)
+        return jax.nn.softmax(scores_BKGS, axis=-1).astype(v_BKSC.dtype)
+
+    # Products of few rows are slow on processors in float32.
+    on_cpu = multiplied if q_BHC.dtype == jnp.float32 else contracted
+    attended_BKGC = jax.lax.platform_dependent(q_BKGC, k_BKSC, v_BKSC, cpu=on_cpu, default=contracted)
+    return attended_BKGC.reshape(B, H, C)
+
+
 def attend_causally(
     q_BTHC: jax.Array,
     k_BKSC: jax.Array,
@@ -27,29 +59,125 @@ def attend_causally(
     positions_BT: jax.Array,
     window: jax.Array | int,
     *,
+    lengths_B: jax.Array | None = None,
+    mesh: Mesh | None = None,
     tile: int = QUERY_TILE,
 ) -> jax.Array:
     """Attention [B, T, H, C] of sequences to themselves (S = T): each token sees its own segment up to itself, at most
-    ``window`` positions back. Padding is a segment of its own (id 0).
+    ``window`` positions back. Padding is a segment of its own (id 0); what comes out there is not defined.
 
-    More than ``tile`` queries go through in tiles, each recomputed in the backward pass.
+    On a mesh of TPUs it is Splash attention, on one of GPUs cuDNN's, where these take the shapes and the window is
+    known as an ``int``; else, and without a mesh, it is XLA's, more than ``tile`` queries in tiles. The mesh decides,
+    not the backend: programs for other machines are compiled ahead of time. No path keeps the scores for the backward
+    pass.
+
+    Args:
+      positions_BT: count up by one within a segment.
+      lengths_B: int32, where no row holds more than one segment: its tokens, with padding behind them. cuDNN has no
+        segments and is used only with these.
     """
-    T = q_BTHC.shape[1]
+    if mesh is not None and isinstance(window, int) and fused_attention.divides(q_BTHC, k_BKSC, mesh):
+        platform = meshlib.platform(mesh)
+        if platform == "tpu" and fused_attention.splash_takes(q_BTHC):
+            splash = functools.partial(fused_attention.splash, window=window)
+            return fused_attention.on_mesh(splash, mesh)(q_BTHC, k_BKSC, v_BKSC, segments_BT)
+        if platform == "gpu" and lengths_B is not None and fused_attention.cudnn_takes(q_BTHC, window):
+            return fused_attention.on_mesh(fused_attention.cudnn, mesh)(q_BTHC, k_BKSC, v_BKSC, lengths_B)
+    B, T, H, C = q_BTHC.shape
+    K = k_BKSC.shape[1]
+    tile = min(tile, T)
+    padded = -(-T // tile) * tile
+    places = _Places(segments_BT, positions_BT, jnp.asarray(window, jnp.int32))
+    q_BKTGC = q_BTHC.reshape(B, T, K, H // K, C).swapaxes(1, 2)
+    q_BKTGC = jnp.pad(q_BKTGC, ((0, 0), (0, 0), (0, padded - T), (0, 0), (0, 0)))
+    attended_BKTGC = _attend(q_BKTGC, k_BKSC, v_BKSC, places, tile)
+    return attended_BKTGC[:, :, :T].swapaxes(1, 2).reshape(B, T, H, C)
 
-    def attend_from(start: jax.Array | int, size: int) -> jax.Array:
-        cut = lambda x: jax.lax.dynamic_slice_in_dim(x, start, size, axis=1)  # noqa: E731
-        same_BTS = cut(segments_BT)[:, :, None] == segments_BT[:, None, :]
-        distance_BTS = cut(positions_BT)[:, :, None] - positions_BT[:, None, :]
-        earlier_TS = (start + jnp.arange(size))[:, None] >= jnp.arange(T)[None, :]
-        return attend(cut(q_BTHC), k_BKSC, v_BKSC, same_BTS & earlier_TS[None] & (distance_BTS < window))
 
-    if tile >= T:
-        return attend_from(0, T)
-    whole = T // tile * tile
-    starts = jnp.arange(0, whole, tile)
-    one_tile = jax.checkpoint(lambda _, start: (None, attend_from(start, tile)))
-    _, tiles = jax.lax.scan(one_tile, None, starts)
-    attended_BTHC = tiles.swapaxes(0, 1).reshape(q_BTHC.shape[0], whole, *q_BTHC.shape[2:])
-    if whole == T:
-        return attended_BTHC
-    return jnp.concatenate([attended_BTHC, attend_from(whole, T - whole)], axis=1)
+class _Places(NamedTuple):
+    """Where the tokens are: what decides who sees whom."""
+
+    segments_BS: jax.Array
+    positions_BS: jax.Array
+    window: jax.Array
+
+    def seen_from(self, start: Any, size: int) -> jax.Array:
+        """[B, size, S] bool: which keys the queries from ``start`` on see."""
+        S = self.segments_BS.shape[1]
+        pad = lambda x_BS: jnp.pad(x_BS, ((0, 0), (0, -S % size)))  # noqa: E731
+        cut = lambda x_BS: jax.lax.dynamic_slice_in_dim(pad(x_BS), start, size, axis=1)[:, :, None]  # noqa: E731
+        same_BtS = cut(self.segments_BS) == self.segments_BS[:, None]
+        distance_BtS = cut(self.positions_BS) - self.positions_BS[:, None]
+        earlier_tS = (start + jnp.arange(size))[:, None] >= jnp.arange(S)[None]
+        return same_BtS & earlier_tS[None] & (distance_BtS < self.window)
+
+
+def _over_tiles(step: Any, carry: Any, tiled: Any, tile: int) -> tuple[Any, Any]:
+    """``step(carry, start, tiles)`` over tiles of axis 2 of the arrays ``tiled``, and what it returns, put together."""
+    T = jax.tree.leaves(tiled)[0].shape[2]
+    if tile == T:
+        return step(carry, 0, tiled)
+    split = lambda x: jnp.moveaxis(x.reshape(*x.shape[:2], T // tile, tile, *x.shape[3:]), 2, 0)  # noqa: E731
+    join = lambda x: jnp.moveaxis(x, 0, 2).reshape(*x.shape[1:3], T, *x.shape[4:])  # noqa: E731
+    carry, made = jax.lax.scan(
+        lambda carry, xs: step(carry, *xs), carry, (jnp.arange(0, T, tile), jax.tree.map(split, tiled))
+    )
+    return carry, jax.tree.map(join, made)
+
+
+def _scores(q_BKtGC: jax.Array, k_BKSC: jax.Array, places: _Places, start: Any) -> jax.Array:
+    """[B, K, t, G, S] float32."""
+    B, K, t, G, C = q_BKtGC.shape
+    q_BKTC = q_BKtGC.reshape(B, K, t * G, C)
+    scores_BKTS = jnp.einsum("BKTC,BKSC->BKTS", q_BKTC, k_BKSC, preferred_element_type=jnp.float32) / math.sqrt(C)
+    seen_BtS = settle(places.seen_from(start, t))  # once, not for every head
+    return jnp.where(seen_BtS[:, None, :, None], scores_BKTS.reshape(B, K, t, G, -1), UNSEEN)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
+def _attend(q_BKTGC: jax.Array, k_BKSC: jax.Array, v_BKSC: jax.Array, places: _Places, tile: int) -> jax.Array:
+    """[B, K, T, G, C], by tiles of queries."""
+    return _forward(q_BKTGC, k_BKSC, v_BKSC, places, tile)[0]
+
+
+def _forward(q_BKTGC: jax.Array, k_BKSC: jax.Array, v_BKSC: jax.Array, places: _Places, tile: int) -> Any:
+    def step(_: None, start: Any, q_BKtGC: jax.Array) -> tuple[None, tuple[jax.Array, jax.Array]]:
+        scores_BKtGS = _scores(q_BKtGC, k_BKSC, places, start)
+        mass_BKtG = jax.nn.logsumexp(scores_BKtGS, axis=-1)
+        shares_BKtGS = jax.nn.softmax(scores_BKtGS, axis=-1).astype(v_BKSC.dtype)
+        B, K, t, G, S = shares_BKtGS.shape
+        attended = jnp.einsum("BKTS,BKSC->BKTC", shares_BKtGS.reshape(B, K, t * G, S), v_BKSC)
+        return None, (attended.reshape(q_BKtGC.shape), mass_BKtG)
+
+    _, (attended_BKTGC, mass_BKTG) = _over_tiles(step, None, q_BKTGC, tile)
+    return attended_BKTGC, (q_BKTGC, k_BKSC, v_BKSC, places, attended_BKTGC, mass_BKTG)
+
+
+def _backward(tile: int, saved: Any, by_attended_BKTGC: jax.Array) -> Any:
+    """The gradient of softmax attention: with P the shares and dO that of the output, dV = P' dO, dS = P (dO V' -
+    rowsum(dO O)), dQ = dS K, dK = dS' Q."""
+    q_BKTGC, k_BKSC, v_BKSC, places, attended_BKTGC, mass_BKTG = saved
+    q_BKTGC, k_BKSC, v_BKSC, by_attended_BKTGC = settle((q_BKTGC, k_BKSC, v_BKSC, by_attended_BKTGC))
+    product_BKTG = jnp.sum(attended_BKTGC.astype(jnp.float32) * by_attended_BKTGC.astype(jnp.float32), axis=-1)
+
+    def step(sums: Any, start: Any, tiles: Any) -> Any:
+        q_BKtGC, by_BKtGC, product_BKtG, mass_BKtG = tiles
+        B, K, t, G, C = q_BKtGC.shape
+        flat = lambda x: x.reshape(B, K, t * G, x.shape[-1])  # noqa: E731
+        shares_BKtGS = jnp.exp(_scores(q_BKtGC, k_BKSC, places, start) - mass_BKtG[..., None])
+        by_shares = jnp.einsum("BKTC,BKSC->BKTS", flat(by_BKtGC), v_BKSC, preferred_element_type=jnp.float32)
+        by_scores_BKtGS = shares_BKtGS * (by_shares.reshape(shares_BKtGS.shape) - product_BKtG[..., None])
+        by_scores = flat((by_scores_BKtGS / math.sqrt(C)).astype(q_BKtGC.dtype))
+        by_scores, shares = settle((by_scores, flat(shares_BKtGS.astype(v_BKSC.dtype))))
+        by_q = jnp.einsum("BKTS,BKSC->BKTC", by_scores, k_BKSC)
+        by_k = jnp.einsum("BKTS,BKTC->BKSC", by_scores, flat(q_BKtGC), preferred_element_type=jnp.float32)
+        by_v = jnp.einsum("BKTS,BKTC->BKSC", shares, flat(by_BKtGC), preferred_element_type=jnp.float32)
+        return (sums[0] + by_k, sums[1] + by_v), by_q.reshape(q_BKtGC.shape)
+
+    zeros_BKSC = jnp.zeros(k_BKSC.shape, jnp.float32)
+    tiled = (q_BKTGC, by_attended_BKTGC, product_BKTG, mass_BKTG)
+    (by_k, by_v), by_q = _over_tiles(step, (zeros_BKSC, zeros_BKSC), tiled, tile)
+    return *settle((by_q, by_k.astype(k_BKSC.dtype), by_v.astype(v_BKSC.dtype))), None
+
+
+_attend.defvjp(_forward, _backward)

@@ -25,19 +25,20 @@ class DataError(ValueError):
 
 class TokenBatch(NamedTuple):
     """Token sequences, one or several packed in a row. loss_mask True where a token counts; segments 0 where there is
-    none.
-    """
+    none. ``lengths_B``: the tokens of each row, where every row is one sequence; None where they are packed."""
 
     tokens_BT: Any
     positions_BT: Any
     segments_BT: Any
     loss_mask_BT: Any
+    lengths_B: Any = None
 
 
 class GroupBatch(NamedTuple):
     """Rows of N sequences that are compared: the chosen and the rejected response of a pair (N = 2), each after its
-    prompt, or the four ordered pairs of PIT's gap (N = 4). ``ref_logps_BN`` float32: the reference's summed
-    log-probabilities of the sequences, where the loss has a reference. real_B False for fill."""
+    prompt, or the four ordered pairs of PIT's gap (N = 4). One sequence a row: segments are 1, then 0.
+    ``ref_logps_BN`` float32: the reference's summed log-probabilities of the sequences, where the loss has a reference.
+    real_B False for fill."""
 
     tokens_BNT: Any
     segments_BNT: Any
@@ -164,6 +165,7 @@ def padded(
             positions_BT,
             _fill(batch_size, segments, np.int32),
             _fill(batch_size, masks, bool),
+            _fill(batch_size, [np.asarray(len(sequences[i].tokens), np.int32) for i in chosen], np.int32),
         )
 
     return Batches(_bucketed(sizes, batch_size, epochs, seed), collate, mesh)

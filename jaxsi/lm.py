@@ -73,21 +73,27 @@ class LM:
 def for_sampling(lm: LM) -> Weights:
     """The one place where weights move from the training layout to the sampling layout."""
 
-    return _mover(lm.config, lm.mesh, jnp.dtype(lm.dtype))(lm.weights)
+    return sampling_mover(lm.config, lm.mesh, jnp.dtype(lm.dtype))(lm.weights)
+
+
+def sampling_layout(config: ModelConfig, mesh: Mesh) -> Weights:
+    """The sharding of every weight while sampling, the layers unstacked."""
+    rules = meshlib.SAMPLING_RULES
+    layers = model.parameters(config)["layers"]
+    one_layer = {name: meshlib.sharding(mesh, p.axes[1:], rules) for name, p in layers.items()}
+    return model.weight_shardings(config, mesh, rules) | {"layers": [one_layer] * config.num_layers}
 
 
 @functools.lru_cache(
     maxsize=8
 )  # jit knows programs by the function's identity: a new closure a model would compile again
-def _mover(config: ModelConfig, mesh: Mesh, dtype: Any) -> Callable[[Weights], Weights]:
+def sampling_mover(config: ModelConfig, mesh: Mesh, dtype: Any) -> Callable[[Weights], Weights]:
+    """The program that makes sampling weights of the canonical ones."""
+
     def move(weights: Weights) -> Weights:
         return model.unstack(jax.tree.map(lambda w: w.astype(dtype), weights), config.num_layers)
 
-    rules = meshlib.SAMPLING_RULES
-    layers = model.parameters(config)["layers"]
-    one_layer = {name: meshlib.sharding(mesh, p.axes[1:], rules) for name, p in layers.items()}
-    layout = model.weight_shardings(config, mesh, rules) | {"layers": [one_layer] * config.num_layers}
-    return jax.jit(move, out_shardings=layout)
+    return jax.jit(move, out_shardings=sampling_layout(config, mesh))
 
 
 @jax.jit

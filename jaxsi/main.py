@@ -25,6 +25,9 @@ COMMANDS = {
     "improve best-of-n": ("jaxsi.commands.improve", "best", "take the best of several responses"),
     "eval toy": ("jaxsi.commands.evaluate", "toy", "exact quality on the embedded world"),
     "export": ("jaxsi.commands.models", "export", "write a Hugging Face folder"),
+    "bench generate": ("jaxsi.commands.speed", "generate", "speed of generation"),
+    "bench score": ("jaxsi.commands.speed", "score", "speed of scoring"),
+    "bench train": ("jaxsi.commands.speed", "train", "speed of training"),
     "bench methods": ("jaxsi.commands.bench", "methods", "the table of arms x seeds on the embedded world"),
 }
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 AXES = ("data", "fsdp", "tensor")
 
@@ -87,6 +87,14 @@ def axis_size(mesh: Mesh, axis: str, rules: Rules = TRAINING_RULES) -> int:
     names = rules[axis]
     names = () if names is None else (names,) if isinstance(names, str) else names
     return int(np.prod([mesh.shape[name] for name in names], dtype=int))
+
+
+def platform(mesh: Mesh | AbstractMesh) -> str:
+    """ "cpu", "gpu" or "tpu": of the devices of the mesh, which another machine may have. A mesh without devices, on
+    which programs are only lowered, counts as "cpu"."""
+    if isinstance(mesh, AbstractMesh):
+        return "cpu"
+    return mesh.devices.flat[0].platform
 
 
 def fetch(tree: Any) -> Any:

@@ -12,17 +12,19 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import Mesh
 
-from jaxsi import mesh as meshlib
-from jaxsi.attention import attend, attend_causally
+from jaxsi import head, mesh as meshlib
+from jaxsi.attention import attend_causally
+from jaxsi.products import PRODUCT, multiply
 
 Weights = dict[str, Any]
+Remat = Literal["none", "products", "full"]
 NO_WINDOW = 2**30  # a window longer than any text: full attention
 
 
@@ -274,13 +276,19 @@ def rotate(x_BTHC: jax.Array, positions_BT: jax.Array, config: ModelConfig) -> j
     return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x_BTHC.dtype)
 
 
-def _qkv(
+def _project(h_BTD: jax.Array, w_DHC: jax.Array) -> jax.Array:
+    """Heads [B, T, H, C], as one product of matrices."""
+    D, H, C = w_DHC.shape
+    return multiply(h_BTD, w_DHC.reshape(D, H * C)).reshape(*h_BTD.shape[:2], H, C)
+
+
+def qkv(
     layer: Weights, config: ModelConfig, x_BTD: jax.Array, positions_BT: jax.Array
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Queries [B, T, H, C] and keys and values [B, K, T, C] of one layer, rotated."""
     dtype = x_BTD.dtype
     h_BTD = rms_norm(x_BTD, layer["attention_norm"], config.norm_eps)
-    q, k, v = (jnp.einsum("BTD,DHC->BTHC", h_BTD, layer[name].astype(dtype)) for name in "qkv")
+    q, k, v = (_project(h_BTD, layer[name].astype(dtype)) for name in "qkv")
     if config.qkv_bias:
         q, k, v = (x + layer[f"{name}_bias"].astype(dtype)[None, None] for x, name in ((q, "q"), (k, "k"), (v, "v")))
     if config.qk_norm:
@@ -289,22 +297,23 @@ def _qkv(
     return q, k.swapaxes(1, 2), v.swapaxes(1, 2)
 
 
-def _after_attention(layer: Weights, config: ModelConfig, x_BTD: jax.Array, attended_BTHC: jax.Array) -> jax.Array:
+def after_attention(layer: Weights, config: ModelConfig, x_BTD: jax.Array, attended_BTHC: jax.Array) -> jax.Array:
     """Output projection, residual and the gated MLP."""
     dtype = x_BTD.dtype
-    x_BTD = x_BTD + jnp.einsum("BTHC,HCD->BTD", attended_BTHC, layer["o"].astype(dtype))
+    B, T, H, C = attended_BTHC.shape
+    x_BTD = x_BTD + multiply(attended_BTHC.reshape(B, T, H * C), layer["o"].astype(dtype).reshape(H * C, -1))
     if config.o_bias:
         x_BTD = x_BTD + layer["o_bias"].astype(dtype)[None, None]
     h_BTD = rms_norm(x_BTD, layer["mlp_norm"], config.norm_eps)
-    h_BTF = jax.nn.silu(h_BTD @ layer["gate"].astype(dtype)) * (h_BTD @ layer["up"].astype(dtype))
-    return x_BTD + h_BTF @ layer["down"].astype(dtype)
+    gate_BTF, up_BTF = (multiply(h_BTD, layer[name].astype(dtype)) for name in ("gate", "up"))
+    return x_BTD + multiply(jax.nn.silu(gate_BTF) * up_BTF, layer["down"].astype(dtype))
 
 
-def _windows(config: ModelConfig) -> list[int]:
+def windows(config: ModelConfig) -> list[int]:
     return [NO_WINDOW if w is None else w for w in config.windows or (None,) * config.num_layers]
 
 
-def _embed(weights: Weights, tokens: jax.Array, dtype: Any) -> jax.Array:
+def embed(weights: Weights, tokens: jax.Array, dtype: Any) -> jax.Array:
     return weights["embed"][tokens].astype(dtype)
 
 
@@ -318,38 +327,58 @@ def hidden_states(
     positions_BT: jax.Array | None = None,
     segments_BT: jax.Array | None = None,
     *,
+    lengths_B: jax.Array | None = None,
     dtype: Any = jnp.float32,
-    remat: bool = False,
+    remat: Remat = "none",
     mesh: Mesh | None = None,
 ) -> jax.Array:
     """Normalised last hidden states [B, T, D] of whole sequences, from stacked weights.
 
+    Rows hold one sequence each, with padding behind it (give ``lengths_B``: fused attention on GPU needs them), or
+    several (give positions and segments), or T tokens of one (give neither). Fused attention on TPU and GPU has static
+    windows: layers whose windows differ go through XLA's.
+
     Args:
-      tokens_BT: int32. positions_BT: int32, default 0, 1, ...; segments_BT: int32, default all 1; tokens see only their
-        own segment, and padding has the segment 0.
+      tokens_BT: int32. positions_BT: int32, default 0, 1, ...; segments_BT: int32; tokens see only their own segment,
+        and padding has the segment 0. lengths_B: int32, with segments only where these say the same.
       dtype: of the computation; norms, softmax and rotations are in float32.
-      remat: recompute each layer in the backward pass, in place of keeping its activations.
+      remat: what the backward pass computes again, in place of keeping it: nothing; all of a layer but its products
+        with weights; or all of it.
     """
     B, T = tokens_BT.shape
+    columns_BT = jnp.broadcast_to(jnp.arange(T, dtype=jnp.int32), (B, T))
     if positions_BT is None:
-        positions_BT = jnp.broadcast_to(jnp.arange(T, dtype=jnp.int32), (B, T))
+        positions_BT = columns_BT
     if segments_BT is None:
         segments_BT = jnp.ones((B, T), jnp.int32)
+        if lengths_B is not None:
+            segments_BT = (columns_BT < lengths_B[:, None]).astype(jnp.int32)
+    windows_L = windows(config)
+    one_window = len(set(windows_L)) == 1
 
     def place(x_BTD: jax.Array) -> jax.Array:
         return x_BTD if mesh is None else meshlib.constrain(x_BTD, mesh, ("batch", "sequence", None))
 
     def block(x_BTD: jax.Array, layer_and_window: tuple[Weights, jax.Array]) -> tuple[jax.Array, None]:
         layer, window = layer_and_window
-        q_BTHC, k_BKSC, v_BKSC = _qkv(layer, config, x_BTD, positions_BT)
-        attended_BTHC = attend_causally(q_BTHC, k_BKSC, v_BKSC, segments_BT, positions_BT, window)
-        return place(_after_attention(layer, config, x_BTD, attended_BTHC)), None
+        q_BTHC, k_BKSC, v_BKSC = qkv(layer, config, x_BTD, positions_BT)
+        attended_BTHC = attend_causally(
+            q_BTHC, k_BKSC, v_BKSC, segments_BT, positions_BT, windows_L[0] if one_window else window,
+            lengths_B=lengths_B, mesh=mesh,
+        )  # fmt: skip
+        return place(after_attention(layer, config, x_BTD, attended_BTHC)), None
 
-    if remat:
-        block = jax.checkpoint(block)
-    x_BTD = place(_embed(weights, tokens_BT, dtype))
-    windows_L = jnp.asarray(_windows(config), jnp.int32)
-    x_BTD, _ = jax.lax.scan(block, x_BTD, (weights["layers"], windows_L))
+    match remat:
+        case "full":
+            block = jax.checkpoint(block)
+        case "products":
+            block = jax.checkpoint(block, policy=jax.checkpoint_policies.save_only_these_names(PRODUCT))
+        case "none":
+            pass
+        case _:
+            raise ModelError(f"remat is {remat!r}; it is one of {', '.join(get_args(Remat))}")
+    x_BTD = place(embed(weights, tokens_BT, dtype))
+    x_BTD, _ = jax.lax.scan(block, x_BTD, (weights["layers"], jnp.asarray(windows_L, jnp.int32)))
     return rms_norm(x_BTD, weights["final_norm"], config.norm_eps)
 
 
@@ -358,138 +387,83 @@ def logits(weights: Weights, config: ModelConfig, hidden: jax.Array) -> jax.Arra
 
     Raises: ModelError for a model with a scalar head.
     """
+    _check_text_head(config)
+    return jnp.matmul(hidden, _head(weights, config, hidden.dtype), preferred_element_type=jnp.float32)
+
+
+def _check_text_head(config: ModelConfig) -> None:
     if config.scalar_head:
         raise ModelError("this model has a scalar head (a reward or value model): it writes and scores no text")
-    head = (weights["embed"].T if config.tie_embeddings else weights["lm_head"]).astype(hidden.dtype)
-    return jnp.matmul(hidden, head, preferred_element_type=jnp.float32)
+
+
+def _head(weights: Weights, config: ModelConfig, dtype: Any) -> jax.Array:
+    return (weights["embed"].T if config.tie_embeddings else weights["lm_head"]).astype(dtype)
 
 
 def token_logps(
-    weights: Weights, config: ModelConfig, hidden_BTD: jax.Array, targets_BT: jax.Array, *, tile_bytes: int = 2**26
+    weights: Weights,
+    config: ModelConfig,
+    hidden_BTD: jax.Array,
+    targets_BT: jax.Array,
+    *,
+    tile_bytes: int = head.TILE_BYTES,
 ) -> jax.Array:
-    """Log-probability [B, T] float32 of ``targets_BT`` under the untruncated softmax at temperature 1.
-
-    The head runs over tiles of tokens and is recomputed in the backward pass, so that no [B, T, V] ever exists.
+    """Log-probability [B, T] float32 of ``targets_BT`` under the untruncated softmax at temperature 1, by tiles of
+    tokens: no [B, T, V] ever exists.
 
     Args:
-      tile_bytes: the largest float32 tile of logits.
+      tile_bytes: the largest float32 tile of logits, over all devices.
+
+    Raises: ModelError for a model with a scalar head.
     """
-    B, T, D = hidden_BTD.shape
-    most = max(1, tile_bytes // (4 * B * config.vocab_size))
-    # As few tiles as possible, even, padded at the end: T may be prime (a shifted sequence often is). Matrix units like
-    # multiples of 8.
-    step = 8 if 8 <= most < T else 1
-    tiles = max(1, -(-T // (most // step * step)))
-    tile = -(-T // (tiles * step)) * step
-
-    @jax.checkpoint
-    def one_tile(_: None, inputs: tuple[jax.Array, jax.Array]) -> tuple[None, jax.Array]:
-        hidden_BtD, targets_Bt = inputs
-        logits_BtV = logits(weights, config, hidden_BtD)
-        # A masked sum, not a gather: each shard of the vocabulary adds what it holds.
-        is_target_BtV = jnp.arange(config.vocab_size)[None, None] == targets_Bt[..., None]
-        chosen_Bt = jnp.sum(jnp.where(is_target_BtV, logits_BtV, 0.0), axis=-1)
-        return None, chosen_Bt - jax.nn.logsumexp(logits_BtV, axis=-1)
-
-    padding = ((0, 0), (0, tiles * tile - T))
-    hidden_nBtD = jnp.pad(hidden_BTD, (*padding, (0, 0))).reshape(B, tiles, tile, D).swapaxes(0, 1)
-    targets_nBt = jnp.pad(targets_BT, padding).reshape(B, tiles, tile).swapaxes(0, 1)
-    _, logps_nBt = jax.lax.scan(one_tile, None, (hidden_nBtD, targets_nBt))
-    return logps_nBt.swapaxes(0, 1).reshape(B, tiles * tile)[:, :T]
+    _check_text_head(config)
+    matrix_DV = _head(weights, config, hidden_BTD.dtype)
+    return head.logps_and_entropies(hidden_BTD, matrix_DV, targets_BT, tile_bytes=tile_bytes)[0]
 
 
 def sequence_logps(
     weights: Weights,
     config: ModelConfig,
     tokens_BT: jax.Array,
-    positions_BT: jax.Array,
-    segments_BT: jax.Array,
+    positions_BT: jax.Array | None = None,
+    segments_BT: jax.Array | None = None,
     *,
+    lengths_B: jax.Array | None = None,
     dtype: Any,
-    remat: bool = False,
+    remat: Remat = "none",
     mesh: Mesh | None = None,
 ) -> jax.Array:
-    """Log-probability [B, T] float32 of each token given those before it; column 0, which nothing predicts, is 0."""
+    """Log-probability [B, T] float32 of each token given those before it; column 0, which nothing predicts, is 0. Rows
+    as in ``hidden_states``."""
     hidden_BTD = hidden_states(
-        weights, config, tokens_BT, positions_BT, segments_BT, dtype=dtype, remat=remat, mesh=mesh
-    )
+        weights, config, tokens_BT, positions_BT, segments_BT,
+        lengths_B=lengths_B, dtype=dtype, remat=remat, mesh=mesh,
+    )  # fmt: skip
     targets_BT = jnp.roll(tokens_BT, -1, axis=1)
-    return jnp.roll(token_logps(weights, config, hidden_BTD, targets_BT), 1, axis=1).at[:, 0].set(0.0)
+    tile_bytes = head.TILE_BYTES * (1 if mesh is None else mesh.size)
+    logps_BT = token_logps(weights, config, hidden_BTD, targets_BT, tile_bytes=tile_bytes)
+    return jnp.roll(logps_BT, 1, axis=1).at[:, 0].set(0.0)
 
 
 def scalar_values(
     weights: Weights,
     config: ModelConfig,
     tokens_BT: jax.Array,
-    positions_BT: jax.Array,
-    segments_BT: jax.Array,
+    positions_BT: jax.Array | None = None,
+    segments_BT: jax.Array | None = None,
     *,
+    lengths_B: jax.Array | None = None,
     dtype: Any,
-    remat: bool = False,
+    remat: Remat = "none",
     mesh: Mesh | None = None,
 ) -> jax.Array:
-    """The scalar head's number [B, T] float32 at each token, of that token and those before it."""
+    """The scalar head's number [B, T] float32 at each token, of that token and those before it. Rows as in
+    ``hidden_states``."""
     hidden_BTD = hidden_states(
-        weights, config, tokens_BT, positions_BT, segments_BT, dtype=dtype, remat=remat, mesh=mesh
-    )
+        weights, config, tokens_BT, positions_BT, segments_BT,
+        lengths_B=lengths_B, dtype=dtype, remat=remat, mesh=mesh,
+    )  # fmt: skip
     return jnp.einsum("BTD,D->BT", hidden_BTD.astype(jnp.float32), weights["score"].astype(jnp.float32))
-
-
-# ------------------------------------------------------------------------------------------------------------- decoding
-
-Cache = list[tuple[jax.Array, jax.Array]]  # one (keys, values) a layer, each [B, K, S, C]
-
-
-def prefill(
-    weights: Weights, config: ModelConfig, tokens_BT: jax.Array, lengths_B: jax.Array, *, dtype: Any
-) -> tuple[jax.Array, Cache]:
-    """Runs right-padded prompts through unstacked weights.
-
-    Returns the hidden state of each prompt's last token [B, D] and the cache, one column a prompt token.
-    """
-    B, T = tokens_BT.shape
-    positions_BT = jnp.broadcast_to(jnp.arange(T, dtype=jnp.int32), (B, T))
-    segments_BT = (positions_BT < lengths_B[:, None]).astype(jnp.int32)
-    x_BTD = _embed(weights, tokens_BT, dtype)
-    cache: Cache = []
-    for layer, window in zip(weights["layers"], _windows(config), strict=True):
-        q_BTHC, k_BKSC, v_BKSC = _qkv(layer, config, x_BTD, positions_BT)
-        attended_BTHC = attend_causally(q_BTHC, k_BKSC, v_BKSC, segments_BT, positions_BT, window)
-        x_BTD = _after_attention(layer, config, x_BTD, attended_BTHC)
-        cache.append((k_BKSC, v_BKSC))
-    last_BD = jnp.take_along_axis(x_BTD, (lengths_B - 1)[:, None, None], axis=1)[:, 0]
-    return rms_norm(last_BD, weights["final_norm"], config.norm_eps), cache
-
-
-def decode(
-    weights: Weights,
-    config: ModelConfig,
-    tokens_B: jax.Array,
-    positions_B: jax.Array,
-    cache: Cache,
-    column: jax.Array,
-    columns_positions_BS: jax.Array,
-    *,
-    dtype: Any,
-) -> tuple[jax.Array, Cache]:
-    """One token a row through unstacked weights: hidden states [B, D] and the cache with ``column`` written.
-
-    Args:
-      column: int32 scalar, the cache column that all rows write (rows share it: their prompts are right-padded).
-      columns_positions_BS: int32, the text position that each cache column holds; -1 for none.
-    """
-    x_BTD = _embed(weights, tokens_B[:, None], dtype)
-    distance_BS = positions_B[:, None] - columns_positions_BS
-    seen_BS = (columns_positions_BS >= 0) & (distance_BS >= 0)
-    written: Cache = []
-    for layer, window, (k_BKSC, v_BKSC) in zip(weights["layers"], _windows(config), cache, strict=True):
-        q_BTHC, k_new, v_new = _qkv(layer, config, x_BTD, positions_B[:, None])
-        k_BKSC = jax.lax.dynamic_update_slice_in_dim(k_BKSC, k_new.astype(k_BKSC.dtype), column, axis=2)
-        v_BKSC = jax.lax.dynamic_update_slice_in_dim(v_BKSC, v_new.astype(v_BKSC.dtype), column, axis=2)
-        attended_BTHC = attend(q_BTHC, k_BKSC, v_BKSC, (seen_BS & (distance_BS < window))[:, None])
-        x_BTD = _after_attention(layer, config, x_BTD, attended_BTHC)
-        written.append((k_BKSC, v_BKSC))
-    return rms_norm(x_BTD[:, 0], weights["final_norm"], config.norm_eps), written
 
 
 @functools.partial(jax.jit, static_argnames=("config", "dtype"))

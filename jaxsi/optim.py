@@ -20,7 +20,8 @@ def linear(start: float, end: float, steps: int) -> optax.Schedule:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class OptimConfig:
-    """AdamW. ``end_learning_rate`` None keeps the learning rate constant after the warm-up."""
+    """AdamW. ``end_learning_rate`` None keeps the learning rate constant after the warm-up. ``offload`` keeps the
+    moments, two thirds of a training state, in the host's memory between updates."""
 
     learning_rate: float
     end_learning_rate: float | None = None
@@ -31,6 +32,7 @@ class OptimConfig:
     eps: float = 1e-8
     weight_decay: float = 0.0
     clip_norm: float | None = 1.0
+    offload: bool = False
 
     def __post_init__(self) -> None:
         if self.learning_rate <= 0:

@@ -18,7 +18,7 @@ from jaxsi import data, losses, mesh as meshlib, model, train
 from jaxsi.chat import render_prompt, render_response
 from jaxsi.data import GroupBatch, Sequence_
 from jaxsi.lm import LM
-from jaxsi.model import ModelConfig, Weights
+from jaxsi.model import ModelConfig, Remat, Weights
 from jaxsi.pairs import Preference
 from jaxsi.prompts import ask_to_improve
 from jaxsi.records import Message, Response
@@ -97,7 +97,7 @@ class RewardLoss:
     config: ModelConfig
     mesh: Mesh
     dtype: str
-    remat: bool
+    remat: Remat
     objective: Objective
 
     def __call__(self, weights: Weights, batch: GroupBatch) -> tuple[losses.Loss, train.Metrics]:
@@ -124,14 +124,14 @@ def last_values(
     config: ModelConfig,
     mesh: Mesh,
     dtype: Any,
-    remat: bool = False,
+    remat: Remat = "none",
 ) -> jax.Array:
-    """The scalar [B] float32 at the last token of each row, wherever its padding (segment 0) begins."""
-    positions_BT = jnp.broadcast_to(jnp.arange(tokens_BT.shape[1], dtype=jnp.int32), tokens_BT.shape)
+    """The scalar [B] float32 at the last token of each right-padded row, wherever its padding (segment 0) begins."""
+    lengths_B = jnp.sum(segments_BT > 0, axis=-1)
     values_BT = model.scalar_values(
-        weights, config, tokens_BT, positions_BT, segments_BT, dtype=dtype, remat=remat, mesh=mesh
+        weights, config, tokens_BT, lengths_B=lengths_B, dtype=dtype, remat=remat, mesh=mesh
     )
-    last_B = jnp.maximum(jnp.sum(segments_BT > 0, axis=-1) - 1, 0)
+    last_B = jnp.maximum(lengths_B - 1, 0)
     return jnp.take_along_axis(values_BT, last_B[:, None], axis=-1)[:, 0]
 
 

@@ -24,7 +24,7 @@ from jax.sharding import Mesh
 from jaxsi import losses, mesh as meshlib, model, optim, train
 from jaxsi.chat import render_prompt
 from jaxsi.lm import LM, save_checkpoint, tokens_array
-from jaxsi.model import ModelConfig, Weights
+from jaxsi.model import ModelConfig, Remat, Weights
 from jaxsi.optim import OptimConfig
 from jaxsi.progress import progress
 from jaxsi.records import Prompt, Response
@@ -60,7 +60,7 @@ class RLConfig:
     clip: float = 0.2
     cut_off_penalty: float = 1.0
     max_new_tokens: int = 512
-    remat: bool = True
+    remat: Remat = "full"
     dtype: str = "bfloat16"
     checkpoint_every: int = 50
     log_every: int = 1
@@ -116,8 +116,9 @@ class PPOConfig:
 
 
 class RolloutBatch(NamedTuple):
-    """Responses after their prompts. loss_mask True at the response's tokens; ``old_logps_BT``: of the policy that
-    sampled; values and returns are zeros without a value model. A row without a mask is fill, or had no reward."""
+    """Responses after their prompts, one a row: segments are 1, then 0. loss_mask True at the response's tokens;
+    ``old_logps_BT``: of the policy that sampled; values and returns are zeros without a value model. A row without a
+    mask is fill, or had no reward."""
 
     tokens_BT: Any
     segments_BT: Any
@@ -168,10 +169,6 @@ def gae(
 # --------------------------------------------------------------------------------------------------------------- losses
 
 
-def _positions(tokens_BT: jax.Array) -> jax.Array:
-    return jnp.broadcast_to(jnp.arange(tokens_BT.shape[1], dtype=jnp.int32), tokens_BT.shape)
-
-
 @dataclasses.dataclass(frozen=True)
 class PolicyLoss:
     """The clipped policy gradient of a ``RolloutBatch``. Equal fields are one compiled program."""
@@ -179,12 +176,12 @@ class PolicyLoss:
     config: ModelConfig
     mesh: Mesh
     dtype: str
-    remat: bool
+    remat: Remat
     clip: float
 
     def __call__(self, weights: Weights, batch: RolloutBatch) -> tuple[losses.Loss, train.Metrics]:
         logps_BT = model.sequence_logps(
-            weights, self.config, batch.tokens_BT, _positions(batch.tokens_BT), batch.segments_BT,
+            weights, self.config, batch.tokens_BT, lengths_B=jnp.sum(batch.segments_BT, axis=1),
             dtype=jnp.dtype(self.dtype), remat=self.remat, mesh=self.mesh,
         )  # fmt: skip
         mask_BT = batch.loss_mask_BT
@@ -195,11 +192,11 @@ class PolicyLoss:
 
 
 def token_values(
-    weights: Weights, batch: RolloutBatch, *, config: ModelConfig, mesh: Mesh, dtype: str, remat: bool
+    weights: Weights, batch: RolloutBatch, *, config: ModelConfig, mesh: Mesh, dtype: str, remat: Remat
 ) -> jax.Array:
     """The value [B, T] of the text before each token: the scalar head's number one token earlier."""
     values_BT = model.scalar_values(
-        weights, config, batch.tokens_BT, _positions(batch.tokens_BT), batch.segments_BT,
+        weights, config, batch.tokens_BT, lengths_B=jnp.sum(batch.segments_BT, axis=1),
         dtype=jnp.dtype(dtype), remat=remat, mesh=mesh,
     )  # fmt: skip
     return jnp.roll(values_BT, 1, axis=1).at[:, 0].set(0.0)
@@ -212,7 +209,7 @@ class ValueLoss:
     config: ModelConfig
     mesh: Mesh
     dtype: str
-    remat: bool
+    remat: Remat
     clip: float
 
     def __call__(self, weights: Weights, batch: RolloutBatch) -> tuple[losses.Loss, train.Metrics]:
@@ -224,7 +221,7 @@ class ValueLoss:
 @functools.partial(jax.jit, static_argnames=("config", "mesh", "dtype"))
 def _logps(weights: Weights, batch: RolloutBatch, *, config: ModelConfig, mesh: Mesh, dtype: str) -> jax.Array:
     return model.sequence_logps(
-        weights, config, batch.tokens_BT, _positions(batch.tokens_BT), batch.segments_BT,
+        weights, config, batch.tokens_BT, lengths_B=jnp.sum(batch.segments_BT, axis=1),
         dtype=jnp.dtype(dtype), mesh=mesh,
     )  # fmt: skip
 
@@ -402,7 +399,7 @@ def ppo(
     def with_advantages(rollouts: Rollouts, weights: Weights) -> RolloutBatch:
         batch, mask_BT = rollouts.batch, rollouts.batch.loss_mask_BT
         program = functools.partial(
-            _values, weights, config=config_of_value, mesh=value.mesh, dtype=config.dtype, remat=False
+            _values, weights, config=config_of_value, mesh=value.mesh, dtype=config.dtype, remat="none"
         )
         values_BT = np.where(mask_BT, _in_parts(program, batch, config, value.mesh), 0.0)
         rewards_BT = -config.kl_coef * np.where(mask_BT, batch.old_logps_BT - rollouts.ref_logps_BT, 0.0)

@@ -18,12 +18,11 @@ from jaxsi.sampling import bucket
 
 
 @functools.partial(jax.jit, static_argnames=("config", "dtype", "mesh"))
-def _score(
+def score_batch(
     weights: Weights, tokens_BT: jax.Array, lengths_B: jax.Array, *, config: ModelConfig, dtype: Any, mesh: Mesh
 ) -> jax.Array:
-    positions_BT = jnp.broadcast_to(jnp.arange(tokens_BT.shape[1], dtype=jnp.int32), tokens_BT.shape)
-    segments_BT = (positions_BT < lengths_B[:, None]).astype(jnp.int32)
-    return model.sequence_logps(weights, config, tokens_BT, positions_BT, segments_BT, dtype=dtype, mesh=mesh)
+    """Log-probability [B, T] float32 of each token of right-padded rows, given those before it."""
+    return model.sequence_logps(weights, config, tokens_BT, lengths_B=lengths_B, dtype=dtype, mesh=mesh)
 
 
 @functools.partial(jax.jit, static_argnames=("config", "dtype", "mesh"))
@@ -31,9 +30,7 @@ def _next_logps(
     weights: Weights, tokens_BT: jax.Array, lengths_B: jax.Array, *, config: ModelConfig, dtype: Any, mesh: Mesh
 ) -> jax.Array:
     """Log-probabilities [B, V] of the token after each text."""
-    positions_BT = jnp.broadcast_to(jnp.arange(tokens_BT.shape[1], dtype=jnp.int32), tokens_BT.shape)
-    segments_BT = (positions_BT < lengths_B[:, None]).astype(jnp.int32)
-    hidden_BTD = model.hidden_states(weights, config, tokens_BT, positions_BT, segments_BT, dtype=dtype, mesh=mesh)
+    hidden_BTD = model.hidden_states(weights, config, tokens_BT, lengths_B=lengths_B, dtype=dtype, mesh=mesh)
     last_BD = jnp.take_along_axis(hidden_BTD, (lengths_B - 1)[:, None, None], axis=1)[:, 0]
     return jax.nn.log_softmax(model.logits(weights, config, last_BD))
 
@@ -52,7 +49,9 @@ def score_ids(
     _check_lengths(lm, prefixes, rows)
     scored: dict[int, np.ndarray] = {}
     for batch, tokens_BT, lengths_B in rows_on_mesh(lm, rows, batch_size):
-        logps_BT = _score(lm.weights, tokens_BT, lengths_B, config=lm.config, dtype=jnp.dtype(lm.dtype), mesh=lm.mesh)
+        logps_BT = score_batch(
+            lm.weights, tokens_BT, lengths_B, config=lm.config, dtype=jnp.dtype(lm.dtype), mesh=lm.mesh
+        )
         for i, logps_T in zip(batch, meshlib.fetch(logps_BT), strict=False):
             scored[i] = logps_T[len(prefixes[i]) : len(rows[i])].copy()
     return [scored[i] for i in range(len(rows))]

@@ -20,7 +20,7 @@ from jaxsi import checkpoint, data, lm as lmlib, losses, mesh as meshlib, model,
 from jaxsi.data import Batches, GroupBatch, Sequence_, TokenBatch
 from jaxsi.lm import LM
 from jaxsi.losses import PairLogps
-from jaxsi.model import ModelConfig, Weights
+from jaxsi.model import ModelConfig, Remat, Weights
 from jaxsi.optim import OptimConfig
 from jaxsi.progress import progress
 from jaxsi.records import PreferencePair, SFTExample
@@ -49,7 +49,7 @@ class TrainConfig:
     max_steps: int | None = None
     max_length: int = 2048
     min_length: int = 64
-    remat: bool = True
+    remat: Remat = "full"
     dtype: str = "bfloat16"
     checkpoint_every: int = 200
     log_every: int = 10
@@ -110,25 +110,24 @@ class SFTLoss:
     config: ModelConfig
     mesh: Mesh
     dtype: str
-    remat: bool
+    remat: Remat
 
     def __call__(self, weights: Weights, batch: TokenBatch) -> tuple[losses.Loss, Metrics]:
         logps_BT = model.sequence_logps(
             weights, self.config, batch.tokens_BT, batch.positions_BT, batch.segments_BT,
-            dtype=jnp.dtype(self.dtype), remat=self.remat, mesh=self.mesh,
+            lengths_B=batch.lengths_B, dtype=jnp.dtype(self.dtype), remat=self.remat, mesh=self.mesh,
         )  # fmt: skip
         return losses.sft(logps_BT, batch.loss_mask_BT), {}
 
 
 def pair_logps(
-    weights: Weights, batch: GroupBatch, *, config: ModelConfig, mesh: Mesh, dtype: str, remat: bool
+    weights: Weights, batch: GroupBatch, *, config: ModelConfig, mesh: Mesh, dtype: str, remat: Remat
 ) -> jax.Array:
     """Summed log-probabilities [B, 2] of the chosen and the rejected responses, in one pass over 2B rows."""
     B, _, T = batch.tokens_BNT.shape
     flat = lambda x: meshlib.constrain(x.reshape(2 * B, T), mesh, ("batch", None))  # noqa: E731
-    positions_BT = jnp.broadcast_to(jnp.arange(T, dtype=jnp.int32), (2 * B, T))
     logps_BT = model.sequence_logps(
-        weights, config, flat(batch.tokens_BNT), positions_BT, flat(batch.segments_BNT),
+        weights, config, flat(batch.tokens_BNT), lengths_B=jnp.sum(flat(batch.segments_BNT), axis=1),
         dtype=jnp.dtype(dtype), remat=remat, mesh=mesh,
     )  # fmt: skip
     return jnp.sum(jnp.where(batch.loss_mask_BNT, logps_BT.reshape(B, 2, T), 0.0), axis=-1)
@@ -141,7 +140,7 @@ class PairLoss:
     config: ModelConfig
     mesh: Mesh
     dtype: str
-    remat: bool
+    remat: Remat
     loss: Callable[..., losses.Loss]
     beta: float
     nll_coef: float
@@ -199,31 +198,47 @@ def train_step(
     gradients = jax.tree.map(lambda g: g / count, gradients)
     norm = optax.tree.norm(gradients)
     finite = jnp.isfinite(norm) & jnp.isfinite(total)
-    updates, moments = optim.make_optimizer(optimizer).update(gradients, state.moments, state.weights)
+    held = _moved(state.moments, jax.memory.Space.Device) if optimizer.offload else state.moments
+    updates, moments = optim.make_optimizer(optimizer).update(gradients, held, state.weights)
     weights = jax.tree.map(lambda w, u: w - learning_rate * u, state.weights, updates)
     keep = lambda new, old: jax.tree.map(lambda n, o: jnp.where(finite, n, o), new, old)  # noqa: E731
     skipped = jnp.where(finite, 0, state.skipped + 1)
-    state = State(keep(weights, state.weights), keep(moments, state.moments), state.step + 1, skipped)
+    moments = keep(moments, held)
+    if optimizer.offload:
+        moments = _moved(moments, jax.memory.Space.Host)
+    state = State(keep(weights, state.weights), moments, state.step + 1, skipped)
     logged = {name: value / jnp.maximum(n, 1.0) for name, (value, n) in metrics.items()}
     return state, {"loss": total / count, "grad_norm": norm, "skipped": skipped.astype(jnp.float32), **logged}
+
+
+def _moved(moments: Any, space: jax.memory.Space) -> Any:
+    """The moments in that memory; the count of steps, a scalar, stays on the device."""
+    return jax.tree.map(lambda x: jax.device_put(x, space) if x.ndim else x, moments)
 
 
 def initial_state(weights: Weights, optimizer: OptimConfig) -> State:
     """The state before the first step, with a copy of the weights: the step donates its state, and the caller's model
     lives on."""
     weights = jax.tree.map(jnp.copy, weights)
-    replicated = meshlib.sharding(jax.tree.leaves(weights)[0].sharding.mesh, ())
-    optimizer_ = optim.make_optimizer(optimizer)
     # Zeros depend on no weight, so without a word XLA puts them all on one device.
-    layout = optax.tree_utils.tree_map_params(
-        optimizer_.init,
-        lambda _, w: w.sharding,
-        jax.eval_shape(optimizer_.init, weights),
+    layout = state_layout(weights, optimizer)
+    moments = jax.jit(optim.make_optimizer(optimizer).init, out_shardings=layout.moments)(weights)
+    return State(weights, moments, *(jax.device_put(jnp.int32(0), place) for place in (layout.step, layout.skipped)))
+
+
+def state_layout(weights: Weights, optimizer: OptimConfig) -> Any:
+    """The sharding of every array of a state whose weights are ``weights``, or their shapes with shardings."""
+    replicated = meshlib.sharding(jax.tree.leaves(weights)[0].sharding.mesh, ())
+    init = optim.make_optimizer(optimizer).init
+    moments = optax.tree_utils.tree_map_params(
+        init,
+        lambda _, w: w.sharding.with_memory_kind("pinned_host") if optimizer.offload else w.sharding,
+        jax.eval_shape(init, weights),
         weights,
         transform_non_params=lambda _: replicated,
     )
-    moments = jax.jit(optimizer_.init, out_shardings=layout)(weights)
-    return State(weights, moments, jax.device_put(jnp.int32(0), replicated), jax.device_put(jnp.int32(0), replicated))
+    place: Any = replicated
+    return State(jax.tree.map(lambda w: w.sharding, weights), moments, place, place)
 
 
 # ----------------------------------------------------------------------------------------------------------------- loop
@@ -393,7 +408,7 @@ def sft(lm: LM, examples: Sequence[SFTExample], config: TrainConfig, scope: Scop
     config.check(lm.mesh)
     with scope.timed("sft"):
         sequences = _fitting(scope, [data.encode_example(lm.tokenizer, e) for e in examples], config.max_length)
-        arrange = data.padded if jax.default_backend() == "gpu" else data.packed
+        arrange = data.padded if meshlib.platform(lm.mesh) == "gpu" else data.packed
         batches = arrange(
             sequences, config.max_length, config.batch_size, lm.mesh, epochs=config.epochs, seed=seed_of(scope, "sft")
         )
@@ -449,14 +464,14 @@ def reference_logps(lm: LM, encoded: Sequence[tuple[Sequence_, Sequence_]], conf
     out = np.zeros((len(encoded), 2), np.float32)
     for step in range(len(batches)):
         rows = [int(i) for i in np.atleast_1d(np.asarray(batches.plan[step]))]
-        logps_B2 = _reference_logps(
+        logps_B2 = reference_pair_logps(
             lm.weights, batches[step], config=lm.config, mesh=lm.mesh, dtype=config.dtype, remat=config.remat
         )
         out[rows] = meshlib.fetch(logps_B2)[: len(rows)]
     return out.tolist()
 
 
-_reference_logps = jax.jit(pair_logps, static_argnames=("config", "mesh", "dtype", "remat"))
+reference_pair_logps = jax.jit(pair_logps, static_argnames=("config", "mesh", "dtype", "remat"))
 
 
 def seed_of(scope: Scope, name: str) -> int:

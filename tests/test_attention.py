@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxsi.attention import attend_causally
+from jaxsi.attention import attend, attend_causally, attend_last
 
 B, T, H, K, C = 2, 29, 4, 2, 6
 
@@ -48,13 +48,40 @@ def test_it_is_the_equation_whatever_the_tile(inputs, tile, window):
     np.testing.assert_allclose(attended, by_hand(*inputs, window), atol=2e-6)
 
 
-def test_tiles_do_not_change_gradients(inputs):
-    def loss(qkv, tile):
-        return jnp.sum(jnp.square(attend_causally(*qkv, *inputs[3:], 7, tile=tile)))
+@pytest.mark.parametrize("tile", [64, 10, 8])
+def test_its_own_gradient_is_that_of_the_equation(inputs, tile):
+    """Against JAX's gradient of the plain softmax under the mask."""
+    segments_BT, positions_BT = inputs[3:]
+    same_BTS = segments_BT[:, :, None] == segments_BT[:, None]
+    distance_BTS = positions_BT[:, :, None] - positions_BT[:, None]
+    seen_BTS = same_BTS & jnp.tril(jnp.ones((T, T), bool))[None] & (distance_BTS < 7)
+    pull_BTHC = jax.random.normal(jax.random.key(1), inputs[0].shape)
 
-    whole, tiled = (jax.grad(loss)(inputs[:3], tile) for tile in (64, 8))
-    for a, b in zip(whole, tiled, strict=True):
-        np.testing.assert_allclose(a, b, atol=1e-5)
+    plain = jax.jit(jax.grad(lambda qkv: jnp.sum(pull_BTHC * attend(*qkv, seen_BTS))))(inputs[:3])
+    own = jax.jit(jax.grad(lambda qkv: jnp.sum(pull_BTHC * attend_causally(*qkv, *inputs[3:], 7, tile=tile))))
+    for a, b in zip(own(inputs[:3]), plain, strict=True):
+        np.testing.assert_allclose(a, b, atol=2e-6)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_last_query_is_the_last_row_of_all(inputs, dtype):
+    """On processors float32 is multiplied and summed, bfloat16 contracted."""
+    q_BTHC, k_BKSC, v_BKSC = (x.astype(dtype) for x in inputs[:3])
+    seen_BS = jax.random.bernoulli(jax.random.key(2), 0.5, (B, T)).at[:, 0].set(True)
+    last = jax.jit(attend_last)(q_BTHC[:, -1], k_BKSC, v_BKSC, seen_BS)
+    assert last.dtype == dtype
+    wide = tuple(x.astype(jnp.float32) for x in (q_BTHC[:, -1:], k_BKSC, v_BKSC))
+    np.testing.assert_allclose(last, attend(*wide, seen_BS[:, None])[:, 0], atol=2e-6 if dtype == "float32" else 0.02)
+
+
+def test_decoding_copies_no_keys_and_values():
+    """In the compiled program nothing of the cache's size is transposed or copied into another layout."""
+    shapes = [(8, H, 64), (8, K, 96, 64), (8, K, 96, 64)]
+    mask = jax.ShapeDtypeStruct((8, 96), bool)
+    for dtype in (jnp.float32, jnp.bfloat16):
+        qkv = [jax.ShapeDtypeStruct(shape, dtype) for shape in shapes]
+        text = jax.jit(attend_last).lower(*qkv, mask).compile().as_text()
+        assert not re.search(rf"\[8,{K},96,(64|{H // K},1|1,{H // K})\]\S* (copy|transpose)\(", text)
 
 
 def test_no_buffer_grows_with_the_square_of_the_length():

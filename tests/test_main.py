@@ -35,7 +35,7 @@ from jaxsi.train import DPOConfig, TrainConfig
 
 def config():
     adam = OptimConfig(learning_rate=1e-3)
-    train = TrainConfig(optim=adam, batch_size=8, max_length=64, remat=False, dtype="float32")
+    train = TrainConfig(optim=adam, batch_size=8, max_length=64, remat="none", dtype="float32")
     return Config(
         model={model!r},
         seed_data=None,

@@ -215,7 +215,7 @@ def with_training(cfg: Any, **changes: Any) -> Any:
     [
         pytest.param(MeshConfig(data=2, fsdp=2, tensor=2), {}, id="2x2x2"),
         pytest.param(
-            MeshConfig(data=1, fsdp=8, tensor=1), {"remat": True, "accumulate": 2}, id="1x8x1 remat accumulate"
+            MeshConfig(data=1, fsdp=8, tensor=1), {"remat": "full", "accumulate": 2}, id="1x8x1 remat accumulate"
         ),
     ],
 )

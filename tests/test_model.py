@@ -1,4 +1,4 @@
-"""The decoder: causality, invariances, cached decoding, tiled log-probabilities, meshes."""
+"""The decoder: causality, invariances, tiled log-probabilities, meshes."""
 
 import dataclasses
 import functools
@@ -137,53 +137,33 @@ def full_hidden(config: ModelConfig, rows: np.ndarray) -> jax.Array:
     return hidden_states(weights_of(config), config, rows)[0]
 
 
-# ------------------------------------------------------------------------------------------------------------- decoding
-
-
-@pytest.mark.parametrize("name", CONFIGS)
-def test_cached_decode_is_the_full_forward(name: str) -> None:
-    """Ragged prompts, right-padded; then eight tokens one at a time, against one pass over each whole row."""
-    config, T, new = CONFIGS[name], 10, 8
-    weights, lengths = weights_of(config), np.asarray([10, 4, 1], np.int32)
-    rows = [tokens(1, n + new, seed=int(n)) for n in lengths]
-    expected = [full_hidden(config, row) for row in rows]
-    prompts = np.stack([np.pad(row[0, :n], (0, T - n)) for row, n in zip(rows, lengths, strict=True)])
-
-    split = model.unstack(weights, config.num_layers)
-    prefill = jax.jit(functools.partial(model.prefill, config=config, dtype=jnp.float32))
-    decode = jax.jit(functools.partial(model.decode, config=config, dtype=jnp.float32))
-    last_BD, cache = prefill(split, tokens_BT=prompts, lengths_B=lengths)
-    for b, n in enumerate(lengths):
-        np.testing.assert_allclose(last_BD[b], expected[b][n - 1], atol=1e-5)
-    cache = [tuple(jnp.pad(x, ((0, 0), (0, 0), (0, new), (0, 0))) for x in pair) for pair in cache]
-    columns = np.arange(T + new)
-    in_prompt = np.where(columns < lengths[:, None], columns, -1)
-    columns_positions = np.where(columns < T, in_prompt, lengths[:, None] + columns - T).astype(np.int32)
-    for i in range(new):
-        step = np.asarray([row[0, n + i] for row, n in zip(rows, lengths, strict=True)])
-        hidden_BD, cache = decode(
-            split, tokens_B=step, positions_B=lengths + i, cache=cache, column=jnp.int32(T + i),
-            columns_positions_BS=columns_positions,
-        )  # fmt: skip
-        for b, n in enumerate(lengths):
-            np.testing.assert_allclose(hidden_BD[b], expected[b][n + i], atol=1e-5)
-
-
 # ------------------------------------------------------------------------------------------------------------ gradients
 
 
 @pytest.mark.slow
-def test_remat_changes_no_gradient() -> None:
+def test_remat_changes_no_gradient_but_what_is_computed_again() -> None:
+    """Seven products of a layer forward and fourteen backward; "full" makes the first six again (what the last one
+    gives, nothing reads), "products" none of them."""
     weights, rows = weights_of(CONFIG), jnp.asarray(tokens(2, 11))
 
-    def loss(weights: model.Weights, remat: bool) -> jax.Array:
+    def loss(weights: model.Weights, remat: model.Remat) -> jax.Array:
         hidden = model.hidden_states(weights, CONFIG, rows, remat=remat)
         return jnp.mean(jnp.square(model.logits(weights, CONFIG, hidden)))
 
     value_and_grad = jax.jit(jax.value_and_grad(loss), static_argnums=1)
-    plain, recomputed = value_and_grad(weights, False), value_and_grad(weights, True)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6, rtol=1e-5), plain, recomputed)
+    plain = value_and_grad(weights, "none")
     assert min(float(jnp.abs(g).max()) for g in jax.tree.leaves(plain[1])) > 0  # every weight learns
+
+    def products(remat: model.Remat) -> int:
+        """Of activations and weights: those with the numbers of the MLP's width and of tokens."""
+        text = value_and_grad.lower(weights, remat).as_text()
+        return len(re.findall(rf"dot_general.*tensor<2x11x\d+xf32>, tensor<\d+x{CONFIG.mlp_dim}xf32>\)", text))
+
+    for remat, again in (("full", 2), ("products", 0)):
+        jax.tree.map(
+            lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6, rtol=1e-5), plain, value_and_grad(weights, remat)
+        )
+        assert products(remat) - products("none") == again  # gate and up
 
 
 @pytest.mark.parametrize("config", [PLAIN, WINDOWED], ids=["untied", "tied"])

@@ -26,7 +26,7 @@ PAIRS = [Preference(f"p{i}", X, f"axe {i}.", f"cat {i}") for i in range(20)]
 TRAIN = TrainConfig(optim=OptimConfig(learning_rate=1e-3), batch_size=8)
 RL = RLConfig(
     optim=OptimConfig(learning_rate=1e-3), steps=1, prompts_per_step=2, group_size=2, batch_size=4, max_new_tokens=8,
-    remat=False, dtype="float32",
+    remat="none", dtype="float32",
 )  # fmt: skip
 
 

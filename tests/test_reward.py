@@ -10,7 +10,7 @@ import pytest
 
 import tiny
 from jaxsi import data, lm as lmlib, reward, sampling
-from jaxsi.model import ModelError
+from jaxsi.model import ModelError, Remat
 from jaxsi.optim import OptimConfig
 from jaxsi.pairs import Preference
 from jaxsi.reward import BRADLEY_TERRY, GAP, RewardError
@@ -32,7 +32,7 @@ class Config:
 
 def train_config(**changes) -> TrainConfig:
     config = TrainConfig(
-        optim=OptimConfig(learning_rate=1e-2), batch_size=8, max_length=64, min_length=16, epochs=4, remat=False,
+        optim=OptimConfig(learning_rate=1e-2), batch_size=8, max_length=64, min_length=16, epochs=4, remat="none",
         dtype="float32", log_every=1,
     )  # fmt: skip
     return dataclasses.replace(config, **changes)
@@ -80,8 +80,8 @@ def test_an_end_of_turn_inside_the_prompt_is_not_the_last_token() -> None:
 
 
 @pytest.mark.parametrize("mesh", ["1x1x1", "2x2x2", "1x8x1"])
-@pytest.mark.parametrize(("remat", "accumulate"), [(False, 1), (True, 2)])
-def test_the_loss_begins_at_five_ln_two(tmp_path: Path, mesh: str, remat: bool, accumulate: int) -> None:
+@pytest.mark.parametrize(("remat", "accumulate"), [("none", 1), ("full", 2)])
+def test_the_loss_begins_at_five_ln_two(tmp_path: Path, mesh: str, remat: Remat, accumulate: int) -> None:
     if mesh == "1x8x1" and accumulate == 2:
         accumulate = 1
     lm = tiny.make_lm(mesh)

@@ -15,6 +15,7 @@ import tiny
 from jaxsi import losses, rl, train
 from jaxsi.lm import LM
 from jaxsi.mesh import MeshError
+from jaxsi.model import Remat
 from jaxsi.optim import OptimConfig
 from jaxsi.records import Prompt
 from jaxsi.rl import RLConfig, RLError, gae, leave_one_out, ppo, rloo
@@ -33,7 +34,7 @@ class Config:
 def config(**changes) -> RLConfig:
     made = RLConfig(
         optim=OptimConfig(learning_rate=1e-2), steps=2, prompts_per_step=4, group_size=4, batch_size=16,
-        cut_off_penalty=0.0, max_new_tokens=6, remat=False, dtype="float32", checkpoint_every=1,
+        cut_off_penalty=0.0, max_new_tokens=6, remat="none", dtype="float32", checkpoint_every=1,
     )  # fmt: skip
     return dataclasses.replace(made, **changes)
 
@@ -144,8 +145,10 @@ def test_a_killed_training_goes_on_as_if_nothing_had_been(tmp_path: Path, learne
     assert not (tmp_path / "cut" / "rl" / "resume").exists()
 
 
-@pytest.mark.parametrize(("mesh", "accumulate", "remat"), [("2x2x2", 1, True), ("1x8x1", 2, False), ("1x1x1", 4, True)])
-def test_a_step_does_not_know_the_mesh(tmp_path: Path, mesh: str, accumulate: int, remat: bool) -> None:
+@pytest.mark.parametrize(
+    ("mesh", "accumulate", "remat"), [("2x2x2", 1, "full"), ("1x8x1", 2, "none"), ("1x1x1", 4, "products")]
+)
+def test_a_step_does_not_know_the_mesh(tmp_path: Path, mesh: str, accumulate: int, remat: Remat) -> None:
     one, _ = learnt(tmp_path / "one", rloo, tiny.make_lm(), steps=1)
     other, _ = learnt(tmp_path / "other", rloo, tiny.make_lm(mesh), steps=1, accumulate=accumulate, remat=remat)
     # Adam divides by the root of tiny second moments: where a gradient is nearly 0, its sign may be rounding.

@@ -9,11 +9,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import given, settings, strategies as st
-from jax.sharding import Mesh
+from hypothesis import given, strategies as st
 
 import tiny
-from jaxsi import lm as lmlib, run, sampling, scoring
+from jaxsi import engine, run, sampling, scoring, slots
 from jaxsi.lm import LM
 from jaxsi.records import Prompt
 from jaxsi.sampling import (
@@ -29,9 +28,6 @@ WORDS = ["loop", "tree", "sun moon", "loop tree sun moon", "tree tree"]
 PROMPTS = [Prompt.of(f"q{i}", text) for i, text in enumerate(WORDS)]
 IDS = [[1, 40 + i, 80 + i, *range(100, 100 + i)] for i in range(5)]
 KEYS = [jax.random.key(i) for i in range(5)]
-
-
-NO_MARKER = jnp.full(sampling.MAX_MARKER, -1, jnp.int32)
 
 
 def tokens_of(lm: LM, **options: Any) -> list[list[list[int]]]:
@@ -65,112 +61,6 @@ class Compilations:
 
     def of(self, function: str) -> int:
         return sum(function in name for name in self.names)
-
-
-# ------------------------------------------------------------------------------------------------------ token sampling
-
-V = 37
-truncate = jax.jit(sampling.truncate)
-draw = jax.jit(sampling.draw)
-
-
-def truncated_by_sorting(p: np.ndarray, top_p: float, top_k: int) -> np.ndarray:
-    kept = p.copy()
-    if top_k:
-        kept[p < np.sort(p)[::-1][min(top_k, len(p)) - 1]] = 0
-    if top_p < 1:
-        ordered = np.sort(kept)[::-1]
-        first = np.argmax(np.cumsum(ordered) >= top_p * kept.sum())
-        kept[kept < ordered[first]] = 0
-    return kept
-
-
-@settings(max_examples=200, deadline=None)
-@given(
-    st.lists(st.lists(st.integers(0, 64), min_size=V, max_size=V), min_size=4, max_size=4),
-    st.lists(st.integers(1, 16), min_size=4, max_size=4),
-    st.lists(st.integers(0, V + 3), min_size=4, max_size=4),
-)
-def test_truncation_is_that_of_a_sort(rows: list[list[int]], sixteenths: list[int], top_k: list[int]) -> None:
-    """Probabilities and masses are multiples of powers of two, so both sums are exact and ties and boundaries count."""
-    p = np.array(rows, np.float32) / 64
-    p[:, 0] = 1  # the likeliest token, as after the subtraction of the maximum
-    top_p = np.array(sixteenths, np.float32) / 16
-    expected = [truncated_by_sorting(*row) for row in zip(p, top_p, top_k, strict=True)]
-    np.testing.assert_array_equal(truncate(p, top_p, np.array(top_k, np.int32)), expected)
-
-
-def test_truncation_at_the_ends() -> None:
-    p = np.array([[0.5, 1.0, 0.25, 1e-30]], np.float32)
-    cut = lambda top_p, top_k: np.asarray(truncate(p, np.float32([top_p]), np.int32([top_k])))[0].tolist()  # noqa: E731
-    assert cut(1.0, 0) == cut(1.0, 9) == p[0].tolist()
-    assert cut(1e-6, 0) == cut(1.0, 1) == [0, 1, 0, 0]
-    assert cut(0.5, 2) == [0, 1, 0, 0] and cut(0.7, 2) == [0.5, 1, 0, 0]
-
-
-@settings(max_examples=200, deadline=None)
-@given(
-    st.lists(st.one_of(st.just(0.0), st.floats(2.0**-60, 1.0, width=32)), min_size=V, max_size=V).filter(any),
-    st.lists(st.floats(0, 1 - 2**-23, width=32), min_size=30, max_size=30),
-)
-def test_what_has_no_probability_is_never_drawn(p: list[float], us: list[float]) -> None:
-    us += [0.0, 1 - 2**-23]
-    drawn = np.asarray(draw(np.tile(np.float32(p), (32, 1)), np.float32(us)))
-    assert all(p[i] > 0 for i in drawn)
-
-
-def test_rounding_of_prefix_sums_draws_no_token_that_was_cut_off() -> None:
-    """Prefix sums computed in parallel may rise where nothing is added, and end below their own total."""
-    ends = np.float32([[0.5, 0.50000006, 0.5, 0.9999999], [0.5, 0.5, 0.75, 0.9999999]])
-    mass = np.float32([[0.5, 0.0, 0.0, 0.5], [0.5, 0.0, 0.25, 0.25]])
-    assert sampling._first_crossing(ends, mass, np.float32([0.5, 0.5])).tolist() == [3, 2]
-    assert sampling._first_crossing(ends, mass, np.float32([1.0, 1.0])).tolist() == [0, 0]
-
-
-def test_drawing_inverts_the_distribution() -> None:
-    """Evenly spaced u give each token its share, to within one."""
-    p = np.random.default_rng(0).dirichlet(np.full(V, 0.3)).astype(np.float32)
-    p[[3, 20]] = 0
-    N = 4096
-    drawn = np.asarray(draw(np.tile(p * 7, (N, 1)), (np.arange(N, dtype=np.float32) + 0.5) / N))
-    assert (np.diff(drawn) >= 0).all()
-    counts = np.bincount(drawn, minlength=V)
-    assert np.abs(counts - N * p / p.sum()).max() < 1.01
-
-
-def chi_square(tokens: np.ndarray, p: np.ndarray) -> float:
-    """The statistic over cells of at least 5 expected counts, less its mean, in its standard deviations."""
-    expected, counts = p * len(tokens), np.bincount(tokens, minlength=len(p))
-    large = expected >= 5
-    cells = np.append(expected[large], expected[~large].sum()), np.append(counts[large], counts[~large].sum())
-    e, c = (x[cells[0] > 0] for x in cells)
-    return float((((c - e) ** 2 / e).sum() - (len(e) - 1)) / np.sqrt(2 * (len(e) - 1)))
-
-
-def test_sampled_tokens_follow_the_distribution() -> None:
-    """8,192 keys, temperature 0.7 and top-p 0.9: the frequencies fit that distribution, and none of its neighbours."""
-    N = 8192
-    logits = np.random.default_rng(1).normal(0, 1.5, V).astype(np.float32)
-
-    def distribution(temperature: float, top_p: float) -> np.ndarray:
-        p = truncated_by_sorting(np.exp(logits / temperature - (logits / temperature).max()), top_p, 0)
-        return p / p.sum()
-
-    same = lambda value, dtype: jnp.full(N, value, dtype)  # noqa: E731
-    s = sampling.Settings(
-        same(0.7, jnp.float32), same(0.9, jnp.float32), same(0, jnp.int32), jnp.full(8, -1, jnp.int32), NO_MARKER,
-        jnp.int32(1),
-    )  # fmt: skip
-    keys = jax.random.split(jax.random.key(3), N)
-    tokens, logps = jax.jit(sampling.sample_tokens)(jnp.tile(logits, (N, 1)), keys, jnp.int32(5), s)
-    np.testing.assert_allclose(
-        logps, (logits - np.log(np.exp(logits).sum()))[tokens], atol=1e-5
-    )  # untruncated, at T = 1
-    tokens = np.asarray(tokens)
-    assert chi_square(tokens, distribution(0.7, 0.9)) < 4
-    for other in ((1.0, 0.9), (0.75, 0.9), (0.7, 0.97)):
-        assert chi_square(tokens[distribution(*other)[tokens] > 0], distribution(*other)) > 4
-    assert not set(tokens) - set(np.flatnonzero(distribution(0.7, 0.9)))
 
 
 # ------------------------------------------------------------------------------------------------------------- settings
@@ -212,10 +102,10 @@ def test_new_settings_do_not_compile_again() -> None:
             temperature=0.0,
             top_p=0.2,
         )
-    assert compiled.of("generate_tokens") == 0, compiled.names
+    assert compiled.of("_slots") == compiled.of("_prompts") == 0, compiled.names
     with Compilations() as compiled:
         tokens_of(lm, max_new_tokens=17)  # the next bucket: the count does see compilations
-    assert compiled.of("generate_tokens") == 1
+    assert compiled.of("decode_slots") == 1
 
 
 def test_a_lower_limit_gives_a_prefix_and_says_length() -> None:
@@ -285,41 +175,6 @@ def test_a_response_that_its_marker_ends_keeps_it() -> None:
     assert ended == free
 
 
-def test_each_row_has_its_own_settings() -> None:
-    """Rows with other temperature, top-p and top-k in one batch give what they give among their like."""
-    lm = tiny.make_lm()
-    prompts = jnp.asarray(lmlib.tokens_array([[1, 40, 80]] * 8, 16, 0))
-    rows = [
-        (0.0, 1.0, 0),
-        (1.0, 1.0, 0),
-        (0.5, 1.0, 0),
-        (1.0, 0.3, 0),
-        (1.0, 1.0, 2),
-        (2.0, 0.9, 7),
-        (1e-5, 1.0, 0),
-        (1.0, 1.0, 1),
-    ]
-
-    words = jax.random.key_data(jax.random.split(jax.random.key(0), 8))
-
-    def sampled(rows: list[tuple[float, float, int]]) -> np.ndarray:
-        columns = zip(*rows, strict=True)
-        t, p, k = (jnp.asarray(column, dtype) for column, dtype in zip(columns, ("f4", "f4", "i4"), strict=True))
-        out = sampling.generate_tokens(
-            lm.sampling_weights, prompts, jnp.full(8, 3), jnp.ones(8, bool), words,
-            sampling.Settings(t, p, k, jnp.full(8, -1), NO_MARKER, jnp.int32(10)),
-            config=lm.config, mesh=lm.mesh, dtype=lm.dtype, num_samples=1, capacity=16,
-        )  # fmt: skip
-        return np.asarray(out.tokens_BM)[:, :10]
-
-    mixed = sampled(rows)
-    for i, row in enumerate(rows):
-        np.testing.assert_array_equal(mixed[i], sampled([row] * 8)[i])
-    np.testing.assert_array_equal(mixed[0], mixed[6])  # greedy, T -> 0 and top-k 1
-    np.testing.assert_array_equal(mixed[0], mixed[7])
-    assert len({tuple(row) for row in mixed}) >= 5
-
-
 # --------------------------------------------------------------------------------------- decode-time log-probabilities
 
 
@@ -328,9 +183,9 @@ def test_each_row_has_its_own_settings() -> None:
     [(0.6, 0.9, 0), (0.6, 1.0, 5), (1.0, 0.9, 5), (1.0, 1.0, 0), (0.0, 1.0, 0)],
 )
 def test_decoding_and_scoring_agree(temperature: float, top_p: float, top_k: int) -> None:
-    """Over responses that outgrow the first segment of the cache; stored logps are of T = 1, untruncated."""
+    """Over responses that outgrow the first ring of the cache; stored logps are of T = 1, untruncated."""
     n = 96
-    assert n > sampling.FIRST_SEGMENT
+    assert n > engine.FIRST_RING
     lm = tiny.make_lm()
     samples = generate_ids(
         lm, IDS, KEYS, num_samples=2, temperature=temperature, top_p=top_p, top_k=top_k, max_new_tokens=n, stop_ids=[],
@@ -408,7 +263,7 @@ def test_new_weights_are_the_ones_that_sample() -> None:
     with Compilations() as compiled:
         updated = lm.replace(changed)
         after = generate(updated, PROMPTS, num_samples=2, max_new_tokens=12, batch_size=16)
-    assert compiled.of("generate_tokens") == compiled.of("move") == 0
+    assert compiled.of("_slots") == compiled.of("_prompts") == compiled.of("move") == 0
     fresh = LM(config=lm.config, weights=changed, tokenizer=lm.tokenizer, mesh=lm.mesh, dtype=lm.dtype)
     assert after == generate(fresh, PROMPTS, num_samples=2, max_new_tokens=12, batch_size=16)
     assert {r.fingerprint for r in after} == {fresh.fingerprint} != {r.fingerprint for r in before}
@@ -421,7 +276,7 @@ def test_records_say_how_they_ended() -> None:
     weights = jax.tree.map(lambda w: w, lm.weights)
     end = lm.tokenizer.eos_id
     # The end of turn is likely in some contexts: both endings come up.
-    weights["lm_head"] = weights["lm_head"].at[:, end].multiply(2.0)
+    weights["lm_head"] = weights["lm_head"].at[:, end].multiply(3.0)
     responses = generate(lm.replace(weights), PROMPTS, num_samples=2, temperature=1.0, max_new_tokens=12, batch_size=16)
     assert {r.finish_reason for r in responses} == {"stop", "length"}
     for r in responses:
@@ -507,17 +362,15 @@ def test_settings_of_a_config_are_arguments_of_generate() -> None:
     assert len(generate(tiny.make_lm(), PROMPTS[:1], **config.settings)) == 2
 
 
-@pytest.mark.parametrize("mesh", ["1x1x1"])
-def test_the_compiled_program_never_asks_the_host(mesh: str) -> None:
-    lm = tiny.make_lm(mesh)
-    options = {"config": lm.config, "mesh": lm.mesh, "dtype": lm.dtype, "num_samples": 2, "capacity": 16}
-    keys = jax.random.split(jax.random.key(0), 8)
-    inputs = sampling._inputs(lm, IDS, keys, [0, 1, 2, 3, 4], 16, 8, 2)
-    program = sampling.generate_tokens.lower(
-        lm.sampling_weights, *inputs, sampling._settings(lm, 16, 0.7, 0.9, 5, 12, [3], [7, 8]), **options
+def test_the_compiled_program_never_asks_the_host() -> None:
+    lm = tiny.make_lm()
+    fixed = slots.Fixed(lm.config, lm.mesh, lm.dtype)
+    held = slots.empty_slots(fixed=fixed, size=8, ring=16, prompt=32)
+    settings = sampling._settings(lm, 0.7, 0.9, 5, 12, [3], [7, 8])
+    program = slots.decode_slots.lower(
+        lm.sampling_weights, held, settings, np.int32(8), np.int32(1), fixed=fixed, ring=16
     ).compile()
     assert not re.findall(HOST_CALLS, program.as_text())
-    assert isinstance(lm.mesh, Mesh)
 
 
 HOST_CALLS = r"(?i)infeed|outfeed|callback|send-done|recv-done|SendToHost|RecvFromHost"

@@ -60,7 +60,7 @@ def test_packed_padded_and_alone_agree(scored: list[np.ndarray]) -> None:
         batches = arrange(sequences, length, 8, lm.mesh, epochs=1, seed=0)
         batch = batches[0]
         assert len(batches) == 1 and (np.asarray(batch.segments_BT).max() > 1) == (name == "packed")
-        logps, tokens, segments, mask = (np.asarray(x) for x in (program(lm.weights, batch), *batch[:1], *batch[2:]))
+        logps, tokens, segments, mask = (np.asarray(x) for x in (program(lm.weights, batch), *batch[:1], *batch[2:4]))
         for row, segment in {(r, segments[r, t]) for r, t in np.argwhere(segments > 0).tolist()}:
             here = (segments[row] == segment) & mask[row]
             i = next(i for i, c in enumerate(CONTINUATIONS[:5]) if c == tokens[row, here].tolist())
@@ -100,10 +100,10 @@ def test_errors(prefixes: list, continuations: list, message: str) -> None:
 def test_no_array_of_all_logits_is_made() -> None:
     """The largest buffer of logits is a tile, also where [B, T, V] would be many times that."""
     lm = tiny.make_lm()
-    B, T = 64, 512
+    B, T = 128, 512
     tokens = jax.ShapeDtypeStruct((B, T), np.int32)
     lengths = jax.ShapeDtypeStruct((B,), np.int32)
-    lowered = scoring._score.lower(
+    lowered = scoring.score_batch.lower(
         lm.weights, tokens, lengths, config=lm.config, dtype=np.dtype("float32"), mesh=lm.mesh
     )
     text = lowered.as_text()

@@ -25,7 +25,7 @@ from jaxsi.train import DPOConfig, TrainConfig, dpo
 WORDS = ["cat", "dog", "cow", "pig", "fox", "hen", "owl", "bat"]
 PROMPTS = [Prompt.of(f"p{i}", f"Reverse: {word} red axe") for i, word in enumerate(WORDS)]
 TRAIN = TrainConfig(
-    optim=OptimConfig(learning_rate=1e-3), batch_size=8, max_length=64, epochs=6, remat=False, dtype="float32"
+    optim=OptimConfig(learning_rate=1e-3), batch_size=8, max_length=64, epochs=6, remat="none", dtype="float32"
 )
 PARTS = {"weaknesses": "Check: form", "suggestions": " Write: good", "score": " Score: 9"}
 

@@ -29,7 +29,7 @@ CONFIG = TrainConfig(
     epochs=2,
     max_length=64,
     min_length=64,
-    remat=False,
+    remat="none",
     dtype="float32",
     checkpoint_every=2,
     log_every=1,
@@ -55,7 +55,7 @@ def encoded(count: int = 10, **options: Any) -> list[tuple[data.Sequence_, data.
 
 
 def pair_loss(lm: LM, **changes: Any) -> PairLoss:
-    return dataclasses.replace(PairLoss(lm.config, lm.mesh, "float32", False, losses.dpo, 0.1, 0.0), **changes)
+    return dataclasses.replace(PairLoss(lm.config, lm.mesh, "float32", "none", losses.dpo, 0.1, 0.0), **changes)
 
 
 def batches(lm: LM, refs: Any = None, count: int = 10) -> data.Batches:
@@ -114,7 +114,7 @@ def test_nll_term_and_other_pair_losses_go_through_the_same_step() -> None:
     lm = tiny.make_lm()
     batch = batches(lm)[0]
     logps = np.asarray(
-        train.pair_logps(lm.weights, batch, config=lm.config, mesh=lm.mesh, dtype="float32", remat=False)
+        train.pair_logps(lm.weights, batch, config=lm.config, mesh=lm.mesh, dtype="float32", remat="none")
     )
     counts = np.asarray(batch.loss_mask_BNT).sum(-1)
     z = 0.1 * ((logps[:, 0] + 20) - (logps[:, 1] + 30))
@@ -215,6 +215,28 @@ def test_a_killed_fit_resumes_to_the_same_bits(
         assert tiny.max_difference(again.weights, expected.weights) == 0
         assert (scope.path / "train.jsonl").read_bytes() == (whole.path / "train.jsonl").read_bytes()
         assert not (scope.path / "resume").exists()
+
+
+@pytest.mark.slow
+def test_moments_in_the_hosts_memory_train_and_resume_to_the_same_bits(
+    tmp_path: Path, scope: Scope, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lm, config = tiny.make_lm("2x2x2"), dataclasses.replace(CONFIG, optim=dataclasses.replace(OPTIM, offload=True))
+    state = train.initial_state(lm.weights, config.optim)
+    kinds = lambda state: {x.sharding.memory_kind for x in jax.tree.leaves(state.moments) if x.ndim}  # noqa: E731
+    assert kinds(state) == {"pinned_host"}
+    state, _ = train.train_step(
+        state, batches(lm)[0], np.float32(1e-2), loss=pair_loss(lm), optimizer=config.optim, accumulate=1
+    )
+    assert kinds(state) == {"pinned_host"}
+    assert {w.sharding.memory_kind for w in jax.tree.leaves(state.weights)} == {"device"}
+    with Run.open(tmp_path / "on_device", Config()) as run:
+        expected = fit(lm, run.at("iter_1"))
+    with monkeypatch.context() as patch:
+        kill_after(patch, train, "train_step", 3)
+        with pytest.raises(Killed):
+            fit(lm, scope, config=config)
+    assert tiny.max_difference(fit(lm, scope, config=config).weights, expected.weights) == 0
 
 
 def test_a_steady_loop_compiles_once_and_never_asks_the_host(scope: Scope) -> None:

@@ -9,6 +9,7 @@ import pytest
 
 import tiny
 from jaxsi import data, losses, model, train
+from jaxsi.model import Remat
 from jaxsi.optim import OptimConfig
 from jaxsi.train import PairLoss, SFTLoss, TrainConfig
 
@@ -20,15 +21,15 @@ STEPS = 3
 
 class Variant(NamedTuple):
     mesh: str
-    remat: bool
+    remat: Remat
     accumulate: int
 
 
 VARIANTS = [
-    Variant("1x1x1", False, 1),
-    Variant("1x1x1", True, 4),
-    Variant("2x2x2", True, 1),
-    Variant("1x8x1", False, 4),
+    Variant("1x1x1", "none", 1),
+    Variant("1x1x1", "full", 4),
+    Variant("2x2x2", "products", 1),
+    Variant("1x8x1", "none", 4),
 ]
 
 
@@ -109,7 +110,7 @@ def test_dpo_trajectories_are_equal(variant: Variant, dpo: dict[Variant, Traject
 def sft() -> dict[Variant, Trajectory]:
     """Packed rows of ragged sequences: 72 of them in 3 batches of 8 rows, the last with rows of fill."""
     found = {}
-    for variant in (Variant("1x1x1", False, 1), Variant("1x1x1", False, 4), Variant("2x2x2", False, 2)):
+    for variant in (Variant("1x1x1", "none", 1), Variant("1x1x1", "none", 4), Variant("2x2x2", "none", 2)):
         lm = tiny.make_lm(variant.mesh)
         sequences = [side for pair in encoded() for side in pair][:80]
         batches = data.packed(sequences, 128, 8, lm.mesh, epochs=1, seed=0)

@@ -24,7 +24,7 @@ def train(learning_rate: float, batch_size: int, epochs: int = 1) -> TrainConfig
         batch_size=batch_size,
         epochs=epochs,
         max_length=128,
-        remat=False,
+        remat="none",
         dtype="float32",
     )
 
@@ -39,7 +39,7 @@ def rl(learning_rate: float, steps: int) -> RLConfig:
         batch_size=128,
         kl_coef=1.0,
         max_new_tokens=16,
-        remat=False,
+        remat="none",
         dtype="float32",
     )
 

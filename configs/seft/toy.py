@@ -25,7 +25,7 @@ def train(learning_rate: float, batch_size: int, epochs: int = 1) -> TrainConfig
         epochs=epochs,
         max_length=128,
         checkpoint_every=10_000,
-        remat=False,
+        remat="none",
         dtype="float32",
     )
 

@@ -26,7 +26,7 @@ def train(learning_rate: float, batch_size: int, epochs: int = 1) -> TrainConfig
         batch_size=batch_size,
         epochs=epochs,
         max_length=128,
-        remat=False,
+        remat="none",
         dtype="float32",
     )
 

@@ -27,7 +27,7 @@ def config() -> Config:
                 batch_size=16,
                 epochs=1,
                 max_length=128,
-                remat=False,
+                remat="none",
                 dtype="float32",
             ),
             beta=0.1,

@@ -24,7 +24,7 @@ def train(learning_rate: float, batch_size: int, eps: float = 1e-8) -> TrainConf
         optim=OptimConfig(learning_rate=learning_rate, end_learning_rate=learning_rate / 5, eps=eps),
         batch_size=batch_size,
         max_length=128,
-        remat=False,
+        remat="none",
         dtype="float32",
     )
 

@@ -62,7 +62,7 @@ def methods(argv: list[str]) -> Report:
         if args.ablations and ablations.exists():
             arms += [Arm(method, name, cfg, (0,)) for name, cfg in load_configs(ablations).items()]
     args.run_dir.mkdir(parents=True, exist_ok=True)
-    value = bench_methods(args.run_dir, arms, made_by(argv))
+    value = bench_methods(args.run_dir, arms, made_by(" ".join(["jaxsi bench methods", *argv])))
     lines = [table(rows_of(value)), ""]
     for claim in value["claims"]:
         lines.append("{0}: {method}: {claim}: {measured}".format("held" if claim["held"] else "NOT HELD", **claim))
@@ -77,8 +77,8 @@ def methods(argv: list[str]) -> Report:
     return Report(value | {"run_dir": str(args.run_dir)}, "\n".join(lines))
 
 
-def made_by(argv: list[str]) -> dict[str, str]:
-    """The command, the commit and the versions that a table comes from."""
+def made_by(command: str) -> dict[str, str]:
+    """The command, the commit and the versions that figures come from."""
     import platform
     import subprocess
 
@@ -90,7 +90,7 @@ def made_by(argv: list[str]) -> dict[str, str]:
     except (OSError, subprocess.CalledProcessError):
         commit = "not in a repository"
     return {
-        "command": " ".join(["jaxsi bench methods", *argv]),
+        "command": command,
         "commit": commit,
         "versions": f"JAX {jax.__version__}, Python {platform.python_version()}",
         "devices": f"{jax.device_count()} x {jax.devices()[0].device_kind}",

@@ -105,7 +105,7 @@ def make_careless(out: Path) -> None:
 
     optimizer = OptimConfig(learning_rate=1e-3, end_learning_rate=2e-5, warmup_steps=20, b2=0.98)
     config = TrainConfig(
-        optim=optimizer, batch_size=32, epochs=2, max_length=128, remat=False, dtype="float32", checkpoint_every=10_000
+        optim=optimizer, batch_size=32, epochs=2, max_length=128, remat="none", dtype="float32", checkpoint_every=10_000
     )
     start = lmlib.load(SEED, meshlib.make_mesh(MeshConfig(data=-1, fsdp=1)), "float32", weights_dtype="float32")
     with tempfile.TemporaryDirectory() as folder, Run.open(Path(folder) / "run", _Nameless()) as run:

@@ -74,7 +74,7 @@ def make_seed(out: Path, config: SeedConfig) -> None:
         weight_decay=0.01,
     )
     rates = np.asarray(jax.vmap(optim.schedule(optimizer, config.steps))(jnp.arange(config.steps)))
-    loss = train.SFTLoss(start.config, mesh, "float32", False)
+    loss = train.SFTLoss(start.config, mesh, "float32", "none")
     state = train.initial_state(start.weights, optimizer)
     began = time.monotonic()
     for step, batch in enumerate(itertools.islice(_batches(start, config), config.steps)):

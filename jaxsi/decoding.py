@@ -1,0 +1,112 @@
+"""The decoder one step at a time: prompts into a cache of keys and values, and a token a row out of it.
+
+Dimension letters as in model.py; weights are unstacked (``LM.sampling_weights``).
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+
+from jaxsi import model
+from jaxsi.attention import attend, attend_causally, attend_last
+from jaxsi.model import ModelConfig, Weights
+
+Cache = list[tuple[jax.Array, jax.Array]]  # one (keys, values) a layer, each [B, K, S, C]
+
+
+def prefill(
+    weights: Weights,
+    config: ModelConfig,
+    tokens_BT: jax.Array,
+    segments_BT: jax.Array,
+    positions_BT: jax.Array,
+    *,
+    dtype: Any,
+    lengths_B: jax.Array | None = None,
+    mesh: Mesh | None = None,
+) -> tuple[jax.Array, Cache]:
+    """Runs prompts through unstacked weights, right-padded or several in a row.
+
+    Returns the normalised hidden states [B, T, D] and the cache, one column a token.
+    """
+    x_BTD = model.embed(weights, tokens_BT, dtype)
+    cache: Cache = []
+    for layer, window in zip(weights["layers"], model.windows(config), strict=True):
+        q_BTHC, k_BKSC, v_BKSC = model.qkv(layer, config, x_BTD, positions_BT)
+        attended_BTHC = attend_causally(
+            q_BTHC, k_BKSC, v_BKSC, segments_BT, positions_BT, window, lengths_B=lengths_B, mesh=mesh
+        )
+        x_BTD = model.after_attention(layer, config, x_BTD, attended_BTHC)
+        cache.append((k_BKSC, v_BKSC))
+    return model.rms_norm(x_BTD, weights["final_norm"], config.norm_eps), cache
+
+
+def extend(
+    weights: Weights,
+    config: ModelConfig,
+    tokens_BT: jax.Array,
+    counts_B: jax.Array,
+    cache: Cache,
+    lengths_B: jax.Array,
+    *,
+    dtype: Any,
+) -> tuple[jax.Array, Cache]:
+    """Runs ``counts_B`` more tokens of each row, right-padded to T, behind the ``lengths_B`` that its cache holds.
+
+    Returns the hidden state [B, D] of each row's last token and the cache, as long as it was: column s of a row is its
+    token s. It must have room for all tokens.
+    """
+    S = cache[0][0].shape[2]
+    columns_S = jnp.arange(S, dtype=jnp.int32)
+    positions_BT = lengths_B[:, None] + jnp.arange(tokens_BT.shape[1], dtype=jnp.int32)[None]
+    source_BS = columns_S[None] - lengths_B[:, None]  # which new token comes to lie in a column
+    is_new_B1S1 = ((source_BS >= 0) & (source_BS < counts_B[:, None]))[:, None, :, None]
+    source_B1S1 = jnp.clip(source_BS, 0, tokens_BT.shape[1] - 1)[:, None, :, None]
+    distance_BTS = positions_BT[:, :, None] - columns_S[None, None]
+
+    def merge(old_BKSC: jax.Array, new_BKTC: jax.Array) -> jax.Array:
+        return jnp.where(is_new_B1S1, jnp.take_along_axis(new_BKTC, source_B1S1, axis=2), old_BKSC)
+
+    x_BTD = model.embed(weights, tokens_BT, dtype)
+    written: Cache = []
+    for layer, window, (k_BKSC, v_BKSC) in zip(weights["layers"], model.windows(config), cache, strict=True):
+        q_BTHC, k_new, v_new = model.qkv(layer, config, x_BTD, positions_BT)
+        k_BKSC, v_BKSC = merge(k_BKSC, k_new), merge(v_BKSC, v_new)
+        attended_BTHC = attend(q_BTHC, k_BKSC, v_BKSC, (distance_BTS >= 0) & (distance_BTS < window))
+        x_BTD = model.after_attention(layer, config, x_BTD, attended_BTHC)
+        written.append((k_BKSC, v_BKSC))
+    last_BD = jnp.take_along_axis(x_BTD, (counts_B - 1)[:, None, None], axis=1)[:, 0]
+    return model.rms_norm(last_BD, weights["final_norm"], config.norm_eps), written
+
+
+def decode(
+    weights: Weights,
+    config: ModelConfig,
+    tokens_B: jax.Array,
+    positions_B: jax.Array,
+    cache: Cache,
+    column: jax.Array,
+    columns_positions_BS: jax.Array,
+    *,
+    dtype: Any,
+) -> tuple[jax.Array, Cache]:
+    """One token a row through unstacked weights: hidden states [B, D] and the cache with ``column`` written.
+
+    Args:
+      column: int32 scalar, the cache column that all rows write (rows share it: their prompts are right-padded).
+      columns_positions_BS: int32, the text position that each cache column holds; -1 for none.
+    """
+    x_BTD = model.embed(weights, tokens_B[:, None], dtype)
+    distance_BS = positions_B[:, None] - columns_positions_BS
+    seen_BS = (columns_positions_BS >= 0) & (distance_BS >= 0)
+    written: Cache = []
+    for layer, window, (k_BKSC, v_BKSC) in zip(weights["layers"], model.windows(config), cache, strict=True):
+        q_BTHC, k_new, v_new = model.qkv(layer, config, x_BTD, positions_B[:, None])
+        k_BKSC = jax.lax.dynamic_update_slice_in_dim(k_BKSC, k_new.astype(k_BKSC.dtype), column, axis=2)
+        v_BKSC = jax.lax.dynamic_update_slice_in_dim(v_BKSC, v_new.astype(v_BKSC.dtype), column, axis=2)
+        attended_BHC = attend_last(q_BTHC[:, 0], k_BKSC, v_BKSC, seen_BS & (distance_BS < window))
+        x_BTD = model.after_attention(layer, config, x_BTD, attended_BHC[:, None])
+        written.append((k_BKSC, v_BKSC))
+    return model.rms_norm(x_BTD[:, 0], weights["final_norm"], config.norm_eps), written

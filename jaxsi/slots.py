@@ -1,0 +1,306 @@
+"""The programs of the sampling engine: what runs on the device, on slots in which rows decode side by side.
+
+All slots write the same column of a ring, so that a decoded token costs no scatter; which text position a column holds
+for a row is data. What a slot or its neighbours did before cannot be seen from a row: its columns are marked empty when
+it enters.
+
+Dimension letters as in model.py; B slots · P prompts of a wave, in R rows (packed) · n rows of a refill · N decode
+steps of a program.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from jaxsi import decoding, mesh as meshlib, model
+from jaxsi.decoding import Cache
+from jaxsi.model import Weights
+from jaxsi.token_sampling import MAX_MARKER, Settings, ended, sample_tokens
+
+MOST_STEPS = 32  # decode steps of one program, between two looks of the host at the slots
+
+
+class Slots(NamedTuple):
+    """What the slots hold on the device.
+
+    cache: columns of the ring, then of the prompts. positions_BS int32: the text position that a column holds, -1 for
+    none. column: int32 scalar, of the ring, to be written next. recent_BM int32: the newest tokens, oldest first.
+    places_B int32: the text position of the newest token. counts_B int32: new tokens; limits_B int32: at most so many.
+    keys_B2 uint32: key data. done_B, stopped_B bool: nothing is left to do; a stop id or the marker was the reason.
+    """
+
+    cache: Cache
+    positions_BS: jax.Array
+    column: jax.Array
+    recent_BM: jax.Array
+    places_B: jax.Array
+    counts_B: jax.Array
+    limits_B: jax.Array
+    keys_B2: jax.Array
+    done_B: jax.Array
+    stopped_B: jax.Array
+
+
+class Packed(NamedTuple):
+    """Prompts laid out in rows: tokens [R, T] int32, their segments (0: padding) and positions; of each prompt its row,
+    its first column there and its length [P]; the tokens of each row, where none has more than one prompt."""
+
+    tokens_RT: Any
+    segments_RT: Any
+    positions_RT: Any
+    rows_P: Any
+    starts_P: Any
+    lengths_P: Any
+    lengths_R: Any = None
+
+
+class Wave(NamedTuple):
+    """Prompts computed ahead: a cache [R, K, T, C] a layer, of each prompt its row, first column and length there, and
+    the hidden state [P, D] of its last token."""
+
+    cache: Cache
+    rows_P: jax.Array
+    starts_P: jax.Array
+    lengths_P: jax.Array
+    hidden_PD: jax.Array
+
+
+def keys_of(words_B2: jax.Array) -> jax.Array:
+    """Typed keys of key data."""
+    return jax.random.wrap_key_data(words_B2, impl="threefry2x32")
+
+
+def _rows(x: jax.Array, rows: jax.Array | None) -> jax.Array:
+    return x if rows is None else jnp.take(x, rows, axis=0)
+
+
+# --------------------------------------------------------------------------------------------------------- the programs
+
+_static = functools.partial(jax.jit, static_argnames=("fixed",))
+_donating = functools.partial(jax.jit, donate_argnames=("slots",))
+
+
+@dataclasses.dataclass(frozen=True)
+class Fixed:
+    """What a program is compiled for, beside the shapes."""
+
+    config: model.ModelConfig
+    mesh: jax.sharding.Mesh
+    dtype: Any
+
+    def on_mesh(self, cache: Cache) -> Cache:
+        """The cache, its layout stated."""
+        one = lambda x: meshlib.constrain(x, self.mesh, ("batch", "kv_heads", None, None))  # noqa: E731
+        return [(one(k), one(v)) for k, v in cache]
+
+    def changed(self, change: Callable[..., jax.Array], rows: jax.Array | None, *caches: Cache) -> Cache:
+        """``change(rows, *arrays)`` of the keys and of the values of each layer, one layer after the other: rows that
+        go to another device lie on all of them for a moment, and those of all layers at once may not fit."""
+        made: Cache = []
+        for layers in zip(*caches, strict=True):
+            keys, values = (change(rows, *arrays) for arrays in zip(*layers, strict=True))
+            rows, made_layer = jax.lax.optimization_barrier((rows, self.on_mesh([(keys, values)])))
+            made += made_layer
+        return made
+
+
+@_static
+def prefill_prompts(weights: Weights, packed: Packed, *, fixed: Fixed) -> Wave:
+    """The first tokens of prompts."""
+    hidden_RTD, cache = decoding.prefill(
+        weights, fixed.config, packed.tokens_RT, packed.segments_RT, packed.positions_RT, dtype=fixed.dtype,
+        lengths_B=packed.lengths_R, mesh=fixed.mesh,
+    )  # fmt: skip
+    hidden_PD = hidden_RTD[packed.rows_P, packed.starts_P + packed.lengths_P - 1]
+    return Wave(fixed.on_mesh(cache), packed.rows_P, packed.starts_P, packed.lengths_P, hidden_PD)
+
+
+@functools.partial(jax.jit, static_argnames=("fixed", "length"))
+def extend_prompts(
+    weights: Weights,
+    tokens_PT: jax.Array,
+    counts_P: jax.Array,
+    before: Wave,
+    rows_P: jax.Array | None,
+    *,
+    fixed: Fixed,
+    length: int,
+) -> Wave:
+    """More tokens of prompts behind the rows ``rows_P`` of ``before`` (None: all, in their order, which stay on their
+    devices), whose prompts have a row each, in a cache of ``length`` columns. A row without new tokens is copied."""
+
+    def fit(rows_P: jax.Array | None, x_BKSC: jax.Array) -> jax.Array:
+        return jnp.pad(_rows(x_BKSC, rows_P), ((0, 0), (0, 0), (0, length - x_BKSC.shape[2]), (0, 0)))
+
+    cache = fixed.changed(fit, rows_P, before.cache)
+    lengths_P = _rows(before.lengths_P, rows_P)
+    hidden_PD, cache = decoding.extend(weights, fixed.config, tokens_PT, counts_P, cache, lengths_P, dtype=fixed.dtype)
+    hidden_PD = jnp.where((counts_P > 0)[:, None], hidden_PD, _rows(before.hidden_PD, rows_P))
+    places_P = jnp.arange(counts_P.shape[0], dtype=jnp.int32)
+    return Wave(fixed.on_mesh(cache), places_P, jnp.zeros_like(places_P), lengths_P + counts_P, hidden_PD)
+
+
+@functools.partial(jax.jit, static_argnames=("fixed", "size", "ring", "prompt"))
+def empty_slots(*, fixed: Fixed, size: int, ring: int, prompt: int) -> Slots:
+    """``size`` free slots with ``ring`` and ``prompt`` columns."""
+    c = fixed.config
+    zeros = jnp.zeros((size, c.num_kv_heads, ring + prompt, c.head_dim), fixed.dtype)
+    integers = jnp.zeros((size,), jnp.int32)
+    by_row = lambda x: meshlib.constrain(x, fixed.mesh, ("batch", *[None] * (x.ndim - 1)))  # noqa: E731
+    return Slots(
+        cache=fixed.on_mesh([(zeros, zeros)] * c.num_layers),
+        positions_BS=by_row(jnp.full((size, ring + prompt), -1, jnp.int32)),
+        column=jnp.int32(0),
+        recent_BM=by_row(jnp.full((size, MAX_MARKER), -1, jnp.int32)),
+        places_B=by_row(integers),
+        counts_B=by_row(integers),
+        limits_B=by_row(integers),
+        keys_B2=by_row(jnp.zeros((size, 2), jnp.uint32)),
+        done_B=by_row(jnp.ones((size,), bool)),
+        stopped_B=by_row(jnp.zeros((size,), bool)),
+    )
+
+
+@functools.partial(_donating, static_argnames=("fixed", "ring", "width"))
+def refill_slots(
+    weights: Weights,
+    slots: Slots,
+    wave: Wave,
+    prompts_n: jax.Array,
+    into_n: jax.Array,
+    keys_n2: jax.Array,
+    limits_n: jax.Array,
+    settings: Settings,
+    *,
+    fixed: Fixed,
+    ring: int,
+    width: int,
+) -> tuple[Slots, tuple[jax.Array, jax.Array]]:
+    """Prompts ``prompts_n`` of ``wave``, of at most ``width`` tokens, enter the slots ``into_n`` (those past the last
+    slot are dropped), each with its first token: (tokens [n], logps [n]). ``limits_n``: new tokens of each, at most
+    ``settings.limit``."""
+    S = slots.positions_BS.shape[1]
+    rows_n, starts_n, lengths_n = wave.rows_P[prompts_n], wave.starts_P[prompts_n], wave.lengths_P[prompts_n]
+    # As many columns for every prompt, none past the end of its row: what comes before the prompt is marked empty.
+    from_n = jnp.minimum(starts_n, wave.cache[0][0].shape[2] - width)
+    put = lambda old, new: old.at[into_n].set(new, mode="drop")  # noqa: E731
+
+    def enter(rows_n: jax.Array, old_BKSC: jax.Array, new_RKTC: jax.Array) -> jax.Array:
+        K, C = new_RKTC.shape[1], new_RKTC.shape[3]
+        cut = lambda row, start: jax.lax.dynamic_slice(new_RKTC, (row, 0, start, 0), (1, K, width, C))[0]  # noqa: E731
+        return old_BKSC.at[into_n, :, ring : ring + width].set(jax.vmap(cut)(rows_n, from_n), mode="drop")
+
+    n = rows_n.shape[0]
+    logits_nV = model.logits(weights, fixed.config, wave.hidden_PD[prompts_n])
+    first_n, logps_n = sample_tokens(logits_nV, keys_of(keys_n2), jnp.zeros((n,), jnp.int32), settings)
+    recent_nM = jnp.full((n, MAX_MARKER), -1, jnp.int32).at[:, -1].set(first_n)
+    stopped_n = ended(recent_nM, settings)
+    limits_n = jnp.minimum(limits_n, settings.limit)
+    places_nS = jnp.arange(S, dtype=jnp.int32)[None] - ring - (starts_n - from_n)[:, None]
+    positions_nS = jnp.where((places_nS >= 0) & (places_nS < lengths_n[:, None]), places_nS, -1)
+    slots = Slots(
+        cache=fixed.changed(enter, rows_n, slots.cache, wave.cache),
+        positions_BS=put(slots.positions_BS, positions_nS),
+        column=slots.column,
+        recent_BM=put(slots.recent_BM, recent_nM),
+        places_B=put(slots.places_B, lengths_n),
+        counts_B=put(slots.counts_B, 1),
+        limits_B=put(slots.limits_B, limits_n),
+        keys_B2=put(slots.keys_B2, keys_n2),
+        done_B=put(slots.done_B, stopped_n | (limits_n <= 1)),
+        stopped_B=put(slots.stopped_B, stopped_n),
+    )
+    return slots, (first_n, logps_n)
+
+
+@functools.partial(_donating, static_argnames=("fixed", "ring"))
+def decode_slots(
+    weights: Weights,
+    slots: Slots,
+    settings: Settings,
+    steps: jax.Array,
+    enough: jax.Array,
+    *,
+    fixed: Fixed,
+    ring: int,
+) -> tuple[Slots, tuple[jax.Array, jax.Array, jax.Array]]:
+    """Up to ``steps`` tokens in every slot, fewer once ``enough`` slots are done: tokens and logps [B, MOST_STEPS], of
+    which each row has those it was not done before, and the steps run."""
+    B = slots.done_B.shape[0]
+    keys_B = keys_of(slots.keys_B2)
+
+    def unfinished(state: Any) -> jax.Array:
+        i, slots, _, _ = state
+        return (i < steps) & (jnp.sum(slots.done_B) < enough)
+
+    def step(state: Any) -> Any:
+        i, slots, tokens_BN, logps_BN = state
+        positions_BS = jax.lax.dynamic_update_slice_in_dim(
+            slots.positions_BS, slots.places_B[:, None], slots.column, axis=1
+        )
+        hidden_BD, cache = decoding.decode(
+            weights,
+            fixed.config,
+            slots.recent_BM[:, -1],
+            slots.places_B,
+            slots.cache,
+            slots.column,
+            positions_BS,
+            dtype=fixed.dtype,
+        )
+        next_B, logp_B = sample_tokens(model.logits(weights, fixed.config, hidden_BD), keys_B, slots.counts_B, settings)
+        going_B = ~slots.done_B
+        next_B = jnp.where(going_B, next_B, 0)
+        recent_BM = jnp.concatenate([slots.recent_BM[:, 1:], next_B[:, None]], axis=1)
+        counts_B = slots.counts_B + going_B
+        stopped_B = slots.stopped_B | (going_B & ended(recent_BM, settings))
+        slots = Slots(
+            cache=cache,
+            positions_BS=positions_BS,
+            column=jnp.where(slots.column + 1 < ring, slots.column + 1, 0),
+            recent_BM=recent_BM,
+            places_B=slots.places_B + going_B,
+            counts_B=counts_B,
+            limits_B=slots.limits_B,
+            keys_B2=slots.keys_B2,
+            done_B=slots.done_B | stopped_B | (counts_B >= slots.limits_B),
+            stopped_B=stopped_B,
+        )
+        write = lambda x_BN, x_B: jax.lax.dynamic_update_slice_in_dim(x_BN, x_B[:, None], i, axis=1)  # noqa: E731
+        return i + 1, slots, write(tokens_BN, next_B), write(logps_BN, logp_B)
+
+    tokens_BN = jnp.zeros((B, MOST_STEPS), jnp.int32)
+    i, slots, tokens_BN, logps_BN = jax.lax.while_loop(
+        unfinished, step, (jnp.int32(0), slots, tokens_BN, jnp.zeros(tokens_BN.shape, jnp.float32))
+    )
+    return slots._replace(cache=fixed.on_mesh(slots.cache)), (tokens_BN, logps_BN, i)
+
+
+@functools.partial(jax.jit, static_argnames=("fixed", "ring", "new_ring", "new_prompt"))
+def resize_slots(
+    slots: Slots, rows_b: jax.Array | None, *, fixed: Fixed, ring: int, new_ring: int, new_prompt: int
+) -> Slots:
+    """The slots ``rows_b`` (None: all, in their order), with more columns of prompts and with a longer ring, unrolled:
+    its oldest column first."""
+    longer = new_ring > ring
+
+    def columns(rows_b: jax.Array | None, x: jax.Array, *, axis: int = 2, empty: int = 0) -> jax.Array:
+        here, prompt = jnp.split(_rows(x, rows_b), [ring], axis=axis)
+        if longer:
+            here = jnp.roll(here, -slots.column, axis=axis)
+        pad = lambda x, to: jnp.pad(  # noqa: E731
+            x, [(0, to - x.shape[axis] if a == axis else 0) for a in range(x.ndim)], constant_values=empty
+        )
+        return jnp.concatenate([pad(here, new_ring), pad(prompt, new_prompt)], axis=axis)
+
+    kept = {f: _rows(getattr(slots, f), rows_b) for f in Slots._fields[3:]}
+    return Slots(
+        cache=fixed.changed(columns, rows_b, slots.cache),
+        positions_BS=columns(rows_b, slots.positions_BS, axis=1, empty=-1),
+        column=jnp.int32(ring) if longer else slots.column,
+        **kept,
+    )

@@ -1,0 +1,70 @@
+import dataclasses
+import importlib.util
+import re
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+import tiny
+from jaxsi import model, slots, train
+from jaxsi.bench_shapes import SHAPES
+from jaxsi.mesh import MeshConfig, make_mesh
+from jaxsi.programs import Sizes, memory_of, programs, tpu_devices
+
+SMALL = Sizes(
+    slots=8, wave=4, prompt_length=32, max_new_tokens=16, max_length=64, score_rows=8, batch_size=8, accumulate=2,
+    dtype="float32",
+)  # fmt: skip
+WHOLE_SEQUENCES = ("prefill", "score", "sft", "reference", "dpo", "rl")
+
+
+def same_layout(real, abstract):
+    for a, b in zip(jax.tree.leaves(real), jax.tree.leaves(abstract), strict=True):
+        assert (a.shape, a.dtype) == (b.shape, b.dtype)
+        assert a.sharding.is_equivalent_to(b.sharding, a.ndim)
+
+
+def test_the_shapes_are_those_of_a_run():
+    lm = tiny.make_lm("2x2x2")
+    programs_ = programs(lm.config, lm.mesh, SMALL)
+    same_layout(lm.weights, model.abstract_weights(lm.config, lm.mesh))
+    same_layout(train.initial_state(lm.weights, SMALL.optim), programs_["sft"].arguments[0])
+    same_layout(lm.sampling_weights, programs_["prefill"].arguments[0])
+    fixed = slots.Fixed(lm.config, lm.mesh, jnp.dtype("float32"))
+    empty = slots.empty_slots(fixed=fixed, size=8, ring=16, prompt=32)
+    same_layout(empty, programs_["decode"].arguments[1])
+    rows, places = (jnp.ones(shape, jnp.int32) for shape in ((4, 32), (4,)))
+    wave = slots.prefill_prompts(lm.sampling_weights, slots.Packed(*[rows] * 3, *[places] * 3), fixed=fixed)
+    same_layout(wave.cache, programs_["extend"].arguments[3].cache)
+
+
+@pytest.mark.parametrize("mesh", ["1x1x1", "2x2x2"])
+def test_every_program_lowers(mesh):
+    for name, program in programs(tiny.CONFIG, tiny.mesh(mesh), SMALL).items():
+        assert program.lower().as_text(), name
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="pip install 'jaxsi[plan]' (libtpu)")
+@pytest.mark.parametrize(
+    ("topology", "sizes", "gib"), [("v5e:4x4", (1, 4, 4), 16), ("v5p:2x2x2", (1, 4, 2), 95)], ids=lambda x: str(x)
+)
+def test_every_program_compiles_for_tpu(topology, sizes, gib):
+    data, fsdp, tensor = sizes
+    mesh = make_mesh(MeshConfig(data=data, fsdp=fsdp, tensor=tensor), tpu_devices(topology))
+    config = dataclasses.replace(SHAPES["llama-3-8b"], num_layers=2)
+    made = programs(config, mesh, Sizes())
+    weights = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(model.abstract_weights(config, mesh))) / 2**30
+    for name, program in made.items():
+        compiled = program.lower().compile()
+        memory, text = memory_of(name, compiled), compiled.as_text()
+        assert 0 < memory.total < gib, memory
+        assert ("splash" in text and "tpu_custom_call" in text) == (name in WHOLE_SEQUENCES), name
+        if name in ("sft", "dpo", "rl"):
+            # The state is written over; what it holds of the weights is cut among all chips.
+            assert memory.outputs < 0.1
+            assert memory.arguments < 1.5 * 3 * weights / mesh.size
+        if name in ("extend in place", "grow"):
+            cache = r"bf16\[\d+,\d+,\d+,128\]\S* all-gather"
+            assert not re.search(cache, text), f"{name}: the cache lies on every chip"

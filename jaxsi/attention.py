@@ -33,22 +33,10 @@ def attend_last(q_BHC: jax.Array, k_BKSC: jax.Array, v_BKSC: jax.Array, mask_BS:
     K = k_BKSC.shape[1]
     q_BKGC = q_BHC.reshape(B, K, H // K, C)
 
-    def multiplied(q_BKGC: jax.Array, k_BKSC: jax.Array, v_BKSC: jax.Array) -> jax.Array:
-        scores_BKGS = jnp.sum(q_BKGC[:, :, :, None] * k_BKSC[:, :, None], axis=-1)
-        return jnp.sum(shares(scores_BKGS)[..., None] * v_BKSC[:, :, None], axis=3)
-
-    def contracted(q_BKGC: jax.Array, k_BKSC: jax.Array, v_BKSC: jax.Array) -> jax.Array:
-        scores_BKGS = jnp.einsum("BKGC,BKSC->BKGS", q_BKGC, k_BKSC, preferred_element_type=jnp.float32)
-        return jnp.einsum("BKGS,BKSC->BKGC", shares(scores_BKGS), v_BKSC)
-
-    def shares(scores_BKGS: jax.Array) -> jax.Array:
-        scores_BKGS = jnp.where(mask_BS[:, None, None], scores_BKGS / math.sqrt(C), -jnp.inf)
-        return jax.nn.softmax(scores_BKGS, axis=-1).astype(v_BKSC.dtype)
-
-    # Products of few rows are slow on processors in float32.
-    on_cpu = multiplied if q_BHC.dtype == jnp.float32 else contracted
-    attended_BKGC = jax.lax.platform_dependent(q_BKGC, k_BKSC, v_BKSC, cpu=on_cpu, default=contracted)
-    return attended_BKGC.reshape(B, H, C)
+    scores_BKGS = jnp.einsum("BKGC,BKSC->BKGS", q_BKGC, k_BKSC, preferred_element_type=jnp.float32)
+    scores_BKGS = jnp.where(mask_BS[:, None, None], scores_BKGS / math.sqrt(C), -jnp.inf)
+    shares_BKGS = jax.nn.softmax(scores_BKGS, axis=-1).astype(v_BKSC.dtype)
+    return jnp.einsum("BKGS,BKSC->BKGC", shares_BKGS, v_BKSC).reshape(B, H, C)
 
 
 def attend_causally(

@@ -65,7 +65,6 @@ def test_its_own_gradient_is_that_of_the_equation(inputs, tile):
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_the_last_query_is_the_last_row_of_all(inputs, dtype):
-    """On processors float32 is multiplied and summed, bfloat16 contracted."""
     q_BTHC, k_BKSC, v_BKSC = (x.astype(dtype) for x in inputs[:3])
     seen_BS = jax.random.bernoulli(jax.random.key(2), 0.5, (B, T)).at[:, 0].set(True)
     last = jax.jit(attend_last)(q_BTHC[:, -1], k_BKSC, v_BKSC, seen_BS)

@@ -10,6 +10,7 @@ from jax.sharding import Mesh
 
 from jaxsi import fused_attention, mesh as meshlib
 from jaxsi.products import settle
+from jaxsi.tiles import over_tiles
 
 QUERY_TILE = 512  # queries whose scores exist at a time: memory grows with T, not with T squared
 UNSEEN = -1e30  # the score of a key that is not seen; finite, for the padded queries of the last tile see none
@@ -32,7 +33,6 @@ def attend_last(q_BHC: jax.Array, k_BKSC: jax.Array, v_BKSC: jax.Array, mask_BS:
     B, H, C = q_BHC.shape
     K = k_BKSC.shape[1]
     q_BKGC = q_BHC.reshape(B, K, H // K, C)
-
     scores_BKGS = jnp.einsum("BKGC,BKSC->BKGS", q_BKGC, k_BKSC, preferred_element_type=jnp.float32)
     scores_BKGS = jnp.where(mask_BS[:, None, None], scores_BKGS / math.sqrt(C), -jnp.inf)
     shares_BKGS = jax.nn.softmax(scores_BKGS, axis=-1).astype(v_BKSC.dtype)
@@ -100,19 +100,6 @@ class _Places(NamedTuple):
         return same_BtS & earlier_tS[None] & (distance_BtS < self.window)
 
 
-def _over_tiles(step: Any, carry: Any, tiled: Any, tile: int) -> tuple[Any, Any]:
-    """``step(carry, start, tiles)`` over tiles of axis 2 of the arrays ``tiled``, and what it returns, put together."""
-    T = jax.tree.leaves(tiled)[0].shape[2]
-    if tile == T:
-        return step(carry, 0, tiled)
-    split = lambda x: jnp.moveaxis(x.reshape(*x.shape[:2], T // tile, tile, *x.shape[3:]), 2, 0)  # noqa: E731
-    join = lambda x: jnp.moveaxis(x, 0, 2).reshape(*x.shape[1:3], T, *x.shape[4:])  # noqa: E731
-    carry, made = jax.lax.scan(
-        lambda carry, xs: step(carry, *xs), carry, (jnp.arange(0, T, tile), jax.tree.map(split, tiled))
-    )
-    return carry, jax.tree.map(join, made)
-
-
 def _scores(q_BKtGC: jax.Array, k_BKSC: jax.Array, places: _Places, start: Any) -> jax.Array:
     """[B, K, t, G, S] float32."""
     B, K, t, G, C = q_BKtGC.shape
@@ -137,7 +124,7 @@ def _forward(q_BKTGC: jax.Array, k_BKSC: jax.Array, v_BKSC: jax.Array, places: _
         attended = jnp.einsum("BKTS,BKSC->BKTC", shares_BKtGS.reshape(B, K, t * G, S), v_BKSC)
         return None, (attended.reshape(q_BKtGC.shape), mass_BKtG)
 
-    _, (attended_BKTGC, mass_BKTG) = _over_tiles(step, None, q_BKTGC, tile)
+    _, (attended_BKTGC, mass_BKTG) = over_tiles(step, None, q_BKTGC, tile, axis=2)
     return attended_BKTGC, (q_BKTGC, k_BKSC, v_BKSC, places, attended_BKTGC, mass_BKTG)
 
 
@@ -164,7 +151,7 @@ def _backward(tile: int, saved: Any, by_attended_BKTGC: jax.Array) -> Any:
 
     zeros_BKSC = jnp.zeros(k_BKSC.shape, jnp.float32)
     tiled = (q_BKTGC, by_attended_BKTGC, product_BKTG, mass_BKTG)
-    (by_k, by_v), by_q = _over_tiles(step, (zeros_BKSC, zeros_BKSC), tiled, tile)
+    (by_k, by_v), by_q = over_tiles(step, (zeros_BKSC, zeros_BKSC), tiled, tile, axis=2)
     return *settle((by_q, by_k.astype(k_BKSC.dtype), by_v.astype(v_BKSC.dtype))), None
 
 

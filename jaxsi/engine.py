@@ -26,6 +26,7 @@ from jaxsi.slots import (
     decode_slots,
     empty_slots,
     extend_prompts,
+    keys_of,
     prefill_prompts,
     refill_slots,
     resize_slots,
@@ -67,8 +68,9 @@ def power(n: int, least: int) -> int:
 
 
 def finer(n: int) -> int:
-    """The static size that ``n`` is padded to where a power of two wastes too much: at most a seventh more."""
-    step = max(1, power(n, 1) // 8)
+    """The static size that ``n`` is padded to where a power of two wastes too much: a multiple of 4, from 32 on at most
+    a seventh more."""
+    step = max(4, power(n, 1) // 8)
     return -(-n // step) * step
 
 
@@ -116,7 +118,7 @@ def run(
     fit = lambda rows: parts * power(-(-rows // parts), 1)  # noqa: E731
     size = min(max(parts, batch_size // parts * parts), fit(len(prompts) * num_samples))
     fixed = Fixed(lm.config, lm.mesh, jnp.dtype(lm.dtype))
-    words = np.asarray(jax.random.key_data(_sample_keys(keys_P, num_samples)))
+    words = sample_words(np.asarray(jax.random.key_data(keys_P)), num_samples)
     rows = [[Row(n) for n in of_prompt] for of_prompt in limits or [[limit] * num_samples] * len(prompts)]
     ahead = Ahead(lm, prompts, min(fit(-(-size // num_samples)), fit(len(prompts))), fixed, work, group)
     slots = Engine(lm, settings, limit, size, fixed, work)
@@ -130,10 +132,17 @@ def run(
     return [[(row.token_ids, row.logps, row.stopped) for row in samples] for samples in rows], work
 
 
+def sample_words(words_P2: np.ndarray, num_samples: int) -> np.ndarray:
+    """Key data [P, num_samples, 2] uint32: each prompt's key, given as key data, folded with the sample's number."""
+    padded = np.zeros((power(len(words_P2), 16), 2), np.uint32)
+    padded[: len(words_P2)] = words_P2
+    return np.asarray(_fold_numbers(padded, num_samples))[: len(words_P2)]
+
+
 @functools.partial(jax.jit, static_argnames="num_samples")
-def _sample_keys(keys_N: jax.Array, num_samples: int) -> jax.Array:
-    """Keys [N, num_samples]: each prompt's key folded with the sample's number."""
-    return jax.vmap(lambda key: jax.vmap(lambda n: jax.random.fold_in(key, n))(jnp.arange(num_samples)))(keys_N)
+def _fold_numbers(words_P2: jax.Array, num_samples: int) -> jax.Array:
+    one = lambda key: jax.vmap(lambda n: jax.random.fold_in(key, n))(jnp.arange(num_samples))  # noqa: E731
+    return jax.random.key_data(jax.vmap(one)(keys_of(words_P2)))
 
 
 class Computed(NamedTuple):
@@ -165,9 +174,19 @@ class Ahead:
         if shared:
             root = self.compute(None, [0], [list(self.prompts[0][:shared])], self.parts)
         members = [(number, group) for group in groups for number in group.prompts]
-        for start in range(0, len(members), self.size):
-            taken = members[start : start + self.size]
-            wave = self.wave(taken, shared, root)
+        waves = [members[i : i + self.size] for i in range(0, len(members), self.size)]
+        # Row 0 has the common beginning alone, for the prompts that share no more.
+        sharing = [list(dict.fromkeys(group for _, group in of if group.shared > shared)) for of in waves]
+        size = self.parts * power(-(-(1 + max(map(len, sharing))) // self.parts), 1)
+        for taken, of_wave in zip(waves, sharing, strict=True):
+            before, places = root, dict.fromkeys(of_wave, 0)
+            if of_wave:
+                segments = [[], *(list(self.prompts[g.prompts[0]][shared : g.shared]) for g in of_wave)]
+                places = {group: place for place, group in enumerate(of_wave, 1)}
+                before = self.compute(root, [0] * len(segments), segments, size)
+            rows = [places.get(group, 0) for _, group in taken]
+            rest = [list(self.prompts[number][group.shared :]) for number, group in taken]
+            wave = self.compute(before, rows, rest, self.size).wave
             yield [number for number, _ in taken], wave, wave.cache[0][0].shape[2]
 
     def packed(self) -> Iterator[tuple[list[int], Wave, int]]:
@@ -182,20 +201,6 @@ class Ahead:
             segments, filler = [list(self.prompts[i]) for i in wave], self.size - len(wave)
             packed = self.layout(segments + [[]] * filler, of_wave + [(0, 0)] * filler, (R, T))
             yield list(wave), self.begin(packed), width
-
-    def wave(self, members: list[tuple[int, prefixes.Group]], shared: int, root: Computed | None) -> Wave:
-        """What the groups of these prompts share behind the common beginning, then the rest of each prompt."""
-        groups = list(dict.fromkeys(group for _, group in members if group.shared > shared))
-        before, places = root, dict.fromkeys(groups, 0)
-        if groups:
-            # Row 0 has the common beginning alone, for the prompts that share no more.
-            segments = [[], *(list(self.prompts[g.prompts[0]][shared : g.shared]) for g in groups)]
-            places = {group: place for place, group in enumerate(groups, 1)}
-            size = self.parts * power(-(-len(segments) // self.parts), 1)
-            before = self.compute(root, [0] * len(segments), segments, size)
-        rows = [places.get(group, 0) for _, group in members]
-        rest = [list(self.prompts[number][group.shared :]) for number, group in members]
-        return self.compute(before, rows, rest, self.size).wave
 
     def compute(self, before: Computed | None, rows: list[int], segments: list[list[int]], size: int) -> Computed:
         """``size`` rows with ``segments`` behind the rows ``rows`` of ``before``, a chunk at a time."""
@@ -276,11 +281,12 @@ class Engine:
             self.enter(wave, width, free[:n], [queue.popleft() for _ in range(n)])
 
     def finish(self) -> None:
-        """Until all rows have ended. When few are left, they go on in fewer slots."""
+        """Until all rows have ended. When few are left, and may go on for long, they do in fewer slots."""
         while len(free := self.free) < len(self.rows):
             B = len(self.rows)
             smaller = self.parts * (B // (4 * self.parts))
-            if smaller < FEWEST:
+            left = max(row.limit - len(row.token_ids) for row in self.rows if row is not None)
+            if smaller < FEWEST or left <= MOST_STEPS:
                 self.decode(enough=B)
             elif B - len(free) > smaller:
                 self.decode(enough=B - smaller)

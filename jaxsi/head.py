@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jax.custom_derivatives import SymbolicZero
 
 from jaxsi.products import settle
+from jaxsi.tiles import over_tiles
 
 TILE_BYTES = 2**27  # of float32 logits, on each device
 
@@ -38,17 +39,6 @@ def logps_and_entropies(
     return logps_BT[:, :T], entropies_BT[:, :T]
 
 
-def _over_tiles(step: Any, carry: Any, tree: Any, tile: int) -> tuple[Any, Any]:
-    """``step(carry, tiles)`` over tiles of axis 1, and what it returns, put together."""
-    T = jax.tree.leaves(tree)[0].shape[1]
-    if tile == T:
-        return step(carry, tree)
-    split = lambda x: x.reshape(x.shape[0], T // tile, tile, *x.shape[2:]).swapaxes(0, 1)  # noqa: E731
-    join = lambda x: x.swapaxes(0, 1).reshape(x.shape[1], T, *x.shape[3:])  # noqa: E731
-    carry, made = jax.lax.scan(step, carry, jax.tree.map(split, tree))
-    return carry, jax.tree.map(join, made)
-
-
 def _logits(hidden_BtD: jax.Array, head_DV: jax.Array) -> jax.Array:
     return jnp.matmul(hidden_BtD, head_DV, preferred_element_type=jnp.float32)
 
@@ -64,7 +54,7 @@ def _by_tiles(
 ) -> tuple[jax.Array, jax.Array]:
     """Log-probabilities and entropies [B, T]."""
 
-    def step(_: None, inputs: tuple[jax.Array, jax.Array]) -> tuple[None, Any]:
+    def step(_: None, start: Any, inputs: tuple[jax.Array, jax.Array]) -> tuple[None, Any]:
         hidden_BtD, targets_Bt = inputs
         logits_BtV = _logits(hidden_BtD, head_DV)
         chosen_Bt = jnp.sum(jnp.where(_is_target(targets_Bt, head_DV.shape[1]), logits_BtV, 0.0), axis=-1)
@@ -72,7 +62,7 @@ def _by_tiles(
         logps_BtV = logits_BtV - mass_Bt[..., None]
         return None, (chosen_Bt - mass_Bt, -jnp.sum(jnp.exp(logps_BtV) * logps_BtV, axis=-1))
 
-    return _over_tiles(step, None, (hidden_BTD, targets_BT), tile)[1]
+    return over_tiles(step, None, (hidden_BTD, targets_BT), tile, axis=1)[1]
 
 
 def _forward(hidden: Any, head: Any, targets: Any, tile: int) -> Any:
@@ -85,7 +75,7 @@ def _backward(tile: int, saved: Any, by_made: Any) -> Any:
     hidden_BTD, head_DV, targets_BT, entropies_BT = saved
     by_logps, by_entropies = by_made
 
-    def step(by_head_DV: jax.Array, inputs: dict[str, jax.Array]) -> tuple[jax.Array, jax.Array]:
+    def step(by_head_DV: jax.Array, start: Any, inputs: dict[str, jax.Array]) -> tuple[jax.Array, jax.Array]:
         hidden_BtD = inputs["hidden"]
         logps_BtV = jax.nn.log_softmax(_logits(hidden_BtD, head_DV), axis=-1)
         shares_BtV = jnp.exp(logps_BtV)
@@ -105,7 +95,7 @@ def _backward(tile: int, saved: Any, by_made: Any) -> Any:
         tiled["by_logps"] = by_logps
     if not isinstance(by_entropies, SymbolicZero):
         tiled |= {"by_entropies": by_entropies, "entropies": entropies_BT}
-    by_head_DV, by_hidden_BTD = _over_tiles(step, jnp.zeros(head_DV.shape, jnp.float32), tiled, tile)
+    by_head_DV, by_hidden_BTD = over_tiles(step, jnp.zeros(head_DV.shape, jnp.float32), tiled, tile, axis=1)
     return by_hidden_BTD, by_head_DV.astype(head_DV.dtype), None
 
 

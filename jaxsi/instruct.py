@@ -161,8 +161,10 @@ def new_prompts(
         missing = cfg.num_prompts - len(kept)
         if missing == 0:
             break
-        # Ask for what the acceptance so far makes necessary, within a factor of the whole.
-        wanted = min(-(-missing * counts["requests"] // max(len(kept), 1)), 2 * cfg.num_prompts)
+        # Ask for what the acceptance so far makes necessary, within a factor of the whole, but for no less than runs
+        # at a time: the first that pass are kept, and fewer take as long.
+        needed = -(-missing * counts["requests"] // max(len(kept), 1))
+        wanted = min(max(needed, cfg.batch_size), 2 * cfg.num_prompts)
     counts["kept"] = len(kept)
     told = ", ".join(f"{name} {count}" for name, count in sorted(counts.items()))
     if not kept:

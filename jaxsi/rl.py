@@ -128,6 +128,11 @@ class RolloutBatch(NamedTuple):
     old_values_BT: Any
     returns_BT: Any
 
+    @property
+    def lengths_B(self) -> jax.Array:
+        """The tokens of each row, padding behind them."""
+        return jnp.sum(self.segments_BT, axis=1)
+
 
 # ----------------------------------------------------------------------------------------------------------- advantages
 
@@ -181,7 +186,7 @@ class PolicyLoss:
 
     def __call__(self, weights: Weights, batch: RolloutBatch) -> tuple[losses.Loss, train.Metrics]:
         logps_BT = model.sequence_logps(
-            weights, self.config, batch.tokens_BT, lengths_B=jnp.sum(batch.segments_BT, axis=1),
+            weights, self.config, batch.tokens_BT, lengths_B=batch.lengths_B,
             dtype=jnp.dtype(self.dtype), remat=self.remat, mesh=self.mesh,
         )  # fmt: skip
         mask_BT = batch.loss_mask_BT
@@ -196,7 +201,7 @@ def token_values(
 ) -> jax.Array:
     """The value [B, T] of the text before each token: the scalar head's number one token earlier."""
     values_BT = model.scalar_values(
-        weights, config, batch.tokens_BT, lengths_B=jnp.sum(batch.segments_BT, axis=1),
+        weights, config, batch.tokens_BT, lengths_B=batch.lengths_B,
         dtype=jnp.dtype(dtype), remat=remat, mesh=mesh,
     )  # fmt: skip
     return jnp.roll(values_BT, 1, axis=1).at[:, 0].set(0.0)
@@ -221,7 +226,7 @@ class ValueLoss:
 @functools.partial(jax.jit, static_argnames=("config", "mesh", "dtype"))
 def _logps(weights: Weights, batch: RolloutBatch, *, config: ModelConfig, mesh: Mesh, dtype: str) -> jax.Array:
     return model.sequence_logps(
-        weights, config, batch.tokens_BT, lengths_B=jnp.sum(batch.segments_BT, axis=1),
+        weights, config, batch.tokens_BT, lengths_B=batch.lengths_B,
         dtype=jnp.dtype(dtype), mesh=mesh,
     )  # fmt: skip
 

@@ -1,6 +1,9 @@
 """What every test runs under: eight fake CPU devices, no hub, no silent broadcasting between ranks."""
 
 import os
+from pathlib import Path
+
+import pytest
 
 # Before anything imports JAX or a Hugging Face library: both read these once.
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8".strip()
@@ -10,3 +13,16 @@ os.environ["HF_DATASETS_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ["TF_CPP_MIN_LOG_LEVEL"] = "3"
 os.environ["JAX_NUMPY_RANK_PROMOTION"] = "raise"
+
+MAPPINGS = Path("/proc/self/maps")
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _no_more_programs_than_fit():
+    """A compiled program keeps memory mapped; past 65,530 mappings of a process, Linux's default, XLA crashes in the
+    middle of a later test."""
+    yield
+    if MAPPINGS.exists() and MAPPINGS.read_text().count("\n") > 20_000:
+        import jax
+
+        jax.clear_caches()

@@ -66,13 +66,14 @@ def run(lm: LM, setting: tuple, batch_size: int) -> tuple[list[list[list[int]]],
 @pytest.mark.parametrize("setting", [(0.7, 0.9, 0), (0.0, 1.0, 0), (1.5, 1.0, 5)])
 def test_slots_refill_and_shared_beginnings_change_no_token(setting, monkeypatch) -> None:
     """32 slots hold all rows of a wave; 8 are refilled all the time; a small ring has to grow; with a small chunk the
-    prompts go through in pieces."""
+    prompts go through in pieces; with few steps at a time the last rows move."""
     expected = plain(*setting)
     assert len({len(ids) for samples in expected for ids in samples}) > 5
     lm = tiny.make_lm()
     assert run(lm, setting, 32)[0] == expected
     monkeypatch.setattr(engine, "FIRST_RING", 16)
     monkeypatch.setattr(engine, "CHUNK", 16)
+    monkeypatch.setattr(engine, "MOST_STEPS", 4)
     assert run(lm, setting, 8)[0] == expected
 
 
@@ -98,7 +99,7 @@ def test_first_fit() -> None:
     assert engine.first_fit([1, 3, 20, 33, 31], 64) == [(1, 23), (1, 20), (1, 0), (0, 0), (0, 33)]
 
 
-@pytest.mark.parametrize(("n", "size"), [(1, 1), (7, 7), (8, 8), (9, 10), (17, 20), (33, 40), (64, 64), (65, 80)])
+@pytest.mark.parametrize(("n", "size"), [(1, 4), (7, 8), (8, 8), (9, 12), (17, 20), (33, 40), (64, 64), (65, 80)])
 def test_finer_sizes(n, size) -> None:
     assert engine.finer(n) == size
 
@@ -106,6 +107,7 @@ def test_finer_sizes(n, size) -> None:
 def test_the_last_rows_go_on_in_fewer_slots(monkeypatch) -> None:
     setting = (0.7, 0.9, 0)
     lm = tiny.make_lm()
+    monkeypatch.setattr(engine, "MOST_STEPS", 4)
     expected, few = run(lm, setting, 32)
     monkeypatch.setattr(engine, "FEWEST", 32)
     again, many = run(lm, setting, 32)

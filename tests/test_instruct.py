@@ -74,13 +74,16 @@ def shots(request):
     return [line.removeprefix("- ") for line in request.text.removeprefix(HEAD).splitlines()]
 
 
-def test_ids_texts_and_shots(lm, monkeypatch):
-    # Half of the replies of round 0 cannot be parsed, so a second round shows what the first has kept.
+@pytest.mark.parametrize(("batch_size", "second"), [(1, 10), (16, 16), (64, 20)])
+def test_ids_texts_and_shots(lm, monkeypatch, batch_size, second):
+    # Half of the replies of round 0 cannot be parsed, so a second round shows what the first has kept: it asks for the
+    # 10 that are needed, or as many as run at a time, or twice all.
     rounds = replies(
         monkeypatch, lambda number, i, _: "" if number == 0 and i % 2 else f"- {DISTINCT[100 * number + i]}\nmore"
     )
     counts = Counter()
-    found = new_prompts(lm, SEEDS, SelfInstruct(num_prompts=10), KEY, prefix="iter2", counts=counts)
+    cfg = SelfInstruct(num_prompts=10, batch_size=batch_size)
+    found = new_prompts(lm, SEEDS, cfg, KEY, prefix="iter2", counts=counts)
     assert [p.id for p in found] == [f"iter2-{i:06d}" for i in range(10)]
     assert [p.text for p in found] == DISTINCT[0:10:2] + DISTINCT[100:105]
     seeds, first = {p.text for p in SEEDS}, {p.text for p in found[:5]}
@@ -90,7 +93,9 @@ def test_ids_texts_and_shots(lm, monkeypatch):
         shown = set(shots(request))
         assert len(shown & seeds) == 6 and len(shown & first) == 2 and len(shown) == 8
     assert len({request.text for request in rounds[0]}) == len(rounds[0])
-    assert counts == Counter(requests=20, rounds=2, kept=10, unparsable=5, surplus=5, similar=0, too_long_request=0)
+    assert counts == Counter(
+        requests=10 + second, rounds=2, kept=10, unparsable=5, surplus=second - 5, similar=0, too_long_request=0
+    )
 
 
 def test_draws_depend_on_the_key_only(lm, monkeypatch):

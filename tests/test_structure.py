@@ -31,6 +31,7 @@ LAYERS = (
         "losses",
         "metrics",
         "products",
+        "tiles",
         "head",
         "progress",
         "prompts",

@@ -16,8 +16,8 @@ torch = pytest.importorskip("torch", reason="parity with transformers needs torc
 
 import transformers  # noqa: E402
 
-from jaxsi import hf, model, reward, sampling  # noqa: E402
-from jaxsi.data import Sequence_  # noqa: E402
+from jaxsi import hf, losses, model, reward, sampling, train  # noqa: E402
+from jaxsi.data import GroupBatch, Sequence_, TokenBatch  # noqa: E402
 from jaxsi.lm import LM  # noqa: E402
 from jaxsi.mesh import make_mesh  # noqa: E402
 
@@ -99,6 +99,56 @@ def test_logits_and_export(case: str, tmp_path: Path) -> None:
     np.testing.assert_allclose(torch_logits(again, tokens), expected, atol=1e-5, rtol=0)
     again.save_pretrained(tmp_path / "again")
     assert hf.read_config(tmp_path / "again") == config
+
+
+def torch_logps(reference: Any, tokens: np.ndarray) -> Any:
+    """[B, T], of each token given those before it; 0 at the first."""
+    ids = torch.tensor(tokens, dtype=torch.long)
+    logps = reference(ids).logits.float().log_softmax(-1)[:, :-1].gather(-1, ids[:, 1:, None])[..., 0]
+    return torch.nn.functional.pad(logps, (1, 0))
+
+
+@pytest.mark.parametrize("case", FAMILIES)
+@pytest.mark.parametrize(("objective", "remat"), [("sft", "full"), ("dpo", "none"), ("dpo", "products")])
+def test_gradients(case: str, objective: str, remat: str, tmp_path: Path) -> None:
+    """Of every weight, to 1e-4 of the largest entry of its gradient."""
+    reference, tokens = torch_model(case), rows(4, 41)
+    reference.save_pretrained(tmp_path)
+    config = hf.read_config(tmp_path)
+    weights = hf.load_weights(tmp_path, config, one_device())
+    starts = np.asarray([11, 3, 30, 20])
+    mask = np.arange(41)[None] >= starts[:, None]
+    refs = np.asarray([[-80.0, -90.0], [-30.0, -31.0]], np.float32)
+
+    logps = torch_logps(reference, tokens) * torch.tensor(mask)
+    if objective == "sft":
+        loss = -logps.sum() / mask.sum()
+    else:
+        chosen, rejected = (logps.sum(1).reshape(2, 2) - torch.tensor(refs)).T
+        loss = -torch.nn.functional.logsigmoid(0.01 * (chosen - rejected)).mean()
+    reference.zero_grad()
+    loss.backward()
+
+    common = (config, one_device(), "float32", remat)
+    ones, places = np.ones_like(tokens), np.broadcast_to(np.arange(41, dtype=np.int32), tokens.shape)
+    if objective == "sft":
+        ours, batch = train.SFTLoss(*common), TokenBatch(tokens, places, ones, mask)
+    else:
+        pairs = lambda x: x.reshape(2, 2, 41)  # noqa: E731
+        ours = train.PairLoss(*common, losses.dpo, 0.01, 0.0)
+        batch = GroupBatch(pairs(tokens), pairs(ones), pairs(mask), refs, np.ones(2, bool))
+
+    def mean(weights: Any) -> jax.Array:
+        (total, count), _ = ours(weights, batch)
+        return total / count
+
+    value, gradients = jax.jit(jax.value_and_grad(mean))(weights)
+    np.testing.assert_allclose(value, loss.item(), rtol=1e-5)
+    theirs = {name: p.grad.numpy() for name, p in reference.named_parameters()}
+    named = dict(hf._file_tensors(config, gradients, np.dtype("float32")))
+    assert named.keys() == theirs.keys()
+    for name, expected in theirs.items():
+        np.testing.assert_allclose(named[name], expected, rtol=0, atol=1e-4 * np.abs(expected).max(), err_msg=name)
 
 
 @functools.cache

@@ -8,7 +8,8 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from jaxsi import fused_attention, mesh as meshlib
+from jaxsi import fused_attention, kv_cache, mesh as meshlib
+from jaxsi.kv_cache import Stored
 from jaxsi.products import settle
 from jaxsi.tiles import over_tiles
 
@@ -27,16 +28,22 @@ def attend(q_BTHC: jax.Array, k_BKSC: jax.Array, v_BKSC: jax.Array, mask_BTS: ja
     return jnp.einsum("BKGTS,BKSC->BTKGC", shares_BKGTS, v_BKSC).reshape(B, T, H, C)
 
 
-def attend_last(q_BHC: jax.Array, k_BKSC: jax.Array, v_BKSC: jax.Array, mask_BS: jax.Array) -> jax.Array:
+def attend_last(q_BHC: jax.Array, keys: Stored, values: Stored, mask_BS: jax.Array) -> jax.Array:
     """``attend`` for one query a row -> [B, H, C]. Keys and values are read where they lie: written with a query axis
-    of length 1, XLA copies both into another layout in every step."""
+    of length 1, XLA copies both into another layout in every step. The scales of an int8 cache multiply the scores and
+    the shares, not the columns."""
     B, H, C = q_BHC.shape
+    (k_BKSC, by_key_BKS), (v_BKSC, by_value_BKS) = (kv_cache.split(stored, q_BHC.dtype) for stored in (keys, values))
     K = k_BKSC.shape[1]
     q_BKGC = q_BHC.reshape(B, K, H // K, C)
     scores_BKGS = jnp.einsum("BKGC,BKSC->BKGS", q_BKGC, k_BKSC, preferred_element_type=jnp.float32)
+    if by_key_BKS is not None:
+        scores_BKGS *= by_key_BKS[:, :, None]
     scores_BKGS = jnp.where(mask_BS[:, None, None], scores_BKGS / math.sqrt(C), -jnp.inf)
-    shares_BKGS = jax.nn.softmax(scores_BKGS, axis=-1).astype(v_BKSC.dtype)
-    return jnp.einsum("BKGS,BKSC->BKGC", shares_BKGS, v_BKSC).reshape(B, H, C)
+    shares_BKGS = jax.nn.softmax(scores_BKGS, axis=-1)
+    if by_value_BKS is not None:
+        shares_BKGS *= by_value_BKS[:, :, None]
+    return jnp.einsum("BKGS,BKSC->BKGC", shares_BKGS.astype(v_BKSC.dtype), v_BKSC).reshape(B, H, C)
 
 
 def attend_causally(

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxsi import ceilings, data, engine, losses, mesh as meshlib, prefixes, sampling, scoring, train
+from jaxsi import ceilings, data, engine, kv_cache, losses, mesh as meshlib, prefixes, sampling, scoring, train
 from jaxsi.bench_work import GenerateWork, WorkError
 from jaxsi.data import GroupBatch, TokenBatch
 from jaxsi.lm import LM
@@ -110,7 +110,7 @@ def generator(lm: LM, work: GenerateWork) -> Callable[[], engine.Work]:
         results, did = engine.run(
             lm, work.prompts, keys_P, settings(work),
             limit=work.longest, num_samples=work.num_samples, batch_size=work.slots, limits=wanted,
-            group=work.group,
+            group=work.group, cache=work.cache,
         )  # fmt: skip
         made = [[len(ids) for ids, _, _ in samples] for samples in results]
         if made != wanted:
@@ -148,7 +148,8 @@ def measure_generate(lm: LM, work: GenerateWork, reps: int) -> dict[str, Any]:
     distinct = distinct_tokens(work.prompts)
     spans = [(len(prompt), len(prompt) + limit - 1) for prompt, limit in rows]
     prompt_floor = ceilings.floor_of_prompts(lm.config, distinct, len(rows), limits)
-    decode_floor, steps = ceilings.floor_of_decoding(lm.config, spans, slots, itemsize, limits)
+    column = kv_cache.bytes_of_number(work.cache, itemsize, lm.config.head_dim)
+    decode_floor, steps = ceilings.floor_of_decoding(lm.config, spans, slots, itemsize, limits, cached=column)
     decoded = did.new_tokens - len(rows)  # the first token of a row comes with its prompt
     median = statistics.median(result.seconds)
     return {

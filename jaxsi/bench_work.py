@@ -8,6 +8,7 @@ import numpy as np
 
 from jaxsi import prefixes
 from jaxsi.engine import Grouping
+from jaxsi.kv_cache import KVCache
 from jaxsi.model import ModelConfig
 
 SPREAD = 0.8  # sigma of the lognormal output lengths
@@ -20,7 +21,7 @@ class WorkError(ValueError):
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class GenerateWork:
     """``limits``: how many new tokens each row has, [prompts][rows of a prompt]; nothing else ends a row. ``slots``
-    rows are in the making at a time."""
+    rows are in the making at a time; ``cache`` of their keys and values."""
 
     prompts: Sequence[Sequence[int]]
     limits: Sequence[Sequence[int]]
@@ -28,6 +29,7 @@ class GenerateWork:
     temperature: float
     top_p: float
     group: Grouping = prefixes.group
+    cache: KVCache = "exact"
 
     def apart(self) -> "GenerateWork":
         """The same rows, each with a prompt of its own, of which nothing is shared."""

@@ -193,7 +193,13 @@ def floor_of_prompts(config: ModelConfig, tokens: int, rows: int, ceilings: Ceil
 
 
 def floor_of_decoding(
-    config: ModelConfig, spans: Sequence[tuple[int, int]], slots: int, itemsize: int, ceilings: Ceilings
+    config: ModelConfig,
+    spans: Sequence[tuple[int, int]],
+    slots: int,
+    itemsize: int,
+    ceilings: Ceilings,
+    *,
+    cached: float | None = None,
 ) -> tuple[float, int]:
     """Seconds that no engine can do with less for decoding in so many slots, and the steps in which it would be done.
 
@@ -202,6 +208,7 @@ def floor_of_decoding(
 
     Args:
       spans: for each row, the text positions whose tokens are decoded (start, stop). itemsize: bytes of a weight.
+      cached: bytes of a number of the cache, where it is another than that.
     """
     tokens = sum(stop - start for start, stop in spans)
     steps = max(-(-tokens // slots), *(stop - start for start, stop in spans), 0)
@@ -209,7 +216,7 @@ def floor_of_decoding(
         return 0.0, 0
     weights = body_weights(config) + head_weights(config)
     keys = sum(seen(config, start, stop) for start, stop in spans)
-    cache = keys * 2 * config.num_kv_heads * config.head_dim * itemsize
+    cache = keys * 2 * config.num_kv_heads * config.head_dim * (itemsize if cached is None else cached)
     multiplying = max(2.0 * weights * tokens / steps / ceilings.gemm_rows, weights * itemsize / ceilings.bandwidth)
     attending = max(_attention_flops(config, keys) / ceilings.gemm_peak, cache / ceilings.bandwidth)
     return steps * multiplying + attending, steps

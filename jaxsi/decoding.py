@@ -9,11 +9,10 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from jaxsi import model
+from jaxsi import kv_cache, model
 from jaxsi.attention import attend, attend_causally, attend_last
+from jaxsi.kv_cache import Cache, Stored
 from jaxsi.model import ModelConfig, Weights
-
-Cache = list[tuple[jax.Array, jax.Array]]  # one (keys, values) a layer, each [B, K, S, C]
 
 
 def prefill(
@@ -58,25 +57,26 @@ def extend(
     Returns the hidden state [B, D] of each row's last token and the cache, as long as it was: column s of a row is its
     token s. It must have room for all tokens.
     """
-    S = cache[0][0].shape[2]
-    columns_S = jnp.arange(S, dtype=jnp.int32)
+    columns_S = jnp.arange(kv_cache.columns(cache), dtype=jnp.int32)
     positions_BT = lengths_B[:, None] + jnp.arange(tokens_BT.shape[1], dtype=jnp.int32)[None]
     source_BS = columns_S[None] - lengths_B[:, None]  # which new token comes to lie in a column
     is_new_B1S1 = ((source_BS >= 0) & (source_BS < counts_B[:, None]))[:, None, :, None]
     source_B1S1 = jnp.clip(source_BS, 0, tokens_BT.shape[1] - 1)[:, None, :, None]
     distance_BTS = positions_BT[:, :, None] - columns_S[None, None]
 
-    def merge(old_BKSC: jax.Array, new_BKTC: jax.Array) -> jax.Array:
-        return jnp.where(is_new_B1S1, jnp.take_along_axis(new_BKTC, source_B1S1, axis=2), old_BKSC)
+    def merge(old: Stored, new_BKTC: jax.Array) -> Stored:
+        one = lambda x, y: jnp.where(is_new_B1S1, jnp.take_along_axis(y, source_B1S1, axis=2), x)  # noqa: E731
+        return jax.tree.map(one, old, kv_cache.stored_like(new_BKTC, old))
 
     x_BTD = model.embed(weights, tokens_BT, dtype)
     written: Cache = []
-    for layer, window, (k_BKSC, v_BKSC) in zip(weights["layers"], model.windows(config), cache, strict=True):
+    for layer, window, (keys, values) in zip(weights["layers"], model.windows(config), cache, strict=True):
         q_BTHC, k_new, v_new = model.qkv(layer, config, x_BTD, positions_BT)
-        k_BKSC, v_BKSC = merge(k_BKSC, k_new), merge(v_BKSC, v_new)
+        keys, values = merge(keys, k_new), merge(values, v_new)
+        k_BKSC, v_BKSC = kv_cache.exact(keys, dtype), kv_cache.exact(values, dtype)
         attended_BTHC = attend(q_BTHC, k_BKSC, v_BKSC, (distance_BTS >= 0) & (distance_BTS < window))
         x_BTD = model.after_attention(layer, config, x_BTD, attended_BTHC)
-        written.append((k_BKSC, v_BKSC))
+        written.append((keys, values))
     last_BD = jnp.take_along_axis(x_BTD, (counts_B - 1)[:, None, None], axis=1)[:, 0]
     return model.rms_norm(last_BD, weights["final_norm"], config.norm_eps), written
 
@@ -101,12 +101,16 @@ def decode(
     x_BTD = model.embed(weights, tokens_B[:, None], dtype)
     distance_BS = positions_B[:, None] - columns_positions_BS
     seen_BS = (columns_positions_BS >= 0) & (distance_BS >= 0)
+
+    def write(old: Stored, new_BKTC: jax.Array) -> Stored:
+        one = lambda x, y: jax.lax.dynamic_update_slice_in_dim(x, y, column, axis=2)  # noqa: E731
+        return jax.tree.map(one, old, kv_cache.stored_like(new_BKTC, old))
+
     written: Cache = []
-    for layer, window, (k_BKSC, v_BKSC) in zip(weights["layers"], model.windows(config), cache, strict=True):
+    for layer, window, (keys, values) in zip(weights["layers"], model.windows(config), cache, strict=True):
         q_BTHC, k_new, v_new = model.qkv(layer, config, x_BTD, positions_B[:, None])
-        k_BKSC = jax.lax.dynamic_update_slice_in_dim(k_BKSC, k_new.astype(k_BKSC.dtype), column, axis=2)
-        v_BKSC = jax.lax.dynamic_update_slice_in_dim(v_BKSC, v_new.astype(v_BKSC.dtype), column, axis=2)
-        attended_BHC = attend_last(q_BTHC[:, 0], k_BKSC, v_BKSC, seen_BS & (distance_BS < window))
+        keys, values = write(keys, k_new), write(values, v_new)
+        attended_BHC = attend_last(q_BTHC[:, 0], keys, values, seen_BS & (distance_BS < window))
         x_BTD = model.after_attention(layer, config, x_BTD, attended_BHC[:, None])
-        written.append((k_BKSC, v_BKSC))
+        written.append((keys, values))
     return model.rms_norm(x_BTD[:, 0], weights["final_norm"], config.norm_eps), written

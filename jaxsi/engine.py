@@ -15,7 +15,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxsi import mesh as meshlib, prefixes
+from jaxsi import kv_cache, mesh as meshlib, prefixes
+from jaxsi.kv_cache import KVCache
 from jaxsi.lm import LM, tokens_array
 from jaxsi.slots import (
     MOST_STEPS,
@@ -102,12 +103,14 @@ def run(
     limit: int,
     num_samples: int,
     batch_size: int,
+    cache: KVCache = "exact",
     limits: Sequence[Sequence[int]] | None = None,
     group: Grouping = prefixes.group,
 ) -> tuple[list[list[tuple[list[int], list[float], bool]]], Work]:
     """Samples ``num_samples`` responses of at most ``limit`` tokens to each prompt, up to ``batch_size`` at a time.
 
-    ``limits``: for each response of each prompt a limit of its own, at most ``limit``. ``group``: what prompts share.
+    ``cache``: of keys and values. ``limits``: for each response of each prompt a limit of its own, at most ``limit``.
+    ``group``: what prompts share.
 
     Returns for each prompt the triples (new token ids, the stop id included; their logps; stopped), and what it took.
     """
@@ -117,7 +120,7 @@ def run(
     parts = meshlib.axis_size(lm.mesh, "batch")
     fit = lambda rows: parts * power(-(-rows // parts), 1)  # noqa: E731
     size = min(max(parts, batch_size // parts * parts), fit(len(prompts) * num_samples))
-    fixed = Fixed(lm.config, lm.mesh, jnp.dtype(lm.dtype))
+    fixed = Fixed(lm.config, lm.mesh, jnp.dtype(lm.dtype), int8=cache == "int8")
     words = sample_words(np.asarray(jax.random.key_data(keys_P)), num_samples)
     rows = [[Row(n) for n in of_prompt] for of_prompt in limits or [[limit] * num_samples] * len(prompts)]
     ahead = Ahead(lm, prompts, min(fit(-(-size // num_samples)), fit(len(prompts))), fixed, work, group)
@@ -187,7 +190,7 @@ class Ahead:
             rows = [places.get(group, 0) for _, group in taken]
             rest = [list(self.prompts[number][group.shared :]) for number, group in taken]
             wave = self.compute(before, rows, rest, self.size).wave
-            yield [number for number, _ in taken], wave, wave.cache[0][0].shape[2]
+            yield [number for number, _ in taken], wave, kv_cache.columns(wave.cache)
 
     def packed(self) -> Iterator[tuple[list[int], Wave, int]]:
         """Prompts that share nothing, several in a row: no padding goes through the model but at the ends of rows."""

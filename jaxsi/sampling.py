@@ -7,7 +7,7 @@ bfloat16 the rounding depends on their shapes, and a near tie may fall otherwise
 import dataclasses
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, get_args
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +15,7 @@ import numpy as np
 
 from jaxsi import engine
 from jaxsi.chat import marker_ids, render_prompt
+from jaxsi.kv_cache import KVCache
 from jaxsi.lm import LM
 from jaxsi.records import Prompt, Response
 from jaxsi.run import name_words
@@ -24,7 +25,8 @@ from jaxsi.token_sampling import MAX_MARKER, MAX_STOPS, Settings
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SamplingConfig:
     """How candidates are sampled; the defaults are the Self-Rewarding paper's. ``dtype`` of sampling, judging and
-    scoring; ``batch_size`` rows are in flight at a time."""
+    scoring; ``batch_size`` rows are in flight at a time. ``cache``: of their keys and values, "exact" in that dtype, or
+    "int8", half of bfloat16 and not the same responses."""
 
     num_samples: int = 4
     temperature: float = 0.7
@@ -32,10 +34,13 @@ class SamplingConfig:
     top_k: int = 0
     max_new_tokens: int = 512
     batch_size: int = 64
+    cache: KVCache = "exact"
     dtype: str = "bfloat16"
 
     def __post_init__(self) -> None:
         _check_settings(self.temperature, self.top_p, self.top_k, self.max_new_tokens, self.num_samples)
+        if self.cache not in get_args(KVCache):
+            raise ValueError(f"cache is {self.cache!r}; it is one of {', '.join(get_args(KVCache))}")
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -64,6 +69,7 @@ def generate_ids(
     stop_ids: Sequence[int] | None = None,
     marker: Sequence[int] = (),
     batch_size: int = 64,
+    cache: KVCache = "exact",
 ) -> list[list[tuple[list[int], list[float], bool]]]:
     """Samples from prompts given as token ids.
 
@@ -72,6 +78,7 @@ def generate_ids(
       stop_ids: default the tokenizer's. marker: token ids that end a response too, as ``marker_ids`` gives them.
       batch_size: slots, that is responses in the making at a time, rounded to the mesh. In float32 it does not change
         the responses; in bfloat16 they are the same in distribution only.
+      cache: of keys and values: "exact", in the model's dtype, or "int8".
 
     Returns:
       For each prompt, ``num_samples`` triples (new token ids, the stop id included; their logps; stopped).
@@ -92,7 +99,7 @@ def generate_ids(
     results, _ = engine.run(
         lm, prompts, keys if isinstance(keys, jax.Array) else jnp.stack(keys),
         _settings(lm, temperature, top_p, top_k, max_new_tokens, stop_ids, marker),
-        limit=max_new_tokens, num_samples=num_samples, batch_size=batch_size,
+        limit=max_new_tokens, num_samples=num_samples, batch_size=batch_size, cache=cache,
     )  # fmt: skip
     return results
 
@@ -166,6 +173,7 @@ def generate(
     key: jax.Array | None = None,
     seed: int = 0,
     batch_size: int = 64,
+    cache: KVCache = "exact",
 ) -> list[Response]:
     """Samples ``num_samples`` responses to each prompt, prompt-major.
 
@@ -174,6 +182,7 @@ def generate(
       stop_text: the beginning of a line that ends a response too; it stays part of the response.
       key: typed key of the stage; a response's noise is this key folded with its prompt id and sample number. Default:
         from ``seed``.
+      batch_size, cache: as in ``generate_ids``.
 
     Raises:
       PromptTooLongError: names the prompt.
@@ -191,7 +200,7 @@ def generate(
     keys = named_keys(key, [p.id for p in records])
     sampled = generate_ids(
         lm, ids, keys, num_samples=num_samples, temperature=temperature, top_p=top_p, top_k=top_k,
-        max_new_tokens=max_new_tokens, batch_size=batch_size,
+        max_new_tokens=max_new_tokens, batch_size=batch_size, cache=cache,
         marker=() if stop_text is None else marker_ids(lm.tokenizer, stop_text),
     )  # fmt: skip
     return [

@@ -16,8 +16,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jaxsi import decoding, mesh as meshlib, model
-from jaxsi.decoding import Cache
+from jaxsi import decoding, kv_cache, mesh as meshlib, model
+from jaxsi.kv_cache import Cache
 from jaxsi.model import Weights
 from jaxsi.token_sampling import MAX_MARKER, Settings, ended, sample_tokens
 
@@ -86,25 +86,30 @@ _donating = functools.partial(jax.jit, donate_argnames=("slots",))
 
 @dataclasses.dataclass(frozen=True)
 class Fixed:
-    """What a program is compiled for, beside the shapes."""
+    """What a program is compiled for, beside the shapes. ``int8``: the cache is; ``dtype``: of the computation, and of
+    the cache otherwise."""
 
     config: model.ModelConfig
     mesh: jax.sharding.Mesh
     dtype: Any
+    int8: bool = False
+
+    def stored(self, cache: Cache) -> Cache:
+        """A new cache of keys and values as they were computed, as it is kept."""
+        return self.on_mesh(jax.tree.map(kv_cache.quantized, cache) if self.int8 else cache)
 
     def on_mesh(self, cache: Cache) -> Cache:
         """The cache, its layout stated."""
-        one = lambda x: meshlib.constrain(x, self.mesh, ("batch", "kv_heads", None, None))  # noqa: E731
-        return [(one(k), one(v)) for k, v in cache]
+        return jax.tree.map(lambda x: meshlib.constrain(x, self.mesh, ("batch", "kv_heads", None, None)), cache)
 
     def changed(self, change: Callable[..., jax.Array], rows: jax.Array | None, *caches: Cache) -> Cache:
         """``change(rows, *arrays)`` of the keys and of the values of each layer, one layer after the other: rows that
         go to another device lie on all of them for a moment, and those of all layers at once may not fit."""
         made: Cache = []
         for layers in zip(*caches, strict=True):
-            keys, values = (change(rows, *arrays) for arrays in zip(*layers, strict=True))
-            rows, made_layer = jax.lax.optimization_barrier((rows, self.on_mesh([(keys, values)])))
-            made += made_layer
+            layer = jax.tree.map(functools.partial(change, rows), *layers)
+            rows, layer = jax.lax.optimization_barrier((rows, self.on_mesh([layer])))
+            made += layer
         return made
 
 
@@ -116,7 +121,7 @@ def prefill_prompts(weights: Weights, packed: Packed, *, fixed: Fixed) -> Wave:
         lengths_B=packed.lengths_R, mesh=fixed.mesh,
     )  # fmt: skip
     hidden_PD = hidden_RTD[packed.rows_P, packed.starts_P + packed.lengths_P - 1]
-    return Wave(fixed.on_mesh(cache), packed.rows_P, packed.starts_P, packed.lengths_P, hidden_PD)
+    return Wave(fixed.stored(cache), packed.rows_P, packed.starts_P, packed.lengths_P, hidden_PD)
 
 
 @functools.partial(jax.jit, static_argnames=("fixed", "length"))
@@ -152,7 +157,7 @@ def empty_slots(*, fixed: Fixed, size: int, ring: int, prompt: int) -> Slots:
     integers = jnp.zeros((size,), jnp.int32)
     by_row = lambda x: meshlib.constrain(x, fixed.mesh, ("batch", *[None] * (x.ndim - 1)))  # noqa: E731
     return Slots(
-        cache=fixed.on_mesh([(zeros, zeros)] * c.num_layers),
+        cache=fixed.stored([(zeros, zeros)] * c.num_layers),
         positions_BS=by_row(jnp.full((size, ring + prompt), -1, jnp.int32)),
         column=jnp.int32(0),
         recent_BM=by_row(jnp.full((size, MAX_MARKER), -1, jnp.int32)),
@@ -186,7 +191,7 @@ def refill_slots(
     S = slots.positions_BS.shape[1]
     rows_n, starts_n, lengths_n = wave.rows_P[prompts_n], wave.starts_P[prompts_n], wave.lengths_P[prompts_n]
     # As many columns for every prompt, none past the end of its row: what comes before the prompt is marked empty.
-    from_n = jnp.minimum(starts_n, wave.cache[0][0].shape[2] - width)
+    from_n = jnp.minimum(starts_n, kv_cache.columns(wave.cache) - width)
     put = lambda old, new: old.at[into_n].set(new, mode="drop")  # noqa: E731
 
     def enter(rows_n: jax.Array, old_BKSC: jax.Array, new_RKTC: jax.Array) -> jax.Array:

@@ -10,7 +10,7 @@ import tiny
 from jaxsi import model, slots, train
 from jaxsi.bench_shapes import SHAPES
 from jaxsi.mesh import MeshConfig, make_mesh
-from jaxsi.programs import Sizes, memory_of, programs, tpu_devices
+from jaxsi.programs import Sizes, memory_of, programs, tpu_devices, training_programs
 
 SMALL = Sizes(
     slots=8, wave=4, prompt_length=32, max_new_tokens=16, max_length=64, score_rows=8, batch_size=8, accumulate=2,
@@ -43,6 +43,27 @@ def test_the_shapes_are_those_of_a_run():
 def test_every_program_lowers(mesh):
     for name, program in programs(tiny.CONFIG, tiny.mesh(mesh), SMALL).items():
         assert program.lower().as_text(), name
+
+
+def test_preferences_over_a_large_vocabulary_take_a_third_of_the_memory_of_full_logits(monkeypatch):
+    """8,192 tokens of DPO at V = 128,256, compiled and not run: what the step holds beside state and batch."""
+    config = dataclasses.replace(SHAPES["s"], vocab_size=128_256, num_layers=2)
+    sizes = Sizes(batch_size=4, max_length=1024, accumulate=1, remat="full", dtype="bfloat16")
+
+    def temporaries() -> float:
+        jax.clear_caches()  # the step is traced again
+        program = training_programs(config, make_mesh(devices=jax.devices()[:1]), sizes)["dpo"]
+        return memory_of("dpo", program.lower().compile()).temporaries
+
+    def full(hidden_BTD, head_DV, targets_BT, **_):
+        logps_BTV = jax.nn.log_softmax(jnp.matmul(hidden_BTD, head_DV, preferred_element_type=jnp.float32))
+        return jnp.take_along_axis(logps_BTV, targets_BT[..., None], axis=-1)[..., 0], None
+
+    tiled = temporaries()
+    monkeypatch.setattr(model.head, "logps_and_entropies", full)
+    whole = temporaries()
+    assert whole > 8192 * config.vocab_size * 4 / 2**30  # the logits are among them
+    assert tiled < whole / 3, (tiled, whole)
 
 
 @pytest.mark.slow

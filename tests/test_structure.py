@@ -33,6 +33,7 @@ LAYERS = (
         "products",
         "tiles",
         "head",
+        "kv_cache",
         "progress",
         "prompts",
         "tensorflow_text",

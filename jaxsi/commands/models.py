@@ -18,6 +18,7 @@ from jaxsi.commands.tables import figures_table
 Model = Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="MODEL")]
 Out = Annotated[Path, tyro.conf.arg(aliases=["-o"])]
 Dtype = Literal["bfloat16", "float32", "float16"]
+KVCache = Literal["exact", "int8"]
 CHUNK = 256  # prompts or responses in a part: what a kill loses at most
 Made = TypeVar("Made")
 
@@ -63,6 +64,8 @@ class Generate:
     batch_size: int = 64
     """Rows in flight at a time; does not change the responses in float32, in bfloat16 they are the same in distribution
     only."""
+    cache: KVCache = "exact"
+    """Keys and values: exact in --dtype, or int8, half of bfloat16 and not the same responses."""
     mesh: Mesh = Mesh()
 
 
@@ -111,7 +114,7 @@ def generate(argv: list[str]) -> Report:
     prompts = read_prompts(args.prompts, args.max_prompts)
     settings: dict[str, Any] = {
         name: getattr(args, name)
-        for name in ("num_samples", "temperature", "top_p", "top_k", "max_new_tokens", "batch_size")
+        for name in ("num_samples", "temperature", "top_p", "top_k", "max_new_tokens", "batch_size", "cache")
     }
     try:
         sampling.SamplingConfig(**settings, dtype=args.dtype)

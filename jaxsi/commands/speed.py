@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from jaxsi.commands import Report, UsageError, parse
 from jaxsi.commands.bench import made_by
-from jaxsi.commands.models import Dtype, Model
+from jaxsi.commands.models import Dtype, KVCache, Model
 from jaxsi.commands.stored import Mesh, mesh_for
 from jaxsi.commands.tables import figures_table
 
@@ -71,6 +71,8 @@ class Generate:
     temperature: float = 0.7
     """0 is greedy."""
     top_p: float = 0.9
+    cache: KVCache = "exact"
+    """Keys and values: exact in --dtype, or int8; ours alone."""
     dtype: Dtype = "bfloat16"
     reps: int = 5
     seed: int = 0
@@ -155,7 +157,7 @@ def generate(argv: list[str]) -> Report:
         raise UsageError(str(error)) from error
     conditions = _conditions("generate", argv)
     lm = model_to_measure(args.model, mesh_for(args.model, args.mesh), args.dtype, args.dtype)
-    work = generate_work(lm.config, **asked)
+    work = dataclasses.replace(generate_work(lm.config, **asked), cache=args.cache)
     work = work if args.share else work.apart()
     value = bench_speed.measure_generate(lm, work, args.reps)
     if args.against is not None:

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxsi import ceilings, data, engine, kv_cache, losses, mesh as meshlib, prefixes, sampling, scoring, train
+from jaxsi import ceilings, data, engine, kv_cache, losses, prefixes, sampling, scoring, train
 from jaxsi.bench_work import GenerateWork, WorkError
 from jaxsi.data import GroupBatch, TokenBatch
 from jaxsi.lm import LM
@@ -256,8 +256,8 @@ class Trainer:
 def _supervised_training(lm: LM, work: TrainWork, config: train.TrainConfig) -> tuple[train.SFTLoss, TokenBatch]:
     config.check(lm.mesh)
     sequences = [data.encode(row[:1], row[1:]) for row in work.rows]
-    arrange = data.padded if meshlib.platform(lm.mesh) == "gpu" else data.packed  # as train.sft does
-    batches = arrange(sequences, len(work.rows[0]), len(work.rows), lm.mesh, epochs=1, seed=0)
+    length, size = len(work.rows[0]), len(work.rows)
+    batches = data.arrangement(lm.mesh)(sequences, length, size, lm.mesh, epochs=1, seed=0)
     return train.SFTLoss(lm.config, lm.mesh, work.dtype, work.remat), batches[0]
 
 

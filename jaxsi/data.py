@@ -118,6 +118,12 @@ def _fill(size: int, rows: list[np.ndarray], dtype: Any) -> np.ndarray:
     return out
 
 
+def arrangement(mesh: Mesh) -> Callable[..., Batches]:
+    """How sequences become batches on this mesh: ``packed``, but ``padded`` on GPUs, whose fused attention takes no
+    segments."""
+    return padded if meshlib.platform(mesh) == "gpu" else packed
+
+
 def packed(
     sequences: Sequence[Sequence_], length: int, batch_size: int, mesh: Mesh, *, epochs: int, seed: int
 ) -> Batches:

@@ -75,6 +75,11 @@ def finer(n: int) -> int:
     return -(-n // step) * step
 
 
+def fitting(n: int, parts: int) -> int:
+    """Rows for ``n`` of them, as many, a power of two, on each of ``parts`` of the mesh."""
+    return parts * power(-(-n // parts), 1)
+
+
 def first_fit(lengths: Sequence[int], width: int) -> list[tuple[int, int]]:
     """(row, first column) of texts of these lengths, at most ``width``, in as few rows of ``width`` columns as putting
     each, the longest first, into the first row with room makes them."""
@@ -118,12 +123,12 @@ def run(
     if not prompts:
         return [], work
     parts = meshlib.axis_size(lm.mesh, "batch")
-    fit = lambda rows: parts * power(-(-rows // parts), 1)  # noqa: E731
-    size = min(max(parts, batch_size // parts * parts), fit(len(prompts) * num_samples))
+    size = min(max(parts, batch_size // parts * parts), fitting(len(prompts) * num_samples, parts))
     fixed = Fixed(lm.config, lm.mesh, jnp.dtype(lm.dtype), int8=cache == "int8")
     words = sample_words(np.asarray(jax.random.key_data(keys_P)), num_samples)
     rows = [[Row(n) for n in of_prompt] for of_prompt in limits or [[limit] * num_samples] * len(prompts)]
-    ahead = Ahead(lm, prompts, min(fit(-(-size // num_samples)), fit(len(prompts))), fixed, work, group)
+    most = min(-(-size // num_samples), len(prompts))
+    ahead = Ahead(lm, prompts, fitting(most, parts), fixed, work, group)
     slots = Engine(lm, settings, limit, size, fixed, work)
     for numbers, wave, width in ahead.waves():
         slots.feed(
@@ -180,7 +185,7 @@ class Ahead:
         waves = [members[i : i + self.size] for i in range(0, len(members), self.size)]
         # Row 0 has the common beginning alone, for the prompts that share no more.
         sharing = [list(dict.fromkeys(group for _, group in of if group.shared > shared)) for of in waves]
-        size = self.parts * power(-(-(1 + max(map(len, sharing))) // self.parts), 1)
+        size = fitting(1 + max(map(len, sharing)), self.parts)
         for taken, of_wave in zip(waves, sharing, strict=True):
             before, places = root, dict.fromkeys(of_wave, 0)
             if of_wave:

@@ -353,8 +353,8 @@ def hidden_states(
         segments_BT = jnp.ones((B, T), jnp.int32)
         if lengths_B is not None:
             segments_BT = (columns_BT < lengths_B[:, None]).astype(jnp.int32)
-    windows_L = windows(config)
-    one_window = len(set(windows_L)) == 1
+    layer_windows = windows(config)
+    one_window = len(set(layer_windows)) == 1
 
     def place(x_BTD: jax.Array) -> jax.Array:
         return x_BTD if mesh is None else meshlib.constrain(x_BTD, mesh, ("batch", "sequence", None))
@@ -363,7 +363,7 @@ def hidden_states(
         layer, window = layer_and_window
         q_BTHC, k_BKSC, v_BKSC = qkv(layer, config, x_BTD, positions_BT)
         attended_BTHC = attend_causally(
-            q_BTHC, k_BKSC, v_BKSC, segments_BT, positions_BT, windows_L[0] if one_window else window,
+            q_BTHC, k_BKSC, v_BKSC, segments_BT, positions_BT, layer_windows[0] if one_window else window,
             lengths_B=lengths_B, mesh=mesh,
         )  # fmt: skip
         return place(after_attention(layer, config, x_BTD, attended_BTHC)), None
@@ -378,7 +378,7 @@ def hidden_states(
         case _:
             raise ModelError(f"remat is {remat!r}; it is one of {', '.join(get_args(Remat))}")
     x_BTD = place(embed(weights, tokens_BT, dtype))
-    x_BTD, _ = jax.lax.scan(block, x_BTD, (weights["layers"], jnp.asarray(windows_L, jnp.int32)))
+    x_BTD, _ = jax.lax.scan(block, x_BTD, (weights["layers"], jnp.asarray(layer_windows, jnp.int32)))
     return rms_norm(x_BTD, weights["final_norm"], config.norm_eps)
 
 

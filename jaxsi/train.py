@@ -408,8 +408,7 @@ def sft(lm: LM, examples: Sequence[SFTExample], config: TrainConfig, scope: Scop
     config.check(lm.mesh)
     with scope.timed("sft"):
         sequences = _fitting(scope, [data.encode_example(lm.tokenizer, e) for e in examples], config.max_length)
-        arrange = data.padded if meshlib.platform(lm.mesh) == "gpu" else data.packed
-        batches = arrange(
+        batches = data.arrangement(lm.mesh)(
             sequences, config.max_length, config.batch_size, lm.mesh, epochs=config.epochs, seed=seed_of(scope, "sft")
         )
         return fit(lm, batches, SFTLoss(lm.config, lm.mesh, config.dtype, config.remat), config, scope)

@@ -19,8 +19,8 @@ MAPPINGS = Path("/proc/self/maps")
 
 @pytest.fixture(autouse=True, scope="module")
 def _no_more_programs_than_fit():
-    """A compiled program keeps memory mapped; past 65,530 mappings of a process, Linux's default, XLA crashes in the
-    middle of a later test."""
+    """A compiled program keeps memory mapped, and a process may have 65,530 mappings, Linux's default. Workers that had
+    tens of thousands crashed in the middle of a later test; that the limit was the cause was not shown."""
     yield
     if MAPPINGS.exists() and MAPPINGS.read_text().count("\n") > 20_000:
         import jax

@@ -2,6 +2,7 @@
 
 import functools
 import math
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -14,6 +15,7 @@ from jaxsi.products import settle
 from jaxsi.tiles import over_tiles
 
 QUERY_TILE = 512  # queries whose scores exist at a time: memory grows with T, not with T squared
+SHARED = -1  # the segment that every token after it in its row sees
 UNSEEN = -1e30  # the score of a key that is not seen; finite, for the padded queries of the last tile see none
 
 
@@ -55,11 +57,13 @@ def attend_causally(
     window: jax.Array | int,
     *,
     lengths_B: jax.Array | None = None,
+    forked: bool = False,
     mesh: Mesh | None = None,
     tile: int = QUERY_TILE,
 ) -> jax.Array:
-    """Attention [B, T, H, C] of sequences to themselves (S = T): each token sees its own segment up to itself, at most
-    ``window`` positions back. Padding is a segment of its own (id 0); what comes out there is not defined.
+    """Attention [B, T, H, C] of sequences to themselves (S = T): each token sees its own segment, and the segment
+    ``SHARED``, up to itself, at most ``window`` positions back. Padding is a segment of its own (id 0); what comes out
+    there is not defined.
 
     On a mesh of TPUs it is Splash attention, on one of GPUs cuDNN's, where these take the shapes and the window is
     known as an ``int``; else, and without a mesh, it is XLA's, more than ``tile`` queries in tiles. The mesh decides,
@@ -70,11 +74,15 @@ def attend_causally(
       positions_BT: count up by one within a segment.
       lengths_B: int32, where no row holds more than one segment: its tokens, with padding behind them. cuDNN has no
         segments and is used only with these.
+      forked: rows are the segment ``SHARED``, then 1, then 2.
     """
     if mesh is not None and isinstance(window, int) and fused_attention.divides(q_BTHC, k_BKSC, mesh):
         platform = meshlib.platform(mesh)
-        if platform == "tpu" and fused_attention.splash_takes(q_BTHC):
-            splash = functools.partial(fused_attention.splash, window=window)
+        # Splash measures windows in columns: those of the second branch are not its positions.
+        unbroken = not forked or window >= q_BTHC.shape[1]
+        if platform == "tpu" and fused_attention.splash_takes(q_BTHC) and unbroken:
+            kernel = functools.partial(fused_attention.splash, window=window)
+            splash = functools.partial(each_branch, kernel) if forked else kernel
             return fused_attention.on_mesh(splash, mesh)(q_BTHC, k_BKSC, v_BKSC, segments_BT)
         if platform == "gpu" and lengths_B is not None and fused_attention.cudnn_takes(q_BTHC, window):
             return fused_attention.on_mesh(fused_attention.cudnn, mesh)(q_BTHC, k_BKSC, v_BKSC, lengths_B)
@@ -89,6 +97,18 @@ def attend_causally(
     return attended_BKTGC[:, :, :T].swapaxes(1, 2).reshape(B, T, H, C)
 
 
+def each_branch(
+    attention: Callable[..., jax.Array], q_BTHC: jax.Array, k_BKTC: jax.Array, v_BKTC: jax.Array, segments_BT: jax.Array
+) -> jax.Array:
+    """Forked rows by attention that knows equal segments only: once for each branch, the shared tokens in both."""
+
+    def seen_with(branch: int) -> jax.Array:
+        belongs_BT = (segments_BT == SHARED) | (segments_BT == branch)
+        return attention(q_BTHC, k_BKTC, v_BKTC, jnp.where(belongs_BT, branch, 0))
+
+    return jnp.where((segments_BT == 2)[:, :, None, None], seen_with(2), seen_with(1))
+
+
 class _Places(NamedTuple):
     """Where the tokens are: what decides who sees whom."""
 
@@ -101,7 +121,7 @@ class _Places(NamedTuple):
         S = self.segments_BS.shape[1]
         pad = lambda x_BS: jnp.pad(x_BS, ((0, 0), (0, -S % size)))  # noqa: E731
         cut = lambda x_BS: jax.lax.dynamic_slice_in_dim(pad(x_BS), start, size, axis=1)[:, :, None]  # noqa: E731
-        same_BtS = cut(self.segments_BS) == self.segments_BS[:, None]
+        same_BtS = (cut(self.segments_BS) == self.segments_BS[:, None]) | (self.segments_BS == SHARED)[:, None]
         distance_BtS = cut(self.positions_BS) - self.positions_BS[:, None]
         earlier_tS = (start + jnp.arange(size))[:, None] >= jnp.arange(S)[None]
         return same_BtS & earlier_tS[None] & (distance_BtS < self.window)

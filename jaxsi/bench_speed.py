@@ -17,7 +17,7 @@ import numpy as np
 
 from jaxsi import ceilings, data, engine, kv_cache, losses, prefixes, sampling, scoring, train
 from jaxsi.bench_work import GenerateWork, WorkError
-from jaxsi.data import GroupBatch, TokenBatch
+from jaxsi.data import PairBatch, TokenBatch
 from jaxsi.lm import LM
 from jaxsi.model import Remat
 from jaxsi.optim import OptimConfig
@@ -261,14 +261,16 @@ def _supervised_training(lm: LM, work: TrainWork, config: train.TrainConfig) -> 
     return train.SFTLoss(lm.config, lm.mesh, work.dtype, work.remat), batches[0]
 
 
-def _pair_training(lm: LM, work: TrainWork, config: train.TrainConfig) -> tuple[train.PairLoss, GroupBatch]:
+def _pair_training(lm: LM, work: TrainWork, config: train.TrainConfig) -> tuple[train.PairLoss, PairBatch]:
     config = dataclasses.replace(config, batch_size=len(work.pairs))
     config.check(lm.mesh)
     n = work.shared
     encoded = [tuple(data.encode(side[:n], side[n:]) for side in pair) for pair in work.pairs]
     pairs = [(chosen, rejected) for chosen, rejected in encoded]
     refs = train.reference_logps(lm, pairs, config)
-    batches = data.groups(pairs, refs, len(pairs), lm.mesh, epochs=1, seed=0, min_length=len(work.rows[0]))
+    least = len(work.rows[0])
+    shared = data.prompts_shared(lm.config, lm.mesh, pairs, least)
+    batches = data.pairs(pairs, refs, len(pairs), lm.mesh, epochs=1, seed=0, min_length=least, shared=shared)
     return train.PairLoss(lm.config, lm.mesh, work.dtype, work.remat, losses.dpo, BETA, 0.0), batches[0]
 
 

@@ -4,6 +4,7 @@ Which rows make batch number i is a pure function of (rows, seed, i), so a run r
 """
 
 import dataclasses
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -13,7 +14,9 @@ import numpy as np
 from jax.sharding import Mesh
 
 from jaxsi import mesh as meshlib
+from jaxsi.attention import SHARED
 from jaxsi.chat import render_prompt, render_response
+from jaxsi.model import ModelConfig, parameters
 from jaxsi.records import PreferencePair, SFTExample
 from jaxsi.sampling import bucket
 from jaxsi.tokenizer import Tokenizer
@@ -24,26 +27,46 @@ class DataError(ValueError):
 
 
 class TokenBatch(NamedTuple):
-    """Token sequences, one or several packed in a row. loss_mask True where a token counts; segments 0 where there is
-    none. ``lengths_B``: the tokens of each row, where every row is one sequence; None where they are packed."""
+    """Token sequences, one or several packed in a row; segments 0 where there is none.
+
+    ``targets_BR``: the tokens that the loss counts, -1 where there are no more, and ``places_BR`` the columns whose
+    hidden states predict them. The head runs on these alone, so R is as small as they allow. ``lengths_B``: the tokens
+    of each row, where every row is one sequence; None where they are packed.
+    """
 
     tokens_BT: Any
     positions_BT: Any
     segments_BT: Any
-    loss_mask_BT: Any
+    places_BR: Any
+    targets_BR: Any
     lengths_B: Any = None
 
 
+class PairBatch(NamedTuple):
+    """Pairs of responses to one prompt, each in S rows: in two, with the prompt before each response, or in one, which
+    holds the prompt (segment ``SHARED``), the chosen and the rejected response (segments 1 and 2): neither response
+    sees the other.
+
+    ``places_B2R`` and ``targets_B2R`` as in ``TokenBatch``, of the chosen and of the rejected response, each in its own
+    row. ``ref_logps_B2`` float32: the reference's summed log-probabilities. real_B False for fill.
+    """
+
+    tokens_BST: Any
+    positions_BST: Any
+    segments_BST: Any
+    places_B2R: Any
+    targets_B2R: Any
+    ref_logps_B2: Any
+    real_B: Any
+
+
 class GroupBatch(NamedTuple):
-    """Rows of N sequences that are compared: the chosen and the rejected response of a pair (N = 2), each after its
-    prompt, or the four ordered pairs of PIT's gap (N = 4). One sequence a row: segments are 1, then 0.
-    ``ref_logps_BN`` float32: the reference's summed log-probabilities of the sequences, where the loss has a reference.
-    real_B False for fill."""
+    """Rows of N sequences whose rewards are compared: the chosen and the rejected response of a pair (N = 2), each
+    after its prompt, or the four ordered pairs of PIT's gap (N = 4). One sequence a row: segments are 1, then 0. real_B
+    False for fill."""
 
     tokens_BNT: Any
     segments_BNT: Any
-    loss_mask_BNT: Any
-    ref_logps_BN: Any
     real_B: Any
 
 
@@ -52,6 +75,11 @@ class Sequence_(NamedTuple):
 
     tokens: np.ndarray
     loss_mask: np.ndarray
+
+    @property
+    def counted(self) -> np.ndarray:
+        """The columns of the tokens that the loss counts."""
+        return np.flatnonzero(self.loss_mask)
 
 
 def encode(prompt_ids: Sequence[int], response_ids: Sequence[int]) -> Sequence_:
@@ -139,14 +167,15 @@ def packed(
         grain.experimental.FirstFitPackIterDataset(parts, length_struct=lengths, num_packing_bins=64, seed=seed % 2**32)
     )
 
+    of_rows = [Sequence_(row["tokens"], row["loss_mask"]) for row in rows]
+    room = _room([len(row.counted) for row in of_rows], length)
+
     def collate(chosen: Sequence[int]) -> TokenBatch:
-        column = lambda name, dtype: _fill(batch_size, [rows[i][name] for i in chosen], dtype)  # noqa: E731
+        column = lambda name: _fill(batch_size, [rows[i][name] for i in chosen], np.int32)  # noqa: E731
         return TokenBatch(
-            column("tokens", np.int32),
-            column("tokens_positions", np.int32),
-            column("tokens_segment_ids", np.int32),
-            column("loss_mask", bool),
-        )
+            column("tokens"), column("tokens_positions"), column("tokens_segment_ids"),
+            *_predicted([of_rows[i] for i in chosen], batch_size, room),
+        )  # fmt: skip
 
     return Batches(_shuffled(len(rows), batch_size, epochs, seed), collate, mesh)
 
@@ -161,17 +190,17 @@ def padded(
     """
     _check_lengths(sequences, length)
     sizes = [min(length, bucket(len(s.tokens), 64)) for s in sequences]
+    rooms = _rooms(sizes, [len(s.counted) for s in sequences])
 
     def collate(chosen: Sequence[int]) -> TokenBatch:
-        T = max(sizes[i] for i in chosen)
-        tokens, masks, segments = _rows([sequences[i] for i in chosen], T)
-        positions_BT = np.broadcast_to(np.arange(T, dtype=np.int32), (batch_size, T)).copy()
+        T, of_rows = max(sizes[i] for i in chosen), [sequences[i] for i in chosen]
+        tokens, segments = _rows(of_rows, T)
         return TokenBatch(
             _fill(batch_size, tokens, np.int32),
-            positions_BT,
+            np.broadcast_to(np.arange(T, dtype=np.int32), (batch_size, T)).copy(),
             _fill(batch_size, segments, np.int32),
-            _fill(batch_size, masks, bool),
-            _fill(batch_size, [np.asarray(len(sequences[i].tokens), np.int32) for i in chosen], np.int32),
+            *_predicted(of_rows, batch_size, rooms[T]),
+            _fill(batch_size, [np.asarray(len(s.tokens), np.int32) for s in of_rows], np.int32),
         )
 
     return Batches(_bucketed(sizes, batch_size, epochs, seed), collate, mesh)
@@ -185,11 +214,35 @@ def _check_lengths(sequences: Sequence[Sequence_], length: int) -> None:
         )
 
 
-def _rows(sequences: Sequence[Sequence_], length: int) -> tuple[list[np.ndarray], list[np.ndarray], list[np.ndarray]]:
-    """Tokens, loss masks and segments of each sequence, right-padded to ``length``."""
-    pad = lambda x: np.pad(x, (0, length - len(x)))  # noqa: E731
+def _rows(sequences: Sequence[Sequence_], length: int) -> tuple[list[np.ndarray], list[np.ndarray]]:
+    """Tokens and segments of each sequence, right-padded to ``length``."""
     ones = [np.ones(len(s.tokens), np.int32) for s in sequences]
-    return [pad(s.tokens) for s in sequences], [pad(s.loss_mask) for s in sequences], [pad(o) for o in ones]
+    return [_padded(s.tokens, length) for s in sequences], [_padded(o, length) for o in ones]
+
+
+def _padded(x: np.ndarray, length: int, fill: int = 0) -> np.ndarray:
+    return np.pad(x, (0, length - len(x)), constant_values=fill)
+
+
+def _room(counts: Sequence[int], length: int) -> int:
+    """Columns for so many counted tokens in a row of ``length``: eighths of it, so that few programs are compiled."""
+    eighth = -(-length // 8)
+    return min(length, eighth * max(1, -(-max(counts) // eighth)))
+
+
+def _rooms(sizes: Sequence[int], counts: Sequence[int]) -> dict[int, int]:
+    """The room in a batch as long as each of the sizes, which shorter rows may be in, too."""
+    together = list(zip(sizes, counts, strict=True))
+    return {T: _room([count for size, count in together if size <= T], T) for T in set(sizes)}
+
+
+def _predicted(rows: Sequence[Sequence_], batch_size: int, room: int) -> tuple[np.ndarray, np.ndarray]:
+    """Places and targets [batch_size, room] int32 of a ``TokenBatch``."""
+    places, targets = np.zeros((batch_size, room), np.int32), np.full((batch_size, room), -1, np.int32)
+    for b, row in enumerate(rows):
+        n = len(row.counted)
+        places[b, :n], targets[b, :n] = row.counted - 1, row.tokens[row.counted]
+    return places, targets
 
 
 def _bucketed(sizes: Sequence[int], batch_size: int, epochs: int, seed: int) -> grain.MapDataset:
@@ -211,7 +264,6 @@ def _bucketed(sizes: Sequence[int], batch_size: int, epochs: int, seed: int) -> 
 
 def groups(
     encoded: Sequence[tuple[Sequence_, ...]],
-    ref_logps: Sequence[Sequence[float]],
     batch_size: int,
     mesh: Mesh,
     *,
@@ -219,16 +271,124 @@ def groups(
     seed: int,
     min_length: int,
 ) -> Batches:
-    """Batches of groups of N sequences with the reference's log-probabilities, each batch as long as its bucket (at
-    least ``min_length``)."""
+    """Batches of groups of N sequences, each batch as long as its bucket (at least ``min_length``)."""
     sizes = [bucket(max(len(s.tokens) for s in group), min_length) for group in encoded]
 
     def collate(chosen: Sequence[int]) -> GroupBatch:
         T = max(sizes[i] for i in chosen)
         places = [_rows([encoded[i][n] for i in chosen], T) for n in range(len(encoded[chosen[0]]))]
-        together = lambda part, dtype: np.stack([_fill(batch_size, place[part], dtype) for place in places], axis=1)  # noqa: E731
+        together = lambda part: np.stack([_fill(batch_size, place[part], np.int32) for place in places], axis=1)  # noqa: E731
+        return GroupBatch(together(0), together(1), np.arange(batch_size) < len(chosen))
+
+    return Batches(_bucketed(sizes, batch_size, epochs, seed), collate, mesh)
+
+
+class _Rows(NamedTuple):
+    """A pair as S rows (tokens, positions, segments), which the last token of a response, that predicts nothing, is not
+    in; and (places, targets) of either response."""
+
+    inputs: list[tuple[np.ndarray, np.ndarray, np.ndarray]]
+    predicted: list[tuple[np.ndarray, np.ndarray]]
+
+    @property
+    def columns(self) -> int:
+        return max(len(tokens) for tokens, _, _ in self.inputs)
+
+    @property
+    def counted(self) -> int:
+        return max(len(targets) for _, targets in self.predicted)
+
+
+def _apart(pair: tuple[Sequence_, Sequence_]) -> _Rows:
+    inputs, predicted = [], []
+    for s in pair:
+        n = len(s.tokens) - 1
+        inputs.append((s.tokens[:-1], np.arange(n), np.ones(n, np.int32)))
+        predicted.append((s.counted - 1, s.tokens[s.counted]))
+    return _Rows(inputs, predicted)
+
+
+def _together(pair: tuple[Sequence_, Sequence_]) -> _Rows:
+    chosen, rejected = pair
+    prompt = _prompt(pair)
+    first, second = len(chosen.tokens) - 1 - prompt, len(rejected.tokens) - 1 - prompt
+    tokens = np.concatenate([chosen.tokens[:-1], rejected.tokens[prompt:-1]])
+    positions = np.concatenate([np.arange(prompt + first), np.arange(prompt, prompt + second)])
+    segments = np.repeat(np.asarray([SHARED, 1, 2], np.int32), [prompt, first, second])
+    predicted = []
+    for s, before in ((chosen, 0), (rejected, first)):
+        places = s.counted - 1
+        predicted.append((np.where(places < prompt, places, places + before), s.tokens[s.counted]))
+    return _Rows([(tokens, positions, segments)], predicted)
+
+
+def _prompt(pair: tuple[Sequence_, Sequence_]) -> int:
+    """The tokens of the prompt of a pair.
+
+    Raises: DataError: the two have not the same one.
+    """
+    chosen, rejected = (s.tokens[: s.counted[0]] for s in pair)
+    if not np.array_equal(chosen, rejected):
+        raise DataError("the chosen and the rejected response of a pair follow different prompts; drop the pair")
+    return len(chosen)
+
+
+# Attention of XLA takes so many times as long as its products alone (measured on a CPU, 0.5k to 1k tokens, float32).
+ATTENTION_COST = 3
+WORTHWHILE = 0.95  # of the cost apart, at most
+
+
+def prompts_shared(
+    config: ModelConfig, mesh: Mesh, encoded: Sequence[tuple[Sequence_, Sequence_]], min_length: int
+) -> bool:
+    """Whether pairs go through the layers in one row each, the prompt once: where that is less work, which it is unless
+    prompts are much shorter than responses (what the responses do not see of each other is computed and masked). Never
+    on GPUs, whose fused attention takes no segments."""
+    if meshlib.platform(mesh) == "gpu":
+        return False
+    weights = sum(math.prod(p.shape) for p in parameters(config)["layers"].values())
+    quadratic = ATTENTION_COST * 4 * config.num_layers * config.num_heads * config.head_dim
+
+    def cost(rows: _Rows) -> float:
+        T = bucket(rows.columns, min_length)
+        return len(rows.inputs) * T * (2 * weights + quadratic * T)
+
+    return sum(cost(_together(pair)) for pair in encoded) < WORTHWHILE * sum(cost(_apart(pair)) for pair in encoded)
+
+
+def pairs(
+    encoded: Sequence[tuple[Sequence_, Sequence_]],
+    ref_logps: Sequence[Sequence[float]],
+    batch_size: int,
+    mesh: Mesh,
+    *,
+    epochs: int,
+    seed: int,
+    min_length: int,
+    shared: bool,
+) -> Batches:
+    """Batches of pairs with the reference's log-probabilities, each batch as long as its bucket (at least
+    ``min_length``); ``shared``: a pair is one row.
+
+    Raises: DataError: the two of a pair have not the same prompt.
+    """
+    made = [(_together if shared else _apart)(pair) for pair in encoded]
+    sizes = [bucket(rows.columns, min_length) for rows in made]
+    rooms = _rooms(sizes, [rows.counted for rows in made])
+
+    def collate(chosen: Sequence[int]) -> PairBatch:
+        T = max(sizes[i] for i in chosen)
+
+        def stacked(of_pair: Callable[[_Rows], Sequence[np.ndarray]], length: int, fill: int = 0) -> np.ndarray:
+            arrays = [np.stack([_padded(x, length, fill) for x in of_pair(made[i])]) for i in chosen]
+            return np.concatenate(
+                [np.asarray(arrays, np.int32), np.full((batch_size - len(chosen), *arrays[0].shape), fill, np.int32)]
+            )
+
+        tokens, positions, segments = (stacked(lambda rows, k=k: [x[k] for x in rows.inputs], T) for k in range(3))
+        places = stacked(lambda rows: [x for x, _ in rows.predicted], rooms[T])
+        targets = stacked(lambda rows: [x for _, x in rows.predicted], rooms[T], fill=-1)
         refs = _fill(batch_size, [np.asarray(ref_logps[i], np.float32) for i in chosen], np.float32)
-        real_B = np.arange(batch_size) < len(chosen)
-        return GroupBatch(together(0, np.int32), together(2, np.int32), together(1, bool), refs, real_B)
+        return PairBatch(tokens, positions, segments, places, targets, refs, np.arange(batch_size) < len(chosen))
 
     return Batches(_bucketed(sizes, batch_size, epochs, seed), collate, mesh)

@@ -328,6 +328,7 @@ def hidden_states(
     segments_BT: jax.Array | None = None,
     *,
     lengths_B: jax.Array | None = None,
+    forked: bool = False,
     dtype: Any = jnp.float32,
     remat: Remat = "none",
     mesh: Mesh | None = None,
@@ -340,7 +341,8 @@ def hidden_states(
 
     Args:
       tokens_BT: int32. positions_BT: int32, default 0, 1, ...; segments_BT: int32; tokens see only their own segment,
-        and padding has the segment 0. lengths_B: int32, with segments only where these say the same.
+        and ``attention.SHARED``; padding has the segment 0. lengths_B: int32, with segments only where these say the
+        same. forked: as in ``attend_causally``.
       dtype: of the computation; norms, softmax and rotations are in float32.
       remat: what the backward pass computes again, in place of keeping it: nothing; all of a layer but its products
         with weights; or all of it.
@@ -364,7 +366,7 @@ def hidden_states(
         q_BTHC, k_BKSC, v_BKSC = qkv(layer, config, x_BTD, positions_BT)
         attended_BTHC = attend_causally(
             q_BTHC, k_BKSC, v_BKSC, segments_BT, positions_BT, layer_windows[0] if one_window else window,
-            lengths_B=lengths_B, mesh=mesh,
+            lengths_B=lengths_B, forked=forked, mesh=mesh,
         )  # fmt: skip
         return place(after_attention(layer, config, x_BTD, attended_BTHC)), None
 
@@ -419,6 +421,26 @@ def token_logps(
     _check_text_head(config)
     matrix_DV = _head(weights, config, hidden_BTD.dtype)
     return head.logps_and_entropies(hidden_BTD, matrix_DV, targets_BT, tile_bytes=tile_bytes)[0]
+
+
+def predicted_logps(
+    weights: Weights,
+    config: ModelConfig,
+    hidden_BTD: jax.Array,
+    places_BR: jax.Array,
+    targets_BR: jax.Array,
+    *,
+    mesh: Mesh | None = None,
+) -> jax.Array:
+    """Log-probability [B, R] float32 of the tokens ``targets_BR`` after the hidden states in the columns ``places_BR``;
+    0 where a target is -1. The head runs on these columns alone.
+
+    Raises: ModelError for a model with a scalar head.
+    """
+    hidden_BRD = jnp.take_along_axis(hidden_BTD, places_BR[..., None], axis=1)
+    tile_bytes = head.TILE_BYTES * (1 if mesh is None else mesh.size)
+    logps_BR = token_logps(weights, config, hidden_BRD, jnp.maximum(targets_BR, 0), tile_bytes=tile_bytes)
+    return jnp.where(targets_BR >= 0, logps_BR, 0.0)
 
 
 def sequence_logps(

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from jaxsi import lm, losses, mesh as meshlib, model, optim, rl, scoring, slots, train
-from jaxsi.data import GroupBatch, TokenBatch
+from jaxsi.data import PairBatch, TokenBatch
 from jaxsi.engine import CHUNK, few, power
 from jaxsi.model import ModelConfig, Remat, Weights
 from jaxsi.optim import OptimConfig
@@ -130,28 +130,32 @@ def training_programs(config: ModelConfig, mesh: Mesh, sizes: Sizes) -> dict[str
     numbers, mask = array(jnp.float32, B, T), array(bool, B, T)
     common = (config, mesh, sizes.dtype, sizes.remat)
 
-    def pairs(rows: int) -> GroupBatch:
-        mask_BNT, refs_BN = array(bool, rows, 2, T), array(jnp.float32, rows, 2)
-        return GroupBatch(ids(rows, 2, T), ids(rows, 2, T), mask_BNT, refs_BN, array(bool, rows))
+    def pairs(rows: int, *, shared: bool = False) -> PairBatch:
+        """Of prompts of half a row; ``shared``: they lie in the row once."""
+        tokens = ids(rows, 1, 3 * T // 2) if shared else ids(rows, 2, T)
+        counted = ids(rows, 2, T // 2)
+        refs_B2 = array(jnp.float32, rows, 2)
+        return PairBatch(tokens, tokens, tokens, counted, counted, refs_B2, array(bool, rows))
 
     def step(batch: Any, loss: Any) -> Program:
         options = {"loss": loss, "optimizer": sizes.optim, "accumulate": sizes.accumulate}
         return Program(train.train_step, (state, batch, shape_of((), jnp.float32)), options)
 
-    rows = sizes.score_rows
+    rows, preference = sizes.score_rows, train.PairLoss(*common, losses.dpo, 0.1, 0.0)
     return {
         "score": Program(
             scoring.score_batch,
             (weights, ids(rows, T), ids(rows)),
             {"config": config, "dtype": jnp.dtype(sizes.dtype), "mesh": mesh},
         ),
-        "sft": step(TokenBatch(ids(B, T), ids(B, T), ids(B, T), mask), train.SFTLoss(*common)),
+        "sft": step(TokenBatch(*[ids(B, T)] * 5), train.SFTLoss(*common)),
         "reference": Program(
             train.reference_pair_logps,
             (weights, pairs(B // sizes.accumulate)),
             {"config": config, "mesh": mesh, "dtype": sizes.dtype, "remat": sizes.remat},
         ),
-        "dpo": step(pairs(B), train.PairLoss(*common, losses.dpo, 0.1, 0.0)),
+        "dpo": step(pairs(B), preference),
+        "dpo, prompt shared": step(pairs(B, shared=True), preference),
         "rl": step(rl.RolloutBatch(ids(B, T), ids(B, T), mask, *[numbers] * 4), rl.PolicyLoss(*common, 0.2)),
     }
 

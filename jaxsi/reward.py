@@ -155,7 +155,7 @@ def train_reward(
         )
     with scope.timed("reward"):
         batches = data.groups(
-            kept, [(0.0,)] * len(kept), config.batch_size, lm.mesh,
+            kept, config.batch_size, lm.mesh,
             epochs=config.epochs, seed=train.seed_of(scope, "reward"), min_length=config.min_length,
         )  # fmt: skip
         loss = RewardLoss(lm_config(start), lm.mesh, config.dtype, config.remat, objective)

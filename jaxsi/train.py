@@ -17,7 +17,7 @@ import optax
 from jax.sharding import Mesh
 
 from jaxsi import checkpoint, data, lm as lmlib, losses, mesh as meshlib, model, optim
-from jaxsi.data import Batches, GroupBatch, Sequence_, TokenBatch
+from jaxsi.data import Batches, PairBatch, Sequence_, TokenBatch
 from jaxsi.lm import LM
 from jaxsi.losses import PairLogps
 from jaxsi.model import ModelConfig, Remat, Weights
@@ -113,29 +113,35 @@ class SFTLoss:
     remat: Remat
 
     def __call__(self, weights: Weights, batch: TokenBatch) -> tuple[losses.Loss, Metrics]:
-        logps_BT = model.sequence_logps(
+        hidden_BTD = model.hidden_states(
             weights, self.config, batch.tokens_BT, batch.positions_BT, batch.segments_BT,
             lengths_B=batch.lengths_B, dtype=jnp.dtype(self.dtype), remat=self.remat, mesh=self.mesh,
         )  # fmt: skip
-        return losses.sft(logps_BT, batch.loss_mask_BT), {}
+        logps_BR = model.predicted_logps(
+            weights, self.config, hidden_BTD, batch.places_BR, batch.targets_BR, mesh=self.mesh
+        )
+        return losses.sft(logps_BR, batch.targets_BR >= 0), {}
 
 
 def pair_logps(
-    weights: Weights, batch: GroupBatch, *, config: ModelConfig, mesh: Mesh, dtype: str, remat: Remat
+    weights: Weights, batch: PairBatch, *, config: ModelConfig, mesh: Mesh, dtype: str, remat: Remat
 ) -> jax.Array:
-    """Summed log-probabilities [B, 2] of the chosen and the rejected responses, in one pass over 2B rows."""
-    B, _, T = batch.tokens_BNT.shape
-    flat = lambda x: meshlib.constrain(x.reshape(2 * B, T), mesh, ("batch", None))  # noqa: E731
-    logps_BT = model.sequence_logps(
-        weights, config, flat(batch.tokens_BNT), lengths_B=jnp.sum(flat(batch.segments_BNT), axis=1),
+    """Summed log-probabilities [B, 2] of the chosen and the rejected responses, in one pass over all rows."""
+    B, S, _ = batch.tokens_BST.shape
+    rows = lambda x: meshlib.constrain(x.reshape(B * S, -1), mesh, ("batch", None))  # noqa: E731
+    hidden_BTD = model.hidden_states(
+        weights, config, rows(batch.tokens_BST), rows(batch.positions_BST), rows(batch.segments_BST),
+        lengths_B=None if S == 1 else jnp.sum(rows(batch.segments_BST), axis=1), forked=S == 1,
         dtype=jnp.dtype(dtype), remat=remat, mesh=mesh,
     )  # fmt: skip
-    return jnp.sum(jnp.where(batch.loss_mask_BNT, logps_BT.reshape(B, 2, T), 0.0), axis=-1)
+    places, targets = rows(batch.places_B2R), rows(batch.targets_B2R)
+    logps = model.predicted_logps(weights, config, hidden_BTD, places, targets, mesh=mesh)
+    return jnp.sum(logps.reshape(B, 2, -1), axis=-1)
 
 
 @dataclasses.dataclass(frozen=True)
 class PairLoss:
-    """A pair loss of a ``GroupBatch`` of pairs, with the likelihood term. Equal fields are one compiled program."""
+    """A pair loss of a ``PairBatch``, with the likelihood term. Equal fields are one compiled program."""
 
     config: ModelConfig
     mesh: Mesh
@@ -145,11 +151,11 @@ class PairLoss:
     beta: float
     nll_coef: float
 
-    def __call__(self, weights: Weights, batch: GroupBatch) -> tuple[losses.Loss, Metrics]:
+    def __call__(self, weights: Weights, batch: PairBatch) -> tuple[losses.Loss, Metrics]:
         logps_B2 = pair_logps(weights, batch, config=self.config, mesh=self.mesh, dtype=self.dtype, remat=self.remat)
-        tokens_B2 = jnp.sum(batch.loss_mask_BNT, axis=-1)
+        tokens_B2 = jnp.sum(batch.targets_B2R >= 0, axis=-1)
         p = PairLogps(
-            logps_B2[:, 0], logps_B2[:, 1], batch.ref_logps_BN[:, 0], batch.ref_logps_BN[:, 1],
+            logps_B2[:, 0], logps_B2[:, 1], batch.ref_logps_B2[:, 0], batch.ref_logps_B2[:, 1],
             tokens_B2[:, 0], tokens_B2[:, 1], batch.real_B,
         )  # fmt: skip
         preference, count = self.loss(p, beta=self.beta)
@@ -438,9 +444,10 @@ def dpo(
     # The name says of which weights and which pairs: values of others are never taken for these.
     refs = scope.value(f"ref_logps_{lm.fingerprint}_{_digest(encoded, train)}", reference_logps, lm, encoded, train)
     with scope.timed("dpo"):
-        batches = data.groups(
+        batches = data.pairs(
             encoded, refs, train.batch_size, lm.mesh,
             epochs=train.epochs, seed=seed_of(scope, "dpo"), min_length=train.min_length,
+            shared=data.prompts_shared(lm.config, lm.mesh, encoded, train.min_length),
         )  # fmt: skip
         loss = PairLoss(lm.config, lm.mesh, train.dtype, train.remat, config.loss, config.beta, config.nll_coef)
         return fit(lm, batches, loss, train, scope, better=better)
@@ -459,7 +466,10 @@ def reference_logps(lm: LM, encoded: Sequence[tuple[Sequence_, Sequence_]], conf
     that train."""
     micro = config.batch_size // config.accumulate
     none = [(0.0, 0.0)] * len(encoded)
-    batches = data.groups(encoded, none, micro, lm.mesh, epochs=1, seed=0, min_length=config.min_length)
+    batches = data.pairs(
+        encoded, none, micro, lm.mesh, epochs=1, seed=0, min_length=config.min_length,
+        shared=data.prompts_shared(lm.config, lm.mesh, encoded, config.min_length),
+    )  # fmt: skip
     out = np.zeros((len(encoded), 2), np.float32)
     for step in range(len(batches)):
         rows = [int(i) for i in np.atleast_1d(np.asarray(batches.plan[step]))]

@@ -22,7 +22,7 @@ from jaxsi.commands.preflight import parts_of
 from jaxsi.commands.run import run
 from jaxsi.config import describe_config
 from jaxsi.config_file import ConfigFileError, load_config, load_configs
-from jaxsi.data import GroupBatch, TokenBatch
+from jaxsi.data import GroupBatch, PairBatch, TokenBatch
 from jaxsi.methods import method_of
 from jaxsi.model import ModelConfig, Rope
 from jaxsi.reward import BRADLEY_TERRY, GAP, RewardLoss
@@ -205,9 +205,11 @@ def shaped(cfg: Any, config: ModelConfig, mesh: AbstractMesh) -> Iterator[tuple[
         return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
 
     def group(B, N, T):
-        return GroupBatch(
-            *[rows(B, N, T)] * 2, rows(B, N, T, dtype=bool), rows(B, N, dtype=jnp.float32), rows(B, dtype=bool)
-        )
+        return GroupBatch(*[rows(B, N, T)] * 2, rows(B, dtype=bool))
+
+    def pairs(B, T):
+        counted = [rows(B, 2, T)] * 2
+        return PairBatch(*[rows(B, 1, T)] * 3, *counted, rows(B, 2, dtype=jnp.float32), rows(B, dtype=bool))
 
     scalar = dataclasses.replace(config, scalar_head=True)
     parts = {name: part for name, part in parts_of(cfg) if isinstance(part, TrainConfig | RLConfig)}
@@ -222,12 +224,12 @@ def shaped(cfg: Any, config: ModelConfig, mesh: AbstractMesh) -> Iterator[tuple[
                 yield part, PolicyLoss(*own, part.clip), config, batch
                 yield part, value, scalar, batch
             case TrainConfig() if name == "dpo.train":
-                yield part, train.PairLoss(*own, cfg.dpo.loss, cfg.dpo.beta, 0.0), config, group(B, 2, part.max_length)
+                yield part, train.PairLoss(*own, cfg.dpo.loss, cfg.dpo.beta, 0.0), config, pairs(B, part.max_length)
             case TrainConfig() if name == "reward":
                 for objective, N in ((GAP, 4), (BRADLEY_TERRY, 2)):
                     yield part, RewardLoss(scalar, *own[1:], objective), scalar, group(B, N, part.max_length)
             case TrainConfig():
-                batch = TokenBatch(*[rows(B, part.max_length)] * 3, rows(B, part.max_length, dtype=bool))
+                batch = TokenBatch(*[rows(B, part.max_length)] * 5)
                 yield part, train.SFTLoss(*own), config, batch
 
 

@@ -10,6 +10,7 @@ from hypothesis import given, settings, strategies as st
 
 import tiny
 from jaxsi import data
+from jaxsi.attention import SHARED
 from jaxsi.data import DataError, Sequence_
 from jaxsi.records import SFTExample
 
@@ -29,7 +30,7 @@ def sequences(lengths: list[int]) -> list[Sequence_]:
 def texts_of(batch: data.TokenBatch) -> list[tuple[list[int], list[bool]]]:
     """The sequences that a batch holds, taken apart by its segments."""
     found = []
-    tokens, segments, masks = (np.asarray(x) for x in (batch.tokens_BT, batch.segments_BT, batch.loss_mask_BT))
+    tokens, segments, masks = np.asarray(batch.tokens_BT), np.asarray(batch.segments_BT), tiny.counted(batch)
     for row in range(len(tokens)):
         for segment in sorted(set(segments[row]) - {0}):
             here = np.flatnonzero(segments[row] == segment)
@@ -158,29 +159,76 @@ def test_batches_lie_on_the_mesh() -> None:
 
 
 @settings(max_examples=15, deadline=None)
-@given(st.integers(1, 40), st.integers(0, 2**31), st.integers(1, 2))
-def test_pairs_come_once_an_epoch_with_their_own_reference(count: int, seed: int, epochs: int) -> None:
+@given(st.integers(1, 40), st.integers(0, 2**31), st.integers(1, 2), st.booleans())
+def test_pairs_come_once_an_epoch_with_their_own_reference(count: int, seed: int, epochs: int, shared: bool) -> None:
     encoded = [data.encode_pair(tiny.tokenizer(), pair) for pair in tiny.preference_pairs(count, longest=60)]
     refs = [(float(i), -float(i)) for i in range(count)]
-    batches = data.groups(encoded, refs, 4, tiny.mesh(), epochs=epochs, seed=seed, min_length=16)
+    batches = data.pairs(encoded, refs, 4, tiny.mesh(), epochs=epochs, seed=seed, min_length=16, shared=shared)
     seen: list[int] = []
     for k in range(len(batches)):
         rows = [int(i) for i in np.atleast_1d(batches.plan[k])]
         batch = batches.collate(rows)
         assert batch.real_B.tolist() == [True] * len(rows) + [False] * (4 - len(rows))
-        assert not batch.loss_mask_BNT[len(rows) :].any() and not batch.segments_BNT[len(rows) :].any()
+        assert (batch.targets_B2R[len(rows) :] == -1).all() and not batch.segments_BST[len(rows) :].any()
+        assert batch.tokens_BST.shape[1] == (1 if shared else 2)
         for place, i in enumerate(rows):
-            np.testing.assert_array_equal(batch.ref_logps_BN[place], np.float32(refs[i]))
+            np.testing.assert_array_equal(batch.ref_logps_B2[place], np.float32(refs[i]))
             for side in (0, 1):
-                n = len(encoded[i][side].tokens)
-                np.testing.assert_array_equal(batch.tokens_BNT[place, side, :n], encoded[i][side].tokens)
-                np.testing.assert_array_equal(batch.loss_mask_BNT[place, side, :n], encoded[i][side].loss_mask)
-                np.testing.assert_array_equal(batch.segments_BNT[place, side], np.arange(batch.tokens_BNT.shape[2]) < n)
+                assert predictions(batch, place, side) == every_prediction(encoded[i][side])
         seen += rows
     assert sorted(seen) == sorted(list(range(count)) * epochs)
 
 
-def test_batches_of_pairs_have_few_lengths() -> None:
+def predictions(batch: data.PairBatch, pair: int, side: int) -> list[tuple[list[int], int]]:
+    """For each token of a response that counts, the tokens that its prediction sees, at their positions, and it."""
+    row, branch = (0, 1 + side) if batch.tokens_BST.shape[1] == 1 else (side, 1)
+    tokens, segments = batch.tokens_BST[pair, row], batch.segments_BST[pair, row]
+    found = []
+    for column, target in zip(batch.places_B2R[pair, side], batch.targets_B2R[pair, side], strict=True):
+        if target < 0:
+            continue
+        seen = [c for c in range(column + 1) if segments[c] in (SHARED, branch)]
+        assert segments[column] in (SHARED, branch)
+        np.testing.assert_array_equal(batch.positions_BST[pair, row, seen], np.arange(len(seen)))
+        found.append((tokens[seen].tolist(), int(target)))
+    return found
+
+
+def every_prediction(text: data.Sequence_) -> list[tuple[list[int], int]]:
+    return [(text.tokens[:i].tolist(), int(text.tokens[i])) for i in np.flatnonzero(text.loss_mask)]
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_batches_of_pairs_have_few_shapes(shared: bool) -> None:
     encoded = [data.encode_pair(tiny.tokenizer(), pair) for pair in tiny.preference_pairs(60, longest=100)]
-    batches = data.groups(encoded, [(0.0, 0.0)] * 60, 4, tiny.mesh(), epochs=1, seed=0, min_length=32)
-    assert {batches[k].tokens_BNT.shape[2] for k in range(len(batches))} <= {32, 64, 96, 128}
+    batches = data.pairs(encoded, [(0.0, 0.0)] * 60, 4, tiny.mesh(), epochs=1, seed=0, min_length=32, shared=shared)
+    shapes = {(batches[k].tokens_BST.shape[2], batches[k].targets_B2R.shape[2]) for k in range(len(batches))}
+    assert {length for length, _ in shapes} <= {32, 64, 96, 128, 192, 256}
+    assert len(shapes) == len({length for length, _ in shapes}), "as many programs as lengths"
+    assert all(room <= length for length, room in shapes)
+
+
+def test_prompts_are_shared_where_that_is_less_work() -> None:
+    config, mesh = tiny.CONFIG, tiny.mesh()
+    pair = lambda prompt, a, b: tuple(data.encode([1] * prompt, [2] * n) for n in (a, b))  # noqa: E731
+    assert data.prompts_shared(config, mesh, [pair(400, 40, 40)] * 3, 64)
+    assert not data.prompts_shared(config, mesh, [pair(4, 400, 400)] * 3, 64)
+    assert not data.prompts_shared(config, mesh, [pair(4, 400, 400)] * 3 + [pair(40, 4, 4)], 64)
+    with pytest.raises(data.DataError, match="different prompts"):
+        data.prompts_shared(config, mesh, [(data.encode([1], [2]), data.encode([3], [2]))], 64)
+
+
+@pytest.mark.parametrize("N", [2, 4])
+def test_groups_are_their_sequences(N: int) -> None:
+    encoded = [tuple(sequences([5 + i + n for n in range(N)])) for i in range(6)]
+    batches = data.groups(encoded, 4, tiny.mesh(), epochs=1, seed=0, min_length=16)
+    for k in range(len(batches)):
+        rows = [int(i) for i in np.atleast_1d(batches.plan[k])]
+        batch = batches.collate(rows)
+        assert batch.real_B.tolist() == [True] * len(rows) + [False] * (4 - len(rows))
+        assert not batch.segments_BNT[len(rows) :].any()
+        for place, i in enumerate(rows):
+            for n in range(N):
+                length = len(encoded[i][n].tokens)
+                np.testing.assert_array_equal(batch.tokens_BNT[place, n, :length], encoded[i][n].tokens)
+                np.testing.assert_array_equal(batch.segments_BNT[place, n], np.arange(16) < length)

@@ -7,7 +7,7 @@ import pytest
 
 import tiny
 from jaxsi import fused_attention
-from jaxsi.attention import attend_causally
+from jaxsi.attention import SHARED, attend_causally, each_branch
 from jaxsi.fused_attention import cudnn, cudnn_takes, splash, splash_takes
 
 T, C = 200, 64  # no multiple of a block
@@ -38,7 +38,7 @@ def value_and_gradients(attention, qkv, segments_BT):
     weigh = jnp.sin(jnp.arange(qkv[0].size, dtype=jnp.float32)).reshape(qkv[0].shape)
 
     def loss(qkv):
-        real = jnp.where((segments_BT > 0)[:, :, None, None], attention(*qkv).astype(jnp.float32), 0.0)
+        real = jnp.where((segments_BT != 0)[:, :, None, None], attention(*qkv).astype(jnp.float32), 0.0)
         return jnp.sum(real * weigh), real
 
     (_, out), gradients = jax.jit(jax.value_and_grad(loss, has_aux=True))(qkv)
@@ -61,6 +61,17 @@ def test_splash_is_xlas_attention(H, K, window):
     segments_BT, positions_BT = rows_of([60, 41, 50], [T], [129])
     attention = functools.partial(splash, segments_BT=segments_BT, window=window, interpret=True)
     agree(attention, heads(3, H, K), segments_BT, positions_BT, window, atol=2e-5)
+
+
+def test_splash_takes_each_branch_of_a_forked_row():
+    segments_BT, positions_BT = (np.zeros((2, T), np.int32) for _ in range(2))
+    for b, (prompt, first, second) in enumerate([(60, 41, 50), (1, 130, 69)]):
+        segments_BT[b, : prompt + first + second] = np.repeat([SHARED, 1, 2], [prompt, first, second])
+        positions_BT[b, : prompt + first] = np.arange(prompt + first)
+        positions_BT[b, prompt + first : prompt + first + second] = prompt + np.arange(second)
+    kernel = functools.partial(splash, window=ANY, interpret=True)
+    attention = functools.partial(each_branch, kernel, segments_BT=segments_BT)
+    agree(attention, heads(2, 4, 2), segments_BT, positions_BT, ANY, atol=2e-5)
 
 
 def test_splash_on_a_mesh_gives_each_device_its_rows_and_heads():
@@ -119,6 +130,14 @@ def test_the_mesh_and_the_shapes_choose(monkeypatch, platform, window, lengths, 
     # Without a mesh, and where its devices get unequal parts, it is XLA's.
     attend_causally(*arguments, lengths_B=lengths_B)
     attend_causally(*arguments, lengths_B=lengths_B, mesh=tiny.mesh("2x2x2"))
+
+
+def test_a_forked_row_with_a_window_is_xlas(monkeypatch):
+    """The columns of its second branch are not its positions."""
+    monkeypatch.setattr(fused_attention.meshlib, "platform", lambda _: "tpu")
+    monkeypatch.setattr(fused_attention, "splash", lambda *_, **__: pytest.fail("Splash was taken"))
+    arguments = (*heads(1, 2, 2, dtype="bfloat16"), *rows_of([100]))
+    assert attend_causally(*arguments, T - 1, forked=True, mesh=tiny.mesh()).shape == (1, T, 2, C)
 
 
 def test_cudnn_lowers(monkeypatch):

@@ -60,7 +60,10 @@ def test_packed_padded_and_alone_agree(scored: list[np.ndarray]) -> None:
         batches = arrange(sequences, length, 8, lm.mesh, epochs=1, seed=0)
         batch = batches[0]
         assert len(batches) == 1 and (np.asarray(batch.segments_BT).max() > 1) == (name == "packed")
-        logps, tokens, segments, mask = (np.asarray(x) for x in (program(lm.weights, batch), *batch[:1], *batch[2:4]))
+        logps, tokens, segments = (
+            np.asarray(x) for x in (program(lm.weights, batch), batch.tokens_BT, batch.segments_BT)
+        )
+        mask = tiny.counted(batch)
         for row, segment in {(r, segments[r, t]) for r, t in np.argwhere(segments > 0).tolist()}:
             here = (segments[row] == segment) & mask[row]
             i = next(i for i, c in enumerate(CONTINUATIONS[:5]) if c == tokens[row, here].tolist())

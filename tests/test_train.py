@@ -1,6 +1,7 @@
 """The train step and the loop around it, on one device: masks, skipped updates, resume, early stopping, sft and dpo."""
 
 import dataclasses
+import functools
 import json
 import math
 import re
@@ -58,10 +59,10 @@ def pair_loss(lm: LM, **changes: Any) -> PairLoss:
     return dataclasses.replace(PairLoss(lm.config, lm.mesh, "float32", "none", losses.dpo, 0.1, 0.0), **changes)
 
 
-def batches(lm: LM, refs: Any = None, count: int = 10) -> data.Batches:
+def batches(lm: LM, refs: Any = None, count: int = 10, *, shared: bool = True) -> data.Batches:
     """Six batches: two epochs of ten pairs, four to a batch."""
     refs = [(-20.0, -30.0)] * count if refs is None else refs
-    return data.groups(encoded(count), refs, 4, lm.mesh, epochs=2, seed=0, min_length=64)
+    return data.pairs(encoded(count), refs, 4, lm.mesh, epochs=2, seed=0, min_length=64, shared=shared)
 
 
 def fit(lm: LM, scope: Scope, *, refs: Any = None, config: TrainConfig = CONFIG, better: Any = None) -> LM:
@@ -97,7 +98,7 @@ def test_step_0_of_dpo_is_ln_2_and_metrics_are_those_of_numpy() -> None:
     pairs = encoded()
     refs = np.asarray(train.reference_logps(lm, pairs, CONFIG))
     assert refs.shape == (10, 2) and np.abs(refs).min() > 1, "no reference value is left at its start"
-    made = data.groups(pairs, refs.tolist(), 4, lm.mesh, epochs=1, seed=0, min_length=64)
+    made = data.pairs(pairs, refs.tolist(), 4, lm.mesh, epochs=1, seed=0, min_length=64, shared=True)
     state = train.initial_state(lm.weights, OPTIM)
     _, metrics = train.train_step(
         state, made[2], 0.0, loss=pair_loss(lm), optimizer=OPTIM, accumulate=1
@@ -116,7 +117,7 @@ def test_nll_term_and_other_pair_losses_go_through_the_same_step() -> None:
     logps = np.asarray(
         train.pair_logps(lm.weights, batch, config=lm.config, mesh=lm.mesh, dtype="float32", remat="none")
     )
-    counts = np.asarray(batch.loss_mask_BNT).sum(-1)
+    counts = (np.asarray(batch.targets_B2R) >= 0).sum(-1)
     z = 0.1 * ((logps[:, 0] + 20) - (logps[:, 1] + 30))
     dpo = np.log1p(np.exp(-z))
     for changes, expected in (
@@ -129,27 +130,50 @@ def test_nll_term_and_other_pair_losses_go_through_the_same_step() -> None:
 
 
 def test_gradients_reach_exactly_the_responses_targets() -> None:
-    """The gradient of the logits is zero where the target is of the prompt or padding, and not where it is of a
-    response, the end of turn among them; a fill row has none at all."""
+    """The gradient of a log-probability is not zero where the token is of a response, its end of turn among them, and
+    zero elsewhere; a fill row has none at all."""
     lm = tiny.make_lm()
     batch = batches(lm)[2]
-    B, _, T = batch.tokens_BNT.shape
-    assert not np.asarray(batch.real_B).all()
+    real, targets = np.asarray(batch.real_B), np.asarray(batch.targets_B2R)
+    assert not real.all() and (targets >= 0).any() and (targets < 0).any()
+    token_logps = train.model.token_logps
 
-    def loss(bias_BT: jax.Array) -> jax.Array:
+    def loss(bias: jax.Array) -> jax.Array:
         # A bias on the log-probability of each target stands for its logit.
-        real = lambda *args, **options: logps(*args, **options) + bias_BT  # noqa: E731
+        biased = lambda *args, **options: token_logps(*args, **options) + bias  # noqa: E731
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(train.model, "sequence_logps", real)
+            patch.setattr(train.model, "token_logps", biased)
             return pair_loss(lm)(lm.weights, batch)[0][0]
 
-    logps = train.model.sequence_logps
-    gradient = np.asarray(jax.grad(loss)(jnp.zeros((2 * B, T)))).reshape(B, 2, T)
-    mask = np.asarray(batch.loss_mask_BNT)
-    np.testing.assert_array_equal(gradient != 0, mask)
-    assert (gradient[:, 0][mask[:, 0]] < 0).all() and (gradient[:, 1][mask[:, 1]] > 0).all()
-    tokens = np.asarray(batch.tokens_BNT)
-    assert (gradient[tokens == tiny.tokenizer().eos_id] != 0).any(), "the end of turn is trained"
+    B, _, R = targets.shape
+    gradient = np.asarray(jax.grad(loss)(jnp.zeros((B, 2 * R)))).reshape(B, 2, R)
+    np.testing.assert_array_equal(gradient != 0, targets >= 0)
+    assert (gradient[:, 0][targets[:, 0] >= 0] < 0).all() and (gradient[:, 1][targets[:, 1] >= 0] > 0).all()
+    assert (gradient[targets == tiny.tokenizer().eos_id] != 0).any(), "the end of turn is trained"
+    assert not gradient[~real].any()
+
+
+def test_a_pair_in_one_row_is_the_pair_in_two() -> None:
+    """Losses, metrics and gradients, windows of attention and prompts of one token among them."""
+    pairs = [data.encode_pair(tiny.tokenizer(), pair) for pair in tiny.preference_pairs(7, longest=40)]
+    chosen, rejected = pairs[0]
+    one = lambda s: data.encode(s.tokens[:1], s.tokens[int(s.counted[0]) :])  # noqa: E731
+    pairs[0] = one(chosen), one(rejected)
+    refs = [(-20.0, -30.0)] * len(pairs)
+    for windows in (None, (3, 3), (5, None)):
+        lm = tiny.make_lm()
+        lm = dataclasses.replace(lm, config=dataclasses.replace(lm.config, windows=windows))
+        made = {
+            shared: data.pairs(pairs, refs, 8, lm.mesh, epochs=1, seed=0, min_length=16, shared=shared)[0]
+            for shared in (False, True)
+        }
+        assert made[True].tokens_BST.shape[1] == 1 and made[False].tokens_BST.shape[1] == 2
+        total = lambda loss, weights, batch: loss(weights, batch)[0][0]  # noqa: E731
+        value_and_gradients = jax.jit(jax.value_and_grad(functools.partial(total, pair_loss(lm))))
+        results = {shared: value_and_gradients(lm.weights, batch) for shared, batch in made.items()}
+        np.testing.assert_allclose(results[True][0], results[False][0], rtol=1e-5)
+        moved = max(float(jnp.abs(g).max()) for g in jax.tree.leaves(results[False][1]))
+        assert tiny.max_difference(results[True][1], results[False][1]) < 1e-4 * moved
 
 
 def test_a_gradient_that_is_not_finite_changes_nothing() -> None:
@@ -300,7 +324,7 @@ def test_early_stopping_resumes_with_the_right_previous_model(scope: Scope, monk
 
 def test_nothing_to_train_on(scope: Scope) -> None:
     lm = tiny.make_lm()
-    none = data.groups([], [], 4, lm.mesh, epochs=1, seed=0, min_length=64)
+    none = data.pairs([], [], 4, lm.mesh, epochs=1, seed=0, min_length=64, shared=False)
     with pytest.raises(TrainingError, match="nothing to train on"):
         train.fit(lm, none, pair_loss(lm), CONFIG, scope)
     half = lm.replace(jax.tree.map(lambda w: w.astype(jnp.bfloat16), lm.weights))

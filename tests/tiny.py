@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxsi import model
+from jaxsi.data import TokenBatch
 from jaxsi.lm import LM
 from jaxsi.mesh import MeshConfig, make_mesh
 from jaxsi.model import ModelConfig
@@ -103,6 +104,17 @@ def preference_pairs(count: int, seed: int = 0, longest: int = 24) -> list[Prefe
             )
         )
     return made
+
+
+def counted(batch: TokenBatch) -> np.ndarray:
+    """[B, T] bool: the tokens that the loss counts, which are those it has as targets."""
+    tokens, places, targets = (np.asarray(x) for x in (batch.tokens_BT, batch.places_BR, batch.targets_BR))
+    mask = np.zeros(tokens.shape, bool)
+    for b, r in zip(*np.nonzero(targets >= 0), strict=True):
+        column = places[b, r] + 1
+        assert tokens[b, column] == targets[b, r] and not mask[b, column]
+        mask[b, column] = True
+    return mask
 
 
 def max_difference(a: Any, b: Any) -> float:

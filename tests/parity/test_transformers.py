@@ -16,8 +16,8 @@ torch = pytest.importorskip("torch", reason="parity with transformers needs torc
 
 import transformers  # noqa: E402
 
-from jaxsi import hf, losses, model, reward, sampling, train  # noqa: E402
-from jaxsi.data import GroupBatch, Sequence_, TokenBatch  # noqa: E402
+from jaxsi import data, hf, losses, model, reward, sampling, train  # noqa: E402
+from jaxsi.data import Sequence_  # noqa: E402
 from jaxsi.lm import LM  # noqa: E402
 from jaxsi.mesh import make_mesh  # noqa: E402
 
@@ -109,14 +109,16 @@ def torch_logps(reference: Any, tokens: np.ndarray) -> Any:
 
 
 @pytest.mark.parametrize("case", FAMILIES)
-@pytest.mark.parametrize(("objective", "remat"), [("sft", "full"), ("dpo", "none"), ("dpo", "products")])
+@pytest.mark.parametrize(("objective", "remat"), [("sft", "full"), ("dpo", "none"), ("dpo shared", "products")])
 def test_gradients(case: str, objective: str, remat: str, tmp_path: Path) -> None:
-    """Of every weight, to 1e-4 of the largest entry of its gradient."""
+    """Of every weight, to 1e-4 of the largest entry of its gradient; of pairs whose prompt lies in one row with both
+    responses, too."""
     reference, tokens = torch_model(case), rows(4, 41)
     reference.save_pretrained(tmp_path)
     config = hf.read_config(tmp_path)
     weights = hf.load_weights(tmp_path, config, one_device())
-    starts = np.asarray([11, 3, 30, 20])
+    starts = np.asarray([11, 11, 30, 30])
+    tokens[1, :11], tokens[3, :30] = tokens[0, :11], tokens[2, :30]
     mask = np.arange(41)[None] >= starts[:, None]
     refs = np.asarray([[-80.0, -90.0], [-30.0, -31.0]], np.float32)
 
@@ -130,13 +132,15 @@ def test_gradients(case: str, objective: str, remat: str, tmp_path: Path) -> Non
     loss.backward()
 
     common = (config, one_device(), "float32", remat)
-    ones, places = np.ones_like(tokens), np.broadcast_to(np.arange(41, dtype=np.int32), tokens.shape)
+    texts = [data.encode(row[:start], row[start:]) for row, start in zip(tokens.tolist(), starts, strict=True)]
+    order: dict[str, Any] = {"epochs": 1, "seed": 0}
     if objective == "sft":
-        ours, batch = train.SFTLoss(*common), TokenBatch(tokens, places, ones, mask)
+        ours, batches = train.SFTLoss(*common), data.packed(texts, 41, 4, one_device(), **order)
     else:
-        pairs = lambda x: x.reshape(2, 2, 41)  # noqa: E731
-        ours = train.PairLoss(*common, losses.dpo, 0.01, 0.0)
-        batch = GroupBatch(pairs(tokens), pairs(ones), pairs(mask), refs, np.ones(2, bool))
+        ours, encoded = train.PairLoss(*common, losses.dpo, 0.01, 0.0), list(zip(texts[::2], texts[1::2], strict=True))
+        order |= {"min_length": 1, "shared": objective == "dpo shared"}
+        batches = data.pairs(encoded, refs.tolist(), 2, one_device(), **order)
+    batch = batches[0]
 
     def mean(weights: Any) -> jax.Array:
         (total, count), _ = ours(weights, batch)

@@ -27,6 +27,7 @@ from jaxsi.slots import (
     decode_slots,
     empty_slots,
     extend_prompts,
+    first_tokens,
     keys_of,
     prefill_prompts,
     refill_slots,
@@ -315,14 +316,17 @@ class Engine:
         assert self.slots is not None
         B = len(self.rows)
         filler = (2 * self.few if len(into) <= 2 * self.few else B) - len(into)
-        self.slots, first = refill_slots(
-            self.lm.sampling_weights,
+        prompts = np.asarray([place for _, place, _ in entries] + [0] * filler, np.int32)
+        keys = np.asarray([key for _, _, key in entries] + [np.zeros(2, np.uint32)] * filler)
+        first = first_tokens(self.lm.sampling_weights, wave.hidden_PD, prompts, keys, self.settings, fixed=self.fixed)
+        self.slots = refill_slots(
             self.slots,
             wave,
-            np.asarray([place for _, place, _ in entries] + [0] * filler, np.int32),
+            prompts,
             np.asarray(into + [B] * filler, np.int32),
-            np.asarray([key for _, _, key in entries] + [np.zeros(2, np.uint32)] * filler),
+            keys,
             np.asarray([row.limit for row, _, _ in entries] + [1] * filler, np.int32),
+            first[0],
             self.settings,
             fixed=self.fixed,
             ring=self.ring,

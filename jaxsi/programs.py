@@ -93,8 +93,12 @@ def sampling_programs(config: ModelConfig, mesh: Mesh, sizes: Sizes) -> dict[str
 
     def refill(rows: int) -> Program:
         keys_n2 = shape_of((rows, 2), jnp.uint32)
-        arguments = (weights, full, wave(sizes.wave, prompt), host(rows), host(rows), keys_n2, host(rows), settings)
+        arguments = (full, wave(P, prompt), host(rows), host(rows), keys_n2, host(rows), host(rows), settings)
         return Program(slots.refill_slots, arguments, {"fixed": fixed, "ring": ring, "width": prompt})
+
+    def first(rows: int) -> Program:
+        arguments = (weights, wave(P, prompt).hidden_PD, host(rows), shape_of((rows, 2), jnp.uint32), settings)
+        return Program(slots.first_tokens, arguments, {"fixed": fixed})
 
     def extend(rows_P: Any) -> Program:
         arguments = (weights, ids(P, chunk), ids(P), wave(P, prompt), rows_P)
@@ -110,6 +114,7 @@ def sampling_programs(config: ModelConfig, mesh: Mesh, sizes: Sizes) -> dict[str
         "prefill": Program(slots.prefill_prompts, (weights, packed), {"fixed": fixed}),
         "extend": extend(ids(P)),
         "extend in place": extend(None),
+        "first tokens": first(sizes.slots),
         "fill": refill(sizes.slots),
         "refill": refill(2 * few(sizes.slots, parts)),
         "grow": resize(ring // 2, None),

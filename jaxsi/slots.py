@@ -170,24 +170,39 @@ def empty_slots(*, fixed: Fixed, size: int, ring: int, prompt: int) -> Slots:
     )
 
 
+@_static
+def first_tokens(
+    weights: Weights,
+    hidden_PD: jax.Array,
+    prompts_n: jax.Array,
+    keys_n2: jax.Array,
+    settings: Settings,
+    *,
+    fixed: Fixed,
+) -> tuple[jax.Array, jax.Array]:
+    """Of prompts ``prompts_n`` the first tokens and their logps [n]. Apart from the refill, which compiles for many
+    more shapes: sampling would be most of that."""
+    logits_nV = model.logits(weights, fixed.config, hidden_PD[prompts_n])
+    return sample_tokens(logits_nV, keys_of(keys_n2), jnp.zeros(prompts_n.shape, jnp.int32), settings)
+
+
 @functools.partial(_donating, static_argnames=("fixed", "ring", "width"))
 def refill_slots(
-    weights: Weights,
     slots: Slots,
     wave: Wave,
     prompts_n: jax.Array,
     into_n: jax.Array,
     keys_n2: jax.Array,
     limits_n: jax.Array,
+    first_n: jax.Array,
     settings: Settings,
     *,
     fixed: Fixed,
     ring: int,
     width: int,
-) -> tuple[Slots, tuple[jax.Array, jax.Array]]:
+) -> Slots:
     """Prompts ``prompts_n`` of ``wave``, of at most ``width`` tokens, enter the slots ``into_n`` (those past the last
-    slot are dropped), each with its first token: (tokens [n], logps [n]). ``limits_n``: new tokens of each, at most
-    ``settings.limit``."""
+    slot are dropped), each with its first token. ``limits_n``: new tokens of each, at most ``settings.limit``."""
     S = slots.positions_BS.shape[1]
     rows_n, starts_n, lengths_n = wave.rows_P[prompts_n], wave.starts_P[prompts_n], wave.lengths_P[prompts_n]
     # As many columns for every prompt, none past the end of its row: what comes before the prompt is marked empty.
@@ -199,15 +214,12 @@ def refill_slots(
         cut = lambda row, start: jax.lax.dynamic_slice(new_RKTC, (row, 0, start, 0), (1, K, width, C))[0]  # noqa: E731
         return old_BKSC.at[into_n, :, ring : ring + width].set(jax.vmap(cut)(rows_n, from_n), mode="drop")
 
-    n = rows_n.shape[0]
-    logits_nV = model.logits(weights, fixed.config, wave.hidden_PD[prompts_n])
-    first_n, logps_n = sample_tokens(logits_nV, keys_of(keys_n2), jnp.zeros((n,), jnp.int32), settings)
-    recent_nM = jnp.full((n, MAX_MARKER), -1, jnp.int32).at[:, -1].set(first_n)
+    recent_nM = jnp.full((rows_n.shape[0], MAX_MARKER), -1, jnp.int32).at[:, -1].set(first_n)
     stopped_n = ended(recent_nM, settings)
     limits_n = jnp.minimum(limits_n, settings.limit)
     places_nS = jnp.arange(S, dtype=jnp.int32)[None] - ring - (starts_n - from_n)[:, None]
     positions_nS = jnp.where((places_nS >= 0) & (places_nS < lengths_n[:, None]), places_nS, -1)
-    slots = Slots(
+    return Slots(
         cache=fixed.changed(enter, rows_n, slots.cache, wave.cache),
         positions_BS=put(slots.positions_BS, positions_nS),
         column=slots.column,
@@ -219,7 +231,6 @@ def refill_slots(
         done_B=put(slots.done_B, stopped_n | (limits_n <= 1)),
         stopped_B=put(slots.stopped_B, stopped_n),
     )
-    return slots, (first_n, logps_n)
 
 
 @functools.partial(_donating, static_argnames=("fixed", "ring"))

@@ -1,6 +1,12 @@
-"""Next tokens from logits: temperature, top-p and top-k without sorting the vocabulary, noise from named keys."""
+"""Next tokens from logits: temperature, top-p and top-k without sorting the vocabulary, noise from named keys.
 
-from typing import Any, NamedTuple
+Every shape that is sampled for compiles this once more, on a CPU in a time that is nearly the number of loops that XLA
+makes of it: hence one search for both truncations, one draw for both attempts, noise in one loop, and indices reduced
+as floats.
+"""
+
+import itertools
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -9,6 +15,7 @@ import numpy as np
 MAX_STOPS = 8
 MAX_MARKER = 32  # tokens of a text that ends a response
 ATTEMPTS = 4  # draws from the whole distribution before the nucleus is cut out
+BITS = 30  # of a float in [0, 2), which order such floats as integers
 
 
 class Settings(NamedTuple):
@@ -30,103 +37,123 @@ def ended(recent_BM: jax.Array, s: Settings) -> jax.Array:
     return by_id_B | (jnp.all(same_BM, axis=-1) & (s.marker[-1] >= 0))
 
 
-def _threshold(p_BV: jax.Array, measure: Any, target_B: jax.Array) -> jax.Array:
-    """The largest t per row with measure(p >= t) >= target, found by bisection over the bits of non-negative floats,
-    whose integer order is their own: exact in 31 passes, where a sort of the vocabulary costs many times more."""
-    low = jnp.zeros(p_BV.shape[:1], jnp.int32)
-    high = jnp.full(p_BV.shape[:1], np.float32(2.0).view(np.int32), jnp.int32)
-
-    def halve(_: int, bounds: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
-        low, high = bounds
-        middle = low + (high - low) // 2
-        threshold = jax.lax.bitcast_convert_type(middle, jnp.float32)[:, None]
-        enough = measure(p_BV >= threshold) >= target_B
-        return jnp.where(enough, middle, low), jnp.where(enough, high, middle)
-
-    low, _ = jax.lax.fori_loop(0, 31, halve, (low, high))
-    return jax.lax.bitcast_convert_type(low, jnp.float32)
-
-
 def truncate(p_BV: jax.Array, top_p: jax.Array, top_k: jax.Array) -> jax.Array:
-    """Unnormalised probabilities: 0 but for the top k and, of these, the nucleus of mass p (ties are kept). top_p and
-    top_k are scalars, or [B]."""
-    top_p_B, top_k_B = (jnp.broadcast_to(x, p_BV.shape[:1]) for x in (top_p, top_k))
+    """Unnormalised probabilities: 0 but for the top k and, of these, the nucleus of mass p (ties are kept).
 
-    def keep_top_k(p_BV: jax.Array) -> jax.Array:
-        k_B = jnp.where(top_k_B > 0, top_k_B, p_BV.shape[1])
-        t_B = _threshold(p_BV, lambda kept: jnp.sum(kept, axis=-1), k_B)
-        return jnp.where(p_BV >= t_B[:, None], p_BV, 0.0)
+    The least probability that is kept is found bit by bit: the largest that k tokens reach, then the mass of these in
+    one pass, then the largest that those of p of this mass reach. Exact in 61 passes, 31 without top k, where a sort of
+    the vocabulary costs many times more.
+    """
 
-    def keep_nucleus(p_BV: jax.Array) -> jax.Array:
-        mass_B = jnp.minimum(top_p_B, 1.0) * jnp.sum(p_BV, axis=-1)
-        t_B = _threshold(p_BV, lambda kept: jnp.sum(jnp.where(kept, p_BV, 0.0), axis=-1), mass_B)
-        return jnp.where((p_BV >= t_B[:, None]) | (top_p_B >= 1.0)[:, None], p_BV, 0.0)
+    def step(i: jax.Array, state: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        bits_B, target_B = state
+        bit = (1 << (BITS - jnp.where(i > BITS, i - BITS - 1, i))) >> 1  # none at i = BITS, between the two searches
+        tried_B = bits_B | bit
+        reach_BV = p_BV >= jax.lax.bitcast_convert_type(tried_B, jnp.float32)[:, None]
+        reach_B = jnp.sum(jnp.where(reach_BV, jnp.where(i < BITS, 1.0, p_BV), 0.0), axis=-1)
+        bits_B = jnp.where(i == BITS, 0, jnp.where(reach_B >= target_B, tried_B, bits_B))
+        return bits_B, jnp.where(i == BITS, top_p * reach_B, target_B)
 
-    p_BV = jax.lax.cond(jnp.any(top_k_B > 0), keep_top_k, lambda p: p, p_BV)
-    return jax.lax.cond(jnp.any(top_p_B < 1.0), keep_nucleus, lambda p: p, p_BV)
+    B = p_BV.shape[0]
+    first, end = jnp.where(top_k > 0, 0, BITS), jnp.where(top_p < 1, 2 * BITS + 1, BITS)
+    state = jnp.zeros((B,), jnp.int32), jnp.full((B,), top_k, jnp.float32)
+    bits_B, _ = jax.lax.fori_loop(first, end, step, state)
+    return jnp.where(p_BV >= jax.lax.bitcast_convert_type(bits_B, jnp.float32)[:, None], p_BV, 0.0)
+
+
+def _width(V: int) -> int:
+    """Children of a node of a tree of three levels with V leaves."""
+    return next(W for W in itertools.count(1) if W**3 >= V)
 
 
 def draw(p_BV: jax.Array, u_BA: jax.Array) -> jax.Array:
-    """Indices [B, A] int32 drawn from unnormalised probabilities by inverting the CDF at u in [0, 1), in two levels."""
+    """Indices [B, A] int32 drawn from unnormalised probabilities by inverting the CDF at u in [0, 1): down a tree of
+    sums, of three levels."""
     B, V = p_BV.shape
-    width = max(1, int(V**0.5))
-    p_BNW = jnp.pad(p_BV, ((0, 0), (0, -V % width))).reshape(B, -1, width)
-    mass_BN = jnp.sum(p_BNW, axis=-1)
-    ends_BN = jnp.cumsum(mass_BN, axis=-1)
-    target_BA = u_BA * ends_BN[:, -1:]
-    block_BA = _first_crossing(ends_BN[:, None], mass_BN[:, None], target_BA)
-    row_BAW = jnp.take_along_axis(p_BNW, block_BA[:, :, None], axis=1)
-    starts_BN = jnp.pad(ends_BN[:, :-1], ((0, 0), (1, 0)))
-    start_BA = jnp.take_along_axis(starts_BN, block_BA, axis=1)
-    within_BA = _first_crossing(start_BA[..., None] + jnp.cumsum(row_BAW, axis=-1), row_BAW, target_BA)
-    return (block_BA * width + within_BA).astype(jnp.int32)
+    W = _width(V)
+    p_BNW = jnp.pad(p_BV, ((0, 0), (0, W**3 - V))).reshape(B, W * W, W)
+    sums_BWW = jnp.sum(p_BNW, axis=-1).reshape(B, W, W)
+    sums_BW = jnp.sum(sums_BWW, axis=-1)
+    before_WW = np.tri(W, k=-1, dtype=bool)
+
+    def descend(mass_BAW: jax.Array, target_BA: jax.Array) -> tuple[jax.Array, jax.Array]:
+        starts_BAW = jnp.sum(jnp.where(before_WW, mass_BAW[:, :, None], 0.0), axis=-1)
+        child_BA = _last_reached(starts_BAW, mass_BAW, target_BA)
+        start_BA = jnp.take_along_axis(starts_BAW, child_BA[..., None], axis=-1, mode="promise_in_bounds")[..., 0]
+        return child_BA, jnp.maximum(target_BA - start_BA, 0.0)  # below 0 where u * total fuses with the difference
+
+    target_BA = u_BA * jnp.sum(sums_BW, axis=-1, keepdims=True)
+    node_BA, target_BA = descend(jnp.broadcast_to(sums_BW[:, None], (*u_BA.shape, W)), target_BA)
+    children = jax.vmap(lambda level_NW, node_A: level_NW.at[node_A].get(mode="promise_in_bounds"))
+    for level_BNW in (sums_BWW, p_BNW):
+        child_BA, target_BA = descend(children(level_BNW, node_BA), target_BA)
+        node_BA = node_BA * W + child_BA
+    return node_BA
 
 
-def _first_crossing(ends_BAN: jax.Array, mass_BAN: jax.Array, target_BA: jax.Array) -> jax.Array:
-    """The first index whose end lies above the target and whose mass is not 0. Parallel prefix sums are not monotone
-    to the last bit: without the second condition a token that was cut off could be drawn, and at the very end none
-    may cross (the likeliest then)."""
-    crossing_BAN = (ends_BAN > target_BA[..., None]) & (mass_BAN > 0)
-    found_BA = jnp.any(crossing_BAN, axis=-1)
-    return jnp.where(found_BA, jnp.argmax(crossing_BAN, axis=-1), jnp.argmax(mass_BAN, axis=-1))
+def _last_reached(starts_BAW: jax.Array, mass_BAW: jax.Array, target_BA: jax.Array) -> jax.Array:
+    """The last index [B, A] int32 that starts at or below the target and whose mass is not 0. The first with mass
+    starts at 0, so there is one; sums are not monotone to the last bit: without the second condition a token that was
+    cut off could be drawn."""
+    reached_BAW = (starts_BAW <= target_BA[..., None]) & (mass_BAW > 0)
+    places_W = np.arange(mass_BAW.shape[-1], dtype=np.float32)
+    return jnp.max(jnp.where(reached_BAW, places_W, 0.0), axis=-1).astype(jnp.int32)
+
+
+def noise(keys_B: jax.Array, counts_B: jax.Array, size: int) -> jax.Array:
+    """Numbers [B, size] in [0, 1): a word of ``jax.random.fold_in(key, size * count + i)`` each. This is its threefry,
+    unrolled: JAX's own for a CPU compiles five times as long."""
+    k0_B1, k1_B1 = jnp.split(jax.random.key_data(keys_B), 2, axis=1)
+    keys = k0_B1, k1_B1, k0_B1 ^ k1_B1 ^ np.uint32(0x1BD11BDA)
+    numbers_BA = counts_B.astype(jnp.uint32)[:, None] * size + np.arange(size, dtype=np.uint32)[None]
+    x_BA, y_BA = jnp.broadcast_to(k0_B1, numbers_BA.shape), numbers_BA + k1_B1
+    for i in range(5):
+        for r in ((13, 15, 26, 6), (17, 29, 16, 24))[i % 2]:
+            x_BA += y_BA
+            y_BA = x_BA ^ (y_BA << r | y_BA >> 32 - r)
+        x_BA, y_BA = x_BA + keys[(i + 1) % 3], y_BA + keys[(i + 2) % 3] + np.uint32(i + 1)
+    return (x_BA >> 8).astype(jnp.float32) * 2.0**-24
 
 
 def draw_truncated(p_BV: jax.Array, u_BA: jax.Array, top_p: jax.Array, top_k: jax.Array) -> jax.Array:
-    """Indices [B] int32 drawn from the nucleus and the top k of unnormalised probabilities.
+    """Indices [B] int32 drawn from the nucleus and the top k of unnormalised probabilities, from 2 ATTEMPTS u a row.
 
     A draw from all of them that lies in the nucleus is a draw from the nucleus, and whether it does takes one pass over
-    the vocabulary: the mass of what is likelier. A row takes the first of A - 1 draws that does, and its last u for a
-    draw from the nucleus cut out where none does (10 in 100,000 at top-p 0.9), or where its top k is limited.
+    the vocabulary: the mass of what is likelier. A row takes the first that does of ATTEMPTS draws. Where none does (10
+    in 100,000 at top-p 0.9), or the top k is limited, the loop runs once more, with the nucleus cut out.
     """
-    drawn_BA = draw(p_BV, u_BA[:, :-1])
-    p_BA = jnp.take_along_axis(p_BV, drawn_BA, axis=1)
-    above_BA = jnp.sum(jnp.where(p_BV[:, None] > p_BA[..., None], p_BV[:, None], 0.0), axis=-1)
-    inside_BA = (above_BA < top_p * jnp.sum(p_BV, axis=-1, keepdims=True)) | (top_p >= 1.0)
-    first_B = jnp.take_along_axis(drawn_BA, jnp.argmax(inside_BA, axis=-1)[:, None], axis=1)[:, 0]
-    settled_B = jnp.any(inside_BA, axis=-1) & (top_k == 0)
+    nucleus_B1 = jnp.where(top_p < 1, top_p * jnp.sum(p_BV, axis=-1, keepdims=True), jnp.inf)
 
-    def cut_out(_: None) -> jax.Array:
-        return jnp.where(settled_B, first_B, draw(truncate(p_BV, top_p, top_k), u_BA[:, -1:])[:, 0])
+    def attempt(state: tuple[jax.Array, jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array, jax.Array]:
+        cut_out, drawn_B, settled_B = state
+        kept_BV = truncate(p_BV, jnp.where(cut_out, top_p, 1.0), jnp.where(cut_out, top_k, 0))
+        drawn_BA = draw(kept_BV, jnp.where(cut_out, u_BA[:, ATTEMPTS:], u_BA[:, :ATTEMPTS]))
+        p_BA = jnp.take_along_axis(p_BV, drawn_BA, axis=1, mode="promise_in_bounds")
+        above_BA = jnp.sum(jnp.where(p_BV[:, None] > p_BA[..., None], p_BV[:, None], 0.0), axis=-1)
+        inside_BA = (above_BA < nucleus_B1) | cut_out
+        for a in range(ATTEMPTS):
+            drawn_B = jnp.where(settled_B, drawn_B, drawn_BA[:, a])
+            settled_B |= inside_BA[:, a]
+        return jnp.bool_(True), drawn_B, settled_B
 
-    return jax.lax.cond(jnp.all(settled_B), lambda _: first_B, cut_out, None)
+    B = p_BV.shape[0]
+    start = top_k > 0, jnp.zeros((B,), jnp.int32), jnp.zeros((B,), bool)
+    return jax.lax.while_loop(lambda state: ~jnp.all(state[2]), attempt, start)[1]
 
 
 def sample_tokens(
     logits_BV: jax.Array, keys_B: jax.Array, counts_B: jax.Array, s: Settings
 ) -> tuple[jax.Array, jax.Array]:
     """Next tokens [B] and their log-probabilities [B] under the untruncated softmax at temperature 1. ``counts_B``:
-    how many tokens each row has; its noise is its key folded with it."""
-    most_B1 = jnp.max(logits_BV, axis=-1, keepdims=True)
-
-    def greedy(_: None) -> jax.Array:
-        return jnp.argmax(logits_BV, axis=-1).astype(jnp.int32)
-
-    def sampled(_: None) -> jax.Array:
-        fold = lambda key, count: jax.random.uniform(jax.random.fold_in(key, count), (ATTEMPTS + 1,))  # noqa: E731
-        p_BV = jnp.exp((logits_BV - most_B1) / jnp.maximum(s.temperature, 1e-6))
-        return draw_truncated(p_BV, jax.vmap(fold)(keys_B, counts_B), s.top_p, s.top_k)
-
-    token_B = jax.lax.cond(s.temperature > 0, sampled, greedy, None)
-    mass_B = jnp.sum(jnp.exp(logits_BV - most_B1), axis=-1)
-    chosen_B = jnp.take_along_axis(logits_BV, token_B[:, None], axis=-1)[:, 0]
-    return token_B, chosen_B - most_B1[:, 0] - jnp.log(mass_B)
+    how many tokens each row has; its noise is its key folded with it. At temperature 0 only the likeliest have
+    probability, and a noise of 0 draws the first of them."""
+    V = logits_BV.shape[1]
+    logits_BV = logits_BV - jnp.max(logits_BV, axis=-1, keepdims=True)
+    logits_BV = jnp.pad(logits_BV, ((0, 0), (0, _width(V) ** 3 - V)), constant_values=-jnp.inf)
+    greedy = s.temperature <= 0
+    p_BV = jnp.exp(logits_BV / jnp.maximum(s.temperature, 1e-30))
+    u_BA = jnp.where(greedy, 0.0, noise(keys_B, counts_B, 2 * ATTEMPTS))
+    token_B = draw_truncated(p_BV, u_BA, jnp.where(greedy, 1.0, s.top_p), jnp.where(greedy, 0, s.top_k))
+    mass_B = jnp.sum(jnp.exp(logits_BV), axis=-1)
+    chosen_B = jnp.take_along_axis(logits_BV, token_B[:, None], axis=-1, mode="promise_in_bounds")[:, 0]
+    return token_B, chosen_B - jnp.log(mass_B)

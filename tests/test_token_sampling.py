@@ -10,7 +10,7 @@ from jaxsi import token_sampling
 
 NO_MARKER = jnp.full(token_sampling.MAX_MARKER, -1, jnp.int32)
 V = 37
-truncate = jax.jit(token_sampling.truncate)
+truncate = jax.jit(jax.vmap(lambda p_V, top_p, top_k: token_sampling.truncate(p_V[None], top_p, top_k)[0]))
 draw_many = jax.jit(token_sampling.draw)
 
 
@@ -66,12 +66,33 @@ def test_what_has_no_probability_is_never_drawn(p: list[float], us: list[float])
 
 
 def test_rounding_of_prefix_sums_draws_no_token_that_was_cut_off() -> None:
-    """Prefix sums computed in parallel may rise where nothing is added, and end below their own total."""
-    ends = np.float32([[0.5, 0.50000006, 0.5, 0.9999999], [0.5, 0.5, 0.75, 0.9999999]])
-    mass = np.float32([[0.5, 0.0, 0.0, 0.5], [0.5, 0.0, 0.25, 0.25]])
-    crossing = lambda u: token_sampling._first_crossing(ends[:, None], mass[:, None], np.float32(u)).tolist()  # noqa: E731
-    assert crossing([[0.5], [0.5]]) == [[3], [2]]
-    assert crossing([[1.0], [1.0]]) == [[0], [0]]
+    """Sums of what comes before may rise where nothing is added, and the target may lie past the end."""
+    starts = np.float32([[0.0, 0.5, 0.50000006, 0.5], [0.0, 0.5, 0.5, 0.75], [0.0, 0.5, 0.75, 0.9999999]])
+    mass = np.float32([[0.5, 0.0, 0.0, 0.5], [0.5, 0.0, 0.25, 0.25], [0.5, 0.25, 0.25, 0.0]])
+    reached = lambda u: token_sampling._last_reached(starts[:, None], mass[:, None], np.float32(u)).tolist()  # noqa: E731
+    assert reached([[0.5], [0.5], [0.5]]) == [[3], [2], [1]]
+    assert reached([[1.0], [1.0], [1.0]]) == [[3], [3], [2]]
+    assert reached([[0.0], [0.0], [0.0]]) == [[0], [0], [0]]
+
+
+def test_noise_is_the_key_folded_with_named_numbers() -> None:
+    keys, counts = jax.random.split(jax.random.key(4), 3), np.int32([0, 1, 70_000])
+    expected = [
+        [(int(jax.random.key_data(jax.random.fold_in(key, 8 * int(n) + i))[0]) >> 8) / 2**24 for i in range(8)]
+        for key, n in zip(keys, counts, strict=True)
+    ]
+    np.testing.assert_array_equal(jax.jit(token_sampling.noise, static_argnums=2)(keys, counts, 8), expected)
+
+
+def test_temperature_zero_takes_the_first_of_the_likeliest() -> None:
+    """Whatever the truncation, and however close the next is."""
+    logits = np.random.default_rng(5).integers(-3, 3, (64, V)).astype(np.float32)
+    logits[::2] *= 1e-3
+    logits[:32, 20] = np.nextafter(logits[:32].max(axis=1), np.float32(9))
+    keys, sample = jax.random.split(jax.random.key(0), 64), jax.jit(token_sampling.sample_tokens)
+    for setting in ((0.0, 1.0, 0), (0.0, 0.1, 3)):
+        tokens, _ = sample(logits, keys, jnp.arange(64), settings_of(*setting))
+        np.testing.assert_array_equal(tokens, logits.argmax(axis=1))
 
 
 def test_drawing_inverts_the_distribution() -> None:
@@ -111,8 +132,8 @@ def settings_of(temperature: float, top_p: float, top_k: int = 0) -> token_sampl
     ],
 )
 def test_sampled_tokens_follow_the_distribution(temperature, top_p, top_k, others) -> None:
-    """8,192 keys: the frequencies fit the distribution, and none of its neighbours."""
-    N = 8192
+    """16,384 keys: the frequencies fit the distribution, and none of its neighbours."""
+    N = 16384
     logits = np.random.default_rng(1).normal(0, 1.5, V).astype(np.float32)
 
     def distribution(temperature: float, top_p: float, top_k: int) -> np.ndarray:

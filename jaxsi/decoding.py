@@ -3,6 +3,7 @@
 Dimension letters as in model.py; weights are unstacked (``LM.sampling_weights``).
 """
 
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -11,7 +12,7 @@ from jax.sharding import Mesh
 
 from jaxsi import kv_cache, model
 from jaxsi.attention import attend, attend_causally, attend_last
-from jaxsi.kv_cache import Cache, Stored
+from jaxsi.kv_cache import Cache, Held, Stored
 from jaxsi.model import ModelConfig, Weights
 
 
@@ -87,30 +88,33 @@ def decode(
     tokens_B: jax.Array,
     positions_B: jax.Array,
     cache: Cache,
-    column: jax.Array,
-    columns_positions_BS: jax.Array,
+    held: Mapping[int, Held],
     *,
     dtype: Any,
 ) -> tuple[jax.Array, Cache]:
-    """One token a row through unstacked weights: hidden states [B, D] and the cache with ``column`` written.
+    """One token a row through unstacked weights: hidden states [B, D] and the cache with a column written.
 
     Args:
-      column: int32 scalar, the cache column that all rows write (rows share it: their prompts are right-padded).
-      columns_positions_BS: int32, the text position that each cache column holds; -1 for none.
+      held: by the window of a layer, what its cache holds, the new tokens among it, and the column that they go to (all
+        rows share it: their prompts are right-padded).
     """
     x_BTD = model.embed(weights, tokens_B[:, None], dtype)
-    distance_BS = positions_B[:, None] - columns_positions_BS
-    seen_BS = (columns_positions_BS >= 0) & (distance_BS >= 0)
 
-    def write(old: Stored, new_BKTC: jax.Array) -> Stored:
+    def sees(window: int, positions_BS: jax.Array) -> jax.Array:
+        distance_BS = positions_B[:, None] - positions_BS
+        return (positions_BS >= 0) & (distance_BS >= 0) & (distance_BS < window)
+
+    def write(column: jax.Array, old: Stored, new_BKTC: jax.Array) -> Stored:
         one = lambda x, y: jax.lax.dynamic_update_slice_in_dim(x, y, column, axis=2)  # noqa: E731
         return jax.tree.map(one, old, kv_cache.stored_like(new_BKTC, old))
 
+    seen = {window: sees(window, of_layer.positions_BS) for window, of_layer in held.items()}
     written: Cache = []
     for layer, window, (keys, values) in zip(weights["layers"], model.windows(config), cache, strict=True):
         q_BTHC, k_new, v_new = model.qkv(layer, config, x_BTD, positions_B[:, None])
-        keys, values = write(keys, k_new), write(values, v_new)
-        attended_BHC = attend_last(q_BTHC[:, 0], keys, values, seen_BS & (distance_BS < window))
+        column = held[window].column
+        keys, values = write(column, keys, k_new), write(column, values, v_new)
+        attended_BHC = attend_last(q_BTHC[:, 0], keys, values, seen[window])
         x_BTD = model.after_attention(layer, config, x_BTD, attended_BHC[:, None])
         written.append((keys, values))
     return model.rms_norm(x_BTD[:, 0], weights["final_norm"], config.norm_eps), written

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxsi import kv_cache, mesh as meshlib, prefixes
+from jaxsi import kv_cache, mesh as meshlib, model, prefixes
 from jaxsi.kv_cache import KVCache
 from jaxsi.lm import LM, tokens_array
 from jaxsi.slots import (
@@ -265,10 +265,12 @@ class Engine:
     """The slots of one call, and which row is in which."""
 
     def __init__(self, lm: LM, settings: Settings, limit: int, size: int, fixed: Fixed, work: Work) -> None:
-        self.lm, self.settings, self.limit, self.fixed, self.work = lm, settings, limit, fixed, work
+        self.lm, self.settings, self.fixed, self.work = lm, settings, fixed, work
+        self.window = max(model.windows(lm.config))
+        self.longest = kv_cache.kept(limit, self.window)  # the ring that no row outgrows
         self.parts = meshlib.axis_size(lm.mesh, "batch")
         self.few = few(size, self.parts)
-        self.ring, self.prompt = min(power(limit, 16), FIRST_RING), 0
+        self.ring, self.prompt = min(power(self.longest, 16), FIRST_RING), 0
         self.slots: Slots | None = None
         self.rows: list[Row | None] = [None] * size
         self.entered: list[tuple[list[int], Any]] = []  # slots refilled since the last look, and their first tokens
@@ -305,6 +307,7 @@ class Engine:
 
     def make_room(self, prompt: int) -> None:
         """Columns for prompts of ``prompt`` tokens."""
+        prompt = kv_cache.kept(prompt, self.window)
         if self.slots is None:
             self.prompt = prompt
             self.slots = empty_slots(fixed=self.fixed, size=len(self.rows), ring=self.ring, prompt=prompt)
@@ -340,7 +343,7 @@ class Engine:
         """Some steps in all slots, until ``enough`` of them are free, and what has come of them."""
         assert self.slots is not None
         steps = MOST_STEPS
-        if self.ring < self.limit:  # a row may not outgrow the ring
+        if self.ring < self.longest:  # a row may not outgrow the ring
             longest = max(max(1, len(row.token_ids)) for row in self.rows if row is not None)
             steps = min(steps, self.ring + 1 - longest)
             if steps == 0:

@@ -17,6 +17,14 @@ class Int8(NamedTuple):
     scales: jax.Array
 
 
+class Held(NamedTuple):
+    """What the columns of a cache hold. positions_BS int32: the text position of each, -1 for none. column: int32
+    scalar, the one that all rows write next."""
+
+    positions_BS: jax.Array
+    column: jax.Array
+
+
 KVCache = Literal["exact", "int8"]
 Stored = Any  # an array [B, K, S, C], or Int8
 Cache = list[tuple[Stored, Stored]]  # (keys, values) of each layer
@@ -50,6 +58,11 @@ def bytes_of_number(cache: KVCache, itemsize: int, head_dim: int) -> float:
     return 1 + 4 / head_dim if cache == "int8" else itemsize
 
 
+def kept(tokens: int, window: int) -> int:
+    """Columns of so many tokens, or of the last of them: a layer with this window sees no more than a power of two."""
+    return min(tokens, 1 << (window - 1).bit_length())
+
+
 def columns(cache: Cache) -> int:
-    """S."""
+    """S, of a cache whose layers have as many."""
     return jax.tree.leaves(cache)[0].shape[2]

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from jaxsi import lm, losses, mesh as meshlib, model, optim, rl, scoring, slots, train
+from jaxsi import kv_cache, lm, losses, mesh as meshlib, model, optim, rl, scoring, slots, train
 from jaxsi.data import PairBatch, TokenBatch
 from jaxsi.engine import CHUNK, few, power
 from jaxsi.model import ModelConfig, Remat, Weights
@@ -77,7 +77,8 @@ def sampling_programs(config: ModelConfig, mesh: Mesh, sizes: Sizes) -> dict[str
     canonical = model.abstract_weights(config, mesh)
     layout = lm.sampling_layout(config, mesh)
     weights = jax.tree.map(_with_sharding, jax.eval_shape(move, canonical), layout)
-    ring, prompt = power(sizes.max_new_tokens, 16), power(sizes.prompt_length, 32)
+    ring = power(kv_cache.kept(sizes.max_new_tokens, max(model.windows(config))), 16)
+    prompt = power(sizes.prompt_length, 32)
     chunk = min(CHUNK, prompt)
     full = on_mesh(_slots(fixed, sizes.slots, ring, prompt), mesh)
     settings = abstract_settings()

@@ -2,7 +2,8 @@
 
 All slots write the same column of a ring, so that a decoded token costs no scatter; which text position a column holds
 for a row is data. What a slot or its neighbours did before cannot be seen from a row: its columns are marked empty when
-it enters.
+it enters. A layer with a window has a ring that is shorter, and of a prompt the last columns (``kv_cache.kept``): what
+is written over, or left out, is out of its sight.
 
 Dimension letters as in model.py; B slots · P prompts of a wave, in R rows (packed) · n rows of a refill · N decode
 steps of a program.
@@ -17,7 +18,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxsi import decoding, kv_cache, mesh as meshlib, model
-from jaxsi.kv_cache import Cache
+from jaxsi.kv_cache import Cache, Held, kept
 from jaxsi.model import Weights
 from jaxsi.token_sampling import MAX_MARKER, Settings, ended, sample_tokens
 
@@ -27,15 +28,14 @@ MOST_STEPS = 32  # decode steps of one program, between two looks of the host at
 class Slots(NamedTuple):
     """What the slots hold on the device.
 
-    cache: columns of the ring, then of the prompts. positions_BS int32: the text position that a column holds, -1 for
-    none. column: int32 scalar, of the ring, to be written next. recent_BM int32: the newest tokens, oldest first.
-    places_B int32: the text position of the newest token. counts_B int32: new tokens; limits_B int32: at most so many.
-    keys_B2 uint32: key data. done_B, stopped_B bool: nothing is left to do; a stop id or the marker was the reason.
+    cache: columns of the ring, then of the prompts. held: what they hold, by the window of a layer; ``column`` is of
+    the ring. recent_BM int32: the newest tokens, oldest first. places_B int32: the text position of the newest token.
+    counts_B int32: new tokens; limits_B int32: at most so many. keys_B2 uint32: key data. done_B, stopped_B bool:
+    nothing is left to do; a stop id or the marker was the reason.
     """
 
     cache: Cache
-    positions_BS: jax.Array
-    column: jax.Array
+    held: dict[int, Held]
     recent_BM: jax.Array
     places_B: jax.Array
     counts_B: jax.Array
@@ -103,11 +103,11 @@ class Fixed:
         return jax.tree.map(lambda x: meshlib.constrain(x, self.mesh, ("batch", "kv_heads", None, None)), cache)
 
     def changed(self, change: Callable[..., jax.Array], rows: jax.Array | None, *caches: Cache) -> Cache:
-        """``change(rows, *arrays)`` of the keys and of the values of each layer, one layer after the other: rows that
-        go to another device lie on all of them for a moment, and those of all layers at once may not fit."""
+        """``change(window, rows, *arrays)`` of the keys and of the values of each layer, one layer after the other:
+        rows that go to another device lie on all of them for a moment, and those of all layers at once may not fit."""
         made: Cache = []
-        for layers in zip(*caches, strict=True):
-            layer = jax.tree.map(functools.partial(change, rows), *layers)
+        for window, *layers in zip(model.windows(self.config), *caches, strict=True):
+            layer = jax.tree.map(functools.partial(change, window, rows), *layers)
             rows, layer = jax.lax.optimization_barrier((rows, self.on_mesh([layer])))
             made += layer
         return made
@@ -138,7 +138,7 @@ def extend_prompts(
     """More tokens of prompts behind the rows ``rows_P`` of ``before`` (None: all, in their order, which stay on their
     devices), whose prompts have a row each, in a cache of ``length`` columns. A row without new tokens is copied."""
 
-    def fit(rows_P: jax.Array | None, x_BKSC: jax.Array) -> jax.Array:
+    def fit(_: int, rows_P: jax.Array | None, x_BKSC: jax.Array) -> jax.Array:
         return jnp.pad(_rows(x_BKSC, rows_P), ((0, 0), (0, 0), (0, length - x_BKSC.shape[2]), (0, 0)))
 
     cache = fixed.changed(fit, rows_P, before.cache)
@@ -151,15 +151,15 @@ def extend_prompts(
 
 @functools.partial(jax.jit, static_argnames=("fixed", "size", "ring", "prompt"))
 def empty_slots(*, fixed: Fixed, size: int, ring: int, prompt: int) -> Slots:
-    """``size`` free slots with ``ring`` and ``prompt`` columns."""
+    """``size`` free slots with ``ring`` and ``prompt`` columns, or as many of each as a layer's window needs."""
     c = fixed.config
-    zeros = jnp.zeros((size, c.num_kv_heads, ring + prompt, c.head_dim), fixed.dtype)
+    columns = {window: kept(ring, window) + kept(prompt, window) for window in model.windows(c)}
+    zeros = {w: jnp.zeros((size, c.num_kv_heads, S, c.head_dim), fixed.dtype) for w, S in columns.items()}
     integers = jnp.zeros((size,), jnp.int32)
     by_row = lambda x: meshlib.constrain(x, fixed.mesh, ("batch", *[None] * (x.ndim - 1)))  # noqa: E731
     return Slots(
-        cache=fixed.stored([(zeros, zeros)] * c.num_layers),
-        positions_BS=by_row(jnp.full((size, ring + prompt), -1, jnp.int32)),
-        column=jnp.int32(0),
+        cache=fixed.stored([(zeros[window], zeros[window]) for window in model.windows(c)]),
+        held={w: Held(by_row(jnp.full((size, S), -1, jnp.int32)), jnp.int32(0)) for w, S in columns.items()},
         recent_BM=by_row(jnp.full((size, MAX_MARKER), -1, jnp.int32)),
         places_B=by_row(integers),
         counts_B=by_row(integers),
@@ -203,26 +203,33 @@ def refill_slots(
 ) -> Slots:
     """Prompts ``prompts_n`` of ``wave``, of at most ``width`` tokens, enter the slots ``into_n`` (those past the last
     slot are dropped), each with its first token. ``limits_n``: new tokens of each, at most ``settings.limit``."""
-    S = slots.positions_BS.shape[1]
     rows_n, starts_n, lengths_n = wave.rows_P[prompts_n], wave.starts_P[prompts_n], wave.lengths_P[prompts_n]
-    # As many columns for every prompt, none past the end of its row: what comes before the prompt is marked empty.
-    from_n = jnp.minimum(starts_n, kv_cache.columns(wave.cache) - width)
     put = lambda old, new: old.at[into_n].set(new, mode="drop")  # noqa: E731
 
-    def enter(rows_n: jax.Array, old_BKSC: jax.Array, new_RKTC: jax.Array) -> jax.Array:
+    def begin(columns: int) -> jax.Array:
+        """The first of so many, a prompt's last, none past the end of its row: what is before it is marked empty."""
+        return jnp.minimum(starts_n + jnp.maximum(lengths_n - columns, 0), kv_cache.columns(wave.cache) - columns)
+
+    def enter(window: int, rows_n: jax.Array, old_BKSC: jax.Array, new_RKTC: jax.Array) -> jax.Array:
         K, C = new_RKTC.shape[1], new_RKTC.shape[3]
-        cut = lambda row, start: jax.lax.dynamic_slice(new_RKTC, (row, 0, start, 0), (1, K, width, C))[0]  # noqa: E731
-        return old_BKSC.at[into_n, :, ring : ring + width].set(jax.vmap(cut)(rows_n, from_n), mode="drop")
+        behind, columns = kept(ring, window), kept(width, window)
+        cut = lambda row, start: jax.lax.dynamic_slice(new_RKTC, (row, 0, start, 0), (1, K, columns, C))[0]  # noqa: E731
+        new_nKSC = jax.vmap(cut)(rows_n, begin(columns))
+        return old_BKSC.at[into_n, :, behind : behind + columns].set(new_nKSC, mode="drop")
+
+    def hold(window: int, held: Held) -> Held:
+        S = held.positions_BS.shape[1]
+        columns_S = jnp.arange(S, dtype=jnp.int32) - kept(ring, window)
+        places_nS = columns_S[None] - (starts_n - begin(kept(width, window)))[:, None]
+        of_prompt_nS = (columns_S >= 0)[None] & (places_nS >= 0) & (places_nS < lengths_n[:, None])
+        return held._replace(positions_BS=put(held.positions_BS, jnp.where(of_prompt_nS, places_nS, -1)))
 
     recent_nM = jnp.full((rows_n.shape[0], MAX_MARKER), -1, jnp.int32).at[:, -1].set(first_n)
     stopped_n = ended(recent_nM, settings)
     limits_n = jnp.minimum(limits_n, settings.limit)
-    places_nS = jnp.arange(S, dtype=jnp.int32)[None] - ring - (starts_n - from_n)[:, None]
-    positions_nS = jnp.where((places_nS >= 0) & (places_nS < lengths_n[:, None]), places_nS, -1)
     return Slots(
         cache=fixed.changed(enter, rows_n, slots.cache, wave.cache),
-        positions_BS=put(slots.positions_BS, positions_nS),
-        column=slots.column,
+        held={window: hold(window, held) for window, held in slots.held.items()},
         recent_BM=put(slots.recent_BM, recent_nM),
         places_B=put(slots.places_B, lengths_n),
         counts_B=put(slots.counts_B, 1),
@@ -249,23 +256,28 @@ def decode_slots(
     B = slots.done_B.shape[0]
     keys_B = keys_of(slots.keys_B2)
 
+    def hold(held: Held, places_B: jax.Array) -> Held:
+        write = jax.lax.dynamic_update_slice_in_dim
+        return held._replace(positions_BS=write(held.positions_BS, places_B[:, None], held.column, axis=1))
+
+    def advance(window: int, held: Held) -> Held:
+        after = held.column + 1
+        return held._replace(column=jnp.where(after < kept(ring, window), after, 0))
+
     def unfinished(state: Any) -> jax.Array:
         i, slots, _, _ = state
         return (i < steps) & (jnp.sum(slots.done_B) < enough)
 
     def step(state: Any) -> Any:
         i, slots, tokens_BN, logps_BN = state
-        positions_BS = jax.lax.dynamic_update_slice_in_dim(
-            slots.positions_BS, slots.places_B[:, None], slots.column, axis=1
-        )
+        held = {window: hold(of_layer, slots.places_B) for window, of_layer in slots.held.items()}
         hidden_BD, cache = decoding.decode(
             weights,
             fixed.config,
             slots.recent_BM[:, -1],
             slots.places_B,
             slots.cache,
-            slots.column,
-            positions_BS,
+            held,
             dtype=fixed.dtype,
         )
         next_B, logp_B = sample_tokens(model.logits(weights, fixed.config, hidden_BD), keys_B, slots.counts_B, settings)
@@ -276,8 +288,7 @@ def decode_slots(
         stopped_B = slots.stopped_B | (going_B & ended(recent_BM, settings))
         slots = Slots(
             cache=cache,
-            positions_BS=positions_BS,
-            column=jnp.where(slots.column + 1 < ring, slots.column + 1, 0),
+            held={window: advance(window, of_layer) for window, of_layer in held.items()},
             recent_BM=recent_BM,
             places_B=slots.places_B + going_B,
             counts_B=counts_B,
@@ -301,22 +312,25 @@ def resize_slots(
     slots: Slots, rows_b: jax.Array | None, *, fixed: Fixed, ring: int, new_ring: int, new_prompt: int
 ) -> Slots:
     """The slots ``rows_b`` (None: all, in their order), with more columns of prompts and with a longer ring, unrolled:
-    its oldest column first."""
-    longer = new_ring > ring
+    its oldest column first. The ring of a layer whose window it spans stays as it is."""
+    longer = lambda window: kept(new_ring, window) > kept(ring, window)  # noqa: E731
 
-    def columns(rows_b: jax.Array | None, x: jax.Array, *, axis: int = 2, empty: int = 0) -> jax.Array:
-        here, prompt = jnp.split(_rows(x, rows_b), [ring], axis=axis)
-        if longer:
-            here = jnp.roll(here, -slots.column, axis=axis)
+    def columns(window: int, rows_b: jax.Array | None, x: jax.Array, *, axis: int = 2, empty: int = 0) -> jax.Array:
+        here, prompt = jnp.split(_rows(x, rows_b), [kept(ring, window)], axis=axis)
+        if longer(window):
+            here = jnp.roll(here, -slots.held[window].column, axis=axis)
         pad = lambda x, to: jnp.pad(  # noqa: E731
             x, [(0, to - x.shape[axis] if a == axis else 0) for a in range(x.ndim)], constant_values=empty
         )
-        return jnp.concatenate([pad(here, new_ring), pad(prompt, new_prompt)], axis=axis)
+        return jnp.concatenate([pad(here, kept(new_ring, window)), pad(prompt, kept(new_prompt, window))], axis=axis)
 
-    kept = {f: _rows(getattr(slots, f), rows_b) for f in Slots._fields[3:]}
+    def hold(window: int, held: Held) -> Held:
+        positions_BS = columns(window, rows_b, held.positions_BS, axis=1, empty=-1)
+        return Held(positions_BS, jnp.int32(ring) if longer(window) else held.column)
+
+    others = {f: _rows(getattr(slots, f), rows_b) for f in Slots._fields[2:]}
     return Slots(
         cache=fixed.changed(columns, rows_b, slots.cache),
-        positions_BS=columns(rows_b, slots.positions_BS, axis=1, empty=-1),
-        column=jnp.int32(ring) if longer else slots.column,
-        **kept,
+        held={window: hold(window, held) for window, held in slots.held.items()},
+        **others,
     )

@@ -9,6 +9,7 @@ import pytest
 from test_model import CONFIGS, full_hidden, tokens, weights_of
 
 from jaxsi import decoding, model
+from jaxsi.kv_cache import Held
 
 
 @pytest.mark.parametrize("name", CONFIGS)
@@ -35,8 +36,8 @@ def test_cached_decode_is_the_full_forward(name: str) -> None:
     for i in range(new):
         step = np.asarray([row[0, n + i] for row, n in zip(rows, lengths, strict=True)])
         hidden_BD, cache = decode(
-            split, tokens_B=step, positions_B=lengths + i, cache=cache, column=jnp.int32(T + i),
-            columns_positions_BS=columns_positions,
+            split, tokens_B=step, positions_B=lengths + i, cache=cache,
+            held={window: Held(columns_positions, jnp.int32(T + i)) for window in model.windows(config)},
         )  # fmt: skip
         for b, n in enumerate(lengths):
             np.testing.assert_allclose(hidden_BD[b], expected[b][n + i], atol=1e-5)

@@ -25,8 +25,12 @@ def same_layout(real, abstract):
         assert a.sharding.is_equivalent_to(b.sharding, a.ndim)
 
 
-def test_the_shapes_are_those_of_a_run():
-    lm = tiny.make_lm("2x2x2")
+WINDOWS = [None, (8, None), (8, 8)]
+
+
+@pytest.mark.parametrize("windows", WINDOWS)
+def test_the_shapes_are_those_of_a_run(windows):
+    lm = tiny.make_lm("2x2x2", config=dataclasses.replace(tiny.CONFIG, windows=windows))
     programs_ = programs(lm.config, lm.mesh, SMALL)
     same_layout(lm.weights, model.abstract_weights(lm.config, lm.mesh))
     same_layout(train.initial_state(lm.weights, SMALL.optim), programs_["sft"].arguments[0])
@@ -39,9 +43,10 @@ def test_the_shapes_are_those_of_a_run():
     same_layout(wave.cache, programs_["extend"].arguments[3].cache)
 
 
-@pytest.mark.parametrize("mesh", ["1x1x1", "2x2x2"])
-def test_every_program_lowers(mesh):
-    for name, program in programs(tiny.CONFIG, tiny.mesh(mesh), SMALL).items():
+@pytest.mark.parametrize(("mesh", "windows"), [("1x1x1", None), *[("2x2x2", windows) for windows in WINDOWS]])
+def test_every_program_lowers(mesh, windows):
+    config = dataclasses.replace(tiny.CONFIG, windows=windows)
+    for name, program in programs(config, tiny.mesh(mesh), SMALL).items():
         assert program.lower().as_text(), name
 
 

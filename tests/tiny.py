@@ -23,7 +23,7 @@ CONFIG = ModelConfig(
     family="llama", vocab_size=ENTRIES, embed_dim=16, num_layers=2, num_heads=2, num_kv_heads=2, head_dim=8, mlp_dim=32,
     max_positions=256,
 )  # fmt: skip
-MESHES = {"1x1x1": (1, 1, 1), "2x2x2": (2, 2, 2), "1x8x1": (1, 8, 1)}
+MESHES = {"1x1x1": (1, 1, 1), "2x2x2": (2, 2, 2), "1x8x1": (1, 8, 1), "1x1x8": (1, 1, 8)}
 
 
 @functools.cache
@@ -46,7 +46,7 @@ def tokenizer() -> Tokenizer:
 
 
 @functools.cache
-def host_weights(seed: int = 0) -> Any:
+def host_weights(seed: int = 0, config: ModelConfig = CONFIG) -> Any:
     """Weights far from their start: the next token depends on the text, is uncertain, and no two logits tie."""
     rng = np.random.default_rng(seed)
 
@@ -56,14 +56,14 @@ def host_weights(seed: int = 0) -> Any:
         return (scale * rng.normal(size=p.shape) + ("norm" in name)).astype(np.float32)
 
     is_leaf = lambda x: isinstance(x, model.Parameter)  # noqa: E731
-    return jax.tree_util.tree_map_with_path(draw, model.parameters(CONFIG), is_leaf=is_leaf)
+    return jax.tree_util.tree_map_with_path(draw, model.parameters(config), is_leaf=is_leaf)
 
 
-def make_lm(mesh_name: str = "1x1x1", seed: int = 0, dtype: Any = jnp.float32) -> LM:
+def make_lm(mesh_name: str = "1x1x1", seed: int = 0, dtype: Any = jnp.float32, config: ModelConfig = CONFIG) -> LM:
     """A fresh LM; the same weights, bit for bit, on every mesh."""
     on = mesh(mesh_name)
-    weights = jax.device_put(host_weights(seed), model.weight_shardings(CONFIG, on))
-    return LM(config=CONFIG, weights=weights, tokenizer=tokenizer(), mesh=on, dtype=jnp.dtype(dtype))
+    weights = jax.device_put(host_weights(seed, config), model.weight_shardings(config, on))
+    return LM(config=config, weights=weights, tokenizer=tokenizer(), mesh=on, dtype=jnp.dtype(dtype))
 
 
 def response(prompt: Prompt, sample: int, token_ids: list[int], *, stopped: bool = True) -> Response:

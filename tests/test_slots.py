@@ -89,9 +89,9 @@ def test_a_layer_with_a_window_takes_the_end_of_a_prompt(T) -> None:
     before = slots.empty_slots(fixed=fixed, size=6, ring=8, prompt=16)
     assert columns(before) == [4 + 4, 8 + 16]
     stale = {window: Held(jnp.full_like(held.positions_BS, 1), held.column) for window, held in before.held.items()}
-    after, _ = slots.refill_slots(
-        lm.sampling_weights, before._replace(held=stale), wave, np.arange(5), np.asarray([5, 3, 1, 0, 2]),
-        np.zeros((5, 2), np.uint32), np.full(5, 9), sampling._settings(lm, 0.0, 1.0, 0, 9, (), ()),
+    after = slots.refill_slots(
+        before._replace(held=stale), wave, np.arange(5), np.asarray([5, 3, 1, 0, 2]), np.zeros((5, 2), np.uint32),
+        np.full(5, 9), np.arange(5, dtype=np.int32), sampling._settings(lm, 0.0, 1.0, 0, 9, (), ()),
         fixed=fixed, ring=8, width=16,
     )  # fmt: skip
     assert columns(after) == [4 + 4, 8 + 16]

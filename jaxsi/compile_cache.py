@@ -37,10 +37,10 @@ def keep_programs() -> None:
         return
     try:
         folder = made(cache_home() / "jaxsi" / "programs" / host())
+        sweep(folder.parent)
     except (UnsafeFolderError, OSError, RuntimeError) as error:  # RuntimeError: no home
         print(f"jaxsi: compiled programs are not kept: {error}; {FOLDER} may name another folder", file=sys.stderr)
         return
-    sweep(folder.parent)
     os.environ[FOLDER] = str(folder)
     os.environ.setdefault(SHORTEST, str(SHORTEST_SECONDS))
 

@@ -76,7 +76,7 @@ def _carry_out(name: str, argv: list[str], as_json: bool) -> int:
     module, function, _ = COMMANDS[name]
     with contextlib.ExitStack() as stack:
         wants_help = "-h" in argv or "--help" in argv
-        # Hosts that share no folder would differ in what they have to compile: theirs is set by the user, or none.
+        # Of several processes JAX has the first one write: a folder that all of them see is for the user to name.
         if not wants_help and "--distributed" not in argv:
             compile_cache.keep_programs()
         stdout = sys.stdout if wants_help else stack.enter_context(_stdout_kept())

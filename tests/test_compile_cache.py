@@ -158,6 +158,13 @@ def test_a_folder_of_somebody_else_is_refused(tmp_path, monkeypatch):
         made(folder)
 
 
+def test_a_folder_that_cannot_be_swept_is_not_used(before_jax, capsys):
+    (made(before_jax) / "strange-cache").mkdir()
+    compile_cache.keep_programs()
+    assert "compiled programs are not kept: [Errno 21] Is a directory" in capsys.readouterr().err
+    assert not set(OWN) & set(os.environ)
+
+
 def test_where_no_folder_can_be_made_the_command_goes_on(environment, tmp_path):
     (tmp_path / "cache").write_text("a file")
     value, said = ended(start(environment))

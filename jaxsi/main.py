@@ -9,7 +9,7 @@ import traceback
 from collections.abc import Iterator, Sequence
 from typing import IO
 
-from jaxsi import __version__
+from jaxsi import __version__, compile_cache
 from jaxsi.commands import EVERY_COMMAND, Report, UsageError
 
 # command -> (module, function, what it does). Nothing is imported before its command is asked for.
@@ -76,6 +76,9 @@ def _carry_out(name: str, argv: list[str], as_json: bool) -> int:
     module, function, _ = COMMANDS[name]
     with contextlib.ExitStack() as stack:
         wants_help = "-h" in argv or "--help" in argv
+        # Of several processes JAX has the first one write: a folder that all of them see is for the user to name.
+        if not wants_help and "--distributed" not in argv:
+            compile_cache.keep_programs()
         stdout = sys.stdout if wants_help else stack.enter_context(_stdout_kept())
         report: Report = getattr(importlib.import_module(module), function)(argv)
         text = json.dumps(report.value, allow_nan=False) if as_json else report.text

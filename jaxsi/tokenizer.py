@@ -395,7 +395,11 @@ def _load_hugging_face(folder: Path, config: Mapping[str, Any], template: str | 
 
     path = folder / "tokenizer.json"
     try:
-        if config.get("tokenizer_class") is not None:
+        kind = (config.get("tokenizer_class"), _read_json(folder / "config.json").get("model_type"))
+        if kind == ("PreTrainedTokenizerFast", "llama"):
+            # The class that AutoTokenizer comes to, too, but for the import of PyTorch, where that is installed.
+            tokenizer = transformers.PreTrainedTokenizerFast.from_pretrained(str(folder), local_files_only=True)
+        elif config.get("tokenizer_class") is not None:
             tokenizer = transformers.AutoTokenizer.from_pretrained(
                 str(folder), trust_remote_code=False, local_files_only=True
             )

@@ -26,6 +26,7 @@ LAYERS = (
         "fused_attention",
         "config",
         "config_file",
+        "compile_cache",
         "records",
         "mesh",
         "losses",

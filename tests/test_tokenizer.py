@@ -16,6 +16,7 @@ from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers
 from jaxsi import chat
 from jaxsi.chat import render_prompt, render_response
 from jaxsi.tokenizer import Tokenizer, TokenizerError, load_tokenizer
+from jaxsi.toyworld.careless import SHIPPED
 
 FUZZ = settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
@@ -482,6 +483,23 @@ def test_sentencepiece_added_tokens_beyond_the_model(tmp_path):
     assert [token for token in prompt if token >= 400] == [400, 402, 401, 400]
     assert render_response(tokenizer, "hello")[-1] == 401
     assert tokenizer.decode(prompt).startswith("user\na <|im_end|> <think>")
+
+
+def test_a_llama_that_names_the_general_class_is_read_as_by_transformers_and_without_pytorch():
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+    theirs = AutoTokenizer.from_pretrained(str(SHIPPED), local_files_only=True)
+    ours = PreTrainedTokenizerFast.from_pretrained(str(SHIPPED), local_files_only=True)
+    assert type(ours) is type(theirs)
+    assert ours.backend_tokenizer.to_str() == theirs.backend_tokenizer.to_str()
+    assert ours.special_tokens_map == theirs.special_tokens_map
+    assert ours.added_tokens_decoder == theirs.added_tokens_decoder
+    code = (
+        f"import sys, jaxsi.tokenizer as t; t.load_tokenizer({str(SHIPPED)!r}).encode_text('hello'); "
+        "assert 'transformers' in sys.modules and 'torch' not in sys.modules"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
 
 
 def test_tensorflow_is_imported_for_sentencepiece_only(tmp_path):

@@ -51,6 +51,9 @@ def config():
     )
 """
 
+# One worker has all tests of the finished run, so that it is made but once.
+one_run = pytest.mark.xdist_group("finished run")
+
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
@@ -98,6 +101,7 @@ def json_of(capsys, *argv):
     return json.loads(out)
 
 
+@one_run
 @pytest.mark.slow
 def test_a_run_ends_with_its_summary_as_the_only_thing_on_stdout(finished):
     directory, value = finished
@@ -110,6 +114,7 @@ def test_a_run_ends_with_its_summary_as_the_only_thing_on_stdout(finished):
     assert value["iterations"][1]["pairs"] >= 1
 
 
+@one_run
 @pytest.mark.slow
 def test_a_finished_run_does_nothing_and_says_so(finished, world, capsys):
     directory, _ = finished
@@ -122,6 +127,7 @@ def test_a_finished_run_does_nothing_and_says_so(finished, world, capsys):
     assert after == before
 
 
+@one_run
 @pytest.mark.slow
 def test_a_finished_run_needs_its_prompts_no_more(finished, world, capsys):
     prompts = world / "prompts.jsonl"
@@ -133,6 +139,7 @@ def test_a_finished_run_needs_its_prompts_no_more(finished, world, capsys):
         prompts.write_text(text)
 
 
+@one_run
 @pytest.mark.slow
 def test_another_config_is_refused_with_its_difference(finished, world, capsys):
     code, out, err = called(capsys, "run", world / "micro.py", "--run-dir", finished[0], "--dpo.learning-rate", "0.5")
@@ -142,6 +149,7 @@ def test_another_config_is_refused_with_its_difference(finished, world, capsys):
     assert "Traceback" not in err
 
 
+@one_run
 @pytest.mark.slow
 def test_status(finished, capsys):
     value = json_of(capsys, "status", finished[0])
@@ -156,6 +164,7 @@ def test_status(finished, capsys):
     assert "complete, 2 of 2 iterations" in out
 
 
+@one_run
 @pytest.mark.slow
 def test_eval_toy_in_another_process_gives_the_figures_of_the_summary(finished):
     line = finished[1]["iterations"][1]
@@ -166,6 +175,7 @@ def test_eval_toy_in_another_process_gives_the_figures_of_the_summary(finished):
         assert value[name] == line[name], name
 
 
+@one_run
 @pytest.mark.slow
 def test_eval_toy_on_another_mesh(finished, capsys):
     line = finished[1]["iterations"][1]
@@ -175,6 +185,7 @@ def test_eval_toy_on_another_mesh(finished, capsys):
     assert value["fingerprint"] == line["fingerprint"]
 
 
+@one_run
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_a_model_of_a_run_has_the_fingerprint_of_the_summary_in_every_dtype(finished, world, tmp_path, capsys, dtype):
@@ -186,6 +197,7 @@ def test_a_model_of_a_run_has_the_fingerprint_of_the_summary_in_every_dtype(fini
     assert json_of(capsys, "eval", "toy", model, "--dtype", dtype)["fingerprint"] == mine
 
 
+@one_run
 @pytest.mark.slow
 def test_generate_judge_and_export(finished, world, tmp_path, capsys):
     model, responses, judgments = f"{finished[0]}@2", tmp_path / "responses.jsonl", tmp_path / "judgments.jsonl"

@@ -152,6 +152,14 @@ def test_budgets(path):
             )
 
 
+@pytest.mark.xdist_group("together")
+def test_tests_of_a_group_stay_together(request):
+    """The scheduler knows a group by the end of the id; without it every worker would make what the group shares."""
+    if not request.config.getoption("loadgroup", False):
+        pytest.skip("groups are for --dist=loadgroup, with several workers")
+    assert request.node.nodeid.endswith("@together")
+
+
 def test_a_module_has_a_noun_for_a_name():
     for path in MODULES:
         assert not {"utils", "common", "misc", "helpers"} & {path.stem, *path.parts}, path

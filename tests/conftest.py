@@ -25,16 +25,6 @@ if "PYTEST_XDIST_WORKER" not in os.environ:
 MAPPINGS = Path("/proc/self/maps")
 
 
-@pytest.hookimpl(trylast=True)
-def pytest_collection_modifyitems(config, items):
-    """Tests of one group go to one worker. pytest-xdist 3.8 tells the scheduler by the end of a test's id, which pytest
-    9.2 keeps elsewhere than xdist writes it (pytest-xdist's issue 1386): every test would go its own way, unseen."""
-    for item in items if config.getoption("loadgroup", False) else ():
-        for mark in item.iter_markers("xdist_group"):
-            if not item.nodeid.endswith(f"@{mark.args[0]}"):
-                item._id = type(item.id).parse(f"{item.nodeid}@{mark.args[0]}")
-
-
 @pytest.fixture(autouse=True, scope="module")
 def _no_more_programs_than_fit():
     """A compiled program keeps memory mapped, and a process may have 65,530 mappings, Linux's default. Workers that had

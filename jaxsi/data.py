@@ -16,10 +16,13 @@ from jax.sharding import Mesh
 from jaxsi import mesh as meshlib
 from jaxsi.attention import SHARED
 from jaxsi.chat import render_prompt, render_response
-from jaxsi.model import ModelConfig, parameters
+from jaxsi.model import ModelConfig, parameters, windows
 from jaxsi.records import PreferencePair, SFTExample
 from jaxsi.sampling import bucket
 from jaxsi.tokenizer import Tokenizer
+
+ATTENTION_COST = 3  # times what its FLOPs cost in products of weights (a CPU, XLA's attention, 0.5k to 1k tokens)
+WORTHWHILE = 0.95  # of the cost of pairs in two rows: what one row may cost at most
 
 
 class DataError(ValueError):
@@ -283,7 +286,7 @@ def groups(
     return Batches(_bucketed(sizes, batch_size, epochs, seed), collate, mesh)
 
 
-class _Rows(NamedTuple):
+class _PairRows(NamedTuple):
     """A pair as S rows (tokens, positions, segments), which the last token of a response, that predicts nothing, is not
     in; and (places, targets) of either response."""
 
@@ -299,16 +302,16 @@ class _Rows(NamedTuple):
         return max(len(targets) for _, targets in self.predicted)
 
 
-def _apart(pair: tuple[Sequence_, Sequence_]) -> _Rows:
+def _apart(pair: tuple[Sequence_, Sequence_]) -> _PairRows:
     inputs, predicted = [], []
     for s in pair:
         n = len(s.tokens) - 1
         inputs.append((s.tokens[:-1], np.arange(n), np.ones(n, np.int32)))
         predicted.append((s.counted - 1, s.tokens[s.counted]))
-    return _Rows(inputs, predicted)
+    return _PairRows(inputs, predicted)
 
 
-def _together(pair: tuple[Sequence_, Sequence_]) -> _Rows:
+def _together(pair: tuple[Sequence_, Sequence_]) -> _PairRows:
     chosen, rejected = pair
     prompt = _prompt(pair)
     first, second = len(chosen.tokens) - 1 - prompt, len(rejected.tokens) - 1 - prompt
@@ -319,7 +322,7 @@ def _together(pair: tuple[Sequence_, Sequence_]) -> _Rows:
     for s, before in ((chosen, 0), (rejected, first)):
         places = s.counted - 1
         predicted.append((np.where(places < prompt, places, places + before), s.tokens[s.counted]))
-    return _Rows([(tokens, positions, segments)], predicted)
+    return _PairRows([(tokens, positions, segments)], predicted)
 
 
 def _prompt(pair: tuple[Sequence_, Sequence_]) -> int:
@@ -333,27 +336,28 @@ def _prompt(pair: tuple[Sequence_, Sequence_]) -> int:
     return len(chosen)
 
 
-# Attention of XLA takes so many times as long as its products alone (measured on a CPU, 0.5k to 1k tokens, float32).
-ATTENTION_COST = 3
-WORTHWHILE = 0.95  # of the cost apart, at most
-
-
 def prompts_shared(
     config: ModelConfig, mesh: Mesh, encoded: Sequence[tuple[Sequence_, Sequence_]], min_length: int
 ) -> bool:
     """Whether pairs go through the layers in one row each, the prompt once: where that is less work, which it is unless
     prompts are much shorter than responses (what the responses do not see of each other is computed and masked). Never
-    on GPUs, whose fused attention takes no segments."""
-    if meshlib.platform(mesh) == "gpu":
+    where it would cost the fused attention: on GPUs, whose takes no segments, and on TPUs, whose measures windows in
+    columns, with a window shorter than a row.
+
+    Raises: DataError: the two of a pair have not the same prompt.
+    """
+    platform, together = meshlib.platform(mesh), [_together(pair) for pair in encoded]
+    longest = max((bucket(rows.columns, min_length) for rows in together), default=0)
+    if platform == "gpu" or (platform == "tpu" and min(windows(config)) < longest):
         return False
     weights = sum(math.prod(p.shape) for p in parameters(config)["layers"].values())
     quadratic = ATTENTION_COST * 4 * config.num_layers * config.num_heads * config.head_dim
 
-    def cost(rows: _Rows) -> float:
+    def cost(rows: _PairRows) -> float:
         T = bucket(rows.columns, min_length)
         return len(rows.inputs) * T * (2 * weights + quadratic * T)
 
-    return sum(cost(_together(pair)) for pair in encoded) < WORTHWHILE * sum(cost(_apart(pair)) for pair in encoded)
+    return sum(map(cost, together)) < WORTHWHILE * sum(cost(_apart(pair)) for pair in encoded)
 
 
 def pairs(
@@ -379,7 +383,7 @@ def pairs(
     def collate(chosen: Sequence[int]) -> PairBatch:
         T = max(sizes[i] for i in chosen)
 
-        def stacked(of_pair: Callable[[_Rows], Sequence[np.ndarray]], length: int, fill: int = 0) -> np.ndarray:
+        def stacked(of_pair: Callable[[_PairRows], Sequence[np.ndarray]], length: int, fill: int = 0) -> np.ndarray:
             arrays = [np.stack([_padded(x, length, fill) for x in of_pair(made[i])]) for i in chosen]
             return np.concatenate(
                 [np.asarray(arrays, np.int32), np.full((batch_size - len(chosen), *arrays[0].shape), fill, np.int32)]

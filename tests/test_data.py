@@ -214,6 +214,11 @@ def test_prompts_are_shared_where_that_is_less_work() -> None:
     assert data.prompts_shared(config, mesh, [pair(400, 40, 40)] * 3, 64)
     assert not data.prompts_shared(config, mesh, [pair(4, 400, 400)] * 3, 64)
     assert not data.prompts_shared(config, mesh, [pair(4, 400, 400)] * 3 + [pair(40, 4, 4)], 64)
+    with pytest.MonkeyPatch.context() as patch:
+        short = dataclasses.replace(config, windows=(None, 100))
+        for platform, of, expected in (("gpu", config, False), ("tpu", config, True), ("tpu", short, False)):
+            patch.setattr(data.meshlib, "platform", lambda _, platform=platform: platform)
+            assert data.prompts_shared(of, mesh, [pair(400, 40, 40)] * 3, 64) == expected
     with pytest.raises(data.DataError, match="different prompts"):
         data.prompts_shared(config, mesh, [(data.encode([1], [2]), data.encode([3], [2]))], 64)
 

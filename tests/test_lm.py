@@ -40,7 +40,7 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_fingerprint_is_of_the_bits_and_not_of_the_mesh() -> None:
-    prints = {name: tiny.make_lm(name).fingerprint for name in tiny.MESHES}
+    prints = {name: tiny.make_lm(name).fingerprint for name in ("1x1x1", "2x2x2", "1x8x1")}
     assert len(set(prints.values())) == 1
     assert len(prints["1x1x1"]) == 16 and int(prints["1x1x1"], 16) >= 0
 

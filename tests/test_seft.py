@@ -13,6 +13,8 @@ from jaxsi.records import Prompt, RankedResponses, Response, Revision, SFTExampl
 from jaxsi.revise import always_revise, revise
 from jaxsi.run import Run
 
+pytestmark = pytest.mark.xdist_group("finished run of SEFT")  # what it makes once, one worker makes
+
 MICRO = Path(__file__).parent / "micro" / "seft.py"
 
 

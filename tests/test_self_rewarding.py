@@ -14,6 +14,8 @@ from jaxsi.records import Prompt
 from jaxsi.run import Run, RunError
 from jaxsi.sampling import StaleRecordsError
 
+pytestmark = pytest.mark.xdist_group("finished run of Self-Rewarding")  # what it makes once, one worker makes
+
 MICRO = Path(__file__).parent / "micro" / "self_rewarding.py"
 
 

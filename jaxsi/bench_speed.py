@@ -268,9 +268,7 @@ def _pair_training(lm: LM, work: TrainWork, config: train.TrainConfig) -> tuple[
     encoded = [tuple(data.encode(side[:n], side[n:]) for side in pair) for pair in work.pairs]
     pairs = [(chosen, rejected) for chosen, rejected in encoded]
     refs = train.reference_logps(lm, pairs, config)
-    least = len(work.rows[0])
-    shared = data.prompts_shared(lm.config, lm.mesh, pairs, least)
-    batches = data.pairs(pairs, refs, len(pairs), lm.mesh, epochs=1, seed=0, min_length=least, shared=shared)
+    batches = data.pair_batches(lm, pairs, refs, len(pairs), epochs=1, seed=0, min_length=len(work.rows[0]))
     return train.PairLoss(lm.config, lm.mesh, work.dtype, work.remat, losses.dpo, BETA, 0.0), batches[0]
 
 

@@ -16,6 +16,7 @@ from jax.sharding import Mesh
 from jaxsi import mesh as meshlib
 from jaxsi.attention import SHARED
 from jaxsi.chat import render_prompt, render_response
+from jaxsi.lm import LM
 from jaxsi.model import ModelConfig, parameters, windows
 from jaxsi.records import PreferencePair, SFTExample
 from jaxsi.sampling import bucket
@@ -84,6 +85,11 @@ class Sequence_(NamedTuple):
         """The columns of the tokens that the loss counts."""
         return np.flatnonzero(self.loss_mask)
 
+    @property
+    def predicted(self) -> tuple[np.ndarray, np.ndarray]:
+        """Of these tokens, the columns whose hidden states predict them, and the tokens."""
+        return self.counted - 1, self.tokens[self.counted]
+
 
 def encode(prompt_ids: Sequence[int], response_ids: Sequence[int]) -> Sequence_:
     """Prompt, then response; the loss counts the response, its end of turn included.
@@ -143,8 +149,8 @@ def _shuffled(count: int, batch_size: int, epochs: int, seed: int) -> grain.MapD
     return grain.MapDataset.source(range(count)).shuffle(seed % 2**32).repeat(epochs).batch(batch_size)
 
 
-def _fill(size: int, rows: list[np.ndarray], dtype: Any) -> np.ndarray:
-    out = np.zeros((size, *rows[0].shape), dtype)
+def _fill(size: int, rows: list[np.ndarray], dtype: Any, fill: int = 0) -> np.ndarray:
+    out = np.full((size, *rows[0].shape), fill, dtype)
     out[: len(rows)] = rows
     return out
 
@@ -241,11 +247,11 @@ def _rooms(sizes: Sequence[int], counts: Sequence[int]) -> dict[int, int]:
 
 def _predicted(rows: Sequence[Sequence_], batch_size: int, room: int) -> tuple[np.ndarray, np.ndarray]:
     """Places and targets [batch_size, room] int32 of a ``TokenBatch``."""
-    places, targets = np.zeros((batch_size, room), np.int32), np.full((batch_size, room), -1, np.int32)
-    for b, row in enumerate(rows):
-        n = len(row.counted)
-        places[b, :n], targets[b, :n] = row.counted - 1, row.tokens[row.counted]
-    return places, targets
+    places, targets = zip(*(row.predicted for row in rows), strict=True)
+    return (
+        _fill(batch_size, [_padded(x, room) for x in places], np.int32),
+        _fill(batch_size, [_padded(x, room, -1) for x in targets], np.int32, -1),
+    )
 
 
 def _bucketed(sizes: Sequence[int], batch_size: int, epochs: int, seed: int) -> grain.MapDataset:
@@ -303,12 +309,8 @@ class _PairRows(NamedTuple):
 
 
 def _apart(pair: tuple[Sequence_, Sequence_]) -> _PairRows:
-    inputs, predicted = [], []
-    for s in pair:
-        n = len(s.tokens) - 1
-        inputs.append((s.tokens[:-1], np.arange(n), np.ones(n, np.int32)))
-        predicted.append((s.counted - 1, s.tokens[s.counted]))
-    return _PairRows(inputs, predicted)
+    inputs = [(s.tokens[:-1], np.arange(len(s.tokens) - 1), np.ones(len(s.tokens) - 1, np.int32)) for s in pair]
+    return _PairRows(inputs, [s.predicted for s in pair])
 
 
 def _together(pair: tuple[Sequence_, Sequence_]) -> _PairRows:
@@ -320,8 +322,8 @@ def _together(pair: tuple[Sequence_, Sequence_]) -> _PairRows:
     segments = np.repeat(np.asarray([SHARED, 1, 2], np.int32), [prompt, first, second])
     predicted = []
     for s, before in ((chosen, 0), (rejected, first)):
-        places = s.counted - 1
-        predicted.append((np.where(places < prompt, places, places + before), s.tokens[s.counted]))
+        places, targets = s.predicted
+        predicted.append((np.where(places < prompt, places, places + before), targets))
     return _PairRows([(tokens, positions, segments)], predicted)
 
 
@@ -385,9 +387,7 @@ def pairs(
 
         def stacked(of_pair: Callable[[_PairRows], Sequence[np.ndarray]], length: int, fill: int = 0) -> np.ndarray:
             arrays = [np.stack([_padded(x, length, fill) for x in of_pair(made[i])]) for i in chosen]
-            return np.concatenate(
-                [np.asarray(arrays, np.int32), np.full((batch_size - len(chosen), *arrays[0].shape), fill, np.int32)]
-            )
+            return _fill(batch_size, arrays, np.int32, fill)
 
         tokens, positions, segments = (stacked(lambda rows, k=k: [x[k] for x in rows.inputs], T) for k in range(3))
         places = stacked(lambda rows: [x for x, _ in rows.predicted], rooms[T])
@@ -396,3 +396,11 @@ def pairs(
         return PairBatch(tokens, positions, segments, places, targets, refs, np.arange(batch_size) < len(chosen))
 
     return Batches(_bucketed(sizes, batch_size, epochs, seed), collate, mesh)
+
+
+def pair_batches(
+    lm: LM, encoded: Sequence[tuple[Sequence_, Sequence_]], refs: Any, batch_size: int, *, min_length: int, **order: int
+) -> Batches:
+    """``pairs``, in the layout that is less work: one for the reference and for training."""
+    shared = prompts_shared(lm.config, lm.mesh, encoded, min_length)
+    return pairs(encoded, refs, batch_size, lm.mesh, min_length=min_length, shared=shared, **order)

@@ -444,11 +444,10 @@ def dpo(
     # The name says of which weights and which pairs: values of others are never taken for these.
     refs = scope.value(f"ref_logps_{lm.fingerprint}_{_digest(encoded, train)}", reference_logps, lm, encoded, train)
     with scope.timed("dpo"):
-        batches = data.pairs(
-            encoded, refs, train.batch_size, lm.mesh,
-            epochs=train.epochs, seed=seed_of(scope, "dpo"), min_length=train.min_length,
-            shared=data.prompts_shared(lm.config, lm.mesh, encoded, train.min_length),
-        )  # fmt: skip
+        seed = seed_of(scope, "dpo")
+        batches = data.pair_batches(
+            lm, encoded, refs, train.batch_size, epochs=train.epochs, seed=seed, min_length=train.min_length
+        )
         loss = PairLoss(lm.config, lm.mesh, train.dtype, train.remat, config.loss, config.beta, config.nll_coef)
         return fit(lm, batches, loss, train, scope, better=better)
 
@@ -466,10 +465,7 @@ def reference_logps(lm: LM, encoded: Sequence[tuple[Sequence_, Sequence_]], conf
     that train."""
     micro = config.batch_size // config.accumulate
     none = [(0.0, 0.0)] * len(encoded)
-    batches = data.pairs(
-        encoded, none, micro, lm.mesh, epochs=1, seed=0, min_length=config.min_length,
-        shared=data.prompts_shared(lm.config, lm.mesh, encoded, config.min_length),
-    )  # fmt: skip
+    batches = data.pair_batches(lm, encoded, none, micro, epochs=1, seed=0, min_length=config.min_length)
     out = np.zeros((len(encoded), 2), np.float32)
     for step in range(len(batches)):
         rows = [int(i) for i in np.atleast_1d(np.asarray(batches.plan[step]))]

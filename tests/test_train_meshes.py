@@ -13,9 +13,9 @@ from jaxsi.model import Remat
 from jaxsi.optim import OptimConfig
 from jaxsi.train import PairLoss, SFTLoss, TrainConfig
 
-# A large eps: Adam's sign-like first steps would make rounding errors of tiny gradients as large as a step.
 pytestmark = pytest.mark.xdist_group("trajectories")  # what it makes once, one worker makes
 
+# A large eps: Adam's sign-like first steps would make rounding errors of tiny gradients as large as a step.
 OPTIM = OptimConfig(learning_rate=3e-2, eps=1e-2)
 ROWS = 32  # divides among 8 devices in 4 parts
 STEPS = 3

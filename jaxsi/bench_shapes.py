@@ -10,8 +10,9 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from jaxsi import lm as lmlib, model
+from jaxsi.architectures import published
 from jaxsi.lm import LM
-from jaxsi.model import ModelConfig, Rope, Weights
+from jaxsi.model import ModelConfig, Weights
 from jaxsi.tokenizer import Tokenizer, load_tokenizer
 from jaxsi.toyworld.vocabulary import build_tokenizer
 
@@ -25,20 +26,9 @@ SHAPES = {
         family="llama", vocab_size=32_000, embed_dim=768, num_layers=12, num_heads=12, num_kv_heads=4, head_dim=64,
         mlp_dim=3072, max_positions=4096,
     ),
-    # As published: Qwen3-0.6B, Llama-3.2-1B, Meta-Llama-3-8B.
-    "qwen3-0.6b": ModelConfig(
-        family="qwen3", vocab_size=151_936, embed_dim=1024, num_layers=28, num_heads=16, num_kv_heads=8, head_dim=128,
-        mlp_dim=3072, max_positions=40_960, rope=Rope(theta=1e6), norm_eps=1e-6, tie_embeddings=True, qk_norm=True,
-    ),
-    "llama-1b": ModelConfig(
-        family="llama", vocab_size=128_256, embed_dim=2048, num_layers=16, num_heads=32, num_kv_heads=8, head_dim=64,
-        mlp_dim=8192, max_positions=131_072, tie_embeddings=True,
-        rope=Rope(theta=500_000.0, scaling=("llama3", 32.0, 1.0, 4.0, 8192)),
-    ),
-    "llama-3-8b": ModelConfig(
-        family="llama", vocab_size=128_256, embed_dim=4096, num_layers=32, num_heads=32, num_kv_heads=8, head_dim=128,
-        mlp_dim=14_336, max_positions=8192, rope=Rope(theta=500_000.0),
-    ),
+    "qwen3-0.6b": published("Qwen/Qwen3-0.6B"),
+    "llama-1b": published("meta-llama/Llama-3.2-1B"),
+    "llama-3-8b": published("meta-llama/Meta-Llama-3-8B"),
 }  # fmt: skip
 
 

@@ -17,6 +17,7 @@ import pytest
 from jax.sharding import AbstractMesh, AxisType
 
 from jaxsi import mesh as meshlib, model, optim, train
+from jaxsi.architectures import published
 from jaxsi.commands import bench
 from jaxsi.commands.preflight import parts_of
 from jaxsi.commands.run import run
@@ -24,7 +25,7 @@ from jaxsi.config import describe_config
 from jaxsi.config_file import ConfigFileError, load_config, load_configs
 from jaxsi.data import GroupBatch, PairBatch, TokenBatch
 from jaxsi.methods import method_of
-from jaxsi.model import ModelConfig, Rope
+from jaxsi.model import ModelConfig
 from jaxsi.reward import BRADLEY_TERRY, GAP, RewardLoss
 from jaxsi.rl import PolicyLoss, PPOConfig, RLConfig, RolloutBatch, ValueLoss
 from jaxsi.train import TrainConfig
@@ -34,26 +35,6 @@ CONFIGS = sorted((ROOT / "configs").rglob("*.py"))
 ABLATIONS = [path for path in CONFIGS if path.stem == "toy_ablations"]  # several configs, for the bench
 GOLDEN = Path(__file__).parent / "golden"
 
-# The architectures that the configs name on the hub, as their config.json has them.
-HUB = {
-    "meta-llama/Llama-2-70b-hf": ModelConfig(
-        family="llama", vocab_size=32000, embed_dim=8192, num_layers=80, num_heads=64, num_kv_heads=8, head_dim=128,
-        mlp_dim=28672, max_positions=4096,
-    ),
-    "allenai/tulu-2-7b": ModelConfig(
-        family="llama", vocab_size=32000, embed_dim=4096, num_layers=32, num_heads=32, num_kv_heads=32, head_dim=128,
-        mlp_dim=11008, max_positions=8192,
-    ),
-    "meta-llama/Llama-3.1-8B-Instruct": ModelConfig(
-        family="llama", vocab_size=128256, embed_dim=4096, num_layers=32, num_heads=32, num_kv_heads=8, head_dim=128,
-        mlp_dim=14336, max_positions=131072, rope=Rope(theta=5e5, scaling=("llama3", 8.0, 1.0, 4.0, 8192)),
-    ),
-    "Qwen/Qwen3-0.6B": ModelConfig(
-        family="qwen3", vocab_size=151936, embed_dim=1024, num_layers=28, num_heads=16, num_kv_heads=8, head_dim=128,
-        mlp_dim=3072, max_positions=40960, tie_embeddings=True, qk_norm=True, rope=Rope(theta=1e6), norm_eps=1e-6,
-    ),
-}  # fmt: skip
-HUB["meta-llama/Llama-3.1-8B"] = HUB["meta-llama/Llama-3.1-8B-Instruct"]
 DEVICES = {
     "llama2_70b_v5p128": 64,
     "qwen3_0p6b_1gpu": 1,
@@ -238,7 +219,7 @@ def shaped(cfg: Any, config: ModelConfig, mesh: AbstractMesh) -> Iterator[tuple[
 def test_it_lowers_for_its_own_mesh(path):
     """The training steps of the real architecture, lowered for the config's mesh; nothing is compiled or allocated."""
     cfg = load_config(path)
-    mesh, config = abstract_mesh(cfg, DEVICES[path.stem]), HUB[cfg.model]
+    mesh, config = abstract_mesh(cfg, DEVICES[path.stem]), published(cfg.model)
     if config.num_layers > 8:  # a scan: one layer or eighty is one program
         config = dataclasses.replace(config, num_layers=8)
     scalar = jax.ShapeDtypeStruct((), jnp.int32, sharding=meshlib.sharding(mesh, ()))

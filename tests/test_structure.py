@@ -39,7 +39,7 @@ LAYERS = (
         "prompts",
         "tensorflow_text",
     ),
-    ("model", "optim", "run", "pairs", "sources", "prefixes", "token_sampling"),
+    ("model", "architectures", "optim", "run", "pairs", "sources", "prefixes", "token_sampling"),
     ("decoding",),
     ("hf_config", "hf", "sentencepiece_model", "tokenizer", "chat", "checkpoint"),
     ("lm",),

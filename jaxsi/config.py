@@ -6,7 +6,7 @@ qualified name.
 
 import dataclasses
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +54,15 @@ def _qualified_name(value: Any, field: str) -> str:
             f"{field} is {value!r:.200}, which a resumed run cannot compare; give a value or a function of a module"
         )
     return name
+
+
+def parts_of(cfg: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """The configs inside a config, by their dotted names."""
+    for field in dataclasses.fields(cfg):
+        value, name = getattr(cfg, field.name), prefix + field.name
+        if dataclasses.is_dataclass(value):
+            yield name, value
+            yield from parts_of(value, f"{name}.")
 
 
 def check_config(path: Path, stored: dict[str, Any], given: dict[str, Any], resumable: frozenset[str]) -> None:

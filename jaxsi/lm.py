@@ -71,9 +71,14 @@ class LM:
 
 
 def for_sampling(lm: LM) -> Weights:
-    """The one place where weights move from the training layout to the sampling layout."""
+    """The one place where weights move from the training layout to the sampling layout.
 
-    return sampling_mover(lm.config, lm.mesh, jnp.dtype(lm.dtype))(lm.weights)
+    Layer by layer: one program of all of them holds the copies twice while it runs.
+    """
+    move_top, move_layer = sampling_movers(lm.config, lm.mesh, jnp.dtype(lm.dtype))
+    layers = lm.weights["layers"]
+    top = move_top({name: w for name, w in lm.weights.items() if name != "layers"})
+    return top | {"layers": [move_layer(layers, np.int32(i)) for i in range(lm.config.num_layers)]}
 
 
 def sampling_layout(config: ModelConfig, mesh: Mesh) -> Weights:
@@ -87,13 +92,21 @@ def sampling_layout(config: ModelConfig, mesh: Mesh) -> Weights:
 @functools.lru_cache(
     maxsize=8
 )  # jit knows programs by the function's identity: a new closure a model would compile again
-def sampling_mover(config: ModelConfig, mesh: Mesh, dtype: Any) -> Callable[[Weights], Weights]:
-    """The program that makes sampling weights of the canonical ones."""
+def sampling_movers(
+    config: ModelConfig, mesh: Mesh, dtype: Any
+) -> tuple[Callable[..., Weights], Callable[..., Weights]]:
+    """The programs that make sampling weights of the canonical ones: of what is outside the layers, and of one layer
+    (stacked layers, its number)."""
+    layout = sampling_layout(config, mesh)
+    top = {name: sharding for name, sharding in layout.items() if name != "layers"}
 
-    def move(weights: Weights) -> Weights:
-        return model.unstack(jax.tree.map(lambda w: w.astype(dtype), weights), config.num_layers)
+    def move_top(weights: Weights) -> Weights:
+        return jax.tree.map(lambda w: w.astype(dtype), weights)
 
-    return jax.jit(move, out_shardings=sampling_layout(config, mesh))
+    def move_layer(layers: Weights, i: jax.Array) -> Weights:
+        return jax.tree.map(lambda w: jax.lax.dynamic_index_in_dim(w, i, keepdims=False).astype(dtype), layers)
+
+    return jax.jit(move_top, out_shardings=top), jax.jit(move_layer, out_shardings=layout["layers"][0])
 
 
 @jax.jit

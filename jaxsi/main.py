@@ -25,6 +25,7 @@ COMMANDS = {
     "improve best-of-n": ("jaxsi.commands.improve", "best", "take the best of several responses"),
     "eval toy": ("jaxsi.commands.evaluate", "toy", "exact quality on the embedded world"),
     "export": ("jaxsi.commands.models", "export", "write a Hugging Face folder"),
+    "plan": ("jaxsi.commands.plan", "plan", "memory, time and chip-hours of a config on a topology that is not here"),
     "bench generate": ("jaxsi.commands.speed", "generate", "speed of generation"),
     "bench score": ("jaxsi.commands.speed", "score", "speed of scoring"),
     "bench train": ("jaxsi.commands.speed", "train", "speed of training"),

@@ -50,26 +50,35 @@ class MeshConfig:
             raise MeshError(f"mesh sizes are positive, with at most one -1, not data x fsdp x tensor = {sizes}")
 
 
+def sizes(config: MeshConfig, devices: int) -> tuple[int, int, int]:
+    """data x fsdp x tensor on so many devices.
+
+    Raises:
+      MeshError: the sizes do not multiply to the number of devices.
+    """
+    given = [config.data, config.fsdp, config.tensor]
+    if -1 in given:
+        fixed = -int(np.prod(given))
+        if devices % fixed:
+            raise MeshError(f"{devices} devices do not divide by {fixed}; change the mesh {config}")
+        given[given.index(-1)] = devices // fixed
+    if int(np.prod(given)) != devices:
+        raise MeshError(
+            f"mesh data x fsdp x tensor = {'x'.join(map(str, given))} needs {int(np.prod(given))} devices, "
+            f"there are {devices}; set one axis to -1 to take all of them"
+        )
+    return given[0], given[1], given[2]
+
+
 def make_mesh(config: MeshConfig | None = None, devices: list[jax.Device] | None = None) -> Mesh:
     """The mesh ``data x fsdp x tensor`` over ``devices`` (all by default).
 
     Raises:
       MeshError: the sizes do not multiply to the number of devices.
     """
-    config = config or MeshConfig()
     devices = list(jax.devices() if devices is None else devices)
-    sizes = [config.data, config.fsdp, config.tensor]
-    if -1 in sizes:
-        fixed = -int(np.prod(sizes))
-        if len(devices) % fixed:
-            raise MeshError(f"{len(devices)} devices do not divide by {fixed}; change the mesh {config}")
-        sizes[sizes.index(-1)] = len(devices) // fixed
-    if int(np.prod(sizes)) != len(devices):
-        raise MeshError(
-            f"mesh data x fsdp x tensor = {'x'.join(map(str, sizes))} needs {int(np.prod(sizes))} devices, "
-            f"there are {len(devices)}; set one axis to -1 to take all of them"
-        )
-    return Mesh(np.asarray(devices).reshape(sizes), AXES, axis_types=(AxisType.Auto,) * 3)
+    shape = sizes(config or MeshConfig(), len(devices))
+    return Mesh(np.asarray(devices).reshape(shape), AXES, axis_types=(AxisType.Auto,) * 3)
 
 
 def partition_spec(axes: tuple[str | None, ...], rules: Rules) -> PartitionSpec:

@@ -16,9 +16,10 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from jaxsi import kv_cache, lm, losses, mesh as meshlib, model, optim, rl, scoring, slots, train
-from jaxsi.data import PairBatch, TokenBatch
+from jaxsi import kv_cache, lm, losses, mesh as meshlib, model, optim, reward, rl, scoring, slots, train
+from jaxsi.data import GroupBatch, PairBatch, TokenBatch
 from jaxsi.engine import CHUNK, few, power
+from jaxsi.kv_cache import KVCache
 from jaxsi.model import ModelConfig, Remat, Weights
 from jaxsi.optim import OptimConfig
 from jaxsi.token_sampling import MAX_MARKER, MAX_STOPS, Settings
@@ -33,8 +34,8 @@ class Sizes:
 
     Sampling: ``slots`` responses in the making, of at most ``max_new_tokens``, to prompts of at most ``prompt_length``
     tokens, ``wave`` of which are computed at a time. Scoring and training: ``max_length`` tokens a row;
-    ``score_rows`` at a time; ``batch_size`` rows (for preferences, pairs) of an optimizer step, in ``accumulate``
-    parts. ``dtype``: of the computation.
+    ``score_rows`` at a time; ``batch_size`` rows (for preferences, pairs; for rewards, groups) of an optimizer step, in
+    ``accumulate`` parts. ``dtype``: of the computation. ``cache``: of keys and values.
     """
 
     slots: int = 64
@@ -47,6 +48,7 @@ class Sizes:
     accumulate: int = 8
     remat: Remat = "full"
     dtype: str = "bfloat16"
+    cache: KVCache = "exact"
     optim: OptimConfig = OptimConfig(learning_rate=1e-6)
 
 
@@ -70,13 +72,15 @@ def programs(config: ModelConfig, mesh: Mesh, sizes: Sizes) -> dict[str, Program
 
 
 def sampling_programs(config: ModelConfig, mesh: Mesh, sizes: Sizes) -> dict[str, Program]:
-    """The weights' move into the sampling layout, then what the engine runs."""
+    """The move of a layer's weights into the sampling layout, then what the engine runs."""
     P, dtype = sizes.wave, jnp.dtype(sizes.dtype)
-    fixed = slots.Fixed(config, mesh, dtype)
-    move = lm.sampling_mover(config, mesh, dtype)
+    fixed = slots.Fixed(config, mesh, dtype, int8=sizes.cache == "int8")
+    _, move_layer = lm.sampling_movers(config, mesh, dtype)
     canonical = model.abstract_weights(config, mesh)
-    layout = lm.sampling_layout(config, mesh)
-    weights = jax.tree.map(_with_sharding, jax.eval_shape(move, canonical), layout)
+    layers, number = canonical["layers"], shape_of((), jnp.int32)
+    unstacked = [jax.eval_shape(move_layer, layers, number)] * config.num_layers
+    top = {name: shape_of(w.shape, dtype) for name, w in canonical.items() if name != "layers"}
+    weights = jax.tree.map(_with_sharding, top | {"layers": unstacked}, lm.sampling_layout(config, mesh))
     ring = power(kv_cache.kept(sizes.max_new_tokens, max(model.windows(config))), 16)
     prompt = power(sizes.prompt_length, 32)
     chunk = min(CHUNK, prompt)
@@ -87,10 +91,11 @@ def sampling_programs(config: ModelConfig, mesh: Mesh, sizes: Sizes) -> dict[str
     parts = meshlib.axis_size(mesh, "batch")
 
     def wave(rows: int, length: int) -> slots.Wave:
-        cache = shape_of((rows, config.num_kv_heads, length, config.head_dim), dtype)
+        keys = shape_of((rows, config.num_kv_heads, length, config.head_dim), dtype)
+        layer = jax.eval_shape(kv_cache.quantized, keys) if fixed.int8 else keys
         hidden_PD = shape_of((rows, config.embed_dim), dtype)
         n_P = shape_of((rows,), jnp.int32)
-        return on_mesh(slots.Wave([(cache, cache)] * config.num_layers, n_P, n_P, n_P, hidden_PD), mesh)
+        return on_mesh(slots.Wave([(layer, layer)] * config.num_layers, n_P, n_P, n_P, hidden_PD), mesh)
 
     def refill(rows: int) -> Program:
         keys_n2 = shape_of((rows, 2), jnp.uint32)
@@ -111,7 +116,7 @@ def sampling_programs(config: ModelConfig, mesh: Mesh, sizes: Sizes) -> dict[str
 
     packed = slots.Packed(*[ids(P, chunk)] * 3, *[ids(P)] * 3)
     return {
-        "sampling weights": Program(move, (canonical,), {}),
+        "a layer's sampling weights": Program(move_layer, (layers, number), {}),
         "prefill": Program(slots.prefill_prompts, (weights, packed), {"fixed": fixed}),
         "extend": extend(ids(P)),
         "extend in place": extend(None),
@@ -143,16 +148,25 @@ def training_programs(config: ModelConfig, mesh: Mesh, sizes: Sizes) -> dict[str
         refs_B2 = array(jnp.float32, rows, 2)
         return PairBatch(tokens, tokens, tokens, counted, counted, refs_B2, array(bool, rows))
 
-    def step(batch: Any, loss: Any) -> Program:
-        options = {"loss": loss, "optimizer": sizes.optim, "accumulate": sizes.accumulate}
-        return Program(train.train_step, (state, batch, shape_of((), jnp.float32)), options)
+    scalar = dataclasses.replace(config, scalar_head=True)
+    own_scalar = (scalar, *common[1:])
 
+    def step(batch: Any, loss: Any, of: train.State = state) -> Program:
+        options = {"loss": loss, "optimizer": sizes.optim, "accumulate": sizes.accumulate}
+        return Program(train.train_step, (of, batch, shape_of((), jnp.float32)), options)
+
+    def groups(rows: int) -> GroupBatch:
+        return GroupBatch(ids(B, rows, T), ids(B, rows, T), array(bool, B))
+
+    scalar_weights = model.abstract_weights(scalar, mesh)
+    scalar_state = abstract_state(scalar_weights, sizes.optim)
+    rollouts = rl.RolloutBatch(ids(B, T), ids(B, T), mask, *[numbers] * 4)
     rows, preference = sizes.score_rows, train.PairLoss(*common, losses.dpo, 0.1, 0.0)
+    whole = {"dtype": jnp.dtype(sizes.dtype), "mesh": mesh}
     return {
-        "score": Program(
-            scoring.score_batch,
-            (weights, ids(rows, T), ids(rows)),
-            {"config": config, "dtype": jnp.dtype(sizes.dtype), "mesh": mesh},
+        "score": Program(scoring.score_batch, (weights, ids(rows, T), ids(rows)), {"config": config, **whole}),
+        "rewards": Program(
+            reward.score_rewards, (scalar_weights, ids(rows, T), ids(rows)), {"config": scalar, **whole}
         ),
         "sft": step(TokenBatch(*[ids(B, T)] * 5), train.SFTLoss(*common)),
         "reference": Program(
@@ -162,7 +176,10 @@ def training_programs(config: ModelConfig, mesh: Mesh, sizes: Sizes) -> dict[str
         ),
         "dpo": step(pairs(B), preference),
         "dpo, prompt shared": step(pairs(B, shared=True), preference),
-        "rl": step(rl.RolloutBatch(ids(B, T), ids(B, T), mask, *[numbers] * 4), rl.PolicyLoss(*common, 0.2)),
+        "reward": step(groups(2), reward.RewardLoss(*own_scalar, reward.BRADLEY_TERRY), scalar_state),
+        "gap reward": step(groups(4), reward.RewardLoss(*own_scalar, reward.GAP), scalar_state),
+        "rl": step(rollouts, rl.PolicyLoss(*common, 0.2)),
+        "value": step(rollouts, rl.ValueLoss(*own_scalar, 0.2), scalar_state),
     }
 
 
@@ -234,5 +251,11 @@ def tpu_devices(topology: str) -> list[jax.Device]:
     """The chips of a TPU such as "v5e:4x4" or "v5p:2x2x2", to compile for and not to run on; needs libtpu."""
     from jax.experimental import topologies
 
-    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # else libtpu waits for a metadata server
-    return list(topologies.get_topology_desc(platform="tpu", topology_name=topology).devices)
+    # libtpu would ask a metadata server what it runs on, and say at length that there is none; several processes may
+    # compile at a time, as none has a chip.
+    nowhere = {"TPU_SKIP_MDS_QUERY": "1", "TPU_WORKER_HOSTNAMES": "localhost", "TPU_ACCELERATOR_TYPE": "v5litepod-4"}
+    for name, value in (nowhere | {"ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}).items():
+        os.environ.setdefault(name, value)
+    # Both cores of a v4 as one device, which is how JAX runs on it.
+    options = {"chip_config_name": "megacore"} if topology.startswith("v4") else {}
+    return list(topologies.get_topology_desc(platform="tpu", topology_name=topology, **options).devices)

@@ -176,9 +176,10 @@ def lm_config(lm: LM) -> ModelConfig:
 
 
 @functools.partial(jax.jit, static_argnames=("config", "dtype", "mesh"))
-def _rewards(
+def score_rewards(
     weights: Weights, tokens_BT: jax.Array, lengths_B: jax.Array, *, config: ModelConfig, dtype: Any, mesh: Mesh
 ) -> jax.Array:
+    """The reward [B] float32 of right-padded rows."""
     positions_BT = jnp.broadcast_to(jnp.arange(tokens_BT.shape[1], dtype=jnp.int32), tokens_BT.shape)
     segments_BT = (positions_BT < lengths_B[:, None]).astype(jnp.int32)
     return last_values(weights, tokens_BT, segments_BT, config=config, dtype=dtype, mesh=mesh)
@@ -196,7 +197,7 @@ def rewards(lm: LM, sequences: Sequence[Sequence_], *, batch_size: int = 64) -> 
         raise RewardError(f"a text has {longest} tokens, the reward model {config.max_positions} positions; drop it")
     out = np.zeros(len(sequences), np.float32)
     for batch, tokens_BT, lengths_B in rows_on_mesh(lm, [s.tokens.tolist() for s in sequences], batch_size):
-        rewards_B = _rewards(
+        rewards_B = score_rewards(
             lm.weights, tokens_BT, lengths_B, config=config, dtype=jnp.dtype(lm.dtype), mesh=lm.mesh
         )  # fmt: skip
         out[batch] = meshlib.fetch(rewards_B)[: len(batch)]

@@ -86,13 +86,18 @@ class RLConfig:
         return self.prompts_per_step * self.group_size
 
     @property
+    def rows_at_once(self) -> int:
+        """Responses that go through a model together."""
+        return self.batch_size // self.accumulate
+
+    @property
     def updates(self) -> int:
         """Optimizer steps of the whole training."""
         return self.steps * self.epochs * (self.rows // self.batch_size)
 
     def check(self, mesh: Mesh) -> None:
         """Raises MeshError where the rows of a micro-batch do not divide among the devices."""
-        rows, parts = self.batch_size // self.accumulate, meshlib.axis_size(mesh, "batch")
+        rows, parts = self.rows_at_once, meshlib.axis_size(mesh, "batch")
         if rows % parts:
             raise meshlib.MeshError(
                 f"batch_size {self.batch_size} / accumulate {self.accumulate} = {rows} rows do not divide among the "
@@ -320,7 +325,7 @@ def _place(batch: RolloutBatch, rows: np.ndarray | slice, mesh: Mesh) -> Rollout
 
 def _in_parts(function: Callable[[RolloutBatch], jax.Array], batch: RolloutBatch, config: RLConfig, mesh: Mesh) -> Any:
     """``function`` of a whole step's rows, in micro-batches: its values [B, T] as NumPy."""
-    size = config.batch_size // config.accumulate
+    size = config.rows_at_once
     parts = [slice(start, start + size) for start in range(0, len(batch.tokens_BT), size)]
     return np.concatenate([meshlib.fetch(function(_place(batch, rows, mesh))) for rows in parts])
 

@@ -19,9 +19,8 @@ from jax.sharding import AbstractMesh, AxisType
 from jaxsi import mesh as meshlib, model, optim, train
 from jaxsi.architectures import published
 from jaxsi.commands import bench
-from jaxsi.commands.preflight import parts_of
 from jaxsi.commands.run import run
-from jaxsi.config import describe_config
+from jaxsi.config import describe_config, parts_of
 from jaxsi.config_file import ConfigFileError, load_config, load_configs
 from jaxsi.data import GroupBatch, PairBatch, TokenBatch
 from jaxsi.methods import method_of

@@ -50,6 +50,17 @@ def test_every_program_lowers(mesh, windows):
         assert program.lower().as_text(), name
 
 
+def test_an_int8_cache_is_another_program_of_its_own_shapes():
+    lm = tiny.make_lm("2x2x2")
+    made = programs(lm.config, lm.mesh, dataclasses.replace(SMALL, cache="int8"))
+    for name in ("prefill", "extend", "fill", "refill", "grow", "decode"):
+        made[name].lower()
+    fixed = slots.Fixed(lm.config, lm.mesh, jnp.dtype("float32"), int8=True)
+    empty = slots.empty_slots(fixed=fixed, size=8, ring=16, prompt=32)
+    same_layout(empty, made["decode"].arguments[1])
+    assert any(x.dtype == jnp.int8 for x in jax.tree.leaves(made["extend"].arguments[3].cache))
+
+
 def test_preferences_over_a_large_vocabulary_take_a_third_of_the_memory_of_full_logits(monkeypatch):
     """8,192 tokens of DPO at V = 128,256, compiled and not run: what the step holds beside state and batch."""
     config = dataclasses.replace(SHAPES["s"], vocab_size=128_256, num_layers=2)

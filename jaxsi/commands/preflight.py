@@ -1,12 +1,12 @@
 """What can be refused before any work: a model, a mesh or prompts that do not fit one another."""
 
-import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from jaxsi import hf, lm as lmlib, mesh as meshlib, model
 from jaxsi.chat import render_prompt
+from jaxsi.config import parts_of
 from jaxsi.critique import CritiqueConfig
 from jaxsi.feedback import JudgeConfig
 from jaxsi.instruct import PromptFile, SelfInstruct
@@ -63,15 +63,6 @@ def check(cfg: Any, directory: Path) -> None:
             f"{cfg.sampling.max_new_tokens}, and {shortest} is {rows[shortest]}"
         )
         check_lengths(file.path, prompts, load_tokenizer(folder), limit, why)
-
-
-def parts_of(cfg: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """The configs inside a config, by their dotted names."""
-    for field in dataclasses.fields(cfg):
-        value, name = getattr(cfg, field.name), prefix + field.name
-        if dataclasses.is_dataclass(value):
-            yield name, value
-            yield from parts_of(value, f"{name}.")
 
 
 def _check_rows(name: str, part: TrainConfig | RLConfig, devices: int) -> None:

@@ -152,7 +152,7 @@ def policy_rewards(lm: LM, cfg: Config) -> rl.Reward:
     def reward(prompts: Sequence[Prompt], responses: Sequence[Response]) -> np.ndarray:
         messages = {prompt.id: prompt.messages for prompt in prompts}
         sequences = [reward_sequence(lm.tokenizer, messages[r.prompt_id], r) for r in responses]
-        return rewards(lm, sequences, batch_size=cfg.policy_rl.batch_size)
+        return rewards(lm, sequences, batch_size=cfg.policy_rl.rows_at_once)
 
     return reward
 
@@ -204,7 +204,7 @@ class GapReward:
 
     def __call__(self, prompts: Sequence[Prompt], responses: Sequence[Response]) -> np.ndarray:
         items = [(self.of[r.prompt_id][0], r, self.of[r.prompt_id][1]) for r in responses]
-        gap_N, zero_N = self.cfg.rewarding(self.lm, items, self.cfg.request, batch_size=self.cfg.rl.batch_size)
+        gap_N, zero_N = self.cfg.rewarding(self.lm, items, self.cfg.request, batch_size=self.cfg.rl.rows_at_once)
         self.zero = float(np.mean(zero_N))
         return gap_N - zero_N
 

@@ -260,15 +260,17 @@ def writer(part: LocalCritic | SelfInstruct) -> str | None:
 def test_its_weights_gradients_and_moments_fit_in_memory(path):
     """Without what tokens take, so that a config that passes may still be too large, and one that fails is."""
     cfg, (devices, memory) = load_config(path), hardware_of(path)
-    weights = model.count_parameters(published(cfg.model)) / devices / 2**30  # in billions of a device
+    weights = model.count_parameters(published(cfg.model)) / devices / 2**30  # of a device, so that bytes are GiB
     held = HELD[path.parent.name] - (2 if path.parent.name == "self_rewarding" and cfg.early_stop is None else 0)
     models = 4 * weights * held
     parts = [part for _, part in parts_of(cfg) if isinstance(part, TrainConfig | RLConfig)]
     for part in parts:
         gradients = 4 * weights * (1 if part.accumulate == 1 else 2)
         assert models + 12 * weights + gradients < memory
-    copies = 2 if path.parent.name == "seft" else 1  # of the policy and the reviser, whole over fsdp
-    assert models + copies * 2 * weights * devices / cfg.mesh.tensor < memory
+    # To sample with: bfloat16, whole over fsdp; of the policy and the reviser at a time, or beside a training state.
+    copies = 2 if path.parent.name == "seft" else 1
+    state = 12 * weights if path.parent.name in ("self_rewarding", "pit") else 0
+    assert models + state + copies * 2 * weights * devices / cfg.mesh.tensor < memory
 
 
 LOWERED: dict[tuple[Any, ...], str] = {}  # by kind of program

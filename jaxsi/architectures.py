@@ -58,6 +58,9 @@ _QWEN25_3B = dataclasses.replace(_QWEN25_15B, embed_dim=2048, num_layers=36, num
 _QWEN25_7B = dataclasses.replace(
     _QWEN25_15B, vocab_size=152_064, embed_dim=3584, num_heads=28, num_kv_heads=4, mlp_dim=18_944, tie_embeddings=False
 )
+_QWEN25_14B = dataclasses.replace(
+    _QWEN25_7B, embed_dim=5120, num_layers=48, num_heads=40, num_kv_heads=8, mlp_dim=13_824
+)
 
 _MISTRAL_7B = ModelConfig(  # v0.1, whose layers see 4,096 positions; v0.3 sees all
     family="mistral", vocab_size=32_000, embed_dim=4096, num_layers=32, num_heads=32, num_kv_heads=8, head_dim=128,
@@ -96,6 +99,7 @@ PUBLISHED: Mapping[str, ModelConfig] = {
     "Qwen/Qwen2.5-1.5B-Instruct": _QWEN25_15B,
     "Qwen/Qwen2.5-3B-Instruct": _QWEN25_3B,
     "Qwen/Qwen2.5-7B-Instruct": _QWEN25_7B,
+    "Qwen/Qwen2.5-14B-Instruct": _QWEN25_14B,
     "mistralai/Mistral-7B-v0.1": _MISTRAL_7B,
     "mistralai/Mistral-7B-Instruct-v0.1": _MISTRAL_7B,
     "mistralai/Mistral-7B-v0.3": _MISTRAL_7B_V03,

@@ -9,7 +9,7 @@ import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -22,7 +22,10 @@ from jaxsi.commands import bench
 from jaxsi.commands.run import run
 from jaxsi.config import describe_config, parts_of
 from jaxsi.config_file import ConfigFileError, load_config, load_configs
+from jaxsi.critique import LocalCritic
 from jaxsi.data import GroupBatch, PairBatch, TokenBatch
+from jaxsi.endpoint import EndpointCritic
+from jaxsi.instruct import SelfInstruct
 from jaxsi.methods import method_of
 from jaxsi.model import ModelConfig
 from jaxsi.reward import BRADLEY_TERRY, GAP, RewardLoss
@@ -34,19 +37,33 @@ CONFIGS = sorted((ROOT / "configs").rglob("*.py"))
 ABLATIONS = [path for path in CONFIGS if path.stem == "toy_ablations"]  # several configs, for the bench
 GOLDEN = Path(__file__).parent / "golden"
 
-DEVICES = {
-    "llama2_70b_v5p128": 64,
-    "qwen3_0p6b_1gpu": 1,
-    "tulu2_7b_8xh100": 8,
-    "nectar_8b_8xh100": 8,
-    "llama3_8b_hh_8xh100": 8,
+REAL = [path for path in CONFIGS if not path.stem.startswith("toy")]
+
+
+class Hardware(NamedTuple):
+    """Devices, and GiB of memory of each."""
+
+    devices: int
+    memory: float
+
+
+# By the last part of a config's name.
+HARDWARE = {
+    "v5p128": Hardware(64, 95),
+    "v5e64": Hardware(64, 15.75),
+    "8xh100": Hardware(8, 79),
+    "1xh200": Hardware(1, 139),
+    "1gpu": Hardware(1, 24),
 }
+LARGER = {"pit/qwen3_0p6b_1gpu": Hardware(1, 40)}  # seven models, as its docstring says
+# By method: the float32 models that live beside the one in training, and the losses of its training.
+HELD = {"self_rewarding": 4, "srt": 2, "seft": 3, "pit": 7, "spin": 1}
 LOSSES = {
-    "llama2_70b_v5p128": {"SFTLoss", "PairLoss"},
-    "qwen3_0p6b_1gpu": {"PairLoss"},
-    "tulu2_7b_8xh100": {"SFTLoss", "PairLoss"},
-    "nectar_8b_8xh100": {"SFTLoss"},
-    "llama3_8b_hh_8xh100": {"SFTLoss", "RewardLoss", "PolicyLoss", "ValueLoss"},
+    "self_rewarding": {"SFTLoss", "PairLoss"},
+    "srt": {"SFTLoss", "PairLoss"},
+    "seft": {"SFTLoss"},
+    "pit": {"SFTLoss", "RewardLoss", "PolicyLoss", "ValueLoss"},
+    "spin": {"PairLoss"},
 }
 
 
@@ -167,8 +184,14 @@ def test_a_file_that_is_no_config_is_refused(tmp_path):
         load_config(tmp_path / "absent.py")
 
 
-def abstract_mesh(cfg, devices):
+def hardware_of(path: Path) -> Hardware:
+    """What a real config is for."""
+    return LARGER.get(name_of(path)) or HARDWARE[path.stem.rpartition("_")[2]]
+
+
+def abstract_mesh(path: Path, cfg: Any) -> AbstractMesh:
     """The mesh of a config, of devices that this machine does not have."""
+    devices = hardware_of(path).devices
     sizes = [cfg.mesh.data, cfg.mesh.fsdp, cfg.mesh.tensor]
     if -1 in sizes:
         sizes[sizes.index(-1)] = -devices // (sizes[0] * sizes[1] * sizes[2])
@@ -213,31 +236,74 @@ def shaped(cfg: Any, config: ModelConfig, mesh: AbstractMesh) -> Iterator[tuple[
                 yield part, train.SFTLoss(*own), config, batch
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("path", [path for path in CONFIGS if path.stem in DEVICES], ids=name_of)
-def test_it_lowers_for_its_own_mesh(path):
-    """The training steps of the real architecture, lowered for the config's mesh; nothing is compiled or allocated."""
+@pytest.mark.parametrize("path", REAL, ids=name_of)
+def test_its_batches_lengths_and_heads_fit(path):
     cfg = load_config(path)
-    mesh, config = abstract_mesh(cfg, DEVICES[path.stem]), published(cfg.model)
-    if config.num_layers > 8:  # a scan: one layer or eighty is one program
-        config = dataclasses.replace(config, num_layers=8)
-    scalar = jax.ShapeDtypeStruct((), jnp.int32, sharding=meshlib.sharding(mesh, ()))
-    lowered = set()
-    for part, loss, architecture, batch in shaped(cfg, config, mesh):
-        part.check(mesh)
-        assert part.batch_size // part.accumulate % meshlib.axis_size(mesh, "batch") == 0
-        if (loss, part.optim, part.accumulate, part.batch_size) in lowered:
-            continue
-        weights = model.abstract_weights(architecture, mesh)
-        moments = jax.eval_shape(optim.make_optimizer(part.optim).init, weights)
-        state, rate = train.State(weights, moments, scalar, scalar), jax.ShapeDtypeStruct((), jnp.float32)
-        text = train.train_step.trace(
-            state, batch, rate, loss=loss, optimizer=part.optim, accumulate=part.accumulate
-        ).lower(lowering_platforms=("tpu",)).as_text()  # fmt: skip
-        assert "fsdp" in text
-        lowered.add((loss, part.optim, part.accumulate, part.batch_size))
-    assert {type(loss).__name__ for loss, *_ in lowered} == LOSSES[path.stem]
+    mesh, architecture = abstract_mesh(path, cfg), published(cfg.model)
+    model.weight_shardings(architecture, mesh)  # heads and all else that the mesh cuts
+    for name, part in parts_of(cfg):
+        if isinstance(part, TrainConfig | RLConfig):
+            part.check(mesh)
+        longest = part.max_length if isinstance(part, TrainConfig) else getattr(part, "max_new_tokens", 0) + 1
+        positions = architecture.max_positions
+        if isinstance(part, LocalCritic | SelfInstruct) and (other := writer(part)) is not None:
+            positions = published(other).max_positions
+        assert isinstance(part, EndpointCritic) or longest <= positions, name
 
 
-def test_the_real_configs_are_all_lowered():
-    assert {path.stem for path in CONFIGS if not path.stem.startswith("toy")} == set(DEVICES)
+def writer(part: LocalCritic | SelfInstruct) -> str | None:
+    return part.model if isinstance(part, LocalCritic) else part.generator
+
+
+@pytest.mark.parametrize("path", REAL, ids=name_of)
+def test_its_weights_gradients_and_moments_fit_in_memory(path):
+    """Without what tokens take, so that a config that passes may still be too large, and one that fails is."""
+    cfg, (devices, memory) = load_config(path), hardware_of(path)
+    weights = model.count_parameters(published(cfg.model)) / devices / 2**30  # of a device, so that bytes are GiB
+    held = HELD[path.parent.name] - (2 if path.parent.name == "self_rewarding" and cfg.early_stop is None else 0)
+    models = 4 * weights * held
+    parts = [part for _, part in parts_of(cfg) if isinstance(part, TrainConfig | RLConfig)]
+    for part in parts:
+        gradients = 4 * weights * (1 if part.accumulate == 1 else 2)
+        assert models + 12 * weights + gradients < memory
+    # To sample with: bfloat16, whole over fsdp; of the policy and the reviser at a time, or beside a training state.
+    copies = 2 if path.parent.name == "seft" else 1
+    state = 12 * weights if path.parent.name in ("self_rewarding", "pit") else 0
+    assert models + state + copies * 2 * weights * devices / cfg.mesh.tensor < memory
+
+
+LOWERED: dict[tuple[Any, ...], str] = {}  # by kind of program
+
+
+def lowered(part: TrainConfig | RLConfig, loss: Any, architecture: ModelConfig, batch: Any) -> str:
+    """The text of a training step, for TPU; nothing is compiled or allocated."""
+    scalar = jax.ShapeDtypeStruct((), jnp.int32, sharding=meshlib.sharding(loss.mesh, ()))
+    weights = model.abstract_weights(architecture, loss.mesh)
+    moments = jax.eval_shape(optim.make_optimizer(part.optim).init, weights)
+    state, rate = train.State(weights, moments, scalar, scalar), jax.ShapeDtypeStruct((), jnp.float32)
+    step = train.train_step.trace(state, batch, rate, loss=loss, optimizer=part.optim, accumulate=part.accumulate)
+    return step.lower(lowering_platforms=("tpu",)).as_text()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("path", REAL, ids=name_of)
+def test_it_lowers_for_its_own_mesh(path):
+    """The training steps at the real widths, two layers deep: a scan is one program, whatever its length. Programs of
+    one mesh that differ in sizes alone are lowered once: that the mesh divides them is tested above."""
+    cfg = load_config(path)
+    mesh, architecture = abstract_mesh(path, cfg), dataclasses.replace(published(cfg.model), num_layers=2)
+    found = set()
+    for part, loss, config, batch in shaped(cfg, architecture, mesh):
+        objective = loss.objective if isinstance(loss, RewardLoss) else None
+        kind = (type(loss), objective, mesh, config.family, part.optim.offload, part.accumulate > 1)
+        if kind not in LOWERED:
+            LOWERED[kind] = lowered(part, loss, config, batch)
+        assert "fsdp" in LOWERED[kind]
+        found.add(type(loss).__name__)
+    without_sft = path.parent.name == "self_rewarding" and cfg.sft is None
+    assert found == LOSSES[path.parent.name] - ({"SFTLoss"} if without_sft else set())
+
+
+def test_the_readme_links_every_real_config():
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert set(re.findall(r"\]\((configs/\S+\.py)\)", readme)) == {path.relative_to(ROOT).as_posix() for path in REAL}

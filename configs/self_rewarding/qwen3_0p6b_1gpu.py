@@ -2,8 +2,9 @@
 
     jaxsi run configs/self_rewarding/qwen3_0p6b_1gpu.py --prompts prompts.jsonl
 
-Hardware: one GPU with 24 GB or more (float32 master weights, gradients and two Adam moments are 10 GB; pip install
-"jaxsi[cuda12]"). Expectation: not measured on this model yet; the paper's gains are those of a 70B model, and small
+Hardware: one GPU with 24 GB or more (pip install "jaxsi[cuda12]"). Tightest: DPO, with M_1 and M_2 as float32 (4.8 GB),
+the weights and moments in training (7.2), their gradients and a micro-batch's (4.8) and what 4 rows of 2,048 tokens
+keep (0.5): 17.2 GB. Expectation: not measured on this model yet; the paper's gains are those of a 70B model, and small
 models gain less. The given model is M_1: no SFT, and no human data. Half of the prompts make M_2, the other half M_3.
 
 `--model FOLDER` takes any instruct model. A model that writes no verdicts is judged by the expectation over the score
@@ -22,8 +23,8 @@ def config() -> Config:
         model="Qwen/Qwen3-0.6B",
         seed_data=None,
         prompts=PromptFile(path="prompts.jsonl"),
-        sampling=SamplingConfig(num_samples=4, temperature=0.7, top_p=0.9, max_new_tokens=1024, batch_size=64),
-        judge=JudgeConfig(num_samples=3, temperature=0.7, top_p=0.9, max_new_tokens=256, expected=True),
+        sampling=SamplingConfig(num_samples=4, temperature=0.7, top_p=0.9, max_new_tokens=1024, batch_size=32),
+        judge=JudgeConfig(num_samples=3, temperature=0.7, top_p=0.9, max_new_tokens=256, expected=True, batch_size=32),
         sft=None,
         dpo=DPOConfig(
             train=TrainConfig(

@@ -2,11 +2,13 @@
 
     OPENAI_API_KEY=... jaxsi run configs/srt/tulu2_7b_8xh100.py
 
-Hardware: 8 GPUs with 80 GB each (float32 master weights, gradients and two Adam moments of 7B weights are 108 GB; pip
-install "jaxsi[cuda12,endpoint]"); mesh fsdp 8. The critic is asked 50,000 times at most; at the prices below we expect
-some 1,500 dollars, and it is not asked further where that may come to more than 2,500. Expectation: never run by this
-project at this size. The paper reports for its 7B, on AlpacaEval against text-davinci-003, 73.9 % wins before, 84.6 %
-after stage 1 and 85.3 % after stage 2, and an average over four benchmarks of 50.7, 54.4 and 53.4.
+Hardware: 8 GPUs with 80 GB each (pip install "jaxsi[cuda12,endpoint]"); mesh fsdp 8. 7B float32 weights are 3.4 GB a
+GPU, gradients as much and moments twice that. Tightest: sampling, with the base model and M_self (6.7 GB), the bfloat16
+weights, whole on each GPU (13.5), and the keys and values of 16 rows of 4,096 tokens (34.4): 54.6 GB a GPU. The critic
+is asked 50,000 times at most; at the prices below we expect some 1,500 dollars, and it is not asked further where that
+may come to more than 2,500. Expectation: never run by this project at this size. The paper reports for its 7B, on
+AlpacaEval against text-davinci-003, 73.9 % wins before, 84.6 % after stage 1 and 85.3 % after stage 2, and an average
+over four benchmarks of 50.7, 54.4 and 53.4.
 
 From the paper (arXiv 2406.07168): the model; the critic gpt-4-1106-preview at temperature 0 with 2,048 new tokens;
 25,000 single-turn instructions of the Tulu 2 mixture for stage 1 and 75,000 others for stage 2; drafts at temperature
@@ -17,8 +19,8 @@ Not stated there, and chosen here: which instructions (a random sample, of at mo
 feedback and refinement fit in the context); top-p 1; 1,024 tokens of a draft; AdamW without weight decay; stage 2's
 batch (32) and length (8,192); bfloat16 computation; the schedule's end at 0, and warm-up in steps, of the 22,000
 examples and 63,000 pairs that the paper kept. Prices are a million tokens' when the paper was written. Any server that
-speaks the protocol can be the critic (``--critic.base-url``, ``--critic.model``). Pin the model's revision as
-NAME@REVISION.
+speaks the protocol can be the critic: its address and model are ``base_url`` and ``model`` below. Pin the model's
+revision as NAME@REVISION.
 """
 
 import random

@@ -275,15 +275,15 @@ def _pit(plan: _Plan) -> Iterator[Stage]:
     part = max(1, a.examples // 3)
     answer = plan.new(cfg.sampling.max_new_tokens)
     asked = plan.prompt + answer + round(len(cfg.request) / CHARACTERS)
+    learns = {"value": cfg.learner is ppo}
     yield plan.training("sft of the policy", "sft", cfg.sft, part, plan.prompt + answer, Held(1), each=False)
+    yield plan.training("policy's reward", "reward", cfg.reward, part, plan.prompt + answer, Held(2), each=False)
+    yield from _reinforcing(plan, "policy rl", cfg.policy_rl, plan.prompt, 3, each=False, **learns)
     yield plan.training("sft of the improver", "sft", cfg.sft, part, asked + answer, Held(2), each=False)
     yield plan.training("gap reward", "gap reward", cfg.reward, part, asked + answer, Held(3), each=False)
-    yield plan.training("policy's reward", "reward", cfg.reward, part, plan.prompt + answer, Held(4), each=False)
-    learns = {"value": cfg.learner is ppo}
-    yield from _reinforcing(plan, "policy rl", cfg.policy_rl, plan.prompt, 5, each=False, **learns)
-    yield plan.sampling("references", part, plan.prompt, cfg.sampling, Held(7))
+    yield plan.sampling("references", part, plan.prompt, cfg.sampling, Held(4))
     steps = max(cfg.rounds)
-    yield from _reinforcing(plan, "rl", dataclasses.replace(cfg.rl, steps=steps), asked, 7, each=True, **learns)
+    yield from _reinforcing(plan, "rl", dataclasses.replace(cfg.rl, steps=steps), asked, 4, each=True, **learns)
 
 
 def _reinforcing(

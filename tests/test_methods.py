@@ -49,7 +49,7 @@ METHODS = {
                   "direction"),
     "seft": Method(("warm_reviser/sft", "reviser/labels", "reviser/sft", "iter_1/revisions", "iter_1/sft"), {},
                    "reviser"),
-    "pit": Method(("iter_0/sft", "gap_reward/reward", "policy_rl/rl", "iter_1/rl", "iter_2/references", "iter_2/rl"),
+    "pit": Method(("policy_rl/rl", "iter_0/sft", "gap_reward/reward", "iter_1/rl", "iter_2/references", "iter_2/rl"),
                   {"gap_reward": {"loss": 5 * LN2}, "policy_reward": {"loss": LN2}, "policy_rl": ON_POLICY,
                    "iter_1": ON_POLICY, "iter_2": {"ratio": 1.0, "clipped": 0.0}}, "rewarding"),
     "spin": Method(("iter_1/responses", "iter_1/dpo", "iter_2/responses"),

@@ -3,6 +3,7 @@
 import dataclasses
 import importlib.util
 import json
+import math
 from pathlib import Path
 
 import jax
@@ -26,7 +27,8 @@ SIZES = Sizes(
     slots=8, wave=8, prompt_length=64, max_new_tokens=32, max_length=64, score_rows=8, batch_size=16, accumulate=2,
     dtype="float32",
 )  # fmt: skip
-MESH = "1x4x2"
+MESH = "2x2x2"
+CONFIG = dataclasses.replace(tiny.CONFIG, embed_dim=256, mlp_dim=1024, vocab_size=1024)  # attention is next to nothing
 needs_libtpu = pytest.mark.skipif(
     importlib.util.find_spec("libtpu") is None, reason="pip install 'jaxsi[plan]' (libtpu)"
 )
@@ -37,25 +39,25 @@ def both():
     """Programs of the tiny model on eight CPU devices, compiled and estimated."""
     mesh = tiny.mesh(MESH)
     names = ("sft", "dpo", "score", "decode", "prefill")
-    shapes = [Shape(name, tiny.CONFIG, SIZES) for name in names]
+    shapes = [Shape(name, CONFIG, SIZES) for name in names]
     return mesh, compile_all(shapes, mesh), estimate_all(shapes, mesh)
 
 
 def test_memory_is_the_compilers_own(both):
     mesh, compiled, _ = both
     for shape, made in compiled.items():
-        assert made.memory == memory_of(shape.name, programs(tiny.CONFIG, mesh, SIZES)[shape.name].lower().compile())
+        assert made.memory == memory_of(shape.name, programs(CONFIG, mesh, SIZES)[shape.name].lower().compile())
         assert made.compile_seconds is not None and made.compile_seconds > 0
 
 
 def test_flops_are_those_of_a_count_by_hand(both):
-    """Of the tiny model on CPU: attention on all columns, the layers' products computed again (remat "full"), but for
-    the last of each, whose result no gradient needs."""
+    """The layers' products are computed again in the backward pass (remat "full"), but for the last of each layer, whose
+    result no gradient needs; so are the head's."""
     mesh, compiled, _ = both
-    c, T, rows = tiny.CONFIG, SIZES.max_length, SIZES.batch_size
+    c, T, rows = CONFIG, SIZES.max_length, SIZES.batch_size
     flops = {shape.name: made.cost.flops * mesh.size for shape, made in compiled.items()}
     layer = c.embed_dim * (2 * c.num_heads + 2 * c.num_kv_heads) * c.head_dim + 3 * c.embed_dim * c.mlp_dim
-    attention = 4 * c.num_heads * c.head_dim * T
+    attention = 4 * c.num_heads * c.head_dim * T / 2
     again = layer - c.embed_dim * c.mlp_dim
     head = 2 * c.embed_dim * c.vocab_size
     a_token = c.num_layers * (3 * 2 * layer + 2 * again + 4 * attention) + 4 * head
@@ -71,19 +73,14 @@ def test_arithmetic_agrees_with_what_is_compiled(both):
     mesh, compiled, estimated = both
     for shape, made in compiled.items():
         guess = estimated[shape]
-        if shape.name != "prefill":  # whose wave is padded otherwise
-            assert guess.cost.flops == pytest.approx(made.cost.flops, rel=0.25), shape.name
-        assert guess.memory.arguments == pytest.approx(made.memory.arguments, rel=0.35), shape.name
+        assert guess.cost.flops == pytest.approx(made.cost.flops, rel=0.1), shape.name
+        assert guess.memory.arguments == pytest.approx(made.memory.arguments, rel=0.1), shape.name
 
 
 def test_a_chips_share_of_the_weights_is_exact():
     mesh = tiny.mesh("2x2x2")
     weights = model.abstract_weights(tiny.CONFIG, mesh)
-    exact = sum(
-        w.sharding.shard_shape(w.shape)[0] * w.size // w.shape[0] * 0
-        + 4 * int(jax.numpy.prod(jax.numpy.asarray(w.sharding.shard_shape(w.shape))))
-        for w in jax.tree.leaves(weights)
-    )
+    exact = sum(4 * math.prod(w.sharding.shard_shape(w.shape)) for w in jax.tree.leaves(weights))
     assert arithmetic.canonical_gib(tiny.CONFIG, mesh) * 2**30 == exact
 
 
@@ -226,7 +223,7 @@ def test_a_wrong_command_line_says_what_is_wrong(words, said, capsys):
     [
         ("self_rewarding/llama2_70b_v5p128", "v5p:4x4x4", ("dpo", "decode", "prefill")),
         ("srt/tulu2_70b_v5p128", "v5p:4x4x4", ("sft",)),
-        ("seft/llama31_8b_v5e64", "v5e:8x8", ("sft", "score")),
+        ("seft/llama3_8b_v5e64", "v5e:8x8", ("sft", "score")),
         ("pit/llama3_8b_v5e64", "v5e:8x8", ("gap reward", "rl")),
     ],
 )

@@ -1,6 +1,7 @@
 """``jaxsi plan``: what a config needs of a topology that this machine does not have."""
 
 import argparse
+import dataclasses
 import importlib.util
 import os
 from pathlib import Path
@@ -127,11 +128,12 @@ def value_of(path: Path, made: Any, assumed: Any) -> dict[str, Any]:
 
 
 def distinct(rows: list[Any]) -> list[Any]:
-    """A row for each program, that with the most beside it."""
+    """A row for each program, named by the first stage that runs it, with the most that lies beside it in any."""
     most: dict[Any, Any] = {}
     for row in rows:
-        if row.shape not in most or row.held_gib > most[row.shape].held_gib:
-            most[row.shape] = row
+        first = most.setdefault(row.shape, row)
+        if row.held_gib > first.held_gib:
+            most[row.shape] = dataclasses.replace(first, held_gib=row.held_gib, fits=first.fits and row.fits)
     return list(most.values())
 
 

@@ -89,21 +89,22 @@ def pit(cfg: Config, run: Run) -> LM:
     start.value("preferences_counts", lambda: counts)
     of_sft, of_rm, of_rl = split_in_three(pairs, seed_of(start, "split"))
 
-    policy = sft(base, demonstrations(of_sft), cfg.sft, run.at("policy"))  # M_P^SFT
-    improver = sft(base, improvements(of_sft, cfg.request), cfg.sft, start)  # M_PIT^SFT
-
-    gap_groups = [gap_group(base.tokenizer, pair, cfg.request) for pair in of_rm]
-    gap_reward = train_reward(improver, gap_groups, GAP, cfg.reward, run.at("gap_reward"))  # r_gap
-    reward_groups = [reward_group(base.tokenizer, pair) for pair in of_rm]
-    policy_reward = train_reward(policy, reward_groups, BRADLEY_TERRY, cfg.reward, run.at("policy_reward"))  # r_P
-
     prompts = with_room(base, [Prompt(id=pair.id, messages=pair.messages) for pair in of_rl], cfg)
     start.value("too_long", lambda: len(of_rl) - len(prompts))
+
+    policy = sft(base, demonstrations(of_sft), cfg.sft, run.at("policy"))  # M_P^SFT
+    reward_groups = [reward_group(base.tokenizer, pair) for pair in of_rm]
+    policy_reward = train_reward(policy, reward_groups, BRADLEY_TERRY, cfg.reward, run.at("policy_reward"))  # r_P
     policy_rl = cfg.learner(
         policy, policy, prompts, policy_rewards(policy_reward, cfg), cfg.policy_rl, run.at("policy_rl")
     )  # M_P^RL
-    policy_reward.release()
+    del policy, policy_reward  # of no more use, and as large as the others
+
+    improver = sft(base, improvements(of_sft, cfg.request), cfg.sft, start)  # M_PIT^SFT
+    gap_groups = [gap_group(base.tokenizer, pair, cfg.request) for pair in of_rm]
+    gap_reward = train_reward(improver, gap_groups, GAP, cfg.reward, run.at("gap_reward"))  # r_gap
     summarise(cfg, run, "base", run.at("base"), base, None, gap_reward)
+    del base
     summarise(cfg, run, 0, start, improver, policy_rl, gap_reward)
 
     model, t = improver, 0

@@ -190,6 +190,7 @@ def prompts_of(cfg: Config, generator: LM, it: Scope, t: int) -> list[Prompt]:
     counts: Counter[str] = Counter()
     known = texts | {prompt.text for prompt in earlier}
     made = new_prompts(generator, seeds, cfg.prompts, it.key("prompts"), known, prefix=f"iter{t}", counts=counts)
+    generator.release()
     it.value("prompts_counts", lambda: dict(counts))
     return made
 

@@ -5,9 +5,9 @@
 Hardware: 64 TPU v5p chips (95 GB each) in one slice, the command started once on every host; mesh fsdp 8 x tensor 8.
 71B float32 weights are 4.4 GB a chip, gradients as much and moments twice that, bfloat16 weights to sample with 17.6
 GB. Tightest: the reviser reads held-out responses, with the base model, reviser and policy (13.2 GB), the sampling
-weights of the last two (35.3) and the keys and values of 32 rows of 3,072 tokens (4.0): 52.5 GB a chip; SFT, with what
-4 rows of 2,048 tokens keep (10.7), is at 46.0. Expectation: never run by this project at this size, and the paper's
-text and numbers were not to be had.
+weights of the last two (35.3) and the keys and values of 32 rows of 3,072 tokens (4.0): 52.5 GB a chip; SFT, a step of
+which compiles to 36.5 GB for v5p:4x4x4, is at 49.7. Expectation: never run by this project at this size, and the
+paper's text and numbers were not to be had.
 
 All of it is nectar_8b_8xh100.py's, which says what the paper's summaries have and what was chosen, but the model and
 the mesh. Pin the models' revisions as NAME@REVISION.

@@ -5,8 +5,8 @@
 Hardware: 64 TPU v5p chips (95 GB each) in one slice, the command started once on every host; mesh fsdp 16 x tensor 4.
 69B float32 weights are 4.3 GB a chip, gradients as much and moments twice that, bfloat16 weights to sample with 34.5
 GB. Tightest: early stopping, with M_0, M_{t-1} and two checkpoints (17.2 GB), the training state (12.9), sampling
-weights and the keys and values of 32 rows of 2,048 tokens (5.4): 70 GB a chip; DPO, with what a pair of 4,096 tokens
-keeps (10.7), is at 41. Expectation: never run by this project at this size. The paper reports, on AlpacaEval 2.0, 9.94
+weights and the keys and values of 32 rows of 2,048 tokens (5.4): 70 GB a chip; DPO, a step of which compiles to 32.2 GB
+for v5p:4x4x4, is at 45. Expectation: never run by this project at this size. The paper reports, on AlpacaEval 2.0, 9.94
 % wins of M_1 over GPT-4 Turbo, 15.38 % of M_2 and 20.44 % of M_3.
 
 From the paper (arXiv 2401.10020v3): IFT of 3,200 Open Assistant first turns; EFT from its ranked replies; SFT at 5.5e-6

@@ -4,14 +4,14 @@
 
 Hardware: 64 TPU v5p chips (95 GB each) in one slice, the command started once on every host (pip install
 "jaxsi[tpu,endpoint]"); mesh fsdp 16 x tensor 4. 69B float32 weights are 4.3 GB a chip, gradients as much and moments
-twice that. Tightest: sampling, with the base model and M_self (8.6 GB), the bfloat16 weights (34.5) and the keys and
-values of 16 rows of up to 8,192 tokens (10.7): 53.8 GB a chip; DPO with what a pair of 8,192 tokens keeps (21.5) is at
-51.7. The critic costs what it does in tulu2_7b_8xh100.py. Expectation: never run by this project at this size. The
-paper reports for its 70B, on AlpacaEval 2.0 against GPT-4 Turbo, 9.6 % wins before, 20.2 % after stage 1 and 25.8 %
-after stage 2, and an average over four benchmarks of 70.4, 74.1 and 75.1.
+twice that. Tightest: DPO, a step of which, with pairs of 8,192 tokens, compiles to 49.1 GB for v5p:4x4x4, beside the
+base model and M_self (8.6): 57.8 GB a chip; sampling, with bfloat16 weights (34.5) and the keys and values of 16 rows
+of up to 8,192 tokens (10.7), is at 53.8. The critic costs what it does in tulu2_7b_8xh100.py. Expectation: never run by
+this project at this size. The paper reports for its 70B, on AlpacaEval 2.0 against GPT-4 Turbo, 9.6 % wins before, 20.2
+% after stage 1 and 25.8 % after stage 2, and an average over four benchmarks of 70.4, 74.1 and 75.1.
 
 All of it is tulu2_7b_8xh100.py's, hyper-parameters included, but the model and the mesh. Other than in the paper, where
-the 7B drafts for every size: here the 70B criticises and is trained on its own drafts.
+the 7B drafts for every size: here the 70B writes them itself.
 """
 
 import dataclasses

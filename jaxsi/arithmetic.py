@@ -1,6 +1,6 @@
-"""What a run's programs cost a chip, by arithmetic: for accelerators that no compiler is at hand for, and to search among
-meshes before anything is compiled. Matrix products, caches and states are exact; what else a layer reads, writes and
-keeps is estimated.
+"""What a run's programs cost a chip, by arithmetic: for accelerators that no compiler is at hand for, and to search
+among meshes before anything is compiled. Matrix products, caches and states are exact; what else a layer reads, writes
+and keeps is estimated.
 
 Dimension letters as in model.py.
 """
@@ -112,7 +112,8 @@ def _training(name: str, config: ModelConfig, mesh: AnyMesh, sizes: Sizes) -> tu
     again = {"none": 0.0, "products": 0.1, "full": 1 - c.embed_dim * c.mlp_dim * c.num_layers / body_weights(c)}
     attention = rows * 4.0 * c.num_heads * c.head_dim * seen(c, 0, T)
     body = rows * T * 2.0 * body_weights(c)
-    flops = body * (3 + again[sizes.remat]) + attention * (3.5 + (sizes.remat == "full"))
+    # Fused attention computes its scores again in the backward pass, twice where keys and queries have a kernel each.
+    flops = body * (3 + again[sizes.remat]) + attention * (4.5 + (sizes.remat == "full"))
     flops += 4 * _head_flops(c, rows * _counted(name, T), name in SCALAR)
     layers = 2.0 * body_weights(c) / tensor  # bytes of the layers' weights, gathered, in bfloat16
     passes = 3 if sizes.remat == "full" else 2

@@ -1,5 +1,5 @@
-"""What a compiled program costs one chip, read from its optimized HLO: FLOPs of products, bytes that move to and from the
-chip's memory, bytes that leave it for others. Loops count as often as they run: the compiler's own `cost_analysis`
+"""What a compiled program costs one chip, read from its optimized HLO: FLOPs of products, bytes that move to and from
+the chip's memory, bytes that leave it for others. Loops count as often as they run: the compiler's own `cost_analysis`
 counts the body of a scan once.
 
     cost = read(compiled.as_text())      # .flops .hbm_bytes .collectives["all-gather"].wire
@@ -23,12 +23,22 @@ import numpy as np
 
 SIZES = {"pred": 1, "s4": 0.5, "u4": 0.5, "c64": 8, "c128": 16, "token": 0, "opaque": 0}
 FREE = frozenset(
-    "parameter constant tuple get-tuple-element bitcast after-all partition-id replica-id iota copy-done "
-    "async-done async-update opt-barrier domain all-gather-done all-reduce-done collective-permute-done "
-    "slice-done dynamic-slice-done".split()
+    (
+        "parameter",
+        "constant",
+        "tuple",
+        "get-tuple-element",
+        "bitcast",
+        "after-all",
+        "partition-id",
+        "replica-id",
+        "iota",
+    )
+    + ("copy-done", "async-done", "async-update", "opt-barrier", "domain", "all-gather-done", "all-reduce-done")
+    + ("collective-permute-done", "slice-done", "dynamic-slice-done")
 )
 COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "ragged-all-to-all", "collective-permute")
-SAME_VALUE = frozenset("copy bitcast convert copy-start copy-done reshape broadcast".split())
+SAME_VALUE = frozenset(("copy", "bitcast", "convert", "copy-start", "copy-done", "reshape", "broadcast"))
 SPLASH = {"splash_mha_fwd": 2, "splash_mha_dq": 3, "splash_mha_dkv": 4}  # products [T, T] x C of each kernel
 
 
@@ -382,12 +392,12 @@ class Module:
             return _convolution(lhs, kernel, i.arrays[0].shape, i.attributes)
         if i.op == "custom-call" and "tpu_custom_call" in i.attributes:
             products = next((n for name, n in SPLASH.items() if name in i.name), 0)
-            shapes = [array.shape for name in i.operands for array in of[name].arrays]
-            grid = next((shape for shape in shapes if len(shape) == 3 and shape[0] == 1), (1, 1, 1))
-            query = next((shape for shape in shapes if len(shape) == 4), None)
+            arrays = [array for name in i.operands for array in of[name].arrays]
+            blocks = next((a.shape for a in arrays if a.dtype in ("s8", "s32") and len(a.shape) == 3), (1, 1, 1))
+            query = next((a.shape for a in arrays if a.dtype in ("bf16", "f32") and len(a.shape) >= 3), None)
             if products and query:
-                B, H, T, C = query
-                return products * 2.0 * B * H * T * T * C * (grid[1] + 1) / (2 * grid[1])
+                *rows, T, C = query
+                return products * 2.0 * math.prod(rows) * T * T * C * (blocks[1] + 1) / (2 * blocks[1])
         return 0.0
 
     # ---- interconnect
@@ -424,10 +434,13 @@ def _convolution(lhs: tuple[int, ...], kernel: tuple[int, ...], out: tuple[int, 
     if labels is None:
         raise HLOError(f"a convolution without dim_labels: {attributes[:200]!r}")
     window = dict(re.findall(r"(\w+)=(\S+)", (re.search(r"window=\{([^}]*)\}", attributes) or ["", ""])[1]))
-    of_lhs, of_kernel, of_out = ({label: n for label, n in zip(*pair, strict=True)} for pair in zip(labels.groups(), (lhs, kernel, out), strict=True))  # fmt: skip
+    of_lhs, of_kernel, of_out = (
+        dict(zip(names, shape, strict=True)) for names, shape in zip(labels.groups(), (lhs, kernel, out), strict=True)
+    )
     spatial = sorted(label for label in of_out if label.isdigit())
     numbers = lambda key, default: window[key].split("x") if key in window else [default] * len(spatial)  # noqa: E731
-    settings = zip(numbers("stride", "1"), numbers("pad", "0_0"), numbers("lhs_dilate", "1"), numbers("rhs_dilate", "1"), strict=True)  # fmt: skip
+    dilations = numbers("lhs_dilate", "1"), numbers("rhs_dilate", "1")
+    settings = zip(numbers("stride", "1"), numbers("pad", "0_0"), *dilations, strict=True)
     products = 2.0 * of_out["b"] * of_out["f"] * of_kernel["i"]
     for label, (stride, pad, lhs_dilate, rhs_dilate) in zip(spatial, settings, strict=True):
         sizes = of_lhs[label], of_kernel[label], of_out[label]

@@ -3,9 +3,9 @@ estimated by arithmetic (GPUs), its memory, its time by the roofline, and what a
 
     plan(cfg, topology("v5p:4x4x4"), Assumed())
 
-The roofline time of a program is the longest of three: its FLOPs at the chip's peak, the bytes of its memory traffic at
-the memory's rate, and the bytes a chip sends at the rate of its links; none of them is reached in practice, so hours are
-a lower bound. MFU is the model's own FLOPs (nothing computed again) over what the chips could do in that time.
+The roofline time of a program is the longest of three: its FLOPs at the chip's peak, the bytes of its memory traffic
+at the memory's rate, and the bytes a chip sends at the rate of its links; none of them is reached in practice, so hours
+are a lower bound. MFU is the model's own FLOPs (nothing computed again) over what the chips could do in that time.
 """
 
 import concurrent.futures
@@ -20,13 +20,13 @@ from jax.sharding import AbstractMesh, AxisType, Mesh
 
 from jaxsi import arithmetic, hlo, mesh as meshlib, model
 from jaxsi.chips import Topology
+from jaxsi.config import parts_of
 from jaxsi.engine import CHUNK, few, fitting, power
 from jaxsi.hlo import Cost
-from jaxsi.config import parts_of
 from jaxsi.mesh import MeshConfig
 from jaxsi.model import ModelConfig
-from jaxsi.progress import progress
 from jaxsi.programs import Memory, Program, Sizes, memory_of, sampling_programs, tpu_devices, training_programs
+from jaxsi.progress import progress
 from jaxsi.rl import RLConfig
 from jaxsi.sampling import bucket
 from jaxsi.train import TrainConfig
@@ -34,7 +34,7 @@ from jaxsi.workload import Assumed, Held, Sampling, Scoring, Stage, Training, it
 
 COMPILERS = 2  # programs compiled at a time: a 70B's takes 2 to 5 GiB of memory
 MOVE = "a layer's sampling weights"
-SAMPLING = (MOVE, "prefill", "extend", "extend in place", "first tokens", "fill", "refill", "grow", "shrink")  # fmt: skip
+SAMPLING = (MOVE, "prefill", "extend", "extend in place", "first tokens", "fill", "refill", "grow", "shrink", "decode")
 Architectures = Callable[[str], ModelConfig]
 
 
@@ -277,7 +277,7 @@ def _compile(shape: Shape, mesh: Mesh) -> Made:
 
 
 def program_of(shape: Shape, mesh: Mesh) -> Program:
-    family = sampling_programs if shape.name in (*SAMPLING, "decode") else training_programs
+    family = sampling_programs if shape.name in SAMPLING else training_programs
     return family(shape.config, mesh, shape.sizes)[shape.name]
 
 
@@ -370,12 +370,12 @@ def _remedy(row: Row, config: ModelConfig, mesh: Any, topology: Topology) -> str
         return f"Weights for sampling lie whole on each tensor = {tensor} chips, {copy:.1f} GiB of each: {way}."
     if row.name in arithmetic.FORWARD:
         return (
-            f"{sizes.score_rows} rows of {sizes.max_length} tokens are scored at a time: lower that batch, or raise fsdp "
-            "or tensor."
+            f"{sizes.score_rows} rows of {sizes.max_length} tokens are scored at a time: lower that batch, or raise "
+            "fsdp or tensor."
         )
     return (
-        f"The cache of {sizes.slots} slots takes the room: lower batch_size or max_new_tokens of that stage, take cache "
-        f'"int8", or raise tensor (at most {most}).'
+        f"The cache of {sizes.slots} slots takes the room: lower batch_size or max_new_tokens of that stage, take "
+        f'cache "int8", or raise tensor (at most {most}).'
     )
 
 
@@ -396,8 +396,8 @@ def _remedy_of_training(row: Row, mesh: Any, topology: Topology) -> str:
             "" if sizes.optim.offload else "; optim.offload, which keeps the moments in the hosts' memory, takes less"
         )
         return (
-            f"Weights, gradients, moments and the other models take {state + row.held_gib:.1f} GiB of a chip over fsdp x "
-            f"tensor = {shards}: they need some {chips} chips of this kind{rest}."
+            f"Weights, gradients, moments and the other models take {state + row.held_gib:.1f} GiB of a chip over "
+            f"fsdp x tensor = {shards}: they need some {chips} chips of this kind{rest}."
         )
     parts = meshlib.axis_size(mesh, "batch")
     accumulate = sizes.accumulate
@@ -439,7 +439,8 @@ def meshes(cfg: Any, config: ModelConfig, topology: Topology) -> list[MeshConfig
 
 
 def search(
-    cfg: Any, topology: Topology, assumed: Assumed, architectures: Architectures, *, compiled: bool = True, tries: int = 3,
+    cfg: Any, topology: Topology, assumed: Assumed, architectures: Architectures, *, compiled: bool = True,
+    tries: int = 3,
 ) -> list[tuple[MeshConfig, Plan]]:  # fmt: skip
     """Every mesh with its plan by arithmetic, those that fit first, the fastest before the others; on a TPU the first
     ``tries`` of these are then compiled, until one fits, and the order is of what was found.
@@ -450,8 +451,8 @@ def search(
     candidates = meshes(cfg, config, topology)
     if not candidates:
         raise meshlib.MeshError(
-            f"no mesh of {topology.chips} chips divides the model's heads ({config.num_heads}, {config.num_kv_heads} of "
-            "keys) and the config's batches (batch_size / accumulate by data x fsdp); change a batch, or the topology"
+            f"no mesh of {topology.chips} chips divides the model's heads ({config.num_heads}, {config.num_kv_heads} "
+            "of keys) and the config's batches (batch_size / accumulate by data x fsdp); change a batch, or the topology"
         )
     make = lambda mesh, how: plan(cfg, topology, assumed, architectures, mesh=mesh, compiled=how)  # noqa: E731
     by_time = lambda entry: (not entry[1].fits, entry[1].hours + entry[1].hours_once / max(1, entry[1].iterations))  # noqa: E731

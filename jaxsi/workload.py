@@ -290,8 +290,9 @@ def _reinforcing(
     plan: _Plan, name: str, rl: RLConfig, own: int, models: int, *, each: bool, value: bool
 ) -> Iterator[Stage]:
     """Sampling, rewards, log-probabilities under the policy and its reference, updates; the training state, three
-    models large (six with a value model), is there all the time."""
-    state = 6 if value else 3
+    models large (without its moments one), is there all the time, and a value model's."""
+    own_state = 1 if rl.optim.offload else 3
+    state = own_state * (2 if value else 1)
     length = min(own + rl.max_new_tokens, plan.positions)
     rows = rl.steps * rl.rows
     micro, dtype = rl.rows_at_once, plan.cfg.sampling.dtype
@@ -300,15 +301,14 @@ def _reinforcing(
         new_tokens=plan.new(rl.max_new_tokens), batch_size=rl.batch_size, at_once=rl.prompts_per_step,
     )  # fmt: skip
     yield sampled if each else sampled.once()
-    held = Held(models + state - 1, 1)
-    scores = 3 if value else 2
-    yield Scoring(name=f"{name}: rewards", held=held, each=each, rows=rows, length=length, batch_size=micro, dtype=dtype)  # fmt: skip
-    yield Scoring(name=f"{name}: logps", held=held, each=each, rows=scores * rows, length=length, batch_size=micro, dtype=dtype)  # fmt: skip
+    scored = {"held": Held(models + state - 1, 1), "each": each, "length": length, "batch_size": micro, "dtype": dtype}
+    yield Scoring(name=f"{name}: rewards", rows=rows, **scored)
+    yield Scoring(name=f"{name}: logps", rows=(3 if value else 2) * rows, **scored)
     objectives: tuple[Objective, ...] = ("rl", "value") if value else ("rl",)
     for objective in objectives:
         yield Training(
             name=f"{name}: updates" + (" of the value" if objective == "value" else ""), objective=objective,
-            settings=rl, length=length, steps=rl.updates, held=Held(models + state - 3), each=each,
+            settings=rl, length=length, steps=rl.updates, held=Held(models + state - own_state), each=each,
         )  # fmt: skip
 
 

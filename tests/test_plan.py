@@ -193,7 +193,9 @@ def test_overrides_and_assumptions_change_the_plan(capsys):
     main([*base, "--sampling.num-samples", "8", "--fill", "0.5"])
     after = json.loads(capsys.readouterr().out)
     hours = lambda value: {stage["name"]: stage["hours"] for stage in value["stages"]}  # noqa: E731
-    assert hours(after)["candidates"] == pytest.approx(hours(before)["candidates"], rel=0.2)  # twice as many, half as long
+    assert hours(after)["candidates"] == pytest.approx(
+        hours(before)["candidates"], rel=0.2
+    )  # twice as many, half as long
     assert after["assumed"]["fill"] == 0.5
 
 

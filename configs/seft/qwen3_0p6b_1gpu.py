@@ -7,7 +7,7 @@ reviser and policy as float32 (7.2 GB), the weights and moments in training (7.2
 (4.8) and what 4 rows of 2,048 tokens keep (0.5): 19.5 GB, more than the three quarters of the memory that JAX takes by
 itself. Expectation: never run by this project at this size, and the paper's text and numbers were not to be had.
 
-All of it is qwen3_4b_1xh200.py's but the model and how many rows are sampled at a time.
+All of it is qwen3_4b_1xh200.py's but the model and how many rows are sampled or scored at a time.
 """
 
 import dataclasses
@@ -19,9 +19,11 @@ from jaxsi.methods.seft import Config
 
 def config() -> Config:
     cfg = load_config(Path(__file__).with_name("qwen3_4b_1xh200.py"))
+    writing = dataclasses.replace(cfg.reviser.writing, batch_size=16)
+    labels = dataclasses.replace(cfg.reviser.labels, batch_size=16)
     return dataclasses.replace(
         cfg,
         model="Qwen/Qwen3-0.6B",
-        reviser=dataclasses.replace(cfg.reviser, writing=dataclasses.replace(cfg.reviser.writing, batch_size=16)),
+        reviser=dataclasses.replace(cfg.reviser, writing=writing, labels=labels),
         sampling=dataclasses.replace(cfg.sampling, batch_size=32),
     )

@@ -170,14 +170,19 @@ def text_of(path: Path, made: Any, assumed: Any) -> str:
     how = f"compiled in {made.compile_seconds:.0f} s" if made.compiled else "by arithmetic, nothing compiled"
     verdict = "fits" if made.fits else "DOES NOT FIT"
     head = (
-        f"{path} on {where.name} ({where.chips} chips, {where.hosts} hosts), mesh data x fsdp x tensor = {mesh}: {verdict}\n"
+        f"{path} on {where.name} ({where.chips} chips, {where.hosts} hosts), "
+        f"mesh data x fsdp x tensor = {mesh}: {verdict}\n"
         f"{made.parameters / 1e9:.2f}B weights; {how}; {where.chip.usable_gib:.1f} GiB of a chip are usable"
     )
     programs = [_program_row(row, where) for row in distinct(made.rows) if row.made.memory or row.made.refusal]
     stages = [
-        {"stage": stage.name, "runs": "each iteration" if stage.each else "once", "hours": _hours(made.seconds_of(stage) / 3600)}
+        {
+            "stage": stage.name,
+            "runs": "each iteration" if stage.each else "once",
+            "hours": _hours(made.seconds_of(stage) / 3600),
+        }
         for stage in made.stages
-    ]  # fmt: skip
+    ]
     total = made.hours_once + made.iterations * made.hours
     foot = (
         f"An iteration: {_hours(made.hours)} h, {made.hours * where.chips:,.0f} chip-hours, a checkpoint of "

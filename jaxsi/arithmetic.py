@@ -149,7 +149,7 @@ def _forward(name: str, config: ModelConfig, mesh: AnyMesh, sizes: Sizes) -> tup
     layers, layer = 2.0 * body_weights(c) / tensor, tokens * _width(c, tensor)
     logits = 0 if name in SCALAR else 2 * min(head.TILE_BYTES, tokens * c.vocab_size / tensor * 4)
     # XLA casts the stacked weights before the loop over layers.
-    memory = Memory(name, weights / GIB, (weights / 2 + 2 * layer + logits + 4 * layers / c.num_layers) / GIB, 0.0)
+    memory = Memory(name, weights / GIB, (weights / 2 + 0.75 * layer + logits + 4 * layers / c.num_layers) / GIB, 0.0)
     wire = {
         "all-gather": Traffic(c.num_layers, layers * _ring(fsdp)),
         "all-reduce": Traffic(2 * c.num_layers, 2 * c.num_layers * tokens * c.embed_dim * 2 * 2 * _ring(tensor)),

@@ -22,23 +22,13 @@ from typing import Any, NamedTuple
 import numpy as np
 
 SIZES = {"pred": 1, "s4": 0.5, "u4": 0.5, "c64": 8, "c128": 16, "token": 0, "opaque": 0}
-FREE = frozenset(
-    (
-        "parameter",
-        "constant",
-        "tuple",
-        "get-tuple-element",
-        "bitcast",
-        "after-all",
-        "partition-id",
-        "replica-id",
-        "iota",
-    )
-    + ("copy-done", "async-done", "async-update", "opt-barrier", "domain", "all-gather-done", "all-reduce-done")
-    + ("collective-permute-done", "slice-done", "dynamic-slice-done")
-)
+FREE = {
+    "parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all", "partition-id", "replica-id", "iota",
+    "copy-done", "async-done", "async-update", "opt-barrier", "domain", "all-gather-done", "all-reduce-done",
+    "collective-permute-done", "slice-done", "dynamic-slice-done",
+}  # fmt: skip
 COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "ragged-all-to-all", "collective-permute")
-SAME_VALUE = frozenset(("copy", "bitcast", "convert", "copy-start", "copy-done", "reshape", "broadcast"))
+SAME_VALUE = {"copy", "bitcast", "convert", "copy-start", "copy-done", "reshape", "broadcast"}
 SPLASH = {"splash_mha_fwd": 2, "splash_mha_dq": 3, "splash_mha_dkv": 4}  # products [T, T] x C of each kernel
 
 

@@ -452,7 +452,7 @@ def search(
     if not candidates:
         raise meshlib.MeshError(
             f"no mesh of {topology.chips} chips divides the model's heads ({config.num_heads}, {config.num_kv_heads} "
-            "of keys) and the config's batches (batch_size / accumulate by data x fsdp); change a batch, or the topology"
+            "of keys) and the config's batches (batch_size / accumulate by data x fsdp); change one of them"
         )
     make = lambda mesh, how: plan(cfg, topology, assumed, architectures, mesh=mesh, compiled=how)  # noqa: E731
     by_time = lambda entry: (not entry[1].fits, entry[1].hours + entry[1].hours_once / max(1, entry[1].iterations))  # noqa: E731

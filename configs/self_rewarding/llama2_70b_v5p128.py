@@ -62,9 +62,10 @@ def config() -> Config:
             temperature=0.6,
             top_p=0.9,
             max_new_tokens=256,
+            batch_size=512,
         ),
         sampling=SamplingConfig(num_samples=4, temperature=0.7, top_p=0.9, max_new_tokens=1024, batch_size=512),
-        judge=JudgeConfig(num_samples=3, temperature=0.7, top_p=0.9, max_new_tokens=512),
+        judge=JudgeConfig(num_samples=3, temperature=0.7, top_p=0.9, max_new_tokens=512, batch_size=512),
         sft=TrainConfig(
             optim=OptimConfig(learning_rate=5.5e-6, end_learning_rate=1.1e-6), batch_size=16, max_length=4096
         ),

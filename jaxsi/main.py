@@ -24,6 +24,7 @@ COMMANDS = {
     "improve self-refine": ("jaxsi.commands.improve", "refine", "ask a model for feedback and for better responses"),
     "improve best-of-n": ("jaxsi.commands.improve", "best", "take the best of several responses"),
     "eval toy": ("jaxsi.commands.evaluate", "toy", "exact quality on the embedded world"),
+    "launch local": ("jaxsi.commands.launch", "local", "several processes as one run, started again after a crash"),
     "export": ("jaxsi.commands.models", "export", "write a Hugging Face folder"),
     "bench generate": ("jaxsi.commands.speed", "generate", "speed of generation"),
     "bench score": ("jaxsi.commands.speed", "score", "speed of scoring"),
@@ -46,8 +47,9 @@ FAILURE, USAGE, INTERRUPTED = 1, 2, 130
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs a command; returns its exit code: 0, 1 for a failure, 2 for a wrong command line, 130 when interrupted."""
     argv = list(sys.argv[1:] if argv is None else argv)
-    as_json, debug = "--json" in argv, "--debug" in argv
-    argv = [word for word in argv if word not in ("--json", "--debug")]
+    own = _own(argv)
+    as_json, debug = "--json" in own, "--debug" in own
+    argv = [word for word in own if word not in ("--json", "--debug")] + argv[len(own) :]
     if argv == ["--version"]:
         print(f"jaxsi {__version__}")
         return 0
@@ -75,15 +77,22 @@ def _carry_out(name: str, argv: list[str], as_json: bool) -> int:
     _quiet_libraries()
     module, function, _ = COMMANDS[name]
     with contextlib.ExitStack() as stack:
-        wants_help = "-h" in argv or "--help" in argv
+        own = _own(argv)
+        wants_help = "-h" in own or "--help" in own
         # Of several processes JAX has the first one write: a folder that all of them see is for the user to name.
-        if not wants_help and "--distributed" not in argv:
+        if not wants_help and "--distributed" not in own:
             compile_cache.keep_programs()
         stdout = sys.stdout if wants_help else stack.enter_context(_stdout_kept())
         report: Report = getattr(importlib.import_module(module), function)(argv)
         text = json.dumps(report.value, allow_nan=False) if as_json else report.text
-        print(text, file=stdout, flush=True)
-    return 0
+        if text or as_json:
+            print(text, file=stdout, flush=True)
+    return report.exit_code
+
+
+def _own(argv: list[str]) -> list[str]:
+    """The words before a bare `--`; those behind it are another command's."""
+    return argv[: argv.index("--")] if "--" in argv else argv
 
 
 def _command(argv: list[str]) -> str | None:

@@ -37,6 +37,7 @@ LAYERS = (
         "kv_cache",
         "progress",
         "prompts",
+        "supervisor",
         "tensorflow_text",
     ),
     ("model", "optim", "run", "pairs", "sources", "prefixes", "token_sampling"),

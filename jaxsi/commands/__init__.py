@@ -16,10 +16,11 @@ class UsageError(Exception):
 
 @dataclasses.dataclass(frozen=True)
 class Report:
-    """What a command has to say: ``value`` with --json, else ``text``."""
+    """What a command has to say: ``value`` with --json, else ``text``; and what the process ends with."""
 
     value: Mapping[str, Any]
     text: str
+    exit_code: int = 0
 
 
 def parse(cls: type[Arguments], argv: Sequence[str], prog: str, description: str) -> Arguments:

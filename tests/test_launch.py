@@ -18,7 +18,7 @@ import yaml
 ROOT = Path(__file__).parents[1]
 LAUNCH = ROOT / "launch"
 FILES = sorted(path.relative_to(LAUNCH).as_posix() for path in LAUNCH.rglob("*") if path.is_file())
-MICRO = ROOT / "tests" / "micro" / "self_rewarding.py"
+MICRO = ROOT / "tests" / "micro" / "spin.py"
 STARTS = ["gpu_host/run_venv.sh", "slurm/multi_node.sbatch", "slurm/multi_node_container.sbatch",
           "slurm/single_node.sbatch", "tpu_vm/worker_start.sh", "xpk/create.sh"]  # fmt: skip
 

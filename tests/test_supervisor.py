@@ -334,5 +334,5 @@ def test_a_real_command_that_is_wrong_is_tried_once():
     )
     assert done.returncode == 2
     assert done.stdout == ""
-    assert "jaxsi: error: give a config first" in done.stderr
+    assert "error: give a config first" in done.stderr
     assert "restart" not in done.stderr

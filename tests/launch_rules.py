@@ -56,7 +56,8 @@ PROPERTIES = {*UNIT["Unit"], *UNIT["Service"], "LimitMEMLOCK"}
 
 def problems(name: str, text: str) -> list[str]:
     """What is wrong with the file ``name`` if it has this text."""
-    found = [f"{word} is not for a launch file" for word in (":latest", "privileged") if word in without_comments(text)]
+    unwanted = sorted(set(re.findall(r":latest\b|\bprivileged\b", without_comments(text))))
+    found = [f"{word} is not for a launch file" for word in unwanted]
     if name.endswith((".sh", ".sbatch")):
         found += shell(name, text)
     elif name.endswith(".yaml"):

@@ -1,6 +1,7 @@
 """The supervisor of several processes, on tiny programs: restarts, ends, signals, orphans and what is passed on."""
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -336,3 +337,41 @@ def test_a_real_command_that_is_wrong_is_tried_once():
     assert done.stdout == ""
     assert "error: give a config first" in done.stderr
     assert "restart" not in done.stderr
+
+
+@pytest.mark.slow
+def test_a_real_run_goes_on_after_a_process_is_killed(tmp_path):
+    pytest.importorskip("jaxsi.distributed", reason="JAX alone does not read JAX_NUM_PROCESSES")
+    directory, env = tmp_path / "run", os.environ | {"PYTHONPATH": str(ROOT)}
+    words = ["--devices", "2", "--heartbeat", "10", "--backoff", "0.1", "--", "run", "tests/micro/spin.py"]
+    command = [
+        sys.executable,
+        "-m",
+        "jaxsi",
+        "launch",
+        "local",
+        "-n",
+        "2",
+        "--json",
+        *words,
+        "--run-dir",
+        str(directory),
+    ]
+    process = subprocess.Popen(
+        command, cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )  # fmt: skip
+    end = time.monotonic() + 300
+    while not (directory / "iter_1" / "responses.jsonl").exists() and time.monotonic() < end:
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.1)
+    (second,) = [
+        child for child in psutil.Process(process.pid).children() if child.environ().get("JAX_PROCESS_ID") == "1"
+    ]
+    second.kill()
+    out, err = process.communicate(timeout=600)
+    assert process.returncode == 0, err
+    value = json.loads(out)
+    assert (value["processes"], value["restarts"], value["exit_codes"]) == (2, 1, [0, 0])
+    assert "ended with 137 (SIGKILL); restart 1 of 3" in err
+    assert json.loads((directory / "summary.json").read_text())["status"] == "complete"
+    assert "complete" in value["output"]

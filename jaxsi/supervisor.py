@@ -90,7 +90,7 @@ def supervise(command: Sequence[str], how: Supervision) -> Outcome:
             if time.monotonic() - started >= how.healthy:
                 count = 0
             if code == FAILED and count < how.restarts:
-                seconds = min(how.backoff * 2**count, LONGEST_BACKOFF)
+                seconds = backoff(how, count)
                 total, count = total + 1, count + 1
                 _say(
                     f"process {_told(codes, attempt.first_failure)}; restart {count} of {how.restarts} in {seconds:g} s"
@@ -101,6 +101,11 @@ def supervise(command: Sequence[str], how: Supervision) -> Outcome:
             elif code == FAILED:
                 _say(f"process {_told(codes, attempt.first_failure)}; no restart left of {how.restarts}")
             return Outcome(code, total, codes, round(time.monotonic() - began, 3), attempt.output)
+
+
+def backoff(how: Supervision, count: int) -> float:
+    """Seconds before a restart, of which there were ``count`` since the last healthy attempt."""
+    return min(how.backoff * 2.0 ** min(count, 60), LONGEST_BACKOFF)  # 2.0**1024 is no float
 
 
 def _together(codes: Sequence[int], first_failure: int | None, stopping: bool) -> int:

@@ -291,6 +291,9 @@ def pods(spec: dict[str, Any], item: dict[str, Any]) -> list[str]:
     if codes != [{2, 75}] or disrupted != ["DisruptionTarget"] or {rule["action"] for rule in rules} != {"FailJob"}:
         found.append("podFailurePolicy fails the job for DisruptionTarget first, then for exit codes 2 and 75")
     (container,) = pod["containers"]
+    named = {rule["onExitCodes"].get("containerName") for rule in rules if "onExitCodes" in rule}
+    if named != {container["name"]}:
+        found.append(f"the exit codes are those of {named}, the container is {container['name']}")
     where = f"/runs/{item['metadata']['name']}"
     if container.get("command") != ["jaxsi", "run", VALUES["CONFIG"], "--distributed", "--run-dir", where]:
         found.append(f"the command is {container.get('command')}")

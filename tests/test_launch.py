@@ -68,6 +68,7 @@ MISTAKES = [
     ("gke/jobset-tpu.yaml", "image: ${IMAGE}", "image: images.invalid/jaxsi"),
     ("gke/jobset-tpu.yaml", "allowPrivilegeEscalation: false", "privileged: true"),
     ("gke/jobset-tpu.yaml", "values: [2, 75]", "values: [75]"),
+    ("gke/jobset-tpu.yaml", "containerName: jaxsi", "containerName: jaxsy"),
     ("gke/jobset-tpu.yaml", "type: DisruptionTarget", "type: DisruptionTargt"),
     ("gke/jobset-tpu.yaml", "onPodConditions:", "onPodCondition:"),
     ("gke/jobset-tpu.yaml", "exit code 2 matching", "exit code 75 matching"),
@@ -218,8 +219,13 @@ GCLOUD = f"""#!{sys.executable}
 import json, os, sys
 with open(os.environ["LOG"], "a") as log:
     log.write(json.dumps(sys.argv[1:]) + "\\n")
+asked = open(os.environ["LOG"]).read()
 if "describe" in sys.argv:
-    print("ACTIVE")
+    print("ACTIVE" if '"delete"' in asked else os.environ.get("STATE", "ACTIVE"))
+if "is-active" in sys.argv[-1]:
+    print(os.environ.get("SERVICE", "active"))
+if "summary.json" in sys.argv[-1] and asked.count("is-active") < int(os.environ.get("ROUNDS", "0")):
+    sys.exit(1)
 """
 
 
@@ -273,6 +279,30 @@ def test_a_tpu_vm_is_made_and_told_what_to_run(tools, tmp_path):
     for name in given:
         without = {key: value for key, value in given.items() if key != name}
         assert name in bash("tpu_vm/create.sh", env=environment(tools, **without)).stderr
+
+
+@pytest.mark.parametrize(
+    ("state", "service", "again", "code"),
+    [
+        ("ACTIVE", "active\nactive", [], 0),
+        ("ACTIVE", "activating", [], 0),
+        ("ACTIVE", "active\ninactive", ["install", "start"], 0),
+        ("SUSPENDED", "", ["delete", "create", "install", "start"], 0),
+        ("ACTIVE", "active\nfailed", [], 1),
+    ],
+)
+def test_a_tpu_vm_is_watched(state, service, again, code, tools, tmp_path):
+    log = tmp_path / "log"
+    tool(tools, "gcloud", GCLOUD)
+    given = {"NAME": "a", "PROJECT": "p", "ZONE": "z", "ACCELERATOR": "v6e-16", "RUNTIME": "r", "BUCKET": "b",
+             "CONFIG": "c.py", "WATCH_SECONDS": "0"}  # fmt: skip
+    env = environment(tools, LOG=str(log), STATE=state, SERVICE=service, ROUNDS="1", **given)
+    done = bash("tpu_vm/watch.sh", env=env)
+    assert done.returncode == code, done.stderr
+    assert ("wrong usage" in done.stderr) == (code == 1)
+    asked = log.read_text()
+    seen = {"delete": '"delete"', "create": '"create"', "install": "worker_install.sh", "start": "worker_start.sh"}
+    assert [name for name, word in seen.items() if word in asked] == again
 
 
 SRUN = f"""#!{sys.executable}

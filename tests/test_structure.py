@@ -54,7 +54,7 @@ LAYERS = (
     ("bench_claims", "bench", "bench_plot", "bench_shapes", "bench_work", "ceilings"),
     ("bench_speed",),
     ("bench_against", "bench_against_train"),
-    ("commands", "main", "__main__"),
+    ("commands", "distributed", "main", "__main__"),
 )
 LAYER_OF = {name: number for number, layer in enumerate(LAYERS) for name in layer}
 MODULES = sorted(path.relative_to(ROOT) for path in PACKAGE.rglob("*.py"))

@@ -9,7 +9,7 @@ import traceback
 from collections.abc import Iterator, Sequence
 from typing import IO
 
-from jaxsi import __version__, compile_cache, distributed
+from jaxsi import __version__, compile_cache, distributed, preemption
 from jaxsi.commands import EVERY_COMMAND, Report, UsageError
 from jaxsi.progress import processes
 
@@ -41,11 +41,12 @@ EXAMPLES = """Examples:
 MODEL is a Hugging Face folder or hub name, a jaxsi checkpoint, a run directory (its newest complete iteration) or
 RUN_DIR@t (iteration t)."""
 
-FAILURE, USAGE, INTERRUPTED = 1, 2, 130
+FAILURE, USAGE, STOPPED, INTERRUPTED = 1, 2, 75, 130
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs a command; returns its exit code: 0, 1 for a failure, 2 for a wrong command line, 130 when interrupted."""
+    """Runs a command; returns its exit code: 0, 1 for a failure, 2 for a wrong command line, 75 when stopped by
+    SIGTERM, 130 when interrupted."""
     argv = list(sys.argv[1:] if argv is None else argv)
     own = distributed.own_words(argv)
     as_json, debug = "--json" in own, "--debug" in own
@@ -63,10 +64,15 @@ def main(argv: Sequence[str] | None = None) -> int:
             return USAGE
         if (name := _command(argv)) is None:
             return _unknown(argv)
-        return _carry_out(name, argv[len(name.split()) :], joining, as_json)
+        with preemption.noticed():
+            return _carry_out(name, argv[len(name.split()) :], joining, as_json)
     except SystemExit as stop:  # the parser's: 0 after --help, 2 for a wrong command line
         code = stop.code if isinstance(stop.code, int) else USAGE
         return distributed.leave(code) if code else 0
+    except preemption.Stopped as stop:  # on all processes at once: they leave together
+        if processes()[0] == 0:
+            print(f"jaxsi: stopped by SIGTERM; {stop}, and the same command goes on from there", file=sys.stderr)
+        return STOPPED
     except KeyboardInterrupt:
         print("jaxsi: interrupted; what is finished is kept, and the same command goes on from there", file=sys.stderr)
         return distributed.leave(INTERRUPTED)

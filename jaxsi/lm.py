@@ -140,9 +140,7 @@ def load(path: str | Path, mesh: Mesh | None = None, dtype: Any = "bfloat16", *,
     if (folder / "weights").is_dir():
         identity = checkpoint.read_meta(folder / "weights")["fingerprint"]
         abstract = model.abstract_weights(config, mesh, weights_dtype)
-        stored = jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, jnp.float32, sharding=s.sharding), abstract)
-        weights = checkpoint.restore(folder / "weights", stored)
-        weights = jax.tree.map(lambda w: w.astype(weights_dtype), weights)
+        weights = checkpoint.restore(folder / "weights", abstract, cast=True)
     else:
         weights = hf.load_weights(folder, config, mesh, dtype=weights_dtype)
     return LM(

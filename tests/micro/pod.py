@@ -4,7 +4,6 @@ import dataclasses
 from pathlib import Path
 
 from jaxsi.config_file import load_config
-from jaxsi.evals.toy import ToyEvaluation
 from jaxsi.methods.self_rewarding import Config
 from jaxsi.train import TrainConfig
 
@@ -17,8 +16,8 @@ def config() -> Config:
     micro = load_config(Path(__file__).parent / "self_rewarding.py")
     return dataclasses.replace(
         micro,
-        prompts=dataclasses.replace(micro.prompts, num_prompts=16),
+        prompts=dataclasses.replace(micro.prompts, num_prompts=12),
         sft=smaller(micro.sft),
         dpo=dataclasses.replace(micro.dpo, train=smaller(micro.dpo.train)),
-        evaluate=ToyEvaluation(num_prompts=4, judged_prompts=2),
+        evaluate=None,
     )

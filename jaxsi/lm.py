@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from jaxsi import checkpoint, hf, mesh as meshlib, model
+from jaxsi import checkpoint, hf, hf_export, mesh as meshlib, model
 from jaxsi.model import ModelConfig, Weights
 from jaxsi.tokenizer import Tokenizer, load_tokenizer
 
@@ -171,7 +171,7 @@ def export(
             extras(target)
 
     generation = _generation_config(lm.tokenizer)
-    hf.export(Path(folder), lm.config, lm.weights, dtype=dtype, generation=generation, extras=write_rest)
+    hf_export.export(Path(folder), lm.config, lm.weights, dtype=dtype, generation=generation, extras=write_rest)
 
 
 def _generation_config(tokenizer: Tokenizer) -> dict[str, Any]:

@@ -109,6 +109,59 @@ def test_a_state_of_two_processes_restores_to_the_same_bits_on_any_mesh(tmp_path
         assert {x.sharding.mesh.devices.shape for x in leaves} == {sizes}
 
 
+EXPORTING = """
+import json, sys
+import jax
+index, count, port = map(int, sys.argv[1:4])
+if count > 1:
+    jax.distributed.initialize(f"127.0.0.1:{port}", count, index)
+sys.path.insert(0, "tests")
+import tiny
+from pathlib import Path
+from jaxsi import hf, hf_export
+lm = tiny.make_lm("1x8x1")
+folder, written, read = Path(sys.argv[4]), [], []
+save_file, open_file = hf_export.save_file, hf._open
+hf_export.save_file = lambda tensors, path, **rest: (written.append(path.name), save_file(tensors, path, **rest))
+
+class Slices:
+    def __init__(self, tensor):
+        self.tensor = tensor
+    def __getitem__(self, index):
+        read.append(self.tensor[index].nbytes)
+        return self.tensor[index]
+
+class File:
+    def __init__(self, file):
+        self.file = file
+    def get_slice(self, name):
+        return Slices(self.file.get_slice(name))
+
+hf_export.export(folder, lm.config, lm.weights, dtype="float32", max_shard_bytes=50_000)
+hf._open = lambda stack, file: File(open_file(stack, file))
+loaded = hf.load_weights(folder, lm.config, lm.mesh)
+same = [bool((a == b).all()) for a, b in zip(jax.tree.leaves(loaded), jax.tree.leaves(lm.weights), strict=True)]
+norms = sum(w.nbytes for w in jax.tree.leaves(loaded) if w.sharding.is_fully_replicated)
+print(json.dumps([written, sum(read) - norms, sum(w.nbytes for w in jax.tree.leaves(loaded)) - norms, all(same)]))
+"""
+
+
+@pytest.mark.slow
+def test_each_of_two_processes_writes_its_files_of_an_export_and_reads_its_slices_alone(tmp_path):
+    port = free_port()
+    one = ended([start(["-c", EXPORTING, 0, 1, port, tmp_path / "one"], 8)])
+    two = ended([start(["-c", EXPORTING, index, 2, port, tmp_path / "two"], 4) for index in range(2)])
+    assert [code for code, _, _ in one + two] == [0] * 3, one + two
+    (all_files, _, _, _), *halves = [json.loads(out.splitlines()[-1]) for _, out, _ in one + two]
+    assert len(all_files) > 2
+    assert [files for files, _, _, _ in halves] == [all_files[0::2], all_files[1::2]]
+    for _, read, size, same in halves:
+        assert same and read == size // 2, "what is on a process's devices, once"
+    contents = [{path.name: path.read_bytes() for path in (tmp_path / name).iterdir()} for name in ("one", "two")]
+    assert contents[0] == contents[1] and set(all_files) < set(contents[0])
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["one", "two"]
+
+
 # ---- a whole run -----------------------------------------------------------------------------------------------------
 
 HEARTBEAT, MARGIN = 10, 5  # seconds

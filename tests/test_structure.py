@@ -42,7 +42,7 @@ LAYERS = (
     ),
     ("model", "optim", "run", "pairs", "sources", "prefixes", "token_sampling"),
     ("decoding",),
-    ("hf_config", "hf", "sentencepiece_model", "tokenizer", "chat", "checkpoint"),
+    ("hf_config", "hf", "hf_export", "sentencepiece_model", "tokenizer", "chat", "checkpoint"),
     ("lm",),
     ("slots", "resume"),
     ("engine",),
@@ -120,7 +120,7 @@ def test_no_method_imports_another():
         ("grain", {"jaxsi/data.py"}),
         ("datasets", {"jaxsi/sources.py"}),
         ("transformers", {"jaxsi/tokenizer.py"}),
-        ("safetensors", {"jaxsi/hf.py"}),
+        ("safetensors", {"jaxsi/hf.py", "jaxsi/hf_export.py"}),
     ],
 )
 def test_a_library_has_one_home(library, homes):

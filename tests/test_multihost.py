@@ -65,7 +65,7 @@ def test_two_processes_sample_judge_and_score_as_one():
 
 
 SAVING = """
-import hashlib, json, sys
+import dataclasses, hashlib, json, sys
 import jax, numpy as np
 index, count, port = map(int, sys.argv[1:4])
 jax.distributed.initialize(f"127.0.0.1:{port}", count, index)
@@ -77,7 +77,10 @@ lm = tiny.make_lm(sys.argv[4])
 optimizer = OptimConfig(learning_rate=1e-2)
 loss = train.SFTLoss(lm.config, lm.mesh, "float32", "none")
 sequences = [data.encode_pair(lm.tokenizer, pair)[0] for pair in tiny.preference_pairs(12)]
-batch = data.packed(sequences, 64, 8, lm.mesh, epochs=1, seed=0)[0]
+batches, parts = data.packed(sequences, 64, 8, lm.mesh, epochs=1, seed=0), []
+collate = batches.collate
+batch = dataclasses.replace(batches, collate=lambda part: parts.append(part[1:]) or collate(part))[0]
+assert parts == [(4 * index, 4 * index + 4)], parts  # the rows of its own devices
 state, _ = train.train_step(
     train.initial_state(lm.weights, optimizer), batch, 1e-2, loss=loss, optimizer=optimizer, accumulate=1
 )
@@ -89,6 +92,7 @@ print(json.dumps([hashlib.sha256(np.asarray(x).tobytes()).hexdigest() for x in l
 
 @pytest.mark.slow
 def test_a_state_of_two_processes_restores_to_the_same_bits_on_any_mesh(tmp_path):
+    """A step on a batch, of which each process has made its own rows, gives the state."""
     port = free_port()
     words = [["-c", SAVING, index, 2, port, "2x2x2", tmp_path / "state"] for index in range(2)]
     said = ended([start(line, 4) for line in words])

@@ -438,7 +438,6 @@ def pods(name, count):
 
 @pytest.mark.slow
 def test_the_pods_of_a_jobset_are_one_run(tmp_path):
-    pytest.importorskip("jaxsi.distributed", reason="JAX alone does not read JAX_NUM_PROCESSES")
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]

@@ -340,7 +340,6 @@ def test_a_real_command_that_is_wrong_is_tried_once():
 
 @pytest.mark.slow
 def test_a_real_run_goes_on_after_a_process_is_killed(tmp_path):
-    pytest.importorskip("jaxsi.distributed", reason="JAX alone does not read JAX_NUM_PROCESSES")
     directory, env = tmp_path / "run", os.environ | {"PYTHONPATH": str(ROOT)}
     words = ["--devices", "2", "--heartbeat", "10", "--backoff", "0.1", "--", "run", "tests/micro/spin.py"]
     command = [

@@ -73,12 +73,14 @@ def save(directory: Path | str, tree: Any, meta: dict[str, Any]) -> None:
     _barrier(f"saved {path.name}")
 
 
-def restore(directory: Path | str, abstract: Any) -> Any:
+def restore(directory: Path | str, abstract: Any, *, cast: bool = False) -> Any:
     """The arrays of a checkpoint in the structure of `abstract`, a pytree of jax.ShapeDtypeStruct with shardings (or of
     arrays).
 
     `abstract` may be a part of what was saved, say {"weights": …}: only the files of its top-level entries are read.
-    Any mesh will do; a leaf without sharding goes to the first local device. Digests are verified first.
+    Any mesh will do; a leaf without sharding goes to the first local device. Digests are verified first. ``cast``:
+    floating-point leaves come in the dtype of `abstract`, each rounded on the host as it is read, so that the devices
+    never hold the stored one.
     Raises: CheckpointError, naming the leaf that is missing or has another shape or dtype, or the file that is damaged.
     """
     path = Path(directory).absolute()
@@ -86,7 +88,7 @@ def restore(directory: Path | str, abstract: Any) -> Any:
     groups = _groups(path, abstract)
     for group in groups.values():
         for name, leaf in group.items():
-            _check_leaf(path, manifest["leaves"], name, leaf)
+            _check_leaf(path, manifest["leaves"], name, leaf, cast)
     _verify(path, manifest, groups)
     ocp = _orbax()
     context = ocp.Context()
@@ -95,7 +97,9 @@ def restore(directory: Path | str, abstract: Any) -> Any:
         loaded = ocp.load_checkpointables(path, {name: _targets(group) for name, group in groups.items()})
     arrays = {name: array for group in loaded.values() for name, array in group.items()}
     for name, array in arrays.items():
-        _check_leaf(path, manifest["leaves"], name, array)  # Orbax casts without a word where it cannot make the dtype
+        if _description(array) != _description(wanted := groups[name.split("/")[0]][name]):  # Orbax says no word
+            reason = f"leaf {name!r} came as {array.dtype}{array.shape}, asked for was {wanted.dtype}{wanted.shape}"
+            raise CheckpointError(path, reason, "restore it in a dtype that this platform has")
     names = [_name(key) for key, _ in jax.tree_util.tree_flatten_with_path(abstract)[0]]
     return jax.tree_util.tree_unflatten(jax.tree_util.tree_structure(abstract), [arrays[name] for name in names])
 
@@ -187,12 +191,15 @@ def _dtype(name: str) -> Any:
     return jax.numpy.dtype(name)
 
 
-def _check_leaf(path: Path, saved: dict[str, Any], name: str, leaf: Any) -> None:
+def _check_leaf(path: Path, saved: dict[str, Any], name: str, leaf: Any, cast: bool) -> None:
     if name not in saved:
         near = [other for other in saved if other.split("/")[-1] == name.split("/")[-1]] or list(saved)
         shown = ", ".join(near[:3])
         raise CheckpointError(path, f"it has no leaf {name!r}", f"it has {len(saved)} leaves, such as {shown}")
-    if (wanted := _description(leaf)) != saved[name]:
+    wanted = _description(leaf)
+    if cast and all(jax.numpy.issubdtype(_dtype(x["dtype"]), np.floating) for x in (wanted, saved[name])):
+        wanted["dtype"] = saved[name]["dtype"]
+    if wanted != saved[name]:
         has = f"{saved[name]['dtype']}{saved[name]['shape']}"
         reason = f"leaf {name!r} is {has} there and {wanted['dtype']}{wanted['shape']} is wanted"
         raise CheckpointError(path, reason, "restore with the config it was saved with; cast or reshape afterwards")

@@ -128,31 +128,71 @@ def encode_pair(tokenizer: Tokenizer, pair: PreferencePair) -> tuple[Sequence_, 
     return encode(prompt_ids, pair.chosen.token_ids), encode(prompt_ids, pair.rejected.token_ids)
 
 
+class Part(NamedTuple):
+    """Rows ``start`` to ``stop`` of a batch whose first rows are ``chosen``, what is left being fill."""
+
+    chosen: Sequence[int]
+    start: int
+    stop: int
+
+    @property
+    def own(self) -> Sequence[int]:
+        """Of the chosen, those in the part; where it is all fill the first of the batch, for its shapes."""
+        return self.chosen[self.start : self.stop] or self.chosen[:1]
+
+    @property
+    def real(self) -> np.ndarray:
+        """[stop - start] bool: False for fill."""
+        return np.arange(self.start, self.stop) < len(self.chosen)
+
+    def filled(self, rows: Sequence[np.ndarray], dtype: Any, fill: int = 0) -> np.ndarray:
+        """[stop - start, ...] of the rows that are ``own``."""
+        out = np.full((self.stop - self.start, *rows[0].shape), fill, dtype)
+        real = int(self.real.sum())
+        if real:
+            out[:real] = rows
+        return out
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class Batches:
-    """Batches by number, laid out on the mesh. ``plan[i]`` are the rows of batch i; ``collate`` makes NumPy of them."""
+    """Batches by number, laid out on the mesh. ``plan[i]`` are the rows of batch i; ``collate`` makes NumPy of a part
+    of one: of several processes each makes the rows of its own devices."""
 
     plan: grain.MapDataset
-    collate: Callable[[Sequence[int]], Any]
+    collate: Callable[[Part], Any]
     mesh: Mesh
+    batch_size: int
 
     def __len__(self) -> int:
         return len(self.plan)
 
     def __getitem__(self, step: int) -> Any:
-        rows = [int(i) for i in np.atleast_1d(np.asarray(self.plan[step]))]
-        place = lambda x: jax.device_put(x, meshlib.sharding(self.mesh, ("batch",) + (None,) * (x.ndim - 1)))  # noqa: E731
-        return jax.tree.map(place, self.collate(rows))
+        chosen = [int(i) for i in np.atleast_1d(np.asarray(self.plan[step]))]
+        layout = lambda ndim: meshlib.sharding(self.mesh, ("batch",) + (None,) * (ndim - 1))  # noqa: E731
+        if jax.process_count() == 1:
+            return jax.tree.map(
+                lambda x: jax.device_put(x, layout(x.ndim)), self.collate(Part(chosen, 0, self.batch_size))
+            )
+        cuts = [
+            index[0].indices(self.batch_size)
+            for index in layout(1).addressable_devices_indices_map((self.batch_size,)).values()
+            if index is not None
+        ]
+        part = Part(chosen, min(start for start, _, _ in cuts), max(stop for _, stop, _ in cuts))
+
+        def place(x: np.ndarray) -> jax.Array:
+            def cut(index: tuple[slice, ...] | None) -> np.ndarray:
+                start, stop, _ = (index or (slice(None),))[0].indices(self.batch_size)
+                return x[start - part.start : stop - part.start]
+
+            return jax.make_array_from_callback((self.batch_size, *x.shape[1:]), layout(x.ndim), cut)
+
+        return jax.tree.map(place, self.collate(part))
 
 
 def _shuffled(count: int, batch_size: int, epochs: int, seed: int) -> grain.MapDataset:
     return grain.MapDataset.source(range(count)).shuffle(seed % 2**32).repeat(epochs).batch(batch_size)
-
-
-def _fill(size: int, rows: list[np.ndarray], dtype: Any, fill: int = 0) -> np.ndarray:
-    out = np.full((size, *rows[0].shape), fill, dtype)
-    out[: len(rows)] = rows
-    return out
 
 
 def arrangement(mesh: Mesh) -> Callable[..., Batches]:
@@ -179,14 +219,14 @@ def packed(
     of_rows = [Sequence_(row["tokens"], row["loss_mask"]) for row in rows]
     room = _room([len(row.counted) for row in of_rows], length)
 
-    def collate(chosen: Sequence[int]) -> TokenBatch:
-        column = lambda name: _fill(batch_size, [rows[i][name] for i in chosen], np.int32)  # noqa: E731
+    def collate(part: Part) -> TokenBatch:
+        column = lambda name: part.filled([rows[i][name] for i in part.own], np.int32)  # noqa: E731
         return TokenBatch(
             column("tokens"), column("tokens_positions"), column("tokens_segment_ids"),
-            *_predicted([of_rows[i] for i in chosen], batch_size, room),
+            *_predicted([of_rows[i] for i in part.own], part, room),
         )  # fmt: skip
 
-    return Batches(_shuffled(len(rows), batch_size, epochs, seed), collate, mesh)
+    return Batches(_shuffled(len(rows), batch_size, epochs, seed), collate, mesh, batch_size)
 
 
 def padded(
@@ -201,18 +241,18 @@ def padded(
     sizes = [min(length, bucket(len(s.tokens), 64)) for s in sequences]
     rooms = _rooms(sizes, [len(s.counted) for s in sequences])
 
-    def collate(chosen: Sequence[int]) -> TokenBatch:
-        T, of_rows = max(sizes[i] for i in chosen), [sequences[i] for i in chosen]
+    def collate(part: Part) -> TokenBatch:
+        T, of_rows = max(sizes[i] for i in part.chosen), [sequences[i] for i in part.own]
         tokens, segments = _rows(of_rows, T)
         return TokenBatch(
-            _fill(batch_size, tokens, np.int32),
-            np.broadcast_to(np.arange(T, dtype=np.int32), (batch_size, T)).copy(),
-            _fill(batch_size, segments, np.int32),
-            *_predicted(of_rows, batch_size, rooms[T]),
-            _fill(batch_size, [np.asarray(len(s.tokens), np.int32) for s in of_rows], np.int32),
+            part.filled(tokens, np.int32),
+            np.broadcast_to(np.arange(T, dtype=np.int32), (part.stop - part.start, T)).copy(),
+            part.filled(segments, np.int32),
+            *_predicted(of_rows, part, rooms[T]),
+            part.filled([np.asarray(len(s.tokens), np.int32) for s in of_rows], np.int32),
         )
 
-    return Batches(_bucketed(sizes, batch_size, epochs, seed), collate, mesh)
+    return Batches(_bucketed(sizes, batch_size, epochs, seed), collate, mesh, batch_size)
 
 
 def _check_lengths(sequences: Sequence[Sequence_], length: int) -> None:
@@ -245,12 +285,12 @@ def _rooms(sizes: Sequence[int], counts: Sequence[int]) -> dict[int, int]:
     return {T: _room([count for size, count in together if size <= T], T) for T in set(sizes)}
 
 
-def _predicted(rows: Sequence[Sequence_], batch_size: int, room: int) -> tuple[np.ndarray, np.ndarray]:
-    """Places and targets [batch_size, room] int32 of a ``TokenBatch``."""
+def _predicted(rows: Sequence[Sequence_], part: Part, room: int) -> tuple[np.ndarray, np.ndarray]:
+    """Places and targets [rows of the part, room] int32 of a ``TokenBatch``."""
     places, targets = zip(*(row.predicted for row in rows), strict=True)
     return (
-        _fill(batch_size, [_padded(x, room) for x in places], np.int32),
-        _fill(batch_size, [_padded(x, room, -1) for x in targets], np.int32, -1),
+        part.filled([_padded(x, room) for x in places], np.int32),
+        part.filled([_padded(x, room, -1) for x in targets], np.int32, -1),
     )
 
 
@@ -283,13 +323,13 @@ def groups(
     """Batches of groups of N sequences, each batch as long as its bucket (at least ``min_length``)."""
     sizes = [bucket(max(len(s.tokens) for s in group), min_length) for group in encoded]
 
-    def collate(chosen: Sequence[int]) -> GroupBatch:
-        T = max(sizes[i] for i in chosen)
-        places = [_rows([encoded[i][n] for i in chosen], T) for n in range(len(encoded[chosen[0]]))]
-        together = lambda part: np.stack([_fill(batch_size, place[part], np.int32) for place in places], axis=1)  # noqa: E731
-        return GroupBatch(together(0), together(1), np.arange(batch_size) < len(chosen))
+    def collate(part: Part) -> GroupBatch:
+        T = max(sizes[i] for i in part.chosen)
+        places = [_rows([encoded[i][n] for i in part.own], T) for n in range(len(encoded[part.own[0]]))]
+        together = lambda column: np.stack([part.filled(place[column], np.int32) for place in places], axis=1)  # noqa: E731
+        return GroupBatch(together(0), together(1), part.real)
 
-    return Batches(_bucketed(sizes, batch_size, epochs, seed), collate, mesh)
+    return Batches(_bucketed(sizes, batch_size, epochs, seed), collate, mesh, batch_size)
 
 
 class _PairRows(NamedTuple):
@@ -382,20 +422,20 @@ def pairs(
     sizes = [bucket(rows.columns, min_length) for rows in made]
     rooms = _rooms(sizes, [rows.counted for rows in made])
 
-    def collate(chosen: Sequence[int]) -> PairBatch:
-        T = max(sizes[i] for i in chosen)
+    def collate(part: Part) -> PairBatch:
+        T = max(sizes[i] for i in part.chosen)
 
         def stacked(of_pair: Callable[[_PairRows], Sequence[np.ndarray]], length: int, fill: int = 0) -> np.ndarray:
-            arrays = [np.stack([_padded(x, length, fill) for x in of_pair(made[i])]) for i in chosen]
-            return _fill(batch_size, arrays, np.int32, fill)
+            arrays = [np.stack([_padded(x, length, fill) for x in of_pair(made[i])]) for i in part.own]
+            return part.filled(arrays, np.int32, fill)
 
         tokens, positions, segments = (stacked(lambda rows, k=k: [x[k] for x in rows.inputs], T) for k in range(3))
         places = stacked(lambda rows: [x for x, _ in rows.predicted], rooms[T])
         targets = stacked(lambda rows: [x for _, x in rows.predicted], rooms[T], fill=-1)
-        refs = _fill(batch_size, [np.asarray(ref_logps[i], np.float32) for i in chosen], np.float32)
-        return PairBatch(tokens, positions, segments, places, targets, refs, np.arange(batch_size) < len(chosen))
+        refs = part.filled([np.asarray(ref_logps[i], np.float32) for i in part.own], np.float32)
+        return PairBatch(tokens, positions, segments, places, targets, refs, part.real)
 
-    return Batches(_bucketed(sizes, batch_size, epochs, seed), collate, mesh)
+    return Batches(_bucketed(sizes, batch_size, epochs, seed), collate, mesh, batch_size)
 
 
 def pair_batches(

@@ -1,16 +1,13 @@
-"""Hugging Face folders: safetensors into the project's tree of weights, each device reading its own slices, and back.
+"""Hugging Face folders: safetensors into the project's tree of weights, each device reading its own slices.
 
-With ``hf_config.py`` the only module that knows Hugging Face's names. No code of a folder is run, no pickle is opened.
+With ``hf_config.py`` and ``hf_export.py``, the way back, the only module that knows Hugging Face's names. No code of a
+folder is run, no pickle is opened.
 """
 
 import contextlib
 import json
-import math
-import os
-import shutil
 import struct
-import tempfile
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,16 +16,14 @@ import jax.numpy as jnp
 import numpy as np
 import safetensors
 from jax.sharding import Mesh
-from safetensors.numpy import save_file
 
 from jaxsi import mesh as meshlib
 from jaxsi.hf_config import HFError, config_json, read_config, read_json
 from jaxsi.model import ModelConfig, Parameter, Weights, parameters, weight_shardings
 
-__all__ = ["HFError", "config_json", "export", "load_weights", "read_config"]
+__all__ = ["HFError", "config_json", "load_weights", "read_config"]
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
-MAX_SHARD_BYTES = 5 * 10**9
 DTYPES = {"F32": np.dtype(np.float32), "F16": np.dtype(np.float16), "BF16": np.dtype(jnp.bfloat16)}
 
 # ---------------------------------------------------------------------------------------------------------------- names
@@ -144,7 +139,7 @@ def load_weights(
       MeshError: a dimension does not divide by the mesh.
     """
     shardings = weight_shardings(config, mesh, rules)
-    expected = _expected(config)
+    expected = expected_tensors(config)
     found = _read_headers(Path(folder), len(expected))
     _check_tensors(Path(folder), config, expected, found)
     dtype = np.dtype(dtype)
@@ -184,7 +179,7 @@ def load_weights(
         return weights | {"layers": layers}
 
 
-def _expected(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+def expected_tensors(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     """Name and shape of every tensor that a folder of this model has."""
     names, tree = NAMES[config.family], parameters(config)
     expected: dict[str, tuple[int, ...]] = {}
@@ -301,137 +296,3 @@ def _open(stack: contextlib.ExitStack, file: Path) -> Any:
         return stack.enter_context(safetensors.safe_open(file, "np"))
     except (safetensors.SafetensorError, OSError) as error:
         raise HFError(f"{file}: {error}") from error
-
-
-# --------------------------------------------------------------------------------------------------------------- export
-
-
-def export(
-    folder: Path,
-    config: ModelConfig,
-    weights: Weights,
-    *,
-    dtype: str = "bfloat16",
-    generation: Mapping[str, Any] | None = None,
-    max_shard_bytes: int = MAX_SHARD_BYTES,
-    extras: Callable[[Path], None] | None = None,
-) -> None:
-    """Writes a folder that transformers and ``load_weights`` read. It appears complete or not at all.
-
-    Args:
-      folder: absent or empty.
-      weights: the stacked tree.
-      dtype: of the files: float32, float16 or bfloat16.
-      generation: contents of generation_config.json; its bos, eos and pad ids also go to config.json.
-      max_shard_bytes: weights over this are split into files of at most this size (one tensor may exceed it).
-      extras: writes what else belongs into the folder (tokenizer files), given the folder under construction.
-
-    Raises:
-      HFError: the folder is not empty, the dtype is unknown, the config has no Hugging Face form, or the disk refuses.
-    """
-    folder = Path(folder)
-    if np.dtype(dtype) not in DTYPES.values():
-        raise HFError(f"dtype {dtype!r} is not supported; supported are {', '.join(str(d) for d in DTYPES.values())}")
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise HFError(f"{folder}: exists and is not an empty folder; give another name or remove it")
-    ids = {f"{name}_token_id": (generation or {}).get(f"{name}_token_id") for name in ("bos", "eos", "pad")}
-    described = config_json(config, dtype=dtype) | ids
-    if jax.process_index() != 0:
-        for _ in _file_tensors(config, weights, np.dtype(dtype)):  # its shards are needed by process 0
-            pass
-        return
-    target = None
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        target = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", suffix=".partial", dir=folder.parent))
-        target.chmod(0o777 & ~_umask())
-        _write_weights(
-            target, config, _file_tensors(config, weights, np.dtype(dtype)), np.dtype(dtype), max_shard_bytes
-        )
-        _write_json(target / "config.json", described)
-        if generation is not None:
-            _write_json(target / "generation_config.json", {k: v for k, v in generation.items() if v is not None})
-        if extras is not None:
-            extras(target)
-        for file in target.rglob("*"):
-            _sync(file)
-        os.replace(target, folder)
-        _sync(folder.parent)
-    except OSError as error:
-        raise HFError(
-            f"{folder}: cannot be written ({error}); nothing is left there; free space or name another"
-        ) from error
-    finally:
-        if target is not None:
-            shutil.rmtree(target, ignore_errors=True)
-
-
-def _file_tensors(config: ModelConfig, weights: Weights, dtype: np.dtype) -> Iterator[tuple[str, np.ndarray]]:
-    """The file's tensors, one at a time on the host, layer by layer."""
-    names, tree = NAMES[config.family], parameters(config)
-
-    def converted(layout: Layout, array: jax.Array) -> np.ndarray:
-        return np.ascontiguousarray(layout.write(_on_host(array))).astype(dtype, copy=False)
-
-    top = [name for name, p in tree.items() if isinstance(p, Parameter)]
-    yield from ((names[n][0], converted(names[n][1], weights[n])) for n in top)
-    for layer in range(config.num_layers):
-        for name in tree["layers"]:
-            pattern, layout = names[name]
-            yield pattern.format(layer), converted(layout, weights["layers"][name][layer])
-
-
-def _on_host(array: jax.Array) -> np.ndarray:
-    if array.is_fully_addressable:
-        return np.asarray(array)
-    from jax.experimental import multihost_utils
-
-    return np.asarray(multihost_utils.process_allgather(array, tiled=True))
-
-
-def _write_weights(
-    target: Path, config: ModelConfig, tensors: Iterable[tuple[str, np.ndarray]], dtype: np.dtype, limit: int
-) -> None:
-    sizes = {name: math.prod(shape) * dtype.itemsize for name, shape in _expected(config).items()}
-    if sum(sizes.values()) <= limit:
-        save_file(dict(tensors), target / WEIGHTS, metadata={"format": "pt"})
-        return
-    files: list[Path] = []
-    weight_map: dict[str, Path] = {}
-    pending: dict[str, np.ndarray] = {}
-
-    def flush() -> None:
-        files.append(target / f"part{len(files)}")
-        save_file(pending, files[-1], metadata={"format": "pt"})
-        weight_map.update(dict.fromkeys(pending, files[-1]))
-        pending.clear()
-
-    for name, array in tensors:
-        if pending and sum(a.nbytes for a in pending.values()) + array.nbytes > limit:
-            flush()
-        pending[name] = array
-    flush()
-    final = {file: f"model-{i:05d}-of-{len(files):05d}.safetensors" for i, file in enumerate(files, start=1)}
-    for file, name in final.items():
-        file.rename(target / name)
-    metadata = {"total_size": sum(sizes.values()), "total_parameters": sum(sizes.values()) // dtype.itemsize}
-    index = {"metadata": metadata, "weight_map": {name: final[file] for name, file in weight_map.items()}}
-    _write_json(target / INDEX, index)
-
-
-def _write_json(file: Path, contents: Mapping[str, Any]) -> None:
-    file.write_text(json.dumps(contents, indent=2) + "\n", encoding="utf-8")
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask

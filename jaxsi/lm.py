@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from jaxsi import checkpoint, hf, mesh as meshlib, model
+from jaxsi import checkpoint, hf, hf_export, mesh as meshlib, model
 from jaxsi.model import ModelConfig, Weights
 from jaxsi.tokenizer import Tokenizer, load_tokenizer
 
@@ -153,9 +153,7 @@ def load(path: str | Path, mesh: Mesh | None = None, dtype: Any = "bfloat16", *,
     if (folder / "weights").is_dir():
         identity = checkpoint.read_meta(folder / "weights")["fingerprint"]
         abstract = model.abstract_weights(config, mesh, weights_dtype)
-        stored = jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, jnp.float32, sharding=s.sharding), abstract)
-        weights = checkpoint.restore(folder / "weights", stored)
-        weights = jax.tree.map(lambda w: w.astype(weights_dtype), weights)
+        weights = checkpoint.restore(folder / "weights", abstract, cast=True)
     else:
         weights = hf.load_weights(folder, config, mesh, dtype=weights_dtype)
     return LM(
@@ -186,7 +184,7 @@ def export(
             extras(target)
 
     generation = _generation_config(lm.tokenizer)
-    hf.export(Path(folder), lm.config, lm.weights, dtype=dtype, generation=generation, extras=write_rest)
+    hf_export.export(Path(folder), lm.config, lm.weights, dtype=dtype, generation=generation, extras=write_rest)
 
 
 def _generation_config(tokenizer: Tokenizer) -> dict[str, Any]:

@@ -9,8 +9,9 @@ import traceback
 from collections.abc import Iterator, Sequence
 from typing import IO
 
-from jaxsi import __version__, compile_cache
+from jaxsi import __version__, compile_cache, distributed, preemption
 from jaxsi.commands import EVERY_COMMAND, Report, UsageError
+from jaxsi.progress import processes
 
 # command -> (module, function, what it does). Nothing is imported before its command is asked for.
 COMMANDS = {
@@ -24,6 +25,7 @@ COMMANDS = {
     "improve self-refine": ("jaxsi.commands.improve", "refine", "ask a model for feedback and for better responses"),
     "improve best-of-n": ("jaxsi.commands.improve", "best", "take the best of several responses"),
     "eval toy": ("jaxsi.commands.evaluate", "toy", "exact quality on the embedded world"),
+    "launch local": ("jaxsi.commands.launch", "local", "several processes as one run, started again after a crash"),
     "export": ("jaxsi.commands.models", "export", "write a Hugging Face folder"),
     "plan": ("jaxsi.commands.plan", "plan", "memory, time and chip-hours of a config on a topology that is not here"),
     "bench generate": ("jaxsi.commands.speed", "generate", "speed of generation"),
@@ -41,50 +43,65 @@ EXAMPLES = """Examples:
 MODEL is a Hugging Face folder or hub name, a jaxsi checkpoint, a run directory (its newest complete iteration) or
 RUN_DIR@t (iteration t)."""
 
-FAILURE, USAGE, INTERRUPTED = 1, 2, 130
+FAILURE, USAGE, STOPPED, INTERRUPTED = 1, 2, 75, 130
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs a command; returns its exit code: 0, 1 for a failure, 2 for a wrong command line, 130 when interrupted."""
+    """Runs a command; returns its exit code: 0, 1 for a failure, 2 for a wrong command line, 75 when stopped by
+    SIGTERM, 130 when interrupted."""
     argv = list(sys.argv[1:] if argv is None else argv)
-    as_json, debug = "--json" in argv, "--debug" in argv
-    argv = [word for word in argv if word not in ("--json", "--debug")]
+    own = distributed.own_words(argv)
+    as_json, debug = "--json" in own, "--debug" in own
+    argv = [word for word in own if word not in ("--json", "--debug")] + argv[len(own) :]
     if argv == ["--version"]:
         print(f"jaxsi {__version__}")
         return 0
-    if not argv or argv[0] in ("-h", "--help"):
+    if argv and argv[0] in ("-h", "--help"):
         print(_overview(COMMANDS))
-        return 0 if argv else USAGE
-    name = _command(argv)
-    if name is None:
-        return _unknown(argv)
+        return 0
     try:
-        return _carry_out(name, argv[len(name.split()) :], as_json)
+        joining = None
+        if _command(argv) != "launch local":  # which has a --heartbeat of its own, for those that it starts
+            joining, argv = distributed.take_options(argv)
+        if not argv:
+            print(_overview(COMMANDS))
+            return USAGE
+        if (name := _command(argv)) is None:
+            return _unknown(argv)
+        with preemption.noticed():
+            return _carry_out(name, argv[len(name.split()) :], joining, as_json)
     except SystemExit as stop:  # the parser's: 0 after --help, 2 for a wrong command line
-        return stop.code if isinstance(stop.code, int) else USAGE
+        code = stop.code if isinstance(stop.code, int) else USAGE
+        return distributed.leave(code) if code else 0
+    except preemption.Stopped as stop:  # on all processes at once: they leave together
+        if processes()[0] == 0:
+            print(f"jaxsi: stopped by SIGTERM; {stop}, and the same command goes on from there", file=sys.stderr)
+        return STOPPED
     except KeyboardInterrupt:
         print("jaxsi: interrupted; what is finished is kept, and the same command goes on from there", file=sys.stderr)
-        return INTERRUPTED
+        return distributed.leave(INTERRUPTED)
     except Exception as error:
         if debug:
             traceback.print_exc()
-        print(f"jaxsi: error: {_told(error)}", file=sys.stderr)
-        return USAGE if isinstance(error, UsageError) else FAILURE
+        print(f"jaxsi: {distributed.of_processes()}error: {_told(error)}", file=sys.stderr)
+        return distributed.leave(USAGE if isinstance(error, UsageError) else FAILURE)
 
 
-def _carry_out(name: str, argv: list[str], as_json: bool) -> int:
+def _carry_out(name: str, argv: list[str], joining: distributed.Options | None, as_json: bool) -> int:
     _quiet_libraries()
     module, function, _ = COMMANDS[name]
     with contextlib.ExitStack() as stack:
-        wants_help = "-h" in argv or "--help" in argv
-        # Of several processes JAX has the first one write: a folder that all of them see is for the user to name.
-        if not wants_help and "--distributed" not in argv:
-            compile_cache.keep_programs()
+        wants_help = bool({"-h", "--help"} & set(distributed.own_words(argv)))
         stdout = sys.stdout if wants_help else stack.enter_context(_stdout_kept())
+        if joining is not None and not wants_help:
+            distributed.join(joining)
+        elif not wants_help:  # of several processes JAX has the first one write: a folder that all see is the user's
+            compile_cache.keep_programs()
         report: Report = getattr(importlib.import_module(module), function)(argv)
         text = json.dumps(report.value, allow_nan=False) if as_json else report.text
-        print(text, file=stdout, flush=True)
-    return 0
+        if processes()[0] == 0 and (text or as_json):
+            print(text, file=stdout, flush=True)
+    return report.exit_code
 
 
 def _command(argv: list[str]) -> str | None:

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from jaxsi import data, losses, mesh as meshlib, model, train
+from jaxsi import data, losses, mesh as meshlib, model, resume, train
 from jaxsi.chat import render_prompt, render_response
 from jaxsi.data import GroupBatch, Sequence_
 from jaxsi.lm import LM
@@ -144,7 +144,7 @@ def train_reward(
     is left.
     """
     start = with_scalar_head(lm)
-    if (made := train.finished(start, scope)) is not None:
+    if (made := resume.finished(start, scope)) is not None:
         return made
     config.check(lm.mesh)
     kept = [group for group in groups if max(len(s.tokens) for s in group) <= config.max_length]

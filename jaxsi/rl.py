@@ -21,7 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from jaxsi import losses, mesh as meshlib, model, optim, train
+from jaxsi import losses, mesh as meshlib, model, optim, preemption, resume, train
 from jaxsi.chat import render_prompt
 from jaxsi.lm import LM, save_checkpoint, tokens_array
 from jaxsi.model import ModelConfig, Remat, Weights
@@ -445,7 +445,7 @@ def _reinforce(
     monitor: Monitor | None,
 ) -> LM:
     """The loop that both learners share: roll out, advantages, minibatches; resumable at every checkpoint."""
-    if (made := train.finished(policy, scope)) is not None:
+    if (made := resume.finished(policy, scope)) is not None:
         return made
     config.check(policy.mesh)
     policy.release()
@@ -457,11 +457,11 @@ def _reinforce(
     rates = np.asarray(jax.vmap(optim.schedule(config.optim, config.updates))(jnp.arange(config.updates)), np.float32)
     per_step = config.updates // config.steps
     seed = train.seed_of(scope, "rl")
-    with scope.timed("rl"), progress(f"{scope.name}/rl", config.steps) as advance:
+    with scope.timed("rl"), progress(f"{scope.name}/rl", config.steps) as advance, preemption.polled():
         start = {name: train.initial_state(lm.weights, config.optim) for name, lm in learners.items()}
-        states = train.resumed(start, scope.path / "resume")
+        states = resume.resumed(start, scope.path / "resume")
         done = int(states["policy"].step) // per_step
-        log = train.Log(scope.path / "train.jsonl", done, config.steps)
+        log = resume.Log(scope.path / "train.jsonl", done, config.steps)
         advance(done, False)
         for step in range(done, config.steps):
             # The name is no fingerprint: rollouts are not stored, and reading every weight at each step costs time.
@@ -484,12 +484,15 @@ def _reinforce(
             if (step + 1) % config.log_every == 0 or last:
                 log.write(step + 1, float(rate), metrics)
                 train.check_skipped(states["policy"], step + 1, config.steps, scope)
-            if not last and (step + 1) % config.checkpoint_every == 0:
-                train.save_resume(scope.path / "resume", states, done=step + 1)
+            stopping = preemption.asked() and not last
+            if not last and (stopping or (step + 1) % config.checkpoint_every == 0):
+                resume.save_resume(scope.path / "resume", states, done=step + 1)
+            if stopping:
+                raise preemption.Stopped(f"{scope.path}: training is kept up to step {step + 1} of {config.steps}")
         if value is not None:
             trained_value = value.replace(states["value"].weights)
-            train.remove(scope.path / "value")  # complete, where a run was killed between the two
+            resume.remove(scope.path / "value")  # complete, where a run was killed between the two
             save_checkpoint(trained_value, scope.path / "value", {"step": config.steps})
         trained = policy.replace(states["policy"].weights)
-        train.save_result(trained, states["policy"], scope, {"step": config.steps})
+        resume.save_result(trained, states["policy"], scope, {"step": config.steps})
     return trained

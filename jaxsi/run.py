@@ -7,7 +7,7 @@
 
 `scope.records(name, stage, *args)` is the result of the stage, from its file where the file exists; so the text of a
 method is its resume logic. With several hosts every process calls the same stages in the same order on one shared file
-system; process 0 writes.
+system; shard k is written by process k mod n, everything else by process 0.
 """
 
 import contextlib
@@ -26,6 +26,7 @@ from typing import Any, ClassVar, Protocol, Self, TypeVar
 
 import numpy as np
 
+from jaxsi import preemption
 from jaxsi.config import RunError, check_config, describe_config
 from jaxsi.progress import processes, progress
 from jaxsi.records import RecordError, read_jsonl, write_atomically, write_jsonl
@@ -180,17 +181,23 @@ class Scope:
             self._write(folder, _plan_shards, folder, {"items": len(items), "shard_size": shard_size})
             finished = _agreed([shard.exists() for shard in shards])
             records: list[Record] = []
-            with progress(f"{self.name}/{name}", len(items)) as advance:
-                for cut, shard, is_finished in zip(cuts, shards, finished, strict=True):
+            index, count = processes()
+            with progress(f"{self.name}/{name}", len(items)) as advance, preemption.polled():
+                for number, (cut, shard, is_finished) in enumerate(zip(cuts, shards, finished, strict=True)):
                     part = items[cut : cut + shard_size]
                     if is_finished:
                         made = _read_stage(shard, of)
                     else:
                         made = _checked_records(stage(part), of, name)
-                        self._write(shard, write_jsonl, shard, made)
+                        if number % count == index:
+                            with _disk(shard):
+                                write_jsonl(shard, made)
                     records += made
                     advance(len(part), not is_finished)
-            self._write(path, write_jsonl, path, records)
+                    if preemption.asked() and number + 1 < len(shards):
+                        raise preemption.Stopped(f"{folder}: {number + 1} of {len(shards)} parts are kept")
+            _barrier(f"{self.name}/{folder.name}")
+            self._write(path, write_atomically, path, _bytes_of(shards))
             self._write(folder, _remove, folder)
             done(len(records))
         return records
@@ -381,6 +388,11 @@ def _checked_records(made: Iterable[Record], of: type[Record], stage: str) -> li
         if type(record) is not of:
             raise RunError(f"stage {stage!r} gave a {type(record).__name__}, {of.__name__} is declared (of=…)")
     return records
+
+
+def _bytes_of(files: Sequence[Path]) -> Iterator[bytes]:
+    for file in files:
+        yield file.read_bytes()
 
 
 def _plan_shards(folder: Path, plan: dict[str, int]) -> None:

@@ -3,12 +3,8 @@
 import dataclasses
 import functools
 import hashlib
-import json
-import math
-import time
 from collections.abc import Callable, Sequence
-from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +12,7 @@ import numpy as np
 import optax
 from jax.sharding import Mesh
 
-from jaxsi import checkpoint, data, lm as lmlib, losses, mesh as meshlib, model, optim
+from jaxsi import data, losses, mesh as meshlib, model, optim, preemption, resume
 from jaxsi.data import Batches, PairBatch, Sequence_, TokenBatch
 from jaxsi.lm import LM
 from jaxsi.losses import PairLogps
@@ -26,7 +22,6 @@ from jaxsi.progress import progress
 from jaxsi.records import PreferencePair, SFTExample
 from jaxsi.run import Scope
 
-Restored = TypeVar("Restored")
 MAX_SKIPPED = 5  # updates in a row with a gradient that is not finite, before training gives up
 
 
@@ -276,13 +271,13 @@ def fit(
     # All at once: a rate read from the device at each step would wait for the step before.
     rates = np.asarray(jax.vmap(optim.schedule(config.optim, total))(jnp.arange(total)), np.float32)
     lm.release()  # the memory of the stage that sampled from it
-    resume = scope.path / "resume"
-    state = resumed(initial_state(lm.weights, config.optim), resume)
+    folder = scope.path / "resume"
+    state = resume.resumed(initial_state(lm.weights, config.optim), folder)
     done = int(state.step)
-    log = Log(scope.path / "train.jsonl", done, total)
+    log = resume.Log(scope.path / "train.jsonl", done, total)
     # What early stopping compares with, and goes back to: the model at the last checkpoint.
     previous, previous_step = (lm if done == 0 or better is None else _snapshot(lm, state)), done
-    with progress(f"{scope.name}/train", total) as advance:
+    with progress(f"{scope.name}/train", total) as advance, preemption.polled():
         advance(done, False)
         for step in range(done, total):
             state, metrics = train_step(
@@ -293,18 +288,24 @@ def fit(
             if steps % config.log_every == 0 or last:
                 log.write(steps, float(rates[step]), metrics)
                 check_skipped(state, steps, total, scope)
-            if not last and steps % config.checkpoint_every:
-                continue
-            if better is not None:
+            stopping = preemption.asked() and not last
+            due = last or steps % config.checkpoint_every == 0
+            if due and better is not None:
                 now = _snapshot(lm, state)
                 if not better(now, previous):
                     break
                 previous, previous_step = now, steps
-            if not last:
-                save_resume(resume, state, done=steps)
+            # Early stopping compares at its own steps only: one more point to go on from would change what it sees.
+            if not last and (due or (stopping and better is None)):
+                resume.save_resume(folder, state, done=steps)
+            if stopping:
+                kept = steps if better is None else steps - steps % config.checkpoint_every
+                raise preemption.Stopped(f"{scope.path}: training is kept up to step {kept} of {total}")
     trained, steps = (lm.replace(state.weights), total) if better is None else (previous, previous_step)
     # Moments of later steps than the weights' are of no use to anyone.
-    save_result(trained, state if steps == total else None, scope, {"step": steps, "stopped_early": steps < total})
+    resume.save_result(
+        trained, state if steps == total else None, scope, {"step": steps, "stopped_early": steps < total}
+    )
     return trained
 
 
@@ -330,78 +331,7 @@ def _snapshot(lm: LM, state: State) -> LM:
     return lm.replace(jax.tree.map(jnp.copy, state.weights))
 
 
-def _abstract(x: jax.Array) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding)
-
-
-def resumed(start: Restored, folder: Path) -> Restored:
-    """The newest sound state in ``folder``, or ``start``."""
-    saved = checkpoint.latest(folder)
-    if saved is None:
-        return start
-    abstract = jax.tree.map(_abstract, start)
-    jax.tree.map(lambda x: x.delete(), start)  # first: a run that just fits in memory must be able to resume
-    return checkpoint.restore(saved, abstract)
-
-
-def save_resume(folder: Path, state: Any, *, done: int) -> None:
-    """One newest resume point, of ``done`` steps: the older one goes when the newer one is complete."""
-    target = folder / f"{done:08d}"
-    checkpoint.save(target, state, {"step": done})
-    for old in folder.iterdir():
-        if old != target:
-            remove(old)
-
-
-def save_result(trained: LM, state: State | None, scope: Scope, meta: dict[str, Any]) -> None:
-    """The scope's checkpoint. Its weights come last: with them it counts as complete."""
-    folder = scope.path / "checkpoint"
-    remove(folder / "optimizer")  # complete, where a run was killed between the two
-    if state is not None:
-        moments = {"moments": state.moments, "step": state.step}
-        checkpoint.save(folder / "optimizer", moments, {"data_position": int(state.step)})
-    lmlib.save_checkpoint(trained, folder, meta)
-    remove(scope.path / "resume")
-
-
-def remove(folder: Path) -> None:
-    """What a killed process left there, or what is no longer wanted (process 0)."""
-    import shutil
-
-    if jax.process_index() == 0:
-        shutil.rmtree(folder, ignore_errors=True)
-
-
-class Log:
-    """train.jsonl, one line each few steps; on resume the lines after the checkpoint are dropped."""
-
-    def __init__(self, path: Path, done: int, total: int) -> None:
-        self.path, self.total, self.started = path, total, time.monotonic()
-        path.parent.mkdir(parents=True, exist_ok=True)
-        lines = path.read_text().splitlines() if path.exists() else []
-        kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= done]
-        if jax.process_index() == 0:
-            path.write_text("".join(line + "\n" for line in kept))
-
-    def write(self, step: int, learning_rate: float, metrics: dict[str, jax.Array]) -> None:
-        values = {name: float(value) for name, value in jax.device_get(metrics).items()}
-        row = {"step": step, "of": self.total, "learning_rate": learning_rate, **values}
-        if jax.process_index() == 0:
-            with self.path.open("a") as file:
-                safe = {k: v if not isinstance(v, float) or math.isfinite(v) else None for k, v in row.items()}
-                file.write(json.dumps(safe) + "\n")
-
-
 # ---------------------------------------------------------------------------------------------------------- sft and dpo
-
-
-def finished(lm: LM, scope: Scope) -> LM | None:
-    """The scope's trained model, where an earlier run has made it."""
-    folder = scope.path / "checkpoint"
-    if not checkpoint.is_complete(folder / "weights"):
-        return None
-    remove(scope.path / "resume")  # where a run was killed just before it did so itself
-    return lm.replace(checkpoint.restore(folder / "weights", jax.tree.map(_abstract, lm.weights)))
 
 
 def sft(lm: LM, examples: Sequence[SFTExample], config: TrainConfig, scope: Scope) -> LM:
@@ -409,7 +339,7 @@ def sft(lm: LM, examples: Sequence[SFTExample], config: TrainConfig, scope: Scop
 
     Rows are packed on CPU and TPU; on GPU, where fused attention takes no segments, they are batched by length.
     """
-    if (made := finished(lm, scope)) is not None:
+    if (made := resume.finished(lm, scope)) is not None:
         return made
     config.check(lm.mesh)
     with scope.timed("sft"):
@@ -429,7 +359,7 @@ def dpo(
     better: Callable[[LM, LM], bool] | None = None,
 ) -> LM:
     """Preference training from ``lm``, which is also the reference; the result is also the scope's checkpoint."""
-    if (made := finished(lm, scope)) is not None:
+    if (made := resume.finished(lm, scope)) is not None:
         return made
     train = config.train
     train.check(lm.mesh)

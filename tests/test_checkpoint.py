@@ -109,6 +109,24 @@ def test_restores_to_any_mesh(saved, shape, spec):
     assert restored["step"].sharding == NamedSharding(mesh, P())
 
 
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_a_cast_rounds_each_leaf_as_numpy_does_and_leaves_integers_alone(tmp_path, dtype):
+    values = {"weights": {"w": jax.random.normal(jax.random.key(0), (64, 128)), "n": jnp.arange(3)}}
+    save(tmp_path / "c", values, {})
+    mesh = jax.make_mesh((4, 2), ("a", "b"), axis_types=(AxisType.Auto,) * 2)
+    place = lambda x: NamedSharding(mesh, P("a", "b") if x.ndim == 2 else P())  # noqa: E731
+    wanted = abstract({"weights": {"w": values["weights"]["w"].astype(dtype), "n": values["weights"]["n"]}}, place)
+    restored = restore(tmp_path / "c", wanted, cast=True)
+    expected = {"w": np.asarray(values["weights"]["w"]).astype(dtype), "n": np.arange(3, dtype=np.int32)}
+    assert_same_bits(restored, {"weights": expected})
+    assert restored["weights"]["w"].sharding == place(values["weights"]["w"])
+    with pytest.raises(CheckpointError, match=f"'weights/w' is float32.* and {dtype}"):
+        restore(tmp_path / "c", wanted)
+    for wrong in (jax.ShapeDtypeStruct((3,), np.float32), jax.ShapeDtypeStruct((4,), np.int32)):
+        with pytest.raises(CheckpointError, match="'weights/n' is int32"):
+            restore(tmp_path / "c", {"weights": {"n": wrong}}, cast=True)
+
+
 def test_a_sharded_tree_comes_back_on_one_device(tmp_path):
     mesh = jax.make_mesh((2, 4), ("data", "fsdp"), axis_types=(AxisType.Auto,) * 2)
     value = {"w": jax.device_put(jnp.arange(64.0).reshape(8, 8), NamedSharding(mesh, P("fsdp", "data")))}

@@ -2,6 +2,7 @@
 alone."""
 
 import dataclasses
+from typing import Any
 
 import jax
 import numpy as np
@@ -25,6 +26,11 @@ def sequences(lengths: list[int]) -> list[Sequence_]:
         ids = [100 * i + 1 + j for j in range(length)]
         made.append(data.encode(ids[:prompt], ids[prompt:]))
     return made
+
+
+def rows_of(batches: data.Batches, chosen: list[int]) -> Any:
+    """The whole batch of these rows, as NumPy."""
+    return batches.collate(data.Part(chosen, 0, batches.batch_size))
 
 
 def texts_of(batch: data.TokenBatch) -> list[tuple[list[int], list[bool]]]:
@@ -101,7 +107,7 @@ def test_empty_prompts_and_responses_are_refused(prompt: list[int], response: li
 def test_packed_rows_hold_every_sequence_once_an_epoch(lengths: list[int], seed: int, epochs: int) -> None:
     given_ = sequences(lengths)
     batches = data.packed(given_, 40, 2, tiny.mesh(), epochs=epochs, seed=seed)
-    collected = [batches.collate([int(i) for i in np.atleast_1d(batches.plan[k])]) for k in range(len(batches))]
+    collected = [rows_of(batches, [int(i) for i in np.atleast_1d(batches.plan[k])]) for k in range(len(batches))]
     found = [text for batch in collected for text in texts_of(batch)]
     expected = [(s.tokens.tolist(), s.loss_mask.tolist()) for s in given_] * epochs
     assert sorted(found) == sorted(expected)
@@ -124,7 +130,7 @@ def test_padded_rows_hold_every_sequence_once_an_epoch(lengths: list[int], seed:
     assert not rest
     for epoch in range(epochs):
         plan = [batches.plan[k] for k in range(epoch * per_epoch, (epoch + 1) * per_epoch)]
-        found = [text for rows in plan for text in texts_of(batches.collate(rows))]
+        found = [text for rows in plan for text in texts_of(rows_of(batches, rows))]
         assert sorted(found) == sorted((s.tokens.tolist(), s.loss_mask.tolist()) for s in given_)
 
 
@@ -167,7 +173,7 @@ def test_pairs_come_once_an_epoch_with_their_own_reference(count: int, seed: int
     seen: list[int] = []
     for k in range(len(batches)):
         rows = [int(i) for i in np.atleast_1d(batches.plan[k])]
-        batch = batches.collate(rows)
+        batch = rows_of(batches, rows)
         assert batch.real_B.tolist() == [True] * len(rows) + [False] * (4 - len(rows))
         assert (batch.targets_B2R[len(rows) :] == -1).all() and not batch.segments_BST[len(rows) :].any()
         assert batch.tokens_BST.shape[1] == (1 if shared else 2)
@@ -229,7 +235,7 @@ def test_groups_are_their_sequences(N: int) -> None:
     batches = data.groups(encoded, 4, tiny.mesh(), epochs=1, seed=0, min_length=16)
     for k in range(len(batches)):
         rows = [int(i) for i in np.atleast_1d(batches.plan[k])]
-        batch = batches.collate(rows)
+        batch = rows_of(batches, rows)
         assert batch.real_B.tolist() == [True] * len(rows) + [False] * (4 - len(rows))
         assert not batch.segments_BNT[len(rows) :].any()
         for place, i in enumerate(rows):
@@ -237,3 +243,34 @@ def test_groups_are_their_sequences(N: int) -> None:
                 length = len(encoded[i][n].tokens)
                 np.testing.assert_array_equal(batch.tokens_BNT[place, n, :length], encoded[i][n].tokens)
                 np.testing.assert_array_equal(batch.segments_BNT[place, n], np.arange(16) < length)
+
+
+# --------------------------------------------------------------------------------------------------------------
+# the rows of one process of several
+
+
+def every_kind() -> dict[str, data.Batches]:
+    """Batches of 8 whose last ones have few real rows."""
+    texts, mesh = sequences([5 + i % 30 for i in range(19)]), tiny.mesh()
+    pairs = [data.encode_pair(tiny.tokenizer(), pair) for pair in tiny.preference_pairs(11, longest=60)]
+    order: dict[str, Any] = {"epochs": 1, "seed": 3}
+    refs = [(float(i), -float(i)) for i in range(11)]
+    return {
+        "packed": data.packed(texts[:15], 40, 8, mesh, **order),
+        "padded": data.padded(texts, 40, 8, mesh, **order),
+        "groups": data.groups([(s, s) for s in texts], 8, mesh, min_length=16, **order),
+        "pairs": data.pairs(pairs, refs, 8, mesh, min_length=16, shared=False, **order),
+        "shared": data.pairs(pairs, refs, 8, mesh, min_length=16, shared=True, **order),
+    }
+
+
+@pytest.mark.parametrize("kind", ["packed", "padded", "groups", "pairs", "shared"])
+def test_the_parts_of_a_batch_are_the_batch(kind: str) -> None:
+    batches, all_fill = every_kind()[kind], 0
+    for k in range(len(batches)):
+        rows = [int(i) for i in np.atleast_1d(batches.plan[k])]
+        all_fill += len(rows) < 8
+        parts = [batches.collate(data.Part(rows, i, i + 1)) for i in range(8)]
+        together = jax.tree.map(lambda *rows: np.concatenate(rows), *parts)
+        jax.tree.map(np.testing.assert_array_equal, together, rows_of(batches, rows))
+    assert all_fill, "some part has no real row"

@@ -14,7 +14,7 @@ import pytest
 from hypothesis import given, settings, strategies as st
 from safetensors.numpy import load_file, save_file
 
-from jaxsi import hf, hf_config, mesh as meshlib, model
+from jaxsi import hf, hf_config, hf_export, mesh as meshlib, model
 from jaxsi.hf import HFError
 from jaxsi.mesh import MeshConfig, make_mesh
 from jaxsi.model import ModelConfig, Rope
@@ -518,11 +518,11 @@ def weights_of(config: ModelConfig, mesh: jax.sharding.Mesh) -> model.Weights:
 
 
 @pytest.mark.parametrize("config", [LLAMA, QWEN2, QWEN3, MISTRAL], ids=lambda c: c.family)
-@pytest.mark.parametrize("limit", [hf.MAX_SHARD_BYTES, 20_000])
+@pytest.mark.parametrize("limit", [hf_export.MAX_SHARD_BYTES, 20_000])
 def test_export_then_load_is_the_same_bits(config: ModelConfig, limit: int, tmp_path: Path) -> None:
     mesh = mesh_222()
     weights, folder = weights_of(config, mesh), tmp_path / "deep" / "out"
-    hf.export(folder, config, weights, dtype="float32", max_shard_bytes=limit)
+    hf_export.export(folder, config, weights, dtype="float32", max_shard_bytes=limit)
     assert hf.read_config(folder) == config
     assert_equal(hf.load_weights(folder, config, mesh), weights)
     files = sorted(p.name for p in folder.iterdir())
@@ -540,7 +540,7 @@ def test_export_then_load_is_the_same_bits(config: ModelConfig, limit: int, tmp_
 def test_export_in_bfloat16_with_everything_beside_it(tmp_path: Path) -> None:
     weights = weights_of(QWEN2, one_device())
     (tmp_path / "out").mkdir()  # an empty folder may be there already
-    hf.export(
+    hf_export.export(
         tmp_path / "out",
         QWEN2,
         weights,
@@ -572,16 +572,16 @@ def test_export_appears_complete_or_not_at_all(tmp_path: Path, monkeypatch: pyte
         raise StopError
 
     with pytest.raises(StopError):
-        hf.export(tmp_path / "out", LLAMA, weights, extras=fail)
+        hf_export.export(tmp_path / "out", LLAMA, weights, extras=fail)
     assert seen == [(False, True)]
     assert list(tmp_path.iterdir()) == []
 
     def full(*_: Any, **__: Any) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(hf, "save_file", full)
+    monkeypatch.setattr(hf_export, "save_file", full)
     with pytest.raises(HFError, match=r"out: cannot be written .*No space left.* nothing is left there"):
-        hf.export(tmp_path / "out", LLAMA, weights)
+        hf_export.export(tmp_path / "out", LLAMA, weights)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -589,7 +589,7 @@ def test_export_overwrites_nothing(tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
     (tmp_path / "out/precious").write_text("1")
     with pytest.raises(HFError, match="is not an empty folder"):
-        hf.export(tmp_path / "out", LLAMA, weights_of(LLAMA, one_device()))
+        hf_export.export(tmp_path / "out", LLAMA, weights_of(LLAMA, one_device()))
     assert [p.name for p in (tmp_path / "out").iterdir()] == ["precious"]
     with pytest.raises(HFError, match="dtype 'int8' is not supported"):
-        hf.export(tmp_path / "other", LLAMA, weights_of(LLAMA, one_device()), dtype="int8")
+        hf_export.export(tmp_path / "other", LLAMA, weights_of(LLAMA, one_device()), dtype="int8")

@@ -3,8 +3,9 @@
 import dataclasses
 import gc
 import json
+import shutil
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -13,10 +14,11 @@ import pytest
 
 import jaxsi
 import tiny
-from jaxsi import checkpoint, lm as lmlib
+from jaxsi import checkpoint, lm as lmlib, resume, train
 from jaxsi.checkpoint import CheckpointError
 from jaxsi.hf import HFError
 from jaxsi.lm import LoadError, load
+from jaxsi.optim import OptimConfig
 from jaxsi.run import Run
 
 
@@ -131,6 +133,25 @@ def test_checkpoint_round_trip_on_another_mesh(tmp_path: Path) -> None:
     assert loaded.fingerprint == lm.fingerprint and loaded.config == lm.config
     half = load(tmp_path / "c", tiny.mesh())
     assert {w.dtype for w in jax.tree.leaves(half.weights)} == {jnp.dtype("bfloat16")}
+
+
+def test_for_inference_the_stored_float32_is_rounded_as_it_is_read_and_the_optimizer_is_left_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lm = tiny.make_lm("1x8x1")
+    with Run.open(tmp_path / "run", Config()) as run:
+        state = train.initial_state(lm.weights, OptimConfig(learning_rate=1e-2))
+        resume.save_result(lm, state, run.at("iter_1"), {"step": 0})
+    folder = tmp_path / "run" / "iter_1" / "checkpoint"
+    shutil.rmtree(folder / "optimizer")
+    restored: list[Any] = []
+    restore = checkpoint.restore
+    monkeypatch.setattr(checkpoint, "restore", lambda *a, **k: restored.append(restore(*a, **k)) or restored[-1])
+    loaded = load(folder, tiny.mesh("2x2x2"), "bfloat16")
+    assert {w.dtype for w in jax.tree.leaves(restored)} == {jnp.dtype("bfloat16")}, "no float32 reached a device"
+    for half, whole in zip(jax.tree.leaves(loaded.weights), jax.tree.leaves(lm.weights), strict=True):
+        np.testing.assert_array_equal(np.asarray(half), np.asarray(whole).astype(jnp.bfloat16))
+    assert loaded.fingerprint == lm.fingerprint
 
 
 def test_a_checkpoint_is_known_by_the_fingerprint_it_was_saved_with(tmp_path: Path) -> None:

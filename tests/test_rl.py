@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, settings, strategies as st
 
 import tiny
-from jaxsi import losses, rl, train
+from jaxsi import losses, preemption, resume, rl
 from jaxsi.lm import LM
 from jaxsi.mesh import MeshError
 from jaxsi.model import Remat
@@ -127,7 +127,7 @@ def test_a_planted_reward_rises_and_the_kl_holds_it_back(tmp_path: Path, learner
 def test_a_killed_training_goes_on_as_if_nothing_had_been(tmp_path: Path, learner, monkeypatch) -> None:
     lm = tiny.make_lm()
     whole, lines = learnt(tmp_path / "whole", learner, lm, steps=3)
-    save, calls = train.save_resume, []
+    save, calls = resume.save_resume, []
 
     def kill(*args, **kwargs) -> None:
         save(*args, **kwargs)
@@ -135,7 +135,7 @@ def test_a_killed_training_goes_on_as_if_nothing_had_been(tmp_path: Path, learne
         if len(calls) == 2:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(train, "save_resume", kill)
+    monkeypatch.setattr(resume, "save_resume", kill)
     with pytest.raises(KeyboardInterrupt):
         learnt(tmp_path / "cut", learner, lm, steps=3)
     again, relogged = learnt(tmp_path / "cut", learner, lm, steps=3)
@@ -143,6 +143,20 @@ def test_a_killed_training_goes_on_as_if_nothing_had_been(tmp_path: Path, learne
     assert again.fingerprint == whole.fingerprint
     assert relogged == lines
     assert not (tmp_path / "cut" / "rl" / "resume").exists()
+
+
+@pytest.mark.parametrize("learner", LEARNERS)
+def test_a_stopped_training_keeps_its_step_and_goes_on(tmp_path: Path, learner, monkeypatch) -> None:
+    lm = tiny.make_lm()
+    whole, lines = learnt(tmp_path / "whole", learner, lm, steps=3, checkpoint_every=9)
+    polls: list[None] = []
+    with monkeypatch.context() as patch:
+        patch.setattr(preemption, "asked", lambda: polls.append(None) or len(polls) == 2)
+        with pytest.raises(preemption.Stopped, match="training is kept up to step 2 of 3"):
+            learnt(tmp_path / "cut", learner, lm, steps=3, checkpoint_every=9)
+    again, relogged = learnt(tmp_path / "cut", learner, lm, steps=3, checkpoint_every=9)
+    assert again.fingerprint == whole.fingerprint
+    assert relogged == lines
 
 
 @pytest.mark.parametrize(

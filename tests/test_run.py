@@ -14,7 +14,7 @@ import jax
 import numpy as np
 import pytest
 
-from jaxsi import run as run_module
+from jaxsi import preemption, run as run_module
 from jaxsi.config import RunConfigError, describe_config
 from jaxsi.records import Prompt, RecordError, read_jsonl, write_jsonl
 from jaxsi.run import Run, RunError, fold, name_words, status
@@ -135,6 +135,25 @@ def test_finished_shards_are_kept_when_a_later_one_fails(tmp_path):
             items
         )
         assert ran == ["a", "c", "e", "g"]
+
+
+def test_a_stage_that_is_told_to_stop_ends_after_the_shard_in_flight(tmp_path, monkeypatch):
+    items, ran = prompts(*"abcdefg"), []
+
+    def stage(part):
+        ran.append(part[0].text)
+        return shout(part)
+
+    with Run.open(tmp_path / "run", Config()) as run:
+        scope = run.at("iter_1")
+        with monkeypatch.context() as patch:
+            patch.setattr(preemption, "asked", lambda: len(ran) == 2)
+            with pytest.raises(preemption.Stopped, match=r"loud.shards: 2 of 4 parts are kept"):
+                scope.sharded("loud", items, stage, of=Prompt, shard_size=2)
+        assert status(run.path)["stages"][0]["shards"] == "2/4"
+        assert scope.sharded("loud", items, stage, of=Prompt, shard_size=2) == shout(items)
+        assert ran == ["a", "c", "e", "g"]
+        assert read_jsonl(scope.path / "loud.jsonl", Prompt) == shout(items)
 
 
 @pytest.mark.parametrize(("again", "size"), [("abcdefg", 3), ("abcdef", 2)])

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 import tiny
-from jaxsi import checkpoint, data, lm as lmlib, losses, train
+from jaxsi import checkpoint, data, lm as lmlib, losses, preemption, resume, train
 from jaxsi.lm import LM
 from jaxsi.mesh import MeshError
 from jaxsi.optim import OptimConfig
@@ -218,7 +218,7 @@ def test_fit_trains_and_leaves_the_model_it_was_given(scope: Scope) -> None:
         (train, "train_step", 1),  # before the first resume point
         (train, "train_step", 4),  # just after one
         (train, "train_step", 5),
-        (train, "save_resume", 1),
+        (resume, "save_resume", 1),
         (lmlib, "save_checkpoint", 0),  # the optimizer is saved, the weights are not
     ],
 )
@@ -239,6 +239,53 @@ def test_a_killed_fit_resumes_to_the_same_bits(
         assert tiny.max_difference(again.weights, expected.weights) == 0
         assert (scope.path / "train.jsonl").read_bytes() == (whole.path / "train.jsonl").read_bytes()
         assert not (scope.path / "resume").exists()
+
+
+def stop_at(monkeypatch: pytest.MonkeyPatch, poll: int) -> None:
+    """SIGTERM, as seen from the poll of that number on."""
+    polls: list[None] = []
+    monkeypatch.setattr(preemption, "asked", lambda: polls.append(None) or len(polls) >= poll)
+
+
+@pytest.mark.parametrize("step", [1, 2, 5])
+def test_a_stopped_fit_keeps_its_step_and_resumes_to_the_same_bits(
+    step: int, tmp_path: Path, scope: Scope, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lm = tiny.make_lm()
+    with Run.open(tmp_path / "whole", Config()) as run:
+        whole = run.at("iter_1")
+        expected = fit(lm, whole)
+        with monkeypatch.context() as patch:
+            stop_at(patch, step)
+            with pytest.raises(preemption.Stopped, match=f"training is kept up to step {step} of 6"):
+                fit(lm, scope)
+        assert [path.name for path in (scope.path / "resume").iterdir()] == [f"{step:08d}"]
+        again = fit(lm, scope)
+        assert tiny.max_difference(again.weights, expected.weights) == 0
+        assert (scope.path / "train.jsonl").read_bytes() == (whole.path / "train.jsonl").read_bytes()
+
+
+def test_a_fit_that_is_told_to_stop_at_its_last_step_is_done(scope: Scope, monkeypatch: pytest.MonkeyPatch) -> None:
+    stop_at(monkeypatch, 6)
+    assert fit(tiny.make_lm(), scope).fingerprint
+    assert checkpoint.is_complete(scope.path / "checkpoint" / "weights")
+
+
+def test_a_stop_changes_nothing_that_early_stopping_compares(scope: Scope, monkeypatch: pytest.MonkeyPatch) -> None:
+    lm = tiny.make_lm()
+    seen: list[tuple[str, str]] = []
+
+    def better(now: LM, previous: LM) -> bool:
+        seen.append((now.fingerprint, previous.fingerprint))
+        return True
+
+    with monkeypatch.context() as patch:
+        stop_at(patch, 3)
+        with pytest.raises(preemption.Stopped, match="training is kept up to step 2 of 6"):
+            fit(lm, scope, better=better)
+    fit(lm, scope, better=better)
+    assert [previous for _, previous in seen] == [lm.fingerprint, *[now for now, _ in seen[:-1]]]
+    assert len(seen) == 3
 
 
 @pytest.mark.slow

@@ -7,7 +7,10 @@ from typing import Any, TypeVar
 Arguments = TypeVar("Arguments")
 
 EVERY_COMMAND = """Options of every command: --json prints one JSON object on stdout in place of the table (progress
-and messages go to stderr); --debug shows the traceback of an error; -h, --help."""
+and messages go to stderr); --debug shows the traceback of an error; -h, --help.
+One of several processes: --distributed joins the others, whom SLURM, GKE, JobSet, TPU metadata, Open MPI or
+JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID tell; or by --coordinator HOST:PORT, --num-processes N
+and --process-id I. A dead process ends the others after --heartbeat SECONDS (100)."""
 
 
 class UsageError(Exception):
@@ -16,10 +19,11 @@ class UsageError(Exception):
 
 @dataclasses.dataclass(frozen=True)
 class Report:
-    """What a command has to say: ``value`` with --json, else ``text``."""
+    """What a command has to say: ``value`` with --json, else ``text``; and what the process ends with."""
 
     value: Mapping[str, Any]
     text: str
+    exit_code: int = 0
 
 
 def parse(cls: type[Arguments], argv: Sequence[str], prog: str, description: str) -> Arguments:

@@ -23,7 +23,6 @@ are enough where they say which is meant):
   --prompts FILE      prompts from this file (JSONL with "prompt" or "messages") in place of the config's
   --max-prompts N     of that file, the first N
   --run-dir DIR       where the run lives; runs/<name of the config> by default
-  --distributed       one process of several: join the others first (TPU pods and SLURM are recognised)
 
 {EVERY_COMMAND}"""
 
@@ -38,10 +37,6 @@ def run(argv: list[str]) -> Report:
             )
             raise SystemExit(0)
         raise UsageError("give a config first: jaxsi run CONFIG.py [options]")
-    import jax
-
-    if options.distributed:
-        jax.distributed.initialize()
     cfg = configure(path, overrides, options.prompts, options.max_prompts)
     directory = Path(options.run_dir or Path("runs") / path.stem)
     return run_config(cfg, directory)
@@ -132,7 +127,6 @@ def _split(argv: list[str]) -> tuple[Path | None, argparse.Namespace, list[str]]
     for name in ("--prompts", "--run-dir"):
         parser.add_argument(name)
     parser.add_argument("--max-prompts", type=int)
-    parser.add_argument("--distributed", action="store_true")
     options, overrides = parser.parse_known_args(rest)
     return None if place is None else Path(argv[place]), options, overrides
 

@@ -16,7 +16,7 @@ torch = pytest.importorskip("torch", reason="parity with transformers needs torc
 
 import transformers  # noqa: E402
 
-from jaxsi import data, hf, losses, model, reward, sampling, train  # noqa: E402
+from jaxsi import data, hf, hf_export, losses, model, reward, sampling, train  # noqa: E402
 from jaxsi.data import Sequence_  # noqa: E402
 from jaxsi.lm import LM  # noqa: E402
 from jaxsi.mesh import make_mesh  # noqa: E402
@@ -90,7 +90,7 @@ def test_logits_and_export(case: str, tmp_path: Path) -> None:
     np.testing.assert_allclose(ours, expected, atol=1e-4, rtol=0)
 
     generation = {"eos_token_id": [3, 5], "pad_token_id": 0}
-    hf.export(tmp_path / "ours", config, weights, dtype="float32", generation=generation)
+    hf_export.export(tmp_path / "ours", config, weights, dtype="float32", generation=generation)
     again = transformers.AutoModelForCausalLM.from_pretrained(
         tmp_path / "ours", dtype=torch.float32, attn_implementation="eager"
     )
@@ -149,7 +149,11 @@ def test_gradients(case: str, objective: str, remat: str, tmp_path: Path) -> Non
     value, gradients = jax.jit(jax.value_and_grad(mean))(weights)
     np.testing.assert_allclose(value, loss.item(), rtol=1e-5)
     theirs = {name: p.grad.numpy() for name, p in reference.named_parameters()}
-    named = dict(hf._file_tensors(config, gradients, np.dtype("float32")))
+    float32 = np.dtype("float32")
+    named = {
+        tensor.name: hf_export._as_in_file(tensor, hf_export._gathered(tensor, gradients), float32)
+        for tensor in hf_export._tensors(config)
+    }
     assert named.keys() == theirs.keys()
     for name, expected in theirs.items():
         np.testing.assert_allclose(named[name], expected, rtol=0, atol=1e-4 * np.abs(expected).max(), err_msg=name)
@@ -193,7 +197,7 @@ def test_scores_of_a_reward_model_and_export(case: str, tmp_path: Path) -> None:
     values, lm = ours(tmp_path / "theirs")
     assert lm.config.scalar_head
     np.testing.assert_allclose(values, expected, atol=1e-4, rtol=0)
-    hf.export(tmp_path / "ours", lm.config, lm.weights, dtype="float32", generation={"pad_token_id": 0})
+    hf_export.export(tmp_path / "ours", lm.config, lm.weights, dtype="float32", generation={"pad_token_id": 0})
     again = transformers.AutoModelForSequenceClassification.from_pretrained(
         tmp_path / "ours", dtype=torch.float32, attn_implementation="eager"
     )

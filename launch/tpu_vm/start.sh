@@ -1,0 +1,5 @@
+#!/usr/bin/env bash
+# Starts the run on all workers, or goes on with it. It does not depend on this shell.
+set -euo pipefail
+source "$(dirname "${BASH_SOURCE[0]}")/variables.sh"
+everywhere "CONFIG=$(printf %q "$CONFIG") RUN_NAME=$(printf %q "$RUN_NAME") bash jaxsi/launch/tpu_vm/worker_start.sh"

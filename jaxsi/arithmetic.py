@@ -5,6 +5,7 @@ and keeps is estimated.
 Dimension letters as in model.py.
 """
 
+import dataclasses
 import math
 from typing import Any
 
@@ -28,6 +29,8 @@ def estimate(name: str, config: ModelConfig, mesh: AnyMesh, sizes: Sizes) -> tup
 
     Raises: KeyError for a program that has no estimate: those that only move rows about.
     """
+    if name in SCALAR:
+        config = dataclasses.replace(config, scalar_head=True)
     if name in SEQUENCES:
         return _training(name, config, mesh, sizes)
     if name in FORWARD:
@@ -174,7 +177,7 @@ def _prefill(config: ModelConfig, mesh: AnyMesh, sizes: Sizes) -> tuple[Memory, 
     tokens = sizes.wave * T / _parts(mesh, "batch")
     weights = weight_bytes(c, mesh, _itemsize(sizes.dtype), meshlib.SAMPLING_RULES)
     layer, cache = tokens * _width(c, tensor), tokens * _cache_bytes(c, tensor, sizes)
-    memory = Memory("prefill", weights / GIB, 3 * layer / GIB, cache / GIB)
+    memory = Memory("prefill", weights / GIB, layer / GIB, cache / GIB)
     wire = 2 * c.num_layers * tokens * c.embed_dim * 2 * 2 * _ring(tensor)
     cost = Cost(model_flops("prefill", c, sizes) / mesh.size, weights + 3 * c.num_layers * layer + cache)
     return memory, _with_all_reduce(cost, 2 * c.num_layers, wire)

@@ -257,5 +257,7 @@ def tpu_devices(topology: str) -> list[jax.Device]:
     for name, value in (nowhere | {"ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}).items():
         os.environ.setdefault(name, value)
     # Both cores of a v4 as one device, which is how JAX runs on it.
-    options = {"chip_config_name": "megacore"} if topology.startswith("v4") else {}
+    options: dict[str, Any] = {"chip_config_name": "megacore"} if topology.startswith("v4") else {}
+    if topology.endswith(":1x1"):
+        options["chips_per_host_bounds"] = (1, 1, 1)  # 2x2 by default, of which older libtpu makes no single chip
     return list(topologies.get_topology_desc(platform="tpu", topology_name=topology, **options).devices)

@@ -254,13 +254,17 @@ def estimate_all(shapes: Sequence[Shape], mesh: Any) -> dict[Shape, Made]:
 def compile_all(shapes: Sequence[Shape], mesh: Mesh) -> dict[Shape, Made]:
     """By the compiler of the mesh's devices, COMPILERS at a time, the longest first."""
     heavy = sorted(shapes, key=lambda shape: shape.name not in arithmetic.SEQUENCES)
-    with concurrent.futures.ThreadPoolExecutor(COMPILERS) as threads, progress("compiling", len(shapes)) as advance:
-        waiting = {threads.submit(_compile, shape, mesh): shape for shape in heavy}
-        made = {}
-        for done in concurrent.futures.as_completed(waiting):
-            shape = waiting[done]
-            made[shape] = done.result()
-            advance(1, True)
+    made = {}
+    kept = jax.config.values["jax_enable_compilation_cache"]
+    jax.config.update("jax_enable_compilation_cache", False)  # which cannot load programs of chips that are not here
+    try:
+        with concurrent.futures.ThreadPoolExecutor(COMPILERS) as threads, progress("compiling", len(shapes)) as advance:
+            waiting = {threads.submit(_compile, shape, mesh): shape for shape in heavy}
+            for done in concurrent.futures.as_completed(waiting):
+                made[waiting[done]] = done.result()
+                advance(1, True)
+    finally:
+        jax.config.update("jax_enable_compilation_cache", kept)
     return made
 
 

@@ -186,6 +186,8 @@ class Module:
     def __init__(self, text: str) -> None:
         self.computations: dict[str, Computation] = {}
         self.entry = ""
+        partitions = re.search(r"num_partitions=(\d+)", text[:100_000])
+        self.partitions = int(partitions[1]) if partitions else 1
         current: Computation | None = None
         for line in text.splitlines():
             if head := _HEAD.match(line):
@@ -397,7 +399,7 @@ class Module:
         if kind == "collective-permute":
             pairs = re.findall(r"\{(\d+),(\d+)\}", i.attributes)
             return Traffic(1.0, held if any(a != b for a, b in pairs) else 0.0)
-        n = group_size(i.attributes)
+        n = group_size(i.attributes, self.partitions)
         share = (n - 1) / n
         return Traffic(1.0, {"all-gather": held * (n - 1), "all-reduce": 2 * held * share}.get(kind, held * share))
 
@@ -406,8 +408,14 @@ def _moved(i: Instruction) -> float:
     return sum(array.moved for array in i.arrays)
 
 
-def group_size(attributes: str) -> int:
-    """How many chips a collective joins, from its replica groups in any of the three ways they are written."""
+def group_size(attributes: str, everyone: int = 1) -> int:
+    """How many chips a collective joins, from its replica groups in any of the ways they are written; ``everyone``:
+    where there are no groups.
+
+    Raises: HLOError.
+    """
+    if "replica_groups={}" in attributes:
+        return everyone
     if named := re.search(r"replica_groups=mesh\[([^\]]*)\][^{]*\{([^}]*)\}", attributes):
         sizes = {name: int(size) for name, size in re.findall(r"'([\w.]+)'=(\d+)", named[1])}
         parts = re.findall(r"'([\w.]+)'(?::\(\d+\)(\d+))?", named[2])

@@ -91,6 +91,9 @@ def test_gathering_sends_what_the_others_lack():
 )
 def test_replica_groups_in_each_of_their_ways(attributes, size):
     assert hlo.group_size(attributes) == size
+    assert hlo.group_size("replica_groups={}, to_apply=%add", everyone=8) == 8
+    with pytest.raises(hlo.HLOError, match="no replica groups"):
+        hlo.group_size("dimensions={0}")
 
 
 def test_text_of_a_tpu_loops_slices_and_scratch_memory():

@@ -3,13 +3,13 @@
     XLA_CLIENT_MEM_FRACTION=0.9 jaxsi run configs/pit/llama3_8b_hh_8xh100.py
 
 Hardware: 8 GPUs with 80 GB each (pip install "jaxsi[cuda12]"); mesh fsdp 8. 8B float32 weights are 4.0 GB a GPU,
-gradients as much and moments twice that. Tightest: the samples of round 1, with seven models (28.1 GB: base, policy and
-its RL, both reward models, the SFT improver and round 0's), the weights and moments in training (12.0), bfloat16
-weights to sample with, whole on each GPU (16.1), and the keys and values of 64 rows of 1,536 tokens (12.9): 69.1 GB a
-GPU, more than the three quarters of the memory that JAX takes by itself. Expectation: never run by this project at this
-size. The paper trained PaLM 2 (Bison); reports of it have improved responses preferred to the originals by 7.2 to 33.59
-points over all its data sets and judges, and without one of the two rounds hardly any gain (0.0 and 1.7 against 13.0
-points).
+gradients as much and moments twice that. Tightest: the samples of round 1, with four models (16.1 GB: the policy after
+RL, the gap reward model, the SFT improver and round 0's), the weights and moments in training (12.0), bfloat16 weights
+to sample with, whole on each GPU (16.1), and the keys and values of 64 rows of at most 2,560 tokens (21.5): 65.7 GB a
+GPU, more than the three quarters of the memory that JAX takes by itself (`jaxsi plan configs/pit/llama3_8b_hh_8xh100.py
+--topology h100:8`). Expectation: never run by this project at this size. The paper trained PaLM 2 (Bison); reports of
+it have improved responses preferred to the originals by 7.2 to 33.59 points over all its data sets and judges, and
+without one of the two rounds hardly any gain (0.0 and 1.7 against 13.0 points).
 
 From what could be read of the paper (arXiv 2310.00898): HH-RLHF as data, its preferences in three equal parts; round 0
 from both responses of a preference, round 1 from samples of the policy after RL; the KL to the SFT model; temperatures

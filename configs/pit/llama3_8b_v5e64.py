@@ -3,11 +3,11 @@
     jaxsi run configs/pit/llama3_8b_v5e64.py --distributed --run-dir DIR_ON_A_SHARED_FILE_SYSTEM
 
 Hardware: 64 TPU v5e chips (8 x 8, 16 GiB each), the command started once on every host; mesh fsdp 16 x tensor 4. 8B
-float32 weights are 0.5 GB a chip, gradients as much and moments twice that. Tightest: the samples of round 1, with
-seven models (3.5 GB), the weights and moments in training (1.5), bfloat16 weights to sample with (4.0) and the keys and
-values of 32 rows of 1,536 tokens (1.6): 10.6 of 17.2 GB a chip; an update of RL, which compiles to 3.5 GB for v5e:8x8,
-is at 7.0. Expectation: never run by this project at this size. The paper trained PaLM 2 (Bison); what reports of it
-have is in llama3_8b_hh_8xh100.py.
+float32 weights are 0.5 GB a chip, gradients as much and moments twice that. Tightest: the samples of round 1, with four
+models (2.0 GB), the weights and moments in training (1.5), bfloat16 weights to sample with (4.0) and the keys and
+values of 32 rows of at most 2,560 tokens (2.7): 10.2 of 17.2 GB a chip; an update of RL, which compiles to 3.5 GB for
+v5e:8x8, is at 5.5. Expectation: never run by this project at this size. The paper trained PaLM 2 (Bison); what reports
+of it have is in llama3_8b_hh_8xh100.py.
 
 All of it is that config's, which says what is known of the paper and what was chosen, but the mesh.
 """

@@ -258,7 +258,7 @@ class Ahead:
 
     def put(self, x: np.ndarray) -> jax.Array:
         """On the mesh, by rows."""
-        return jax.device_put(x, meshlib.sharding(self.lm.mesh, ("batch", *[None] * (x.ndim - 1))))
+        return meshlib.put(x, self.lm.mesh, ("batch", *[None] * (x.ndim - 1)))
 
 
 class Engine:

@@ -31,12 +31,12 @@ def noticed() -> Iterator[None]:
         if before or not _Notice.asking:
             raise Stopped("what is finished is kept")
 
-    _Notice.came = False
     previous = signal.signal(signal.SIGTERM, on_signal)
     try:
         yield
     finally:
         signal.signal(signal.SIGTERM, previous)
+        _Notice.came = False
 
 
 @contextlib.contextmanager
@@ -47,6 +47,12 @@ def polled() -> Iterator[None]:
         yield
     finally:
         _Notice.asking -= 1
+
+
+def check() -> None:
+    """Between two pieces of work: raises ``Stopped`` where the first was told to stop and had nothing left to do."""
+    if _Notice.came and not _Notice.asking:
+        raise Stopped("what is finished is kept")
 
 
 def asked() -> bool:

@@ -320,7 +320,7 @@ def _rows(policy: LM, prompts: Sequence[Prompt], responses: Sequence[Response]) 
 
 
 def _place(batch: RolloutBatch, rows: np.ndarray | slice, mesh: Mesh) -> RolloutBatch:
-    return jax.tree.map(lambda x: jax.device_put(x[rows], meshlib.sharding(mesh, ("batch", None))), batch)
+    return jax.tree.map(lambda x: meshlib.put(x[rows], mesh, ("batch", None)), batch)
 
 
 def _in_parts(function: Callable[[RolloutBatch], jax.Array], batch: RolloutBatch, config: RLConfig, mesh: Mesh) -> Any:

@@ -241,6 +241,7 @@ class Scope:
 
     @contextlib.contextmanager
     def _timed(self, name: str) -> Iterator[Callable[[int | None], None]]:
+        preemption.check()
         self.run.journal(self.name, name, "start")
         start, around, self.run.inside = time.monotonic(), self.run.inside, 0.0
 

@@ -80,8 +80,8 @@ def rows_on_mesh(
         lengths_B = np.asarray([len(rows[i]) for i in filled], np.int32)
         yield (
             batch,
-            jax.device_put(tokens_BT, meshlib.sharding(lm.mesh, ("batch", None))),
-            jax.device_put(lengths_B, meshlib.sharding(lm.mesh, ("batch",))),
+            meshlib.put(tokens_BT, lm.mesh, ("batch", None)),
+            meshlib.put(lengths_B, lm.mesh, ("batch",)),
         )
 
 

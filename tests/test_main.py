@@ -15,6 +15,7 @@ from jaxsi.commands import UsageError, models
 from jaxsi.commands.run import _full_flag, configure, field_flags
 from jaxsi.commands.stored import Mesh, mesh_for
 from jaxsi.config_file import load_config
+from jaxsi.evals.toy import ToyEvaluation
 from jaxsi.main import main
 from jaxsi.prompts import load_rubric
 from jaxsi.records import Judgment, Response, read_jsonl, write_jsonl
@@ -137,6 +138,43 @@ def test_a_finished_run_needs_its_prompts_no_more(finished, world, capsys):
         assert json_of(capsys, "run", world / "micro.py", "--run-dir", finished[0])["already_complete"]
     finally:
         prompts.write_text(text)
+
+
+@one_run
+@pytest.mark.slow
+@pytest.mark.parametrize("command", ["eval", "generate", "judge", "improve", "export"])
+def test_a_model_is_a_run_its_newest_an_iteration_of_it_or_a_checkpoint(
+    command, finished, world, tmp_path, capsys, monkeypatch
+):
+    """RUN_DIR is RUN_DIR@2 is its checkpoint, and none of them is RUN_DIR@1, whose weights differ."""
+    run, prompts = finished[0], ["--prompts", world / "prompts.jsonl"]
+    write_jsonl(tmp_path / "responses.jsonl", read_jsonl(run / "iter_2" / "candidates.jsonl", Response)[:3])
+    judged = ["--prompts", run / "iter_2" / "prompts.jsonl", "--responses", tmp_path / "responses.jsonl"]
+    few = ["--max-new-tokens", "4", "--dtype", "float32", "--mesh.fsdp", "-1"]
+
+    def contents(model, name):
+        out = tmp_path / name
+        match command:
+            case "eval":  # whose figures have a test of their own
+                figures = {"quality": {"mean": 1.0, "ci95": [0.0, 2.0]}}
+                monkeypatch.setattr(ToyEvaluation, "measure", lambda *_: figures)
+                return json_of(capsys, "eval", "toy", model, "--dtype", "float32", "--mesh.fsdp", "-1")["fingerprint"]
+            case "generate":
+                json_of(capsys, "generate", model, *prompts, "-o", out, "--temperature", "0", *few)
+                return read_jsonl(out, Response)[0].fingerprint
+            case "judge":
+                rubric = ["--rubric", world / "rubric.txt", "--num-samples", "1", "--expected"]
+                json_of(capsys, "judge", model, *judged, "-o", out, *rubric, *few)
+                return [judgment.score for judgment in read_jsonl(out, Judgment)]
+            case "improve":
+                rubric = ["--rubric", world / "rubric.txt", "--num-samples", "2", "--judge-tokens", "4"]
+                json_of(capsys, "improve", "best-of-n", model, *prompts, "-o", out, *rubric, *few)
+                return sorted(path.read_bytes() for path in out.rglob("*.jsonl") if path.name != "journal.jsonl")
+            case _:
+                return json_of(capsys, "export", model, out, "--mesh.fsdp", "-1")["fingerprint"]
+
+    of_run, first, second = (contents(model, f"out{i}") for i, model in enumerate((run, f"{run}@1", f"{run}@2")))
+    assert contents(run / "iter_2" / "checkpoint", "of_checkpoint") == second == of_run != first
 
 
 @one_run

@@ -6,6 +6,7 @@ import hashlib
 import json
 import math
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -89,6 +90,13 @@ def finish(name: str, directory: Path, environment: dict[str, str]) -> str:
 
 def kill_during(name: str, directory: Path, environment: dict[str, str], place: str) -> None:
     """SIGKILL of the whole process group once the journal says that the stage has begun."""
+    process = begun(name, directory, environment, place)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.communicate()
+
+
+def begun(name: str, directory: Path, environment: dict[str, str], place: str) -> subprocess.Popen:
+    """A run that has begun the stage."""
     process = start(name, directory, environment)
     journal = directory / "journal.jsonl"
     deadline = time.monotonic() + 300
@@ -100,8 +108,7 @@ def kill_during(name: str, directory: Path, environment: dict[str, str], place: 
         time.sleep(0.01)
     else:
         pytest.fail(f"{place} never began: {process.communicate()[0].decode()}")
-    os.killpg(process.pid, signal.SIGKILL)
-    process.communicate()
+    return process
 
 
 def artefacts(directory: Path) -> dict[str, str]:
@@ -138,6 +145,22 @@ def test_killed_in_any_stage_it_ends_the_same(name, done, tmp_path, environment)
     directory = tmp_path / "killed"
     for place in METHODS[name].killed:
         kill_during(name, directory, environment, place)
+    finish(name, directory, environment)
+    assert artefacts(directory) == artefacts(done(name))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [LINES["self_rewarding"], LINES["pit"]])
+def test_stopped_by_a_signal_it_says_what_is_kept_and_ends_the_same(name, done, tmp_path, environment):
+    directory = tmp_path / "stopped"
+    for place in {"self_rewarding": ("iter_1/sft", "iter_2/candidates"), "pit": ("policy_rl/rl",)}[name]:
+        process = begun(name, directory, environment, place)
+        process.send_signal(signal.SIGTERM)
+        out = process.communicate(timeout=200)[0].decode()
+        assert process.returncode == 75, out
+        # In the midst of training its step, elsewhere what is finished: that depends on when the signal comes.
+        assert re.search("jaxsi: stopped by SIGTERM; .* kept.*, and the same command goes on from there", out), out
+        assert "Traceback" not in out
     finish(name, directory, environment)
     assert artefacts(directory) == artefacts(done(name))
 

@@ -16,8 +16,10 @@ from processes import ROOT, ended, free_port, start, start_command
 
 import tiny
 from jaxsi import checkpoint, lm as lmlib, model, optim, train
+from jaxsi.main import main
 from jaxsi.mesh import MeshConfig, make_mesh
 from jaxsi.optim import OptimConfig
+from jaxsi.toyworld.seed import SHIPPED
 
 SAMPLING = """
 import json, sys
@@ -166,6 +168,23 @@ def test_each_of_two_processes_writes_its_files_of_an_export_and_reads_its_slice
     assert sorted(path.name for path in tmp_path.iterdir()) == ["one", "two"]
 
 
+@pytest.mark.slow
+def test_two_processes_generate_the_file_that_one_generates(tmp_path, capsys):
+    lines = [json.dumps({"id": f"p{i}", "prompt": f"Reverse: cat red {word}"}) for i, word in enumerate(("axe", "egg"))]
+    (tmp_path / "prompts.jsonl").write_text("\n".join(lines))
+
+    def words(out: str) -> list:
+        what = ["generate", SHIPPED, "--prompts", tmp_path / "prompts.jsonl", "-o", tmp_path / out]
+        return [*map(str, what), "--num-samples", "3", "--max-new-tokens", "12", "--dtype", "float32"]
+
+    said = ended(start_command(*words("two.jsonl"), count=2, devices=4))
+    assert [code for code, _, _ in said] == [0, 0], said
+    assert "tokens_per_second" in said[0][1] and said[1][1] == ""
+    assert main(words("one.jsonl")) == 0
+    assert (tmp_path / "two.jsonl").read_bytes() == (tmp_path / "one.jsonl").read_bytes()
+    assert {path.name for path in tmp_path.iterdir()} == {"prompts.jsonl", "one.jsonl", "two.jsonl"}
+
+
 # ---- a whole run -----------------------------------------------------------------------------------------------------
 
 HEARTBEAT, MARGIN = 10, 5  # seconds
@@ -213,25 +232,25 @@ def whole(tmp_path_factory):
 
 @pod
 @pytest.mark.slow
-def test_a_run_that_a_signal_stops_and_a_kill_ends_goes_on_to_the_same_bytes(whole, tmp_path):
+def test_a_run_that_a_kill_ends_and_a_signal_stops_goes_on_to_the_same_bytes(whole, tmp_path):
     directory = tmp_path / "run"
     processes = start_run(directory)
-    wait_for(directory, "sft_baseline/sft", processes)
-    processes[1].send_signal(signal.SIGTERM)  # to one of the two
-    (code, _, err), (other, _, _) = ended(processes, 120)
-    assert (code, other) == (75, 75), err
-    # The one step of the baseline is its last, and the judgments are of one shard: both ended.
-    [point] = (directory / "iter_1" / "resume").iterdir()
-    kept = f"{directory / 'iter_1'}: training is kept up to step {int(point.name)} of"
-    assert f"jaxsi: stopped by SIGTERM; {kept}" in err
-
-    processes = start_run(directory)
-    wait_for(directory, "iter_2/candidates", processes)
+    wait_for(directory, "iter_1/eft_judgments", processes)
     os.killpg(processes[1].pid, signal.SIGKILL)
     began = time.monotonic()
     (code, _, err), _ = ended(processes, 120)
     assert time.monotonic() - began < HEARTBEAT + MARGIN
     assert code in (1, -signal.SIGABRT), err
+
+    processes = start_run(directory)
+    # From here until the first step nobody asks, while two programs are made: time for the other one to hear of it.
+    wait_for(directory, "iter_2/dpo_data", processes)
+    processes[1].send_signal(signal.SIGTERM)
+    (code, _, err), (other, _, _) = ended(processes, 120)
+    assert (code, other) == (75, 75), err
+    [point] = (directory / "iter_2" / "resume").iterdir()
+    kept = f"{directory / 'iter_2'}: training is kept up to step {int(point.name)} of"
+    assert f"jaxsi: stopped by SIGTERM; {kept}" in err
 
     assert artefacts(finished_run(directory)) == artefacts(whole)
 

@@ -27,8 +27,16 @@ def test_work_that_asks_is_told_and_a_second_signal_does_not_wait():
         assert preemption.asked()
         with pytest.raises(preemption.Stopped):
             terminate()
+    assert not preemption.asked()
+
+
+def test_work_that_ends_before_it_asks_is_the_last():
     with preemption.noticed():
-        assert not preemption.asked()
+        with preemption.polled():
+            terminate()
+            preemption.check()
+        with pytest.raises(preemption.Stopped, match="what is finished is kept"):
+            preemption.check()
 
 
 def test_importing_the_package_listens_to_nothing():

@@ -14,6 +14,7 @@ import tyro
 from jaxsi.commands import Report, UsageError, parse
 from jaxsi.commands.stored import Mesh, mesh_for, stored_config, stored_value
 from jaxsi.commands.tables import figures_table
+from jaxsi.progress import processes
 
 Model = Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="MODEL")]
 Out = Annotated[Path, tyro.conf.arg(aliases=["-o"])]
@@ -249,8 +250,10 @@ def _in_parts(
         ) from None
     with run:
         made = run.at("parts").sharded("records", items, stage, of=of, shard_size=CHUNK)
-        write_jsonl(out, made)
-    shutil.rmtree(folder)
+        if processes()[0] == 0:
+            write_jsonl(out, made)
+    if processes()[0] == 0:
+        shutil.rmtree(folder)
     return made
 
 

@@ -45,7 +45,7 @@ def model_flops(name: str, config: ModelConfig, sizes: Sizes) -> float:
         rows, T = SEQUENCES[name] * sizes.batch_size, sizes.max_length
         return 3 * (_body_flops(config, rows, T) + _head_flops(config, rows * _counted(name, T), name in SCALAR))
     if name in FORWARD:
-        rows, T, counted = _forward_rows(name, sizes)
+        rows, T, counted = forward_rows(name, sizes)
         return _body_flops(config, rows, T) + _head_flops(config, rows * counted, name in SCALAR)
     prompt = power(sizes.prompt_length, 32)
     if name in ("prefill", "extend", "extend in place"):
@@ -97,7 +97,8 @@ def _counted(name: str, T: int) -> int:
     return T // 2 if name in ("dpo", "reference") else T
 
 
-def _forward_rows(name: str, sizes: Sizes) -> tuple[int, int, int]:
+def forward_rows(name: str, sizes: Sizes) -> tuple[int, int, int]:
+    """Rows that go through a program of FORWARD at a time, their tokens, and how many of these the head runs on."""
     if name == "reference":
         return 2 * sizes.batch_size // sizes.accumulate, sizes.max_length, _counted(name, sizes.max_length)
     return sizes.score_rows, sizes.max_length, sizes.max_length
@@ -145,7 +146,7 @@ def _training(name: str, config: ModelConfig, mesh: AnyMesh, sizes: Sizes) -> tu
 
 def _forward(name: str, config: ModelConfig, mesh: AnyMesh, sizes: Sizes) -> tuple[Memory, Cost]:
     c = config
-    rows, T, _ = _forward_rows(name, sizes)
+    rows, T, _ = forward_rows(name, sizes)
     tensor, fsdp = _parts(mesh, "mlp"), _parts(mesh, "embed")
     tokens = rows * T / _parts(mesh, "batch")
     weights = weight_bytes(c, mesh, 4, meshlib.TRAINING_RULES)

@@ -120,13 +120,14 @@ class Cost:
         return Cost(n * self.flops, n * self.hbm_bytes, scaled, self.unknown_loops)
 
 
-def read(text: str, *, turns: int = 1) -> Cost:
-    """The cost of the module ``text`` (``jax.stages.Compiled.as_text()``) on one chip.
+def read(text: str) -> Cost:
+    """The cost of the module ``text`` (``jax.stages.Compiled.as_text()``) on one chip. A loop whose turns depend on
+    data counts once, so that a program of decode steps costs what one step does.
 
-    ``turns``: of a loop of the module itself whose count depends on data, such as decode steps until all rows have
-    ended; such loops further in count once. Raises: HLOError.
+    Raises: HLOError.
     """
-    return Module(text).cost(turns)
+    module = Module(text)
+    return module.sum(module.computations[module.entry])
 
 
 # ------------------------------------------------------------------------------------------------------------- parsing
@@ -203,25 +204,23 @@ class Module:
             raise HLOError("no ENTRY in it; give the text of a compiled program")
         self.known: dict[str, Cost] = {}
 
-    def cost(self, turns: int = 1) -> Cost:
-        return self._sum(self.computations[self.entry], turns)
-
-    def _sum(self, computation: Computation, turns: int = 1) -> Cost:
+    def sum(self, computation: Computation) -> Cost:
+        """Of all instructions of a computation."""
         total = Cost()
         for instruction in computation.instructions.values():
-            total += self._of(computation, instruction, turns)
+            total += self._of(computation, instruction)
         return total
 
     def _inner(self, name: str) -> Cost:
         if name not in self.known:
-            self.known[name] = self._sum(self.computations[name])
+            self.known[name] = self.sum(self.computations[name])
         return self.known[name]
 
-    def _of(self, computation: Computation, i: Instruction, turns: int) -> Cost:
+    def _of(self, computation: Computation, i: Instruction) -> Cost:
         if i.op in FREE:
             return Cost()
         if i.op == "while":
-            return self._loop(computation, i, turns)
+            return self._loop(computation, i)
         if i.op in ("call", "async-start"):
             return self._inner(i.called("to_apply" if "to_apply=" in i.attributes else "calls") or "")
         if i.op == "conditional":
@@ -241,16 +240,15 @@ class Module:
 
     # ---- loops
 
-    def _loop(self, computation: Computation, i: Instruction, turns: int) -> Cost:
+    def _loop(self, computation: Computation, i: Instruction) -> Cost:
         body, condition = (self.computations[i.called(name) or ""] for name in ("body", "condition"))
-        n = self._turns(computation, i, body, condition)
+        n = self.turns(computation, i, body, condition)
         inside = self._inner(body.name) + self._inner(condition.name)
         if n is None:
-            n = turns if computation.name == self.entry else 1
-            inside = dataclasses.replace(inside, unknown_loops=inside.unknown_loops + 1)
+            return dataclasses.replace(inside, unknown_loops=inside.unknown_loops + 1)
         return inside.times(n)
 
-    def _turns(self, outer: Computation, i: Instruction, body: Computation, condition: Computation) -> int | None:
+    def turns(self, outer: Computation, i: Instruction, body: Computation, condition: Computation) -> int | None:
         """How often a loop runs that counts by a constant step up (or down) to a constant."""
         if known := re.search(r'known_trip_count":\{"n":"(\d+)"', i.attributes):
             return int(known[1])
@@ -465,4 +463,4 @@ def loops(text: str) -> Iterator[tuple[str, int | None]]:
         for i in computation.instructions.values():
             if i.op == "while":
                 body, condition = (module.computations[i.called(name) or ""] for name in ("body", "condition"))
-                yield i.name, module._turns(computation, i, body, condition)
+                yield i.name, module.turns(computation, i, body, condition)

@@ -74,6 +74,11 @@ class Row:
     mfu: float | None
     calls: float
 
+    @property
+    def size(self) -> tuple[bool, float]:
+        """By which rows are compared: what the compiler refused is larger than all that it did not."""
+        return self.made.refusal is not None, self.gib + self.held_gib
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Plan:
@@ -260,9 +265,13 @@ def compile_all(shapes: Sequence[Shape], mesh: Mesh) -> dict[Shape, Made]:
     try:
         with concurrent.futures.ThreadPoolExecutor(COMPILERS) as threads, progress("compiling", len(shapes)) as advance:
             waiting = {threads.submit(_compile, shape, mesh): shape for shape in heavy}
-            for done in concurrent.futures.as_completed(waiting):
-                made[waiting[done]] = done.result()
-                advance(1, True)
+            try:
+                for done in concurrent.futures.as_completed(waiting):
+                    made[waiting[done]] = done.result()
+                    advance(1, True)
+            except BaseException:
+                threads.shutdown(wait=False, cancel_futures=True)  # else the others are compiled first
+                raise
     finally:
         jax.config.update("jax_enable_compilation_cache", kept)
     return made
@@ -298,10 +307,10 @@ def refusal_of(message: str) -> str:
 
 def _row(stage: Stage, shape: Shape, n: float, made: Made, config: ModelConfig, mesh: Any, topology: Topology) -> Row:
     held = held_gib(stage.held, config, mesh, shape.sizes.dtype)
-    if shape.name == MOVE:  # the layers before it
+    if shape.name == MOVE:  # beside the copies of the layers before it; the model itself is its argument
         held += arithmetic.sampling_gib(shape.config, mesh, shape.sizes.dtype)
+        held = max(0.0, held - arithmetic.canonical_gib(shape.config, mesh))
     taken = made.memory.total if made.memory is not None else 0.0
-    # A decode program that was compiled has one step in it: `hlo.read` counts a loop that depends on data once.
     cost = made.cost or Cost()
     times = roofline(cost, topology, mesh)
     seconds = max(times.values())
@@ -339,7 +348,7 @@ def advise(rows: Sequence[Row], config: ModelConfig, mesh: Any, topology: Topolo
     worst: dict[str, Row] = {}
     for row in rows:
         before = worst.get(row.stage.name)
-        if not row.fits and (before is None or row.gib + row.held_gib > before.gib + before.held_gib):
+        if not row.fits and (before is None or row.size > before.size):
             worst[row.stage.name] = row
     said: dict[str, list[str]] = {}
     for row in worst.values():
@@ -365,6 +374,10 @@ def _remedy(row: Row, config: ModelConfig, mesh: Any, topology: Topology) -> str
             f"Models that the method holds meanwhile take most of it, cut over fsdp x tensor = {shards}: take "
             f"{power(int(row.held_gib * mesh.size / (0.5 * room)) + 1, 1)} chips of this kind, or more fsdp."
         )
+    if row.name in arithmetic.FORWARD:
+        rows, length, _ = arithmetic.forward_rows(row.name, sizes)
+        setting = "raise that training's accumulate" if row.name == "reference" else "lower that batch"
+        return f"{rows} rows of {length} tokens are scored at a time: {setting}, or raise fsdp or tensor."
     copy = arithmetic.sampling_gib(row.shape.config, mesh, sizes.dtype)
     if copy + row.held_gib > 0.8 * room:
         fitting_ones = [t for t in range(tensor + 1, most + 1) if most % t == 0 and copy * tensor / t < 0.6 * room]
@@ -372,11 +385,6 @@ def _remedy(row: Row, config: ModelConfig, mesh: Any, topology: Topology) -> str
             f"tensor = {most}, the most that {most} kv heads allow, is too little: take chips with more memory"
         )  # fmt: skip
         return f"Weights for sampling lie whole on each tensor = {tensor} chips, {copy:.1f} GiB of each: {way}."
-    if row.name in arithmetic.FORWARD:
-        return (
-            f"{sizes.score_rows} rows of {sizes.max_length} tokens are scored at a time: lower that batch, or raise "
-            "fsdp or tensor."
-        )
     return (
         f"The cache of {sizes.slots} slots takes the room: lower batch_size or max_new_tokens of that stage, take "
         f'cache "int8", or raise tensor (at most {most}).'

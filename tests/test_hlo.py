@@ -45,13 +45,12 @@ def test_loops_in_loops_multiply():
     assert cost.unknown_loops == 0
 
 
-def test_a_loop_whose_turns_depend_on_data_runs_as_often_as_is_said():
+def test_a_loop_whose_turns_depend_on_data_counts_once():
     def some(x, n):
         return jax.lax.fori_loop(0, n, lambda _, x: jnp.tanh(x @ x), x)
 
     text = text_of(some, array((128, 128)), jax.ShapeDtypeStruct((), jnp.int32))
     assert hlo.read(text).flops == 2 * 128**3
-    assert hlo.read(text, turns=5).flops == 5 * 2 * 128**3
     assert hlo.read(text).unknown_loops == 1
 
 

@@ -116,7 +116,7 @@ def test_an_over_full_plan_says_what_does_not_fit_and_what_would():
     said = "\n".join(made.advice)
     assert "dpo: dpo takes" in said and "of 15.8 GiB of a v5e" in said
     assert "some 256 chips of this kind" in said and "optim.offload" in said
-    assert "tensor = 8, the most that 8 kv heads allow, is too little" in said
+    assert "candidates: decode takes" in said and "Models that the method holds meanwhile take most of it" in said
     text = text_of(SEVENTY, made, Assumed())
     assert "DOES NOT FIT" in text and said.splitlines()[0] in text
 
@@ -170,6 +170,30 @@ def test_every_shipped_config_has_a_plan(path):
 def planned_for(path: Path) -> str:
     """The hardware in a config's name."""
     return next(where for word, where in HARDWARE.items() if word in path.stem)
+
+
+def test_what_the_compiler_refused_is_larger_than_all_that_it_did_not():
+    cfg = dataclasses.replace(load_config(SEVENTY), mesh=MeshConfig(fsdp=4, tensor=4))
+    made = plan(cfg, topology("v5e:4x4"), Assumed(), architecture, compiled=False)
+    refusal = planner.Made(None, None, 1.0, "needs 60.0GiB of 15.75GiB")
+    rows = [dataclasses.replace(row, made=refusal, gib=0.0) if row.name == "dpo" else row for row in made.rows]
+    mesh = planner.mesh_of(cfg.mesh, topology("v5e:4x4"), compiled=False)
+    said = "\n".join(planner.advise(rows, made.config, mesh, made.topology))
+    assert "dpo: dpo needs 60.0GiB of 15.75GiB beside 32.1 of other models" in said
+
+
+def test_a_program_that_cannot_be_made_stops_the_others(monkeypatch):
+    begun = []
+
+    def compile_(shape, mesh):
+        begun.append(shape)
+        raise RuntimeError("no")
+
+    monkeypatch.setattr(planner, "_compile", compile_)
+    shapes = [Shape("sft", CONFIG, dataclasses.replace(SIZES, batch_size=8 * n)) for n in range(1, 40)]
+    with pytest.raises(RuntimeError, match="no"):
+        compile_all(shapes, tiny.mesh(MESH))
+    assert len(begun) < len(shapes)
 
 
 # --------------------------------------------------------------------------------------------------------- the command

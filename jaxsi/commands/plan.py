@@ -222,12 +222,13 @@ def _hours(hours: float) -> str:
 
 def candidate(made: Any) -> dict[str, Any]:
     """A mesh of the search in a few numbers."""
-    most = max(made.rows, key=lambda row: row.gib + row.held_gib)
+    most = max(made.rows, key=lambda row: row.size)
     return {
         "mesh": "x".join(map(str, made.mesh)),
         "fits": made.fits,
         "compiled": made.compiled,
-        "most_gib": most.gib + most.held_gib,
+        "most_gib": None if most.made.refusal else most.gib + most.held_gib,
+        "refused": most.made.refusal,
         "hours": made.hours,
     }
 
@@ -240,7 +241,7 @@ def candidates_text(found: list[Any]) -> str:
             "mesh": entry["mesh"],
             "fits": "yes" if entry["fits"] else "no",
             "by": "compiler" if entry["compiled"] else "arithmetic",
-            "most GiB": f"{entry['most_gib']:.1f}",
+            "most GiB": entry["refused"] or f"{entry['most_gib']:.1f}",
             "hours an iteration": _hours(entry["hours"]),
         }
         for entry in (candidate(made) for _, made in found)

@@ -123,6 +123,7 @@ def self_rewarding(cfg: Config, run: Run) -> LM:
     for t in range(2, cfg.iterations + 1):
         it = run.at(f"iter_{t}")  # all that makes M_t, and its checkpoint
         prompts = it.records("prompts", prompts_of, cfg, base, it, t, of=Prompt)
+        base.release()  # it may have written them
         candidates = it.sharded("candidates", prompts, sampler(cfg, model, it), of=Response)
         check_sampled_by(model, candidates)
         judgments = it.sharded("judgments", prompts, judger(cfg, model, candidates, it), of=Judgment)
@@ -190,7 +191,6 @@ def prompts_of(cfg: Config, generator: LM, it: Scope, t: int) -> list[Prompt]:
     counts: Counter[str] = Counter()
     known = texts | {prompt.text for prompt in earlier}
     made = new_prompts(generator, seeds, cfg.prompts, it.key("prompts"), known, prefix=f"iter{t}", counts=counts)
-    generator.release()
     it.value("prompts_counts", lambda: dict(counts))
     return made
 

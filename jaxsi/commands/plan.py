@@ -170,9 +170,9 @@ def text_of(path: Path, made: Any, assumed: Any) -> str:
     how = f"compiled in {made.compile_seconds:.0f} s" if made.compiled else "by arithmetic, nothing compiled"
     verdict = "fits" if made.fits else "DOES NOT FIT"
     head = (
-        f"{path} on {where.name} ({where.chips} chips, {where.hosts} hosts), "
+        f"{path} on {where.name} ({_counted(where.chips, 'chip')}, {_counted(where.hosts, 'host')}), "
         f"mesh data x fsdp x tensor = {mesh}: {verdict}\n"
-        f"{made.parameters / 1e9:.2f}B weights; {how}; {where.chip.usable_gib:.1f} GiB of a chip are usable"
+        f"{_weights(made.parameters)} weights; {how}; {where.chip.usable_gib:.1f} GiB of a chip are usable"
     )
     programs = [_program_row(row, where) for row in distinct(made.rows) if row.made.memory or row.made.refusal]
     stages = [
@@ -211,6 +211,14 @@ def _program_row(row: Any, where: Any) -> dict[str, Any]:
         "MFU": "-" if row.mfu is None else f"{row.mfu:.0%}",
         "compiled s": "-" if row.made.compile_seconds is None else f"{row.made.compile_seconds:.0f}",
     }
+
+
+def _counted(n: int, thing: str) -> str:
+    return f"{n} {thing}" if n == 1 else f"{n} {thing}s"
+
+
+def _weights(n: int) -> str:
+    return f"{n / 1e9:.2f}B" if n >= 1e8 else f"{n / 1e6:.2f}M"
 
 
 def _hours(hours: float) -> str:

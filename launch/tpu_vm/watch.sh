@@ -12,7 +12,7 @@ while ! gcloud compute tpus tpu-vm ssh "$NAME" "${place[@]}" --worker=0 --comman
     bash "$here/delete.sh" || true
     if ! { bash "$here/create.sh" && bash "$here/install.sh" && bash "$here/start.sh"; }; then echo "trying again"; fi
   elif [[ "$service" == *failed* ]]; then
-    echo "$NAME: wrong usage, which no restart mends; journalctl --unit=jaxsi on the workers says what" >&2
+    echo "$NAME: wrong usage, or more crashes than restarts; journalctl --unit=jaxsi on the workers says what" >&2
     exit 1
   elif [[ "$service" == *inactive* ]]; then
     echo "$NAME: the service is not there; starting it"

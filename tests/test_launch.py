@@ -276,6 +276,12 @@ def test_the_quotas_of_the_readme_take_its_runs():
         assert int(count) * int(of_host) <= int(quotas["TPU_QUOTA" if kind == "CHIPS" else "GPU_QUOTA"])
 
 
+def test_the_user_of_the_image_may_write_into_the_bucket():
+    user = re.search(r"(?m)^USER (\d+)$", text_of("containers/Dockerfile.tpu"))[1]
+    for name in ("gke/jobset-tpu.yaml", "gke/jobset-gpu.yaml", "xpk/storage.sh"):
+        assert f"uid={user},gid={user}" in text_of(name)
+
+
 def test_a_service_of_a_user_lasts_when_he_has_left():
     (block,) = [block for block in readme_blocks() if "systemctl --user" in block]
     assert block.index('loginctl enable-linger "$USER"') < block.index("systemctl --user enable")
@@ -425,6 +431,17 @@ def test_a_tpu_vm_is_watched(state, service, again, code, tools, tmp_path):
     asked = log.read_text()
     seen = {"delete": '"delete"', "create": '"create"', "install": "worker_install.sh", "start": "worker_start.sh"}
     assert [name for name, word in seen.items() if word in asked] == again
+
+
+def test_a_tpu_vm_that_cannot_be_asked_for_once_is_kept(tools, tmp_path):
+    log = tmp_path / "log"
+    tool(tools, "gcloud", GCLOUD)
+    given = {"NAME": "a", "PROJECT": "p", "ZONE": "z", "ACCELERATOR": "v6e-16", "RUNTIME": "r", "BUCKET": "b",
+             "CONFIG": "c.py", "WATCH_SECONDS": "0"}  # fmt: skip
+    done = bash("tpu_vm/watch.sh", env=environment(tools, LOG=str(log), DEAF="1", ROUNDS="1", **given))
+    assert done.returncode == 0, done.stderr
+    assert log.read_text().count('"describe"') == 2
+    assert '"delete"' not in log.read_text()
 
 
 SRUN = f"""#!{sys.executable}

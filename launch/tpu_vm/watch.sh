@@ -5,7 +5,8 @@ source "$(dirname "${BASH_SOURCE[0]}")/variables.sh"
 WATCH_SECONDS="${WATCH_SECONDS:-60}"
 finished="grep -qE '\"status\": *\"complete\"' runs/$(printf %q "$RUN_NAME")/summary.json"
 while ! gcloud compute tpus tpu-vm ssh "$NAME" "${place[@]}" --worker=0 --command="$finished" 2>/dev/null; do
-  now="$(state || echo ABSENT)"
+  # That it cannot be asked for once is no reason to give it back.
+  now="$(state || { sleep "$WATCH_SECONDS" && state; } || echo ABSENT)"
   service="$(everywhere "systemctl is-active jaxsi.service || true" 2>/dev/null || echo unreachable)"
   if [[ "$now" != ACTIVE ]]; then
     echo "$NAME is $now; making it anew"

@@ -26,6 +26,8 @@ KUBERNETES = "1.34"
 SAVE_SECONDS = 120  # what a save may take: less than every time that is left between SIGTERM and SIGKILL
 RUN = ["run", "$CONFIG", "--distributed", "--run-dir", "$RUN_DIR"]  # what is run, everywhere
 
+TOKENS = ("HF_TOKEN", "OPENAI_API_KEY")  # of the hub, and of SRT's critic
+
 # What is filled in where a file leaves it open.
 VALUES = {
     "NAME": "run-1", "NAMESPACE": "default", "IMAGE": "images.invalid/jaxsi@sha256:" + "0" * 64,
@@ -44,7 +46,7 @@ TOPOLOGIES = {
 
 # Sections of a unit -> their keys that are used here, as systemd 252 names them.
 UNIT = {
-    "Unit": {"Description", "After", "Wants", "StartLimitIntervalSec"},
+    "Unit": {"Description", "StartLimitIntervalSec", "StartLimitBurst"},
     "Service": {
         "EnvironmentFile", "WorkingDirectory", "ExecStart", "Restart", "RestartSec", "RestartPreventExitStatus",
         "KillMode", "TimeoutStopSec",
@@ -140,7 +142,7 @@ def options(words: list[str]) -> list[str]:
         return [f"{' '.join(words[:5])}: no options are known for such a command"]
     found = []
     for word in words[len(name.split()) :]:
-        if name in ("srun", "systemd-run", "docker run") and not word.startswith("-"):
+        if name in ("sbatch", "srun", "systemd-run", "docker run") and not word.startswith("-"):
             break  # the command that it runs
         flag, _, value = word.rstrip(";").partition("=")
         if flag == "--property" and value.split("=")[0] not in PROPERTIES:
@@ -166,7 +168,12 @@ def batch(text: str) -> list[str]:
     if given.get("ntasks-per-node") != given.get("gpus-per-node"):
         found.append("JAX takes one task for each GPU: --ntasks-per-node is --gpus-per-node")
     body = without_comments(text)
-    for what in ("trap ", 'kill -TERM "$step"', 'scontrol requeue "$SLURM_JOB_ID"', '"$code" -eq 75'):
+    for what in (
+        "trap save TERM",
+        'scancel --signal=TERM "$SLURM_JOB_ID.0"',
+        'scontrol requeue "$SLURM_JOB_ID"',
+        '"$code" -eq 75',
+    ):
         if what not in body:
             found.append(f"{what} is missing")
     return found
@@ -297,6 +304,10 @@ def pods(spec: dict[str, Any], item: dict[str, Any]) -> list[str]:
     where = f"/runs/{item['metadata']['name']}"
     if container.get("command") != ["jaxsi", "run", VALUES["CONFIG"], "--distributed", "--run-dir", where]:
         found.append(f"the command is {container.get('command')}")
+    secrets = [entry["valueFrom"].get("secretKeyRef") for entry in container.get("env", []) if "valueFrom" in entry]
+    for name in TOKENS:
+        if {"name": "jaxsi-tokens", "key": name, "optional": True} not in secrets:
+            found.append(f"{name} is not that of the Secret jaxsi-tokens, which need not be there")
     mounts, volumes = ({each["name"] for each in items} for items in (container["volumeMounts"], pod["volumes"]))
     if mounts != volumes or "/runs" not in [mount["mountPath"] for mount in container["volumeMounts"]]:
         found.append("the volumes and their mounts differ, or none is at /runs")
@@ -388,7 +399,7 @@ def skypilot(task: dict[str, Any]) -> list[str]:
 # ---- containers and services -----------------------------------------------------------------------------------------
 
 INSTRUCTIONS = {"ARG", "FROM", "COPY", "WORKDIR", "RUN", "ENV", "USER", "STOPSIGNAL", "ENTRYPOINT"}
-EXTRAS = {"tpu": '".[tpu]"', "cuda": '".[cuda13]"', "cpu": '"."'}
+EXTRAS = {"tpu": '".[tpu,endpoint]"', "cuda": '".[cuda13,endpoint]"', "cpu": '".[endpoint]"'}
 
 
 def dockerfile(name: str, text: str) -> list[str]:
@@ -406,6 +417,8 @@ def dockerfile(name: str, text: str) -> list[str]:
     users = [rest for word, rest in steps if word == "USER"]
     if not users or users[-1] in ("0", "root"):
         found.append("the user is root")
+    if [rest for word, rest in steps if word == "WORKDIR"][-1:] != ["/runs"]:
+        found.append("the working directory is not /runs, where what a config writes beside the run would last")
     if [rest for word, rest in steps if word == "ENTRYPOINT"] != ['["jaxsi"]']:
         found.append('the entry point is not ["jaxsi"]')
     for word, rest in steps:
@@ -428,6 +441,8 @@ def unit(text: str) -> list[str]:
         given[key] = value
     if given.get("Restart") != "on-failure" or given.get("RestartPreventExitStatus") != "2":
         found.append("Restart=on-failure with RestartPreventExitStatus=2: not after wrong usage")
+    if given.get("StartLimitIntervalSec") != "1d" or not given.get("StartLimitBurst", "").isdecimal():
+        found.append("StartLimitIntervalSec=1d with a StartLimitBurst: a run that always fails is not started for ever")
     if not given.get("TimeoutStopSec", "").isdecimal() or int(given["TimeoutStopSec"]) < SAVE_SECONDS:
         found.append(f"TimeoutStopSec is less than a save may take ({SAVE_SECONDS} s)")
     return found

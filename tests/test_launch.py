@@ -1,8 +1,10 @@
 """The launch files: each is taken by a strict reader, planted mistakes are not, and what they start is one run."""
 
 import json
+import math
 import os
 import re
+import shlex
 import signal
 import socket
 import stat
@@ -14,6 +16,13 @@ from pathlib import Path
 import launch_rules as rules
 import pytest
 import yaml
+from jax.sharding import AbstractMesh, AxisType
+
+from jaxsi import mesh as meshlib
+from jaxsi.commands.run import configure
+from jaxsi.config import parts_of
+from jaxsi.rl import RLConfig
+from jaxsi.train import TrainConfig
 
 ROOT = Path(__file__).parents[1]
 LAUNCH = ROOT / "launch"
@@ -86,6 +95,8 @@ MISTAKES = [
     ("gke/jobset-tpu.yaml", 'gke-gcsfuse/volumes: "true"', "gke-gcsfuse/volumes: true"),
     ("gke/jobset-tpu.yaml", "${CONFIG}", "${CONFG}"),
     ("gke/jobset-tpu.yaml", "backoffLimit: 0", "backoffLimit: 0\n          backoffLimit: 6"),
+    ("gke/jobset-tpu.yaml", "key: HF_TOKEN, optional: true", "key: HF_TOKEN"),
+    ("gke/jobset-gpu.yaml", "name: jaxsi-tokens", "name: jaxsi-token"),
     ("gke/jobset-gpu.yaml", "nvidia.com/gpu:", "nvidia.com/gpus:"),
     ("gke/jobset-gpu.yaml", "- name: JAX_PROCESS_ID", "- name: JAX_PROCES_ID"),
     ("gke/jobset-gpu.yaml", "fieldPath:", "fieldpath:"),
@@ -124,7 +135,9 @@ MISTAKES = [
     ("slurm/multi_node.sbatch", "--open-mode=append", "--open-mode=truncate"),
     ("slurm/multi_node.sbatch", "--ntasks-per-node=8", "--ntasks-per-node=1"),
     ("slurm/multi_node.sbatch", "--kill-on-bad-exit=0", "--kill-on-bad-exits=0"),
-    ("slurm/multi_node.sbatch", 'kill -TERM "$step"', 'kill -TERM "$setp"'),
+    ("slurm/multi_node.sbatch", 'scancel --signal=TERM "$SLURM_JOB_ID.0"', 'kill -TERM "$step"'),
+    ("slurm/multi_node.sbatch", "  scancel --signal=TERM", "  scancel --signals=TERM"),
+    ("slurm/multi_node.sbatch", '"$SLURM_JOB_ID.0"', '"$SLURM_JOB_ID"'),
     ("slurm/multi_node.sbatch", 'scontrol requeue "$SLURM_JOB_ID"', "scontrol requeue $SLURM_JOB_ID"),
     ("slurm/multi_node.sbatch", "\ndone\n", "\n"),
     ("slurm/multi_node_container.sbatch", "--container-image=", "--container-img="),
@@ -134,14 +147,17 @@ MISTAKES = [
     ("gpu_host/run_container.sh", '"$IMAGE" run', "jaxsi:latest run"),
     ("gpu_host/jaxsi.service", "RestartPreventExitStatus=2", "RestartPreventExitStatus=75"),
     ("gpu_host/jaxsi.service", "Restart=on-failure", "Restart=always"),
+    ("gpu_host/jaxsi.service", "StartLimitIntervalSec=1d", "StartLimitIntervalSec=0"),
+    ("gpu_host/jaxsi.service", "StartLimitBurst=20", "After=network-online.target"),
     ("gpu_host/jaxsi.service", "WorkingDirectory=", "WorkDirectory="),
     ("gpu_host/jaxsi.service", "TimeoutStopSec=300", "TimeoutStopSec=10"),
     ("containers/Dockerfile.tpu", "ARG BASE\n", "ARG BASE=python:3.11\n"),
     ("containers/Dockerfile.tpu", "FROM ${BASE}", "FROM python:latest"),
     ("containers/Dockerfile.tpu", "USER 1000", "USER root"),
-    ("containers/Dockerfile.tpu", '".[tpu]"', '".[tpus]"'),
+    ("containers/Dockerfile.tpu", '".[tpu,endpoint]"', '".[tpu]"'),
     ("containers/Dockerfile.tpu", "WORKDIR", "WORKINGDIR"),
-    ("containers/Dockerfile.cuda", '".[cuda13]"', '".[tpu]"'),
+    ("containers/Dockerfile.tpu", "WORKDIR /runs", "WORKDIR /opt/jaxsi"),
+    ("containers/Dockerfile.cuda", '".[cuda13,endpoint]"', '".[tpu,endpoint]"'),
     ("containers/Dockerfile.cpu", 'ENTRYPOINT ["jaxsi"]', 'ENTRYPOINT ["jaxis"]'),
     ("containers/Dockerfile.cpu", " --constraint constraints.txt", ""),
     ("skypilot/tpu.yaml", "use_spot: true", "use_spots: true"),
@@ -196,6 +212,81 @@ def test_the_commands_of_the_readme_have_the_options_that_they_use():
             assert (ROOT / path).exists(), path
 
 
+def chips_of_type(name):
+    """The chips of an accelerator type of Cloud TPU: v4 and v5p count two cores for each."""
+    kind, _, count = name.removeprefix("tpu-").rpartition("-")
+    return int(count) // 2 if kind in ("v4", "v5p") else int(count)
+
+
+def chips_of_job(words):
+    """The GPUs of a job of SLURM, whose options are the file's unless the command has others; the config's options."""
+    (file,) = [word for word in words if word.endswith(".sbatch")]
+    at = words.index(file)
+    lines = re.findall(r"(?m)^#SBATCH +--([\w-]+)=(\S+)$", (ROOT / file).read_text())
+    given = dict(lines) | dict(word.removeprefix("--").split("=") for word in words[1:at])
+    return int(given["nodes"]) * int(given["gpus-per-node"]), words[at + 1 :]
+
+
+def readme_launches():
+    """(config, options of the config, chips) of every command of the README that starts a run."""
+    for block in readme_blocks():
+        env = {}
+        for line in re.sub(r"\\\n", " ", block).splitlines():
+            words = shlex.split(line)
+            env |= dict(word.split("=", 1) for word in words[1:] if words[0] == "export" and "=" in word)
+            if "launch/tpu_vm/create.sh" in words:
+                yield env["CONFIG"], [], chips_of_type(env["ACCELERATOR"])
+            if "launch/xpk/create.sh" in words:
+                yield env["CONFIG"], [], chips_of_type(env["TPU_TYPE"])
+            if "launch/gke/jobset-tpu.yaml" in words:
+                chips = int(env["HOSTS"]) * int(env["CHIPS_PER_HOST"])
+                assert re.fullmatch(rules.TOPOLOGIES[env["TPU"]][0], env["TOPOLOGY"])
+                assert math.prod(map(int, env["TOPOLOGY"].split("x"))) == chips
+                yield env["CONFIG"], [], chips
+            if "launch/gke/jobset-gpu.yaml" in words:
+                yield env["CONFIG"], [], int(env["HOSTS"]) * int(env["GPUS_PER_HOST"])
+            if words[:1] == ["sbatch"]:
+                chips, options = chips_of_job(words)
+                yield env["CONFIG"], options, chips
+            if words and words[-1].startswith("launch/gpu_host/run_"):
+                yield env["CONFIG"], [], 1
+            if words[:1] == ["sky"]:
+                task = yaml.safe_load((ROOT / words[3]).read_text())
+                kind = task["resources"]["accelerators"]
+                chips = chips_of_type(kind) if kind.startswith("tpu-") else int(kind.split(":")[1])
+                yield env["CONFIG"], [], task["num_nodes"] * chips
+
+
+def test_the_readme_gives_every_config_the_chips_of_its_mesh():
+    found = list(readme_launches())
+    assert [chips for _, _, chips in found] == [64, 64, 64, 8, 8, 32, 32, 1, 1, 64, 8]
+    for path, options, chips in found:
+        cfg = configure(ROOT / path.removeprefix("/opt/jaxsi/"), options)
+        mesh = AbstractMesh(meshlib.sizes(cfg.mesh, chips), meshlib.AXES, axis_types=(AxisType.Auto,) * 3)
+        for _, part in parts_of(cfg):
+            if isinstance(part, TrainConfig | RLConfig):
+                part.check(mesh)
+
+
+def test_the_quotas_of_the_readme_take_its_runs():
+    quotas = dict(re.findall(r"\b(TPU_QUOTA|GPU_QUOTA)=(\d+)", text_of("README.md")))
+    hosts = re.findall(r"HOSTS=(\d+) (CHIPS|GPUS)_PER_HOST=(\d+)", text_of("README.md"))
+    assert [kind for _, kind, _ in hosts] == ["CHIPS", "GPUS"]
+    for count, kind, of_host in hosts:
+        assert int(count) * int(of_host) <= int(quotas["TPU_QUOTA" if kind == "CHIPS" else "GPU_QUOTA"])
+
+
+def test_the_user_of_the_image_may_write_into_the_bucket():
+    user = re.search(r"(?m)^USER (\d+)$", text_of("containers/Dockerfile.tpu"))[1]
+    for name in ("gke/jobset-tpu.yaml", "gke/jobset-gpu.yaml", "xpk/storage.sh"):
+        assert f"uid={user},gid={user}" in text_of(name)
+
+
+def test_a_service_of_a_user_lasts_when_he_has_left():
+    (block,) = [block for block in readme_blocks() if "systemctl --user" in block]
+    assert block.index('loginctl enable-linger "$USER"') < block.index("systemctl --user enable")
+
+
 # ---- the scripts, run with tools that only say what they were asked --------------------------------------------------
 
 
@@ -220,6 +311,8 @@ import json, os, sys
 with open(os.environ["LOG"], "a") as log:
     log.write(json.dumps(sys.argv[1:]) + "\\n")
 asked = open(os.environ["LOG"]).read()
+if "describe" in sys.argv and asked.count('"describe"') <= int(os.environ.get("DEAF", "0")):
+    sys.exit("no connection")
 if "describe" in sys.argv:
     print("ACTIVE" if '"delete"' in asked else os.environ.get("STATE", "ACTIVE"))
 if "is-active" in sys.argv[-1]:
@@ -281,6 +374,41 @@ def test_a_tpu_vm_is_made_and_told_what_to_run(tools, tmp_path):
         assert name in bash("tpu_vm/create.sh", env=environment(tools, **without)).stderr
 
 
+def test_a_tpu_vm_that_cannot_be_asked_for_is_not_taken_to_be_there(tools, tmp_path):
+    tool(tools, "gcloud", GCLOUD)
+    given = {"NAME": "a-1", "PROJECT": "p", "ZONE": "z", "ACCELERATOR": "v6e-16", "RUNTIME": "r", "BUCKET": "b",
+             "CONFIG": "c.py", "ASK_SECONDS": "0.01"}  # fmt: skip
+    done = bash("tpu_vm/create.sh", env=environment(tools, LOG=str(tmp_path / "log"), DEAF="3", **given))
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == "a-1: UNKNOWN\n" * 3
+    given |= {"WAIT_SECONDS": "0"}
+    done = bash("tpu_vm/create.sh", env=environment(tools, LOG=str(tmp_path / "log"), DEAF="99", **given))
+    assert done.returncode == 1
+    assert "the request is UNKNOWN after WAIT_SECONDS = 0; delete.sh takes it back" in done.stderr
+
+
+def test_the_tokens_of_a_run_are_handed_on_where_there_are_any(tools, tmp_path):
+    log, tokens = tmp_path / "log", tmp_path / "tokens.env"
+    for name in ("gcloud", "xpk", "docker"):
+        tool(tools, name, GCLOUD)
+    given = {"NAME": "a-1", "PROJECT": "p", "ZONE": "z", "ACCELERATOR": "v6e-16", "RUNTIME": "r", "BUCKET": "b",
+             "CONFIG": "c.py", "CLUSTER": "c", "TPU_TYPE": "v6e-16", "IMAGE": "i", "RUN_DIR": str(tmp_path / "run"),
+             "LOG": str(log)}  # fmt: skip
+    for more in ({}, {"TOKENS": str(tokens)}):
+        log.write_text("")
+        for name in ("tpu_vm/start.sh", "xpk/create.sh", "gpu_host/run_container.sh"):
+            done = bash(name, env=environment(tools, **given, **more))
+            assert done.returncode == 0, done.stderr
+        asked = [json.loads(line) for line in log.read_text().splitlines()]
+        assert len(asked) == (5 if more else 3)
+        assert [words for words in asked if f"--env-file={tokens}" in words] == ([asked[3]] if more else [])
+        assert {"--env=HF_TOKEN", "--env=OPENAI_API_KEY"} <= set(asked[-1])
+        if more:
+            assert asked[0][-1] == "--command=install --mode=600 /dev/null jaxsi-tokens.env"
+            assert [str(tokens), "a-1:jaxsi-tokens.env"] == asked[1][4:6]
+    assert '--property=EnvironmentFile="-$HOME/jaxsi-tokens.env"' in text_of("tpu_vm/worker_start.sh")
+
+
 @pytest.mark.parametrize(
     ("state", "service", "again", "code"),
     [
@@ -305,33 +433,59 @@ def test_a_tpu_vm_is_watched(state, service, again, code, tools, tmp_path):
     assert [name for name, word in seen.items() if word in asked] == again
 
 
+def test_a_tpu_vm_that_cannot_be_asked_for_once_is_kept(tools, tmp_path):
+    log = tmp_path / "log"
+    tool(tools, "gcloud", GCLOUD)
+    given = {"NAME": "a", "PROJECT": "p", "ZONE": "z", "ACCELERATOR": "v6e-16", "RUNTIME": "r", "BUCKET": "b",
+             "CONFIG": "c.py", "WATCH_SECONDS": "0"}  # fmt: skip
+    done = bash("tpu_vm/watch.sh", env=environment(tools, LOG=str(log), DEAF="1", ROUNDS="1", **given))
+    assert done.returncode == 0, done.stderr
+    assert log.read_text().count('"describe"') == 2
+    assert '"delete"' not in log.read_text()
+
+
 SRUN = f"""#!{sys.executable}
-# Starts the tasks of a step on this machine, as srun tells them who they are, and ends with the highest exit code.
-import os, signal, subprocess, sys
+# Starts the tasks of a step on this machine, as srun tells them who they are, and ends with the highest exit code. Like
+# srun it does not hand SIGTERM on: it kills its tasks. Where they are is in steps/JOB.0, for scancel.
+import os, pathlib, signal, subprocess, sys
 words = sys.argv[1:]
 while words[0].startswith("--"):
     words.pop(0)
 tasks = []
-signal.signal(signal.SIGTERM, lambda *_: [task.send_signal(signal.SIGTERM) for task in tasks])
+signal.signal(signal.SIGTERM, lambda *_: [task.kill() for task in tasks])
 for index in range(int(os.environ["SLURM_NTASKS"])):
     who = {{"SLURM_PROCID": str(index), "SLURM_LOCALID": str(index)}}
     tasks.append(subprocess.Popen(words, env=os.environ | who))
+steps = pathlib.Path(sys.argv[0]).parent / "steps"
+steps.mkdir()
+(steps / f"{{os.environ['SLURM_JOB_ID']}}.0").write_text(" ".join(str(task.pid) for task in tasks))
 codes = [task.wait() for task in tasks]
 sys.exit(max(code if code >= 0 else 128 - code for code in codes))
 """
 
+# As scancel signals the tasks of one step; a step that is not there is an error.
+SCANCEL = f"""#!{sys.executable}
+import os, pathlib, signal, sys
+option, step = sys.argv[1:]
+number = signal.Signals[f"SIG{{option.removeprefix('--signal=')}}"]
+for pid in (pathlib.Path(sys.argv[0]).parent / "steps" / step).read_text().split():
+    os.kill(int(pid), number)
+"""
 
-def slurm(tools, name, tmp_path, **given):
+
+def slurm(tools, name, tmp_path, *options, **given):
     """A job of SLURM: its script under bash, with the environment that the batch shell has."""
     tool(tools, "srun", SRUN)
+    tool(tools, "scancel", SCANCEL)
     tool(tools, "scontrol", f'#!/usr/bin/env bash\necho "$*" >>{tmp_path}/requeued\n')
     (tools / "bin").mkdir(exist_ok=True)
     who = {"VENV": str(tools), "IMAGE": "images.invalid/jaxsi", "SLURM_JOB_ID": "77",
            "SLURM_STEP_NODELIST": "localhost", "SLURM_STEP_NUM_NODES": "1", "SLURM_NTASKS": "2"}  # fmt: skip
     env = environment(tools, **who | given)
     return subprocess.Popen(
-        ["bash", LAUNCH / "slurm" / name], env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT
-    )
+        ["bash", LAUNCH / "slurm" / name, *options], env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        cwd=ROOT,
+    )  # fmt: skip
 
 
 SCRIPTS = ["single_node.sbatch", "multi_node.sbatch", "multi_node_container.sbatch"]
@@ -343,27 +497,31 @@ def test_a_job_comes_back_where_that_is_worth_it(name, code, again, tools, tmp_p
     for folder in (tools, tools / "bin"):
         folder.mkdir(exist_ok=True)
         tool(folder, "jaxsi", f'#!/usr/bin/env bash\necho "$SLURM_PROCID $*" >>{tmp_path}/asked\nexit {code}\n')
-    process = slurm(tools, name, tmp_path, CONFIG="c.py", RUN_DIR=str(tmp_path / "run"))
+    process = slurm(tools, name, tmp_path, "--mesh.fsdp", "-1", CONFIG="c.py", RUN_DIR=str(tmp_path / "run"))
     outs = process.communicate(timeout=60)
     assert process.returncode == code, outs
-    wanted = f"run c.py --distributed --run-dir {tmp_path}/run"
+    wanted = f"run c.py --distributed --run-dir {tmp_path}/run --mesh.fsdp -1"
     assert sorted((tmp_path / "asked").read_text().splitlines()) == [f"0 {wanted}", f"1 {wanted}"]
     assert (tmp_path / "requeued").exists() == again
 
 
+@pytest.mark.parametrize("name", SCRIPTS)
 @pytest.mark.parametrize(("code", "again"), [(75, True), (134, True), (0, False), (2, False)])
-def test_a_job_has_its_tasks_save_before_its_time_is_over(code, again, tools, tmp_path):
-    slurm_folder = tools / "bin"
-    slurm_folder.mkdir()
-    waits = f'trap "sleep 0.3; exit {code}" TERM\ntouch {tmp_path}/up.$SLURM_PROCID\n'
-    tool(slurm_folder, "jaxsi", f"#!/usr/bin/env bash\n{waits}while :; do sleep 0.1; done\n")
-    process = slurm(tools, "multi_node.sbatch", tmp_path, CONFIG="c.py", RUN_DIR="/nowhere")
+def test_a_job_has_its_tasks_save_before_its_time_is_over(name, code, again, tools, tmp_path):
+    (tools / "bin").mkdir()
+    saves = (
+        f'trap "sleep 0.3; touch {tmp_path}/saved.$SLURM_PROCID; exit {code}" TERM\ntouch {tmp_path}/up.$SLURM_PROCID\n'
+    )
+    for folder in (tools, tools / "bin"):
+        tool(folder, "jaxsi", f"#!/usr/bin/env bash\n{saves}while :; do sleep 0.1; done\n")
+    process = slurm(tools, name, tmp_path, CONFIG="c.py", RUN_DIR=str(tmp_path / "run"))
     end = time.monotonic() + 30
-    while len(list(tmp_path.glob("up.*"))) < 2 and time.monotonic() < end:
+    while len([*tmp_path.glob("up.*"), *tools.glob("steps/*")]) < 3 and time.monotonic() < end:
         time.sleep(0.05)
     process.send_signal(signal.SIGTERM)
-    process.communicate(timeout=60)
-    assert process.returncode == code
+    outs = process.communicate(timeout=60)
+    assert process.returncode == code, outs
+    assert len(list(tmp_path.glob("saved.*"))) == 2, outs
     assert (tmp_path / "requeued").exists() == again
     if again:
         assert (tmp_path / "requeued").read_text() == "requeue 77\n"
@@ -432,7 +590,8 @@ def pods(name, count):
         for entry in container.get("env", []):
             path = entry.get("valueFrom", {}).get("fieldRef", {}).get("fieldPath", "")
             key = re.fullmatch(r"metadata\.annotations\['(.*)'\]", path)
-            env[entry["name"]] = annotations[key[1]] if key else entry["value"]
+            if "secretKeyRef" not in entry.get("valueFrom", {}):  # none is there
+                env[entry["name"]] = annotations[key[1]] if key else entry["value"]
         yield container["command"], env, first
 
 

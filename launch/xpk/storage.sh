@@ -7,4 +7,4 @@ CLUSTER="${CLUSTER:?the cluster that xpk has made}"
 BUCKET="${BUCKET:?the bucket of the run directories, with a hierarchical namespace}"
 xpk storage attach jaxsi-runs --project="$PROJECT" --zone="$ZONE" --cluster="$CLUSTER" --type=gcsfuse \
   --bucket="$BUCKET" --size=1 --mount-point=/runs --readonly=false --auto-mount=false \
-  --mount-options="implicit-dirs,metadata-cache:ttl-secs:0,metadata-cache:negative-ttl-secs:0"
+  --mount-options="implicit-dirs,metadata-cache:ttl-secs:0,metadata-cache:negative-ttl-secs:0,uid=1000,gid=1000"

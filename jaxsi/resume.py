@@ -3,7 +3,6 @@
 import json
 import math
 import shutil
-import time
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -70,7 +69,7 @@ class Log:
     """train.jsonl, one line each few steps; on resume the lines after the checkpoint are dropped."""
 
     def __init__(self, path: Path, done: int, total: int) -> None:
-        self.path, self.total, self.started = path, total, time.monotonic()
+        self.path, self.total = path, total
         if jax.process_index() != 0:
             return
         path.parent.mkdir(parents=True, exist_ok=True)

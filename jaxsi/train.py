@@ -398,6 +398,7 @@ def reference_logps(lm: LM, encoded: Sequence[tuple[Sequence_, Sequence_]], conf
     batches = data.pair_batches(lm, encoded, none, micro, epochs=1, seed=0, min_length=config.min_length)
     out = np.zeros((len(encoded), 2), np.float32)
     for step in range(len(batches)):
+        preemption.check()
         rows = [int(i) for i in np.atleast_1d(np.asarray(batches.plan[step]))]
         logps_B2 = reference_pair_logps(
             lm.weights, batches[step], config=lm.config, mesh=lm.mesh, dtype=config.dtype, remat=config.remat

@@ -17,8 +17,8 @@ from typing import Any
 
 from jaxsi.commands import UsageError
 from jaxsi.progress import processes
+from jaxsi.supervisor import HEARTBEAT
 
-HEARTBEAT = 100  # seconds, JAX's own
 JOINING = 300  # seconds that all processes have to come, JAX's own
 SAID_AFTER = 15  # seconds of waiting before a line says so
 LINGER = 2  # seconds: process 0 leads, and its end ends the others, which may have the same error to tell
@@ -40,12 +40,11 @@ class JoinError(Exception):
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Options:
     """How to join: ``coordinator`` ("host:port"), ``num_processes`` and ``process_id`` where they are said, in options
-    or in variables, else None; ``explicit`` where an option says one. ``heartbeat`` in seconds."""
+    or in variables, else None. ``heartbeat`` in seconds."""
 
     coordinator: str | None = None
     num_processes: int | None = None
     process_id: int | None = None
-    explicit: bool = False
     heartbeat: int = HEARTBEAT
 
 
@@ -80,7 +79,7 @@ def take_options(argv: Sequence[str]) -> tuple[Options | None, list[str]]:
         raise UsageError(f"{names} missing: {', '.join(VARIABLES)} go together")
     options = Options(
         coordinator=said[COORDINATOR], num_processes=_number(COUNT, said[COUNT], 1),
-        process_id=_number(INDEX, said[INDEX], 0), explicit=explicit,
+        process_id=_number(INDEX, said[INDEX], 0),
         heartbeat=_number(BEAT, given.get(BEAT), 1) or HEARTBEAT,
     )  # fmt: skip
     _check(options)

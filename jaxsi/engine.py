@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxsi import kv_cache, mesh as meshlib, model, prefixes
+from jaxsi import kv_cache, mesh as meshlib, model, preemption, prefixes
 from jaxsi.kv_cache import KVCache
 from jaxsi.lm import LM, tokens_array
 from jaxsi.slots import (
@@ -132,6 +132,7 @@ def run(
     ahead = Ahead(lm, prompts, fitting(most, parts), fixed, work, group)
     slots = Engine(lm, settings, limit, size, fixed, work)
     for numbers, wave, width in ahead.waves():
+        preemption.check()
         slots.feed(
             wave,
             width,

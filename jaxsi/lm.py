@@ -25,6 +25,10 @@ class LoadError(ValueError):
     """A MODEL argument that names nothing loadable."""
 
 
+class HubError(LoadError):
+    """A hub name that the hub did not give: the name may be wrong, or the network away for a while."""
+
+
 @dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
 class LM:
     """A language model. Never changed in place: ``replace`` makes the model of the next weights.
@@ -249,7 +253,7 @@ def _from_hub(name: str) -> Path:
         patterns = ["*.json", "*.safetensors", "*.model", "*.jinja"]
         folder = Path(huggingface_hub.snapshot_download(repository, revision=revision or None, allow_patterns=patterns))
     except Exception as error:  # the hub client raises a dozen types; to the user all of them mean this
-        raise LoadError(
+        raise HubError(
             f"{name}: no such folder, and the hub did not give it ({type(error).__name__}: {error})"
         ) from error
     if not revision:

@@ -45,10 +45,18 @@ RUN_DIR@t (iteration t)."""
 
 FAILURE, USAGE, STOPPED, INTERRUPTED = 1, 2, 75, 130
 
+# Mistakes in what was given: the same command fails again, so no launcher may repeat it. By name, since nothing is
+# imported before it is needed, and exactly: lm.HubError, a LoadError, may pass.
+MISTAKES = {
+    "jaxsi.commands.preflight.PreflightError", "jaxsi.config.RunConfigError", "jaxsi.config_file.ConfigFileError",
+    "jaxsi.hf_config.HFError", "jaxsi.lm.LoadError", "jaxsi.mesh.MeshError", "jaxsi.model.ModelError",
+    "jaxsi.records.RecordError", "jaxsi.tokenizer.TokenizerError",
+}  # fmt: skip
+
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs a command; returns its exit code: 0, 1 for a failure, 2 for a wrong command line, 75 when stopped by
-    SIGTERM, 130 when interrupted."""
+    """Runs a command; returns its exit code: 0, 1 for a failure, 2 for wrong usage, 75 when stopped by SIGTERM,
+    130 when interrupted."""
     argv = list(sys.argv[1:] if argv is None else argv)
     own = distributed.own_words(argv)
     as_json, debug = "--json" in own, "--debug" in own
@@ -84,7 +92,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if debug:
             traceback.print_exc()
         print(f"jaxsi: {distributed.of_processes()}error: {_told(error)}", file=sys.stderr)
-        return distributed.leave(USAGE if isinstance(error, UsageError) else FAILURE)
+        return distributed.leave(USAGE if _is_mistake(error) else FAILURE)
 
 
 def _carry_out(name: str, argv: list[str], joining: distributed.Options | None, as_json: bool) -> int:
@@ -133,6 +141,13 @@ def _overview(commands: dict[str, tuple[str, str, str]]) -> str:
     return "\n".join(
         [*head, "Commands:", *lines, "", "jaxsi COMMAND --help shows a command's options.", EVERY_COMMAND, "", EXAMPLES]
     )
+
+
+def _is_mistake(error: Exception) -> bool:
+    """Whether the same command is bound to fail again. What a disk refuses may pass, but for a file that is missing."""
+    disk = isinstance(error.__cause__, OSError) and not isinstance(error.__cause__, FileNotFoundError)
+    mistake = f"{type(error).__module__}.{type(error).__qualname__}" in MISTAKES
+    return isinstance(error, UsageError) or (mistake and not disk)
 
 
 def _told(error: Exception) -> str:

@@ -50,8 +50,9 @@ def polled() -> Iterator[None]:
 
 
 def check() -> None:
-    """Between two pieces of work: raises ``Stopped`` where the first was told to stop and had nothing left to do."""
-    if _Notice.came and not _Notice.asking:
+    """Between two pieces of work, none of which ``polled``: raises ``Stopped`` where the command was told to stop. It
+    asks, so of several processes all make the same calls."""
+    if not _Notice.asking and asked():
         raise Stopped("what is finished is kept")
 
 

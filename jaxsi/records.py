@@ -350,7 +350,7 @@ def _opened(path: Path | str) -> Iterator[typing.IO[bytes]]:
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
         raise RecordError(path, None, f"damaged gzip file ({error}); fetch it again") from None
     except OSError as error:
-        raise RecordError(path, None, f"cannot be read: {error.strerror or error}") from None
+        raise RecordError(path, None, f"cannot be read: {error.strerror or error}") from error
 
 
 def _json_lines(path: Path | str) -> Iterator[tuple[int, Any]]:

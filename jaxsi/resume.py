@@ -3,7 +3,6 @@
 import json
 import math
 import shutil
-import time
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -29,9 +28,9 @@ def _abstract(x: jax.Array) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding)
 
 
-def resumed(start: Restored, folder: Path) -> Restored:
-    """The newest sound state in ``folder``, or ``start``."""
-    saved = checkpoint.latest(folder)
+def resumed(start: Restored, folder: Path, step: int | None = None) -> Restored:
+    """The newest sound state in ``folder`` (or that of ``step``), or ``start``."""
+    saved = checkpoint.latest(folder) if step is None else folder / f"{step:08d}"
     if saved is None:
         return start
     abstract = jax.tree.map(_abstract, start)
@@ -39,12 +38,18 @@ def resumed(start: Restored, folder: Path) -> Restored:
     return checkpoint.restore(saved, abstract)
 
 
-def save_resume(folder: Path, state: Any, *, done: int) -> None:
-    """One newest resume point, of ``done`` steps: the older one goes when the newer one is complete."""
+def compared(folder: Path) -> int:
+    """The step of the model that early stopping compared last, by the newest sound point in ``folder``; or 0."""
+    saved = checkpoint.latest(folder)
+    return 0 if saved is None else checkpoint.read_meta(saved)["compared"] or 0
+
+
+def save_resume(folder: Path, state: Any, *, done: int, compared: int | None = None) -> None:
+    """One newest resume point, of ``done`` steps: older ones go when it is complete, but for that of ``compared``."""
     target = folder / f"{done:08d}"
-    checkpoint.save(target, state, {"step": done})
+    checkpoint.save(target, state, {"step": done, "compared": compared})
     for old in folder.iterdir():
-        if old != target:
+        if old not in (target, folder / f"{compared or 0:08d}"):
             remove(old)
 
 
@@ -70,7 +75,7 @@ class Log:
     """train.jsonl, one line each few steps; on resume the lines after the checkpoint are dropped."""
 
     def __init__(self, path: Path, done: int, total: int) -> None:
-        self.path, self.total, self.started = path, total, time.monotonic()
+        self.path, self.total = path, total
         if jax.process_index() != 0:
             return
         path.parent.mkdir(parents=True, exist_ok=True)

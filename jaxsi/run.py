@@ -380,7 +380,9 @@ def _read_stage(path: Path, of: type[Record]) -> list[Record]:
     try:
         return read_jsonl(path, of)
     except RecordError as error:
-        raise RecordError(path, error.line, f"{error.reason}; delete this file, and the stage runs again") from None
+        raise RecordError(
+            path, error.line, f"{error.reason}; delete this file, and the stage runs again"
+        ) from error.__cause__
 
 
 def _checked_records(made: Iterable[Record], of: type[Record], stage: str) -> list[Record]:

@@ -18,6 +18,7 @@ from typing import IO
 # What the processes end with, and so does their supervisor.
 DONE, FAILED, USAGE, STOPPED = 0, 1, 2, 75
 
+HEARTBEAT = 100  # seconds, JAX's own
 LONGEST_BACKOFF = 300.0  # seconds; the wait before a restart doubles up to this
 TERM_SECONDS = 10.0  # from asking a process to end to ending it
 POLL_SECONDS = 0.05
@@ -49,7 +50,7 @@ class Supervision:
     processes: int
     restarts: int = 3
     backoff: float = 5.0
-    heartbeat: float = 100.0
+    heartbeat: float = HEARTBEAT
     healthy: float = 1800.0
     devices: int | None = None
 

@@ -274,12 +274,22 @@ def fit(
     folder = scope.path / "resume"
     state = resume.resumed(initial_state(lm.weights, config.optim), folder)
     done = int(state.step)
+    # What early stopping compares with, and goes back to: the model that it compared last.
+    previous, previous_step = lm, resume.compared(folder) if better is not None else 0
+    if previous_step:
+        state = resume.resumed(state, folder, previous_step)
+        previous, state = _snapshot(lm, state), resume.resumed(state, folder)
     log = resume.Log(scope.path / "train.jsonl", done, total)
-    # What early stopping compares with, and goes back to: the model at the last checkpoint.
-    previous, previous_step = (lm if done == 0 or better is None else _snapshot(lm, state)), done
     with progress(f"{scope.name}/train", total) as advance, preemption.polled():
         advance(done, False)
         for step in range(done, total):
+            if better is not None and step % config.checkpoint_every == 0 and step > previous_step:
+                now = _snapshot(lm, state)
+                if not better(now, previous):
+                    break
+                previous, previous_step = now, step
+                if step > done:  # else it is kept: a stop came before its comparison
+                    resume.save_resume(folder, state, done=step, compared=step)
             state, metrics = train_step(
                 state, batches[step], rates[step], loss=loss, optimizer=config.optim, accumulate=config.accumulate
             )
@@ -289,18 +299,14 @@ def fit(
                 log.write(steps, float(rates[step]), metrics)
                 check_skipped(state, steps, total, scope)
             stopping = preemption.asked() and not last
-            due = last or steps % config.checkpoint_every == 0
-            if due and better is not None:
-                now = _snapshot(lm, state)
-                if not better(now, previous):
-                    break
-                previous, previous_step = now, steps
-            # Early stopping compares at its own steps only: one more point to go on from would change what it sees.
-            if not last and (due or (stopping and better is None)):
-                resume.save_resume(folder, state, done=steps)
+            due = better is None and not last and steps % config.checkpoint_every == 0
+            if stopping or due:
+                resume.save_resume(folder, state, done=steps, compared=previous_step)
             if stopping:
-                kept = steps if better is None else steps - steps % config.checkpoint_every
-                raise preemption.Stopped(f"{scope.path}: training is kept up to step {kept} of {total}")
+                raise preemption.Stopped(f"{scope.path}: training is kept up to step {steps} of {total}")
+        else:
+            if better is not None and better(now := _snapshot(lm, state), previous):
+                previous, previous_step = now, total
     trained, steps = (lm.replace(state.weights), total) if better is None else (previous, previous_step)
     # Moments of later steps than the weights' are of no use to anyone.
     resume.save_result(
@@ -398,6 +404,7 @@ def reference_logps(lm: LM, encoded: Sequence[tuple[Sequence_, Sequence_]], conf
     batches = data.pair_batches(lm, encoded, none, micro, epochs=1, seed=0, min_length=config.min_length)
     out = np.zeros((len(encoded), 2), np.float32)
     for step in range(len(batches)):
+        preemption.check()
         rows = [int(i) for i in np.atleast_1d(np.asarray(batches.plan[step]))]
         logps_B2 = reference_pair_logps(
             lm.weights, batches[step], config=lm.config, mesh=lm.mesh, dtype=config.dtype, remat=config.remat

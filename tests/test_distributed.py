@@ -42,7 +42,7 @@ def test_the_options_are_taken_out_wherever_they_stand_before_a_bare_dash():
         "b",
     ]
     options, rest = distributed.take_options(argv)
-    assert options == Options(coordinator="h:12", num_processes=4, process_id=3, explicit=True, heartbeat=7)
+    assert options == Options(coordinator="h:12", num_processes=4, process_id=3, heartbeat=7)
     assert rest == ["run", "x.py", "--", "a", "--coordinator", "b"]
 
 
@@ -54,7 +54,7 @@ def test_variables_say_what_options_do_not(monkeypatch):
         coordinator="[::1]:80", num_processes=2, process_id=1
     )
     assert distributed.take_options(["run", "--process-id", "0"])[0] == Options(
-        coordinator="[::1]:80", num_processes=2, process_id=0, explicit=True
+        coordinator="[::1]:80", num_processes=2, process_id=0
     )
 
 

@@ -121,9 +121,9 @@ def test_a_folder_goes_on_and_computes_nothing_twice(capsys, folder, tmp_path, m
         (("--rounds", "1"), "iterations: 3 -> 1"),
     ):
         code, _, err = called(capsys, folder, *words, "--rounds", "3", *options)
-        assert code == 1 and difference in err
+        assert code == 2 and difference in err
     code, _, err = called(capsys, folder, "pit", "--improver", "model", "-o", out, "--rounds", "3")
-    assert code == 1 and "method: 'self-refine' -> 'pit'" in err
+    assert code == 2 and "method: 'self-refine' -> 'pit'" in err
 
 
 @pytest.mark.parametrize(

@@ -221,7 +221,7 @@ def test_what_names_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     for absent in (tmp_path / "absent", "gpt2", "./a/b"):
         with pytest.raises(LoadError, match="no such folder; give a Hugging Face folder"):
             lmlib.resolve(absent)
-    with pytest.raises(LoadError, match=r"somebody/some-model: no such folder, and the hub did not give it"):
+    with pytest.raises(lmlib.HubError, match=r"somebody/some-model: no such folder, and the hub did not give it"):
         lmlib.resolve("somebody/some-model")
 
 

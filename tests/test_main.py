@@ -1,6 +1,7 @@
 """The command line on a tiny model: results on stdout, errors in one line, exit codes, runs that resume."""
 
 import dataclasses
+import importlib
 import json
 import os
 import subprocess
@@ -17,8 +18,9 @@ from jaxsi.commands.stored import Mesh, mesh_for
 from jaxsi.config_file import load_config
 from jaxsi.evals.toy import ToyEvaluation
 from jaxsi.main import main
+from jaxsi.mesh import MeshError
 from jaxsi.prompts import load_rubric
-from jaxsi.records import Judgment, Response, read_jsonl, write_jsonl
+from jaxsi.records import Judgment, RecordError, Response, read_jsonl, write_jsonl
 
 ROOT = Path(__file__).parents[1]
 TOY = ROOT / "configs" / "self_rewarding" / "toy.py"
@@ -181,7 +183,7 @@ def test_a_model_is_a_run_its_newest_an_iteration_of_it_or_a_checkpoint(
 @pytest.mark.slow
 def test_another_config_is_refused_with_its_difference(finished, world, capsys):
     code, out, err = called(capsys, "run", world / "micro.py", "--run-dir", finished[0], "--dpo.learning-rate", "0.5")
-    assert code == 1
+    assert code == 2
     assert out == ""
     assert "dpo.train.optim.learning_rate: 0.001 -> 0.5" in err
     assert "Traceback" not in err
@@ -419,9 +421,9 @@ def tiny_response(prompt_id, sample):
     )  # fmt: skip
 
 
-def failure(capsys, *argv):
-    code, out, err = called(capsys, *argv)
-    assert code == 1
+def failure(capsys, *argv, code=2):
+    found, out, err = called(capsys, *argv)
+    assert found == code
     assert out == ""
     assert "Traceback" not in err
     return next(line for line in err.splitlines() if line.startswith("jaxsi: error: "))
@@ -431,7 +433,7 @@ def test_a_missing_folder(world, tmp_path, capsys):
     prompts, out = world / "prompts.jsonl", tmp_path / "out.jsonl"
     assert "nowhere: no such folder" in failure(capsys, "generate", "./nowhere", "--prompts", prompts, "-o", out)
     assert "no such folder" in failure(capsys, "export", "./nowhere", tmp_path / "exported", "--mesh.fsdp", -1)
-    assert "holds no run" in failure(capsys, "status", tmp_path)
+    assert "holds no run" in failure(capsys, "status", tmp_path, code=1)
 
 
 def test_a_broken_line_of_a_prompts_file(world, tmp_path, capsys):
@@ -488,11 +490,28 @@ def test_responses_to_unknown_prompts(world, tmp_path, capsys):
     assert f"{made}:1: key 'fingerprint' of a Response is missing" in failure(capsys, *judge)
 
 
+def caused(error, cause):
+    error.__cause__ = cause
+    return error
+
+
+def test_the_mistakes_are_names_of_errors():
+    for name in cli.MISTAKES:
+        module, _, kind = name.rpartition(".")
+        found = getattr(importlib.import_module(module), kind)
+        assert f"{found.__module__}.{found.__qualname__}" == name and issubclass(found, Exception)
+
+
 @pytest.mark.parametrize(
     ("error", "code", "said"),
     [
         (KeyboardInterrupt(), 130, "interrupted; what is finished is kept"),
         (ValueError("a value"), 1, "jaxsi: error: a value\n"),
+        (MeshError("8 devices"), 2, "jaxsi: error: 8 devices\n"),
+        (lmlib.LoadError("x: no such folder"), 2, "jaxsi: error: x: no such folder\n"),
+        (lmlib.HubError("a/b: no such folder, and the hub"), 1, "and the hub"),
+        (caused(RecordError("a.jsonl", None, "cannot be read"), FileNotFoundError()), 2, "a.jsonl: cannot be read"),
+        (caused(RecordError("a.jsonl", None, "cannot be read"), OSError(5, "Input/output error")), 1, "cannot be read"),
         (OSError(28, "No space left on device"), 1, "No space left on device"),
         (KeyError("k"), 1, "jaxsi: error: KeyError: 'k' (--debug shows where)"),
         (RuntimeError("RESOURCE_EXHAUSTED: out of memory\nmore"), 1, "lower the batch size"),

@@ -242,12 +242,14 @@ def test_a_run_that_a_kill_ends_and_a_signal_stops_goes_on_to_the_same_bytes(who
     assert time.monotonic() - began < HEARTBEAT + MARGIN
     assert code in (1, -signal.SIGABRT), err
 
-    processes = start_run(directory)
-    # From here until the first step nobody asks, while two programs are made: time for the other one to hear of it.
-    wait_for(directory, "iter_2/dpo_data", processes)
-    processes[1].send_signal(signal.SIGTERM)
-    (code, _, err), (other, _, _) = ended(processes, 120)
-    assert (code, other) == (75, 75), err
+    # A stage that is not cut in parts, then training. From there until the first step nobody asks, while a program is
+    # made: time for the other one to hear of it.
+    for place in ("iter_2/prompts", "iter_2/dpo"):
+        processes = start_run(directory)
+        wait_for(directory, place, processes)
+        processes[1].send_signal(signal.SIGTERM)
+        (code, _, err), (other, _, _) = ended(processes, 120)
+        assert (code, other) == (75, 75), err
     [point] = (directory / "iter_2" / "resume").iterdir()
     kept = f"{directory / 'iter_2'}: training is kept up to step {int(point.name)} of"
     assert f"jaxsi: stopped by SIGTERM; {kept}" in err

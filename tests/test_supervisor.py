@@ -343,18 +343,8 @@ def test_a_real_run_goes_on_after_a_process_is_killed(tmp_path):
     directory, env = tmp_path / "run", os.environ | {"PYTHONPATH": str(ROOT)}
     words = ["--devices", "2", "--heartbeat", "10", "--backoff", "0.1", "--", "run", "tests/micro/spin.py"]
     command = [
-        sys.executable,
-        "-m",
-        "jaxsi",
-        "launch",
-        "local",
-        "-n",
-        "2",
-        "--json",
-        *words,
-        "--run-dir",
-        str(directory),
-    ]
+        sys.executable, "-m", "jaxsi", "launch", "local", "-n", "2", "--json", *words, "--run-dir", str(directory),
+    ]  # fmt: skip
     process = subprocess.Popen(
         command, cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )  # fmt: skip

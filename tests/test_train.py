@@ -271,21 +271,35 @@ def test_a_fit_that_is_told_to_stop_at_its_last_step_is_done(scope: Scope, monke
     assert checkpoint.is_complete(scope.path / "checkpoint" / "weights")
 
 
-def test_a_stop_changes_nothing_that_early_stopping_compares(scope: Scope, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("stops", [(1,), (2,), (3,), (4,), (3, 2), (5,)], ids=str)
+def test_a_stop_changes_nothing_that_early_stopping_compares(
+    stops: tuple[int, ...], tmp_path: Path, scope: Scope, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neither between two comparisons nor where one is due, which then is made by the command that goes on."""
     lm = tiny.make_lm()
     seen: list[tuple[str, str]] = []
 
     def better(now: LM, previous: LM) -> bool:
         seen.append((now.fingerprint, previous.fingerprint))
-        return True
+        return len(seen) < 3
 
-    with monkeypatch.context() as patch:
-        stop_at(patch, 3)
-        with pytest.raises(preemption.Stopped, match="training is kept up to step 2 of 6"):
-            fit(lm, scope, better=better)
-    fit(lm, scope, better=better)
-    assert [previous for _, previous in seen] == [lm.fingerprint, *[now for now, _ in seen[:-1]]]
-    assert len(seen) == 3
+    with Run.open(tmp_path / "whole", Config()) as run:
+        expected = fit(lm, run.at("iter_1"), better=better)
+        log = (run.at("iter_1").path / "train.jsonl").read_bytes()
+    compared, seen[:] = list(seen), []
+    step = 0
+    for polls in stops:
+        step += polls
+        with monkeypatch.context() as patch:
+            stop_at(patch, polls)
+            with pytest.raises(preemption.Stopped, match=f"training is kept up to step {step} of 6"):
+                fit(lm, scope, better=better)
+        assert len(seen) == (step - 1) // 2  # a comparison that is due does not delay the stop
+    again = fit(lm, scope, better=better)
+    assert seen == compared and len(seen) == 3
+    assert tiny.max_difference(again.weights, expected.weights) == 0
+    assert (scope.path / "train.jsonl").read_bytes() == log
+    assert not (scope.path / "resume").exists()
 
 
 @pytest.mark.slow

@@ -7,7 +7,7 @@ from typing import Annotated
 import tyro
 
 from jaxsi.commands import Report, UsageError, parse
-from jaxsi.supervisor import Supervision, supervise
+from jaxsi.supervisor import HEARTBEAT, Supervision, supervise
 
 DESCRIPTION = """Runs a command of jaxsi as N processes of one machine that work as one, and starts all of them again
 when one crashes; the run then goes on where it was. Give the command behind a bare --, without its "jaxsi"; every
@@ -27,11 +27,11 @@ Wrong usage (exit code 2) is not tried again. SIGTERM is passed on: the processe
 class Local:
     processes: Annotated[int, tyro.conf.arg(aliases=["-n"])]
     """how many"""
-    restarts: int = 3
+    restarts: int = Supervision.restarts
     """how often all of them are started again; 30 minutes without a crash start the count anew"""
-    backoff: float = 5.0
+    backoff: float = Supervision.backoff
     """seconds before the first restart; each further one waits twice as long, up to 300"""
-    heartbeat: int = 100
+    heartbeat: int = HEARTBEAT
     """seconds after which a dead process ends the others"""
     devices: int | None = None
     """CPU devices for each process, to try things out"""

@@ -19,6 +19,10 @@ from jaxsi.tokenizer import Tokenizer, load_tokenizer
 from jaxsi.train import TrainConfig
 
 
+class PreflightError(ValueError):
+    """Settings that the model has no room for."""
+
+
 def check(cfg: Any, directory: Path) -> None:
     """Raises where a run of ``cfg`` in ``directory`` is bound to fail: no such model, a mesh that does not fit, lengths
     beyond the model's positions, an over-long prompt, fewer prompts than iterations that are left.
@@ -37,7 +41,7 @@ def check(cfg: Any, directory: Path) -> None:
                 longest = part.max_length if isinstance(part, TrainConfig) else part.max_new_tokens + 1
                 what = "max_length" if isinstance(part, TrainConfig) else "max_new_tokens"
                 if longest > config.max_positions:
-                    raise ValueError(
+                    raise PreflightError(
                         f"{name}.{what} is {getattr(part, what)}, the model has {config.max_positions} positions; "
                         "lower it"
                     )
@@ -77,7 +81,7 @@ def _check_rows(name: str, part: TrainConfig | RLConfig, devices: int) -> None:
 
 def _check_room(name: str, max_new_tokens: int, max_positions: int) -> None:
     if max_new_tokens >= max_positions:
-        raise ValueError(
+        raise PreflightError(
             f"{name}.max_new_tokens is {max_new_tokens} of the model's {max_positions} positions, which leaves no room "
             "for a prompt; lower it"
         )

@@ -260,7 +260,7 @@ def test_generate_judge_and_export(finished, world, tmp_path, capsys):
     assert {"config.json", "model.safetensors", "tokenizer.json", "README.md"} <= set(value["files"])
     assert lmlib.load(tmp_path / "exported", dtype="float32").fingerprint == finished[1]["iterations"][1]["fingerprint"]
     code, _, err = called(capsys, "export", model, tmp_path / "exported")
-    assert code == 1
+    assert code == 2
     assert "exists" in err
 
 

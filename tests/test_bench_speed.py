@@ -241,5 +241,5 @@ def test_wrong_command_lines(argv, said, capsys) -> None:
 
 
 def test_a_model_that_is_none_names_the_shapes(capsys) -> None:
-    assert main(["bench", "score", "nonsense"]) == 1
+    assert main(["bench", "score", "nonsense"]) == 2
     assert "llama-3-8b" in capsys.readouterr().err

@@ -294,6 +294,12 @@ def program_of(shape: Shape, mesh: Mesh) -> Program:
     return family(shape.config, mesh, shape.sizes)[shape.name]
 
 
+def refused_gib(refusal: str) -> float:
+    """The GiB that a refusal names; 0 where it names none."""
+    found = re.match(r"needs ([\d.]+)([KMGT])iB", refusal)
+    return float(found[1]) * 1024.0 ** ("KMGT".index(found[2]) - 2) if found else 0.0
+
+
 def refusal_of(message: str) -> str:
     """What the compiler says of memory: the sizes, where it gives them."""
     found = re.search(r"\(([\d.]+[KMGT])\) exceeds available HBM \(([\d.]+[KMGT])\)", message)
@@ -310,7 +316,7 @@ def _row(stage: Stage, shape: Shape, n: float, made: Made, config: ModelConfig, 
     if shape.name == MOVE:  # beside the copies of the layers before it; the model itself is its argument
         held += arithmetic.sampling_gib(shape.config, mesh, shape.sizes.dtype)
         held = max(0.0, held - arithmetic.canonical_gib(shape.config, mesh))
-    taken = made.memory.total if made.memory is not None else 0.0
+    taken = made.memory.total if made.memory is not None else refused_gib(made.refusal or "")
     cost = made.cost or Cost()
     times = roofline(cost, topology, mesh)
     seconds = max(times.values())

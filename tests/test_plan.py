@@ -176,7 +176,12 @@ def test_what_the_compiler_refused_is_larger_than_all_that_it_did_not():
     cfg = dataclasses.replace(load_config(SEVENTY), mesh=MeshConfig(fsdp=4, tensor=4))
     made = plan(cfg, topology("v5e:4x4"), Assumed(), architecture, compiled=False)
     refusal = planner.Made(None, None, 1.0, "needs 60.0GiB of 15.75GiB")
-    rows = [dataclasses.replace(row, made=refusal, gib=0.0) if row.name == "dpo" else row for row in made.rows]
+    smaller = planner.Made(None, None, 1.0, "needs 26.0GiB of 15.75GiB")
+    refused = {"dpo": (refusal, 60.0), "reference": (smaller, 26.0)}
+    rows = [
+        dataclasses.replace(row, made=refused[row.name][0], gib=refused[row.name][1]) if row.name in refused else row
+        for row in made.rows
+    ]
     mesh = planner.mesh_of(cfg.mesh, topology("v5e:4x4"), compiled=False)
     said = "\n".join(planner.advise(rows, made.config, mesh, made.topology))
     assert "dpo: dpo needs 60.0GiB of 15.75GiB beside 32.1 of other models" in said
@@ -288,3 +293,5 @@ def test_what_the_compiler_refuses_is_a_row_that_does_not_fit():
     (made,) = compile_all([shape], mesh).values()
     assert made.memory is None and made.refusal is not None
     assert made.refusal.startswith("needs ") and made.refusal.endswith("of 15.75GiB")
+    assert planner.refused_gib(made.refusal) > 15.75
+    assert planner.refused_gib("needs 512.0MiB of 15.75GiB") == 0.5 and planner.refused_gib("no memory") == 0.0

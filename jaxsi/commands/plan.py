@@ -191,6 +191,8 @@ def text_of(path: Path, made: Any, assumed: Any) -> str:
         f"Assumed where the config does not say: {assumed.prompts} prompts an iteration, {assumed.examples} examples, "
         f"{assumed.prompt_tokens} tokens of a prompt, responses {assumed.fill:.0%} of their limits."
     )
+    if any(row.made.refusal for row in made.rows):
+        foot += "\nPrograms that the compiler refused are in no hours."
     advice = "\n".join(f"- {line}" for line in made.advice)
     parts = [head, *([f"What does not fit:\n{advice}"] if advice else []), table(programs), table(stages), foot]
     return "\n\n".join(parts)

@@ -251,7 +251,7 @@ def test_a_wrong_command_line_says_what_is_wrong(words, said, capsys):
     ("name", "where", "programs_"),
     [
         ("self_rewarding/llama2_70b_v5p128", "v5p:4x4x4", ("dpo", "decode")),
-        ("srt/tulu2_70b_v5p128", "v5p:4x4x4", ("sft",)),
+        ("srt/tulu2_70b_v5p128", "v5p:4x4x4", ("reference",)),
         ("seft/llama3_8b_v5e64", "v5e:8x8", ("score", "prefill")),
         ("pit/llama2_70b_v5p128", "v5p:4x4x4", ("gap reward",)),
     ],

@@ -7,16 +7,16 @@ Dimension letters as in model.py.
 
 import dataclasses
 import math
-from typing import Any
 
+import jax.numpy as jnp
 from jax.sharding import AbstractMesh, Mesh
 
 from jaxsi import head, kv_cache, mesh as meshlib, model
-from jaxsi.ceilings import body_weights, head_weights, seen
+from jaxsi.ceilings import attention_flops, body_weights, head_weights, seen
 from jaxsi.engine import CHUNK, power
 from jaxsi.hlo import Cost, Traffic
 from jaxsi.model import ModelConfig
-from jaxsi.programs import GIB, Memory, Sizes
+from jaxsi.programs import GIB, MOVE, Memory, Sizes
 
 AnyMesh = Mesh | AbstractMesh
 SEQUENCES = {"sft": 1, "dpo": 2, "reward": 2, "gap reward": 4, "rl": 1, "value": 1}  # of an item of the batch
@@ -35,7 +35,7 @@ def estimate(name: str, config: ModelConfig, mesh: AnyMesh, sizes: Sizes) -> tup
         return _training(name, config, mesh, sizes)
     if name in FORWARD:
         return _forward(name, config, mesh, sizes)
-    return {"a layer's sampling weights": _move, "prefill": _prefill, "decode": _decode}[name](config, mesh, sizes)
+    return {MOVE: _move, "prefill": _prefill, "decode": _decode}[name](config, mesh, sizes)
 
 
 def model_flops(name: str, config: ModelConfig, sizes: Sizes) -> float:
@@ -52,11 +52,11 @@ def model_flops(name: str, config: ModelConfig, sizes: Sizes) -> float:
         T = min(CHUNK, prompt)
         start = 0 if name == "prefill" else prompt - T
         keys = seen(config, start, start + T)
-        return sizes.wave * (2.0 * body_weights(config) * T + 4.0 * config.num_heads * config.head_dim * keys)
+        return sizes.wave * (2.0 * body_weights(config) * T + attention_flops(config, keys))
     if name == "decode":
         keys = seen(config, prompt + sizes.max_new_tokens - 1, prompt + sizes.max_new_tokens)
         weights = body_weights(config) + head_weights(config)
-        return sizes.slots * (2.0 * weights + 4.0 * config.num_heads * config.head_dim * keys)
+        return sizes.slots * (2.0 * weights + attention_flops(config, keys))
     return _head_flops(config, sizes.slots, False) if name == "first tokens" else 0.0
 
 
@@ -64,7 +64,7 @@ def weight_bytes(config: ModelConfig, mesh: AnyMesh, itemsize: int, rules: meshl
     """Bytes of a chip's share of the weights, laid out by ``rules``."""
 
     def share(p: model.Parameter) -> float:
-        return math.prod(p.shape) / math.prod(_parts(mesh, axis, rules) for axis in p.axes)
+        return math.prod(p.shape) / math.prod(meshlib.axis_size(mesh, axis, rules) for axis in p.axes)
 
     tree = model.parameters(config)
     every = [p for p in tree.values() if isinstance(p, model.Parameter)] + list(tree["layers"].values())
@@ -78,14 +78,14 @@ def canonical_gib(config: ModelConfig, mesh: AnyMesh) -> float:
 
 def sampling_gib(config: ModelConfig, mesh: AnyMesh, dtype: str) -> float:
     """GiB of a chip that a copy for sampling takes."""
-    return weight_bytes(config, mesh, _itemsize(dtype), meshlib.SAMPLING_RULES) / GIB
+    return weight_bytes(config, mesh, jnp.dtype(dtype).itemsize, meshlib.SAMPLING_RULES) / GIB
 
 
 # ------------------------------------------------------------------------------------------------------------ products
 
 
 def _body_flops(config: ModelConfig, rows: float, T: int) -> float:
-    return rows * (2.0 * body_weights(config) * T + 4.0 * config.num_heads * config.head_dim * seen(config, 0, T))
+    return rows * (2.0 * body_weights(config) * T + attention_flops(config, seen(config, 0, T)))
 
 
 def _head_flops(config: ModelConfig, tokens: float, scalar: bool) -> float:
@@ -109,12 +109,16 @@ def forward_rows(name: str, sizes: Sizes) -> tuple[int, int, int]:
 
 def _training(name: str, config: ModelConfig, mesh: AnyMesh, sizes: Sizes) -> tuple[Memory, Cost]:
     c, T, chips = config, sizes.max_length, mesh.size
-    batch, tensor, fsdp = _parts(mesh, "batch"), _parts(mesh, "mlp"), _parts(mesh, "embed")
+    batch, tensor, fsdp = (
+        meshlib.axis_size(mesh, "batch"),
+        meshlib.axis_size(mesh, "mlp"),
+        meshlib.axis_size(mesh, "embed"),
+    )
     rows = SEQUENCES[name] * sizes.batch_size
     tokens = rows * T / sizes.accumulate / batch  # of a chip at a time
     weights = weight_bytes(c, mesh, 4, meshlib.TRAINING_RULES)
     again = {"none": 0.0, "products": 0.1, "full": 1 - c.embed_dim * c.mlp_dim * c.num_layers / body_weights(c)}
-    attention = rows * 4.0 * c.num_heads * c.head_dim * seen(c, 0, T)
+    attention = rows * attention_flops(c, seen(c, 0, T))
     body = rows * T * 2.0 * body_weights(c)
     # Fused attention computes its scores again in the backward pass, twice where keys and queries have a kernel each.
     flops = body * (3 + again[sizes.remat]) + attention * (4.5 + (sizes.remat == "full"))
@@ -137,7 +141,7 @@ def _training(name: str, config: ModelConfig, mesh: AnyMesh, sizes: Sizes) -> tu
         "all-reduce": Traffic(
             5 * c.num_layers * sizes.accumulate,
             5 * c.num_layers * sizes.accumulate * tokens * c.embed_dim * 2 * 2 * _ring(tensor)
-            + 2 * weights * _ring(_axis(mesh, "data")),
+            + 2 * weights * _ring(mesh.shape["data"]),
         ),
     }
     memory = Memory(name, state / GIB, (temporaries + moved * weights) / GIB, 0.0)
@@ -147,8 +151,8 @@ def _training(name: str, config: ModelConfig, mesh: AnyMesh, sizes: Sizes) -> tu
 def _forward(name: str, config: ModelConfig, mesh: AnyMesh, sizes: Sizes) -> tuple[Memory, Cost]:
     c = config
     rows, T, _ = forward_rows(name, sizes)
-    tensor, fsdp = _parts(mesh, "mlp"), _parts(mesh, "embed")
-    tokens = rows * T / _parts(mesh, "batch")
+    tensor, fsdp = meshlib.axis_size(mesh, "mlp"), meshlib.axis_size(mesh, "embed")
+    tokens = rows * T / meshlib.axis_size(mesh, "batch")
     weights = weight_bytes(c, mesh, 4, meshlib.TRAINING_RULES)
     layers, layer = 2.0 * body_weights(c) / tensor, tokens * _width(c, tensor)
     logits = 0 if name in SCALAR else 2 * min(head.TILE_BYTES, tokens * c.vocab_size / tensor * 4)
@@ -165,18 +169,18 @@ def _forward(name: str, config: ModelConfig, mesh: AnyMesh, sizes: Sizes) -> tup
 def _move(config: ModelConfig, mesh: AnyMesh, sizes: Sizes) -> tuple[Memory, Cost]:
     """One layer."""
     weights = weight_bytes(config, mesh, 4, meshlib.TRAINING_RULES)
-    copy = weight_bytes(config, mesh, _itemsize(sizes.dtype), meshlib.SAMPLING_RULES) / config.num_layers
-    memory = Memory("a layer's sampling weights", weights / GIB, copy / GIB, copy / GIB)
-    sent = copy * _ring(_parts(mesh, "embed"))
+    copy = weight_bytes(config, mesh, jnp.dtype(sizes.dtype).itemsize, meshlib.SAMPLING_RULES) / config.num_layers
+    memory = Memory(MOVE, weights / GIB, copy / GIB, copy / GIB)
+    sent = copy * _ring(meshlib.axis_size(mesh, "embed"))
     cost = Cost(0.0, weights / config.num_layers + 3 * copy, {"all-gather": Traffic(1, sent)} if sent else {})
     return memory, cost
 
 
 def _prefill(config: ModelConfig, mesh: AnyMesh, sizes: Sizes) -> tuple[Memory, Cost]:
-    c, tensor = config, _parts(mesh, "mlp")
+    c, tensor = config, meshlib.axis_size(mesh, "mlp")
     T = min(CHUNK, power(sizes.prompt_length, 32))
-    tokens = sizes.wave * T / _parts(mesh, "batch")
-    weights = weight_bytes(c, mesh, _itemsize(sizes.dtype), meshlib.SAMPLING_RULES)
+    tokens = sizes.wave * T / meshlib.axis_size(mesh, "batch")
+    weights = weight_bytes(c, mesh, jnp.dtype(sizes.dtype).itemsize, meshlib.SAMPLING_RULES)
     layer, cache = tokens * _width(c, tensor), tokens * _cache_bytes(c, tensor, sizes)
     memory = Memory("prefill", weights / GIB, layer / GIB, cache / GIB)
     wire = 2 * c.num_layers * tokens * c.embed_dim * 2 * 2 * _ring(tensor)
@@ -186,9 +190,9 @@ def _prefill(config: ModelConfig, mesh: AnyMesh, sizes: Sizes) -> tuple[Memory, 
 
 def _decode(config: ModelConfig, mesh: AnyMesh, sizes: Sizes) -> tuple[Memory, Cost]:
     """One step."""
-    c, tensor = config, _parts(mesh, "mlp")
-    rows = sizes.slots / _parts(mesh, "batch")
-    weights = weight_bytes(c, mesh, _itemsize(sizes.dtype), meshlib.SAMPLING_RULES)
+    c, tensor = config, meshlib.axis_size(mesh, "mlp")
+    rows = sizes.slots / meshlib.axis_size(mesh, "batch")
+    weights = weight_bytes(c, mesh, jnp.dtype(sizes.dtype).itemsize, meshlib.SAMPLING_RULES)
     length = power(sizes.prompt_length, 32) + power(sizes.max_new_tokens, 16)
     kept = sum(min(window, length) for window in model.windows(c)) / c.num_layers
     cache = rows * kept * _cache_bytes(c, tensor, sizes)
@@ -215,21 +219,9 @@ def _width(c: ModelConfig, tensor: int) -> float:
 
 def _cache_bytes(c: ModelConfig, tensor: int, sizes: Sizes) -> float:
     """Bytes of a token's keys and values of all layers on a chip."""
-    number = kv_cache.bytes_of_number(sizes.cache, _itemsize(sizes.dtype), c.head_dim)
+    number = kv_cache.bytes_of_number(sizes.cache, jnp.dtype(sizes.dtype).itemsize, c.head_dim)
     return 2 * c.num_layers * c.num_kv_heads / tensor * c.head_dim * number
 
 
 def _ring(n: int) -> float:
     return (n - 1) / n
-
-
-def _axis(mesh: AnyMesh, name: str) -> int:
-    return mesh.shape[name]
-
-
-def _parts(mesh: Any, axis: str, rules: meshlib.Rules = meshlib.TRAINING_RULES) -> int:
-    return meshlib.axis_size(mesh, axis, rules)
-
-
-def _itemsize(dtype: str) -> int:
-    return {"float32": 4, "bfloat16": 2, "float16": 2}[dtype]

@@ -178,10 +178,11 @@ def seen(config: ModelConfig, start: int, stop: int) -> int:
 def forward_flops(config: ModelConfig, lengths: Sequence[int]) -> float:
     """Of one pass over texts of these lengths, with the head at every token; backward costs twice as much again."""
     weights = body_weights(config) + head_weights(config)
-    return 2.0 * weights * sum(lengths) + sum(_attention_flops(config, seen(config, 0, n)) for n in lengths)
+    return 2.0 * weights * sum(lengths) + sum(attention_flops(config, seen(config, 0, n)) for n in lengths)
 
 
-def _attention_flops(config: ModelConfig, keys: int) -> float:
+def attention_flops(config: ModelConfig, keys: int) -> float:
+    """Of scores and values of queries that look at so many keys in all."""
     return 4.0 * config.num_heads * config.head_dim * keys
 
 
@@ -218,5 +219,5 @@ def floor_of_decoding(
     keys = sum(seen(config, start, stop) for start, stop in spans)
     cache = keys * 2 * config.num_kv_heads * config.head_dim * (itemsize if cached is None else cached)
     multiplying = max(2.0 * weights * tokens / steps / ceilings.gemm_rows, weights * itemsize / ceilings.bandwidth)
-    attending = max(_attention_flops(config, keys) / ceilings.gemm_peak, cache / ceilings.bandwidth)
+    attending = max(attention_flops(config, keys) / ceilings.gemm_peak, cache / ceilings.bandwidth)
     return steps * multiplying + attending, steps

@@ -91,7 +91,7 @@ def sharding(mesh: Mesh, axes: tuple[str | None, ...], rules: Rules = TRAINING_R
     return NamedSharding(mesh, partition_spec(axes, rules))
 
 
-def axis_size(mesh: Mesh, axis: str, rules: Rules = TRAINING_RULES) -> int:
+def axis_size(mesh: Mesh | AbstractMesh, axis: str, rules: Rules = TRAINING_RULES) -> int:
     """In how many parts the rules cut the logical axis ``axis``."""
     names = rules[axis]
     names = () if names is None else (names,) if isinstance(names, str) else names

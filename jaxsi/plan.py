@@ -25,7 +25,7 @@ from jaxsi.engine import CHUNK, few, fitting, power
 from jaxsi.hlo import Cost
 from jaxsi.mesh import MeshConfig
 from jaxsi.model import ModelConfig
-from jaxsi.programs import Memory, Program, Sizes, memory_of, sampling_programs, tpu_devices, training_programs
+from jaxsi.programs import MOVE, Memory, Program, Sizes, memory_of, sampling_programs, tpu_devices, training_programs
 from jaxsi.progress import progress
 from jaxsi.rl import RLConfig
 from jaxsi.sampling import bucket
@@ -33,7 +33,6 @@ from jaxsi.train import TrainConfig
 from jaxsi.workload import Assumed, Held, Sampling, Scoring, Stage, Training, iterations, stages
 
 COMPILERS = 2  # programs compiled at a time: a 70B's takes 2 to 5 GiB of memory
-MOVE = "a layer's sampling weights"
 SAMPLING = (MOVE, "prefill", "extend", "extend in place", "first tokens", "fill", "refill", "grow", "shrink", "decode")
 Architectures = Callable[[str], ModelConfig]
 

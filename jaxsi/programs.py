@@ -25,6 +25,7 @@ from jaxsi.optim import OptimConfig
 from jaxsi.token_sampling import MAX_MARKER, MAX_STOPS, Settings
 
 GIB = 2**30
+MOVE = "a layer's sampling weights"  # their program, which runs once for each layer
 shape_of: Any = jax.ShapeDtypeStruct  # takes the place of arrays
 
 
@@ -116,7 +117,7 @@ def sampling_programs(config: ModelConfig, mesh: Mesh, sizes: Sizes) -> dict[str
 
     packed = slots.Packed(*[ids(P, chunk)] * 3, *[ids(P)] * 3)
     return {
-        "a layer's sampling weights": Program(move_layer, (layers, number), {}),
+        MOVE: Program(move_layer, (layers, number), {}),
         "prefill": Program(slots.prefill_prompts, (weights, packed), {"fixed": fixed}),
         "extend": extend(ids(P)),
         "extend in place": extend(None),

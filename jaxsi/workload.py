@@ -58,9 +58,6 @@ class Stage:
     held: Held
     each: bool = True
 
-    def once(self) -> "Stage":
-        return dataclasses.replace(self, each=False)
-
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Sampling(Stage):
@@ -228,19 +225,20 @@ def _self_rewarding(plan: _Plan) -> Iterator[Stage]:
 
 
 def _srt(plan: _Plan) -> Iterator[Stage]:
-    cfg, a = plan.cfg, plan.assumed
-    learnt, own = cfg.critic_prompts, max(1, plan.of_source(cfg.prompts) - cfg.critic_prompts)
-    if not isinstance(cfg.prompts, PromptFile):
-        own = a.prompts
+    cfg = plan.cfg
+    learnt, own = cfg.critic_prompts, plan.assumed.prompts
+    if isinstance(cfg.prompts, PromptFile):
+        own = max(1, plan.of_source(cfg.prompts) - learnt)
     draft, critique = plan.new(cfg.sampling.max_new_tokens), plan.new(cfg.critique.max_new_tokens)
     whole = plan.prompt + draft + critique
     write = {"samples": 1, "batch_size": cfg.critique.batch_size}
-    yield plan.sampling("drafts of the base", learnt, plan.prompt, cfg.sampling, Held(1)).once()
+    yield plan.sampling("drafts of the base", learnt, plan.prompt, cfg.sampling, Held(1), each=False)
     if isinstance(cfg.critic, LocalCritic):
         told = {"samples": 1, "batch_size": cfg.critic.batch_size, "dtype": cfg.critic.dtype, "model": cfg.critic.model}
+        told["each"] = False
         long = {"new_tokens": plan.new(cfg.critic.max_new_tokens)}
-        yield plan.writing("critiques of the critic", learnt, plan.prompt + draft, Held(1, 1), **told, **long).once()
-        yield plan.writing("checks of the critic", learnt, whole, Held(1, 1), **told, new_tokens=SCORE_TOKENS).once()
+        yield plan.writing("critiques of the critic", learnt, plan.prompt + draft, Held(1, 1), **told, **long)
+        yield plan.writing("checks of the critic", learnt, whole, Held(1, 1), **told, new_tokens=SCORE_TOKENS)
     yield plan.training("sft", "sft", cfg.sft, learnt, whole, Held(1), each=False)
     if cfg.dpo is None:
         return
@@ -296,11 +294,11 @@ def _reinforcing(
     length = min(own + rl.max_new_tokens, plan.positions)
     rows = rl.steps * rl.rows
     micro, dtype = rl.rows_at_once, plan.cfg.sampling.dtype
-    sampled = plan.writing(
+    yield plan.writing(
         f"{name}: responses", rl.steps * rl.prompts_per_step, own, Held(models + state), samples=rl.group_size,
         new_tokens=plan.new(rl.max_new_tokens), batch_size=rl.batch_size, at_once=rl.prompts_per_step,
+        each=each,
     )  # fmt: skip
-    yield sampled if each else sampled.once()
     scored = {"held": Held(models + state - 1, 1), "each": each, "length": length, "batch_size": micro, "dtype": dtype}
     yield Scoring(name=f"{name}: rewards", rows=rows, **scored)
     yield Scoring(name=f"{name}: logps", rows=(3 if value else 2) * rows, **scored)

@@ -8,7 +8,7 @@ most 2,560 tokens (4.7); and reward training, with three models (7.2), its own s
 group keeps (`jaxsi plan configs/pit/qwen3_0p6b_1gpu.py --topology rtx4090`). Expectation: never run by this project at
 this size. The paper trained PaLM 2 (Bison); what reports of it have is in llama3_8b_hh_8xh100.py.
 
-All of it is qwen3_4b_1xh200.py's but the model, the micro-batches, where the moments are kept and the steps of RL: 16
+All of it is qwen3_4b_1xh200.py's but the model, the micro-batches and the steps of RL: 16
 prompts of 4 responses, in four updates.
 """
 
@@ -17,24 +17,18 @@ from pathlib import Path
 
 from jaxsi.config_file import load_config
 from jaxsi.methods.pit import Config
-from jaxsi.optim import OptimConfig
 from jaxsi.rl import RLConfig
 from jaxsi.train import TrainConfig
 
 
-def offloaded(optim: OptimConfig) -> OptimConfig:
-    """The moments lie in the host's memory between updates."""
-    return dataclasses.replace(optim, offload=True)
-
-
 def smaller(rl: RLConfig) -> RLConfig:
     """Steps of 64 responses, 16 of them in the making at a time and in an update."""
-    return dataclasses.replace(rl, optim=offloaded(rl.optim), prompts_per_step=16, batch_size=16, accumulate=8)
+    return dataclasses.replace(rl, prompts_per_step=16, batch_size=16, accumulate=8)
 
 
 def one_at_a_time(train: TrainConfig) -> TrainConfig:
     """The same training, a row or group at a time."""
-    return dataclasses.replace(train, optim=offloaded(train.optim), accumulate=train.batch_size)
+    return dataclasses.replace(train, accumulate=train.batch_size)
 
 
 def config() -> Config:

@@ -10,10 +10,10 @@ __version__ = "0.1.0"
 
 _HOMES = {
     "load": "jaxsi.lm",
-    "generate": "jaxsi.sampling",
-    "score": "jaxsi.scoring",
-    "judge": "jaxsi.feedback",
-    "improve": "jaxsi.improvement",
+    "generate": "jaxsi.sampling.generate",
+    "score": "jaxsi.sampling.scoring",
+    "judge": "jaxsi.stages.judge",
+    "improve": "jaxsi.stages.improve.rounds",
 }
 
 __all__ = ["__version__", *_HOMES]

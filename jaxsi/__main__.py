@@ -2,6 +2,6 @@
 
 import sys
 
-from jaxsi.main import main
+from jaxsi.cli.main import main
 
 sys.exit(main())

@@ -14,9 +14,11 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from jaxsi import checkpoint, hf, hf_export, mesh as meshlib, model
-from jaxsi.model import ModelConfig, Weights
-from jaxsi.tokenizer import Tokenizer, load_tokenizer
+from jaxsi.hf import export as hf_export, weights as hf
+from jaxsi.model import decoder, mesh as meshlib
+from jaxsi.model.decoder import ModelConfig, Weights
+from jaxsi.runs import checkpoint
+from jaxsi.text.tokenizer import Tokenizer, load_tokenizer
 
 _log = logging.getLogger(__name__)
 
@@ -53,7 +55,7 @@ class LM:
         tokens_BT = jnp.asarray(token_ids)
         if tokens_BT.ndim != 2 or not jnp.issubdtype(tokens_BT.dtype, jnp.integer):
             raise ValueError(f"token_ids has shape {tokens_BT.shape} of {tokens_BT.dtype}; give [B, T] integers")
-        return model.full_logits(self.weights, self.config, tokens_BT.astype(jnp.int32), jnp.dtype(self.dtype))
+        return decoder.full_logits(self.weights, self.config, tokens_BT.astype(jnp.int32), jnp.dtype(self.dtype))
 
     @functools.cached_property
     def sampling_weights(self) -> Weights:
@@ -88,9 +90,9 @@ def for_sampling(lm: LM) -> Weights:
 def sampling_layout(config: ModelConfig, mesh: Mesh) -> Weights:
     """The sharding of every weight while sampling, the layers unstacked."""
     rules = meshlib.SAMPLING_RULES
-    layers = model.parameters(config)["layers"]
+    layers = decoder.parameters(config)["layers"]
     one_layer = {name: meshlib.sharding(mesh, p.axes[1:], rules) for name, p in layers.items()}
-    return model.weight_shardings(config, mesh, rules) | {"layers": [one_layer] * config.num_layers}
+    return decoder.weight_shardings(config, mesh, rules) | {"layers": [one_layer] * config.num_layers}
 
 
 @functools.lru_cache(
@@ -156,7 +158,7 @@ def load(path: str | Path, mesh: Mesh | None = None, dtype: Any = "bfloat16", *,
     identity = None
     if (folder / "weights").is_dir():
         identity = checkpoint.read_meta(folder / "weights")["fingerprint"]
-        abstract = model.abstract_weights(config, mesh, weights_dtype)
+        abstract = decoder.abstract_weights(config, mesh, weights_dtype)
         weights = checkpoint.restore(folder / "weights", abstract, cast=True)
     else:
         weights = hf.load_weights(folder, config, mesh, dtype=weights_dtype)

@@ -16,21 +16,22 @@ import jax.numpy as jnp
 import pytest
 from jax.sharding import AbstractMesh, AxisType
 
-from jaxsi import mesh as meshlib, model, optim, train
-from jaxsi.architectures import published
-from jaxsi.commands import bench
-from jaxsi.commands.run import run
-from jaxsi.config import describe_config, parts_of
-from jaxsi.config_file import ConfigFileError, load_config, load_configs
-from jaxsi.critique import LocalCritic
-from jaxsi.data import GroupBatch, PairBatch, TokenBatch
-from jaxsi.endpoint import EndpointCritic
-from jaxsi.instruct import SelfInstruct
+from jaxsi.cli import bench
+from jaxsi.cli.run import run
 from jaxsi.methods import method_of
-from jaxsi.model import ModelConfig
-from jaxsi.reward import BRADLEY_TERRY, GAP, RewardLoss
-from jaxsi.rl import PolicyLoss, PPOConfig, RLConfig, RolloutBatch, ValueLoss
-from jaxsi.train import TrainConfig
+from jaxsi.model import decoder, mesh as meshlib
+from jaxsi.model.decoder import ModelConfig
+from jaxsi.perf.architectures import published
+from jaxsi.runs.config_file import ConfigFileError, load_config, load_configs
+from jaxsi.runs.config_snapshot import describe_config, parts_of
+from jaxsi.stages.critique import LocalCritic
+from jaxsi.stages.endpoint import EndpointCritic
+from jaxsi.stages.self_instruct import SelfInstruct
+from jaxsi.training import optim, train
+from jaxsi.training.batches import GroupBatch, PairBatch, TokenBatch
+from jaxsi.training.reward import BRADLEY_TERRY, GAP, RewardLoss
+from jaxsi.training.rl import PolicyLoss, PPOConfig, RLConfig, RolloutBatch, ValueLoss
+from jaxsi.training.train import TrainConfig
 
 ROOT = Path(__file__).parents[1]
 CONFIGS = sorted((ROOT / "configs").rglob("*.py"))
@@ -214,7 +215,7 @@ def shaped(cfg: Any, config: ModelConfig, mesh: AbstractMesh) -> Iterator[tuple[
 def test_its_batches_lengths_and_heads_fit(path):
     cfg = load_config(path)
     mesh, architecture = abstract_mesh(path, cfg), published(cfg.model)
-    model.weight_shardings(architecture, mesh)  # heads and all else that the mesh cuts
+    decoder.weight_shardings(architecture, mesh)  # heads and all else that the mesh cuts
     for name, part in parts_of(cfg):
         if isinstance(part, TrainConfig | RLConfig):
             part.check(mesh)
@@ -235,7 +236,7 @@ LOWERED: dict[tuple[Any, ...], str] = {}  # by kind of program
 def lowered(part: TrainConfig | RLConfig, loss: Any, architecture: ModelConfig, batch: Any) -> str:
     """The text of a training step, for TPU; nothing is compiled or allocated."""
     scalar = jax.ShapeDtypeStruct((), jnp.int32, sharding=meshlib.sharding(loss.mesh, ()))
-    weights = model.abstract_weights(architecture, loss.mesh)
+    weights = decoder.abstract_weights(architecture, loss.mesh)
     moments = jax.eval_shape(optim.make_optimizer(part.optim).init, weights)
     state, rate = train.State(weights, moments, scalar, scalar), jax.ShapeDtypeStruct((), jnp.float32)
     step = train.train_step.trace(state, batch, rate, loss=loss, optimizer=part.optim, accumulate=part.accumulate)

@@ -18,11 +18,11 @@ import pytest
 import yaml
 from jax.sharding import AbstractMesh, AxisType
 
-from jaxsi import mesh as meshlib
-from jaxsi.commands.run import configure
-from jaxsi.config import parts_of
-from jaxsi.rl import RLConfig
-from jaxsi.train import TrainConfig
+from jaxsi.cli.run import configure
+from jaxsi.model import mesh as meshlib
+from jaxsi.runs.config_snapshot import parts_of
+from jaxsi.training.rl import RLConfig
+from jaxsi.training.train import TrainConfig
 
 ROOT = Path(__file__).parents[1]
 LAUNCH = ROOT / "launch"

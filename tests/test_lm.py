@@ -14,12 +14,14 @@ import pytest
 
 import jaxsi
 import tiny
-from jaxsi import checkpoint, lm as lmlib, resume, train
-from jaxsi.checkpoint import CheckpointError
-from jaxsi.hf import HFError
+from jaxsi import lm as lmlib
+from jaxsi.hf.weights import HFError
 from jaxsi.lm import LoadError, load
-from jaxsi.optim import OptimConfig
-from jaxsi.run import Run
+from jaxsi.runs import checkpoint
+from jaxsi.runs.checkpoint import CheckpointError
+from jaxsi.runs.run import Run
+from jaxsi.training import resume, train
+from jaxsi.training.optim import OptimConfig
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -18,15 +18,15 @@ import jax
 import numpy as np
 import pytest
 
-from jaxsi import bench
-from jaxsi.config import describe_config
-from jaxsi.config_file import load_config
 from jaxsi.lm import load
-from jaxsi.mesh import MeshConfig
 from jaxsi.methods import method_of
-from jaxsi.rl import RLConfig
-from jaxsi.run import Run
-from jaxsi.train import TrainConfig
+from jaxsi.model.mesh import MeshConfig
+from jaxsi.runs.config_file import load_config
+from jaxsi.runs.config_snapshot import describe_config
+from jaxsi.runs.run import Run
+from jaxsi.toyworld import methods_table
+from jaxsi.training.rl import RLConfig
+from jaxsi.training.train import TrainConfig
 
 ROOT = Path(__file__).parents[1]
 LN2 = math.log(2)
@@ -250,7 +250,7 @@ def test_the_control_arm_differs_in_its_signal_alone(name, done, tmp_path):
     control = dataclasses.replace(control, evaluate=None)
     with Run.open(tmp_path / "run", control) as run:
         before = set(run.path.iterdir())
-        bench.share(dataclasses.replace(cfg, evaluate=None), done(name), control, run.path)
+        methods_table.share(dataclasses.replace(cfg, evaluate=None), done(name), control, run.path)
         shared = {path.name for path in set(run.path.iterdir()) - before}
         assert shared <= set(type(cfg).SHARED)
         assert bool(shared) == (METHODS[name].differs in type(cfg).ARM_FIELDS)

@@ -15,11 +15,14 @@ import pytest
 from processes import ROOT, ended, free_port, start, start_command
 
 import tiny
-from jaxsi import checkpoint, lm as lmlib, model, optim, train
-from jaxsi.main import main
-from jaxsi.mesh import MeshConfig, make_mesh
-from jaxsi.optim import OptimConfig
+from jaxsi import lm as lmlib
+from jaxsi.cli.main import main
+from jaxsi.model import decoder
+from jaxsi.model.mesh import MeshConfig, make_mesh
+from jaxsi.runs import checkpoint
 from jaxsi.toyworld.seed import SHIPPED
+from jaxsi.training import optim, train
+from jaxsi.training.optim import OptimConfig
 
 SAMPLING = """
 import json, sys
@@ -29,9 +32,9 @@ if count > 1:
     jax.distributed.initialize(f"127.0.0.1:{port}", count, index)
 import jaxsi
 from jaxsi import feedback
-from jaxsi.chat import render_prompt
-from jaxsi.records import to_json
-from jaxsi.scoring import score_choices
+from jaxsi.text.chat import render_prompt
+from jaxsi.runs.records import to_json
+from jaxsi.sampling.scoring import score_choices
 from jaxsi.toyworld import world
 from jaxsi.toyworld.corpus import RUBRIC
 from jaxsi.toyworld.seed import SHIPPED
@@ -74,7 +77,7 @@ jax.distributed.initialize(f"127.0.0.1:{port}", count, index)
 sys.path.insert(0, "tests")
 import tiny
 from jaxsi import checkpoint, data, mesh, train
-from jaxsi.optim import OptimConfig
+from jaxsi.training.optim import OptimConfig
 lm = tiny.make_lm(sys.argv[4])
 optimizer = OptimConfig(learning_rate=1e-2)
 loss = train.SFTLoss(lm.config, lm.mesh, "float32", "none")
@@ -104,7 +107,7 @@ def test_a_state_of_two_processes_restores_to_the_same_bits_on_any_mesh(tmp_path
     for sizes in ((1, 8, 1), (1, 2, 1), (1, 1, 1), (2, 2, 2), (4, 1, 2)):
         devices = jax.devices()[: math.prod(sizes)]
         mesh = make_mesh(MeshConfig(**dict(zip(("data", "fsdp", "tensor"), sizes, strict=True))), devices)
-        weights = model.abstract_weights(tiny.CONFIG, mesh, np.dtype("float32"))
+        weights = decoder.abstract_weights(tiny.CONFIG, mesh, np.dtype("float32"))
         optimizer, step = OptimConfig(learning_rate=1e-2), jax.ShapeDtypeStruct((), np.int32)
         moments = jax.eval_shape(optim.make_optimizer(optimizer).init, weights)
         shapes, layout = train.State(weights, moments, step, step), train.state_layout(weights, optimizer)

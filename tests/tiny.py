@@ -9,14 +9,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxsi import model
-from jaxsi.data import TokenBatch
 from jaxsi.lm import LM
-from jaxsi.mesh import MeshConfig, make_mesh
-from jaxsi.model import ModelConfig
-from jaxsi.records import PreferencePair, Prompt, Response
-from jaxsi.tokenizer import Tokenizer, load_tokenizer
+from jaxsi.model import decoder
+from jaxsi.model.decoder import ModelConfig
+from jaxsi.model.mesh import MeshConfig, make_mesh
+from jaxsi.runs.records import PreferencePair, Prompt, Response
+from jaxsi.text.tokenizer import Tokenizer, load_tokenizer
 from jaxsi.toyworld.vocabulary import ENTRIES, build_tokenizer
+from jaxsi.training.batches import TokenBatch
 
 # Everything that the mesh cuts divides by 8 or, where the tensor axis cuts it, by 2.
 CONFIG = ModelConfig(
@@ -50,19 +50,19 @@ def host_weights(seed: int = 0, config: ModelConfig = CONFIG) -> Any:
     """Weights far from their start: the next token depends on the text, is uncertain, and no two logits tie."""
     rng = np.random.default_rng(seed)
 
-    def draw(path: tuple, p: model.Parameter) -> np.ndarray:
+    def draw(path: tuple, p: decoder.Parameter) -> np.ndarray:
         name = jax.tree_util.keystr(path)
         scale = 1.0 if "embed" in name else 0.5 if "lm_head" in name else 0.3
         return (scale * rng.normal(size=p.shape) + ("norm" in name)).astype(np.float32)
 
-    is_leaf = lambda x: isinstance(x, model.Parameter)  # noqa: E731
-    return jax.tree_util.tree_map_with_path(draw, model.parameters(config), is_leaf=is_leaf)
+    is_leaf = lambda x: isinstance(x, decoder.Parameter)  # noqa: E731
+    return jax.tree_util.tree_map_with_path(draw, decoder.parameters(config), is_leaf=is_leaf)
 
 
 def make_lm(mesh_name: str = "1x1x1", seed: int = 0, dtype: Any = jnp.float32, config: ModelConfig = CONFIG) -> LM:
     """A fresh LM; the same weights, bit for bit, on every mesh."""
     on = mesh(mesh_name)
-    weights = jax.device_put(host_weights(seed, config), model.weight_shardings(config, on))
+    weights = jax.device_put(host_weights(seed, config), decoder.weight_shardings(config, on))
     return LM(config=config, weights=weights, tokenizer=tokenizer(), mesh=on, dtype=jnp.dtype(dtype))
 
 

@@ -16,9 +16,9 @@ All of it is that config's, which says what is known of the paper and what was c
 import dataclasses
 from pathlib import Path
 
-from jaxsi.config_file import load_config
-from jaxsi.mesh import MeshConfig
 from jaxsi.methods.pit import Config
+from jaxsi.model.mesh import MeshConfig
+from jaxsi.runs.config_file import load_config
 
 
 def config() -> Config:

@@ -21,14 +21,14 @@ responses to each of 128 prompts, 400 steps for the policy and for each round, a
 references at temperature 1; a fifth of round 1's references from round 0. Pin the model's revision as NAME@REVISION.
 """
 
-from jaxsi import sources
-from jaxsi.mesh import MeshConfig
 from jaxsi.methods.pit import Config
-from jaxsi.optim import OptimConfig
-from jaxsi.records import RankedResponses
-from jaxsi.rl import RLConfig, rloo
-from jaxsi.sampling import SamplingConfig
-from jaxsi.train import TrainConfig
+from jaxsi.model.mesh import MeshConfig
+from jaxsi.runs.records import RankedResponses
+from jaxsi.sampling.generate import SamplingConfig
+from jaxsi.stages import datasets
+from jaxsi.training.optim import OptimConfig
+from jaxsi.training.rl import RLConfig, rloo
+from jaxsi.training.train import TrainConfig
 
 
 def short_pairs() -> list[RankedResponses]:
@@ -37,7 +37,7 @@ def short_pairs() -> list[RankedResponses]:
     def characters(ranked: RankedResponses) -> int:
         return sum(len(message["content"]) for message in ranked.messages) + max(map(len, ranked.responses))
 
-    return [ranked for ranked in sources.hh_rlhf() if characters(ranked) <= 4000]
+    return [ranked for ranked in datasets.hh_rlhf() if characters(ranked) <= 4000]
 
 
 def train(learning_rate: float) -> TrainConfig:

@@ -15,10 +15,10 @@ prompts of 4 responses, in four updates.
 import dataclasses
 from pathlib import Path
 
-from jaxsi.config_file import load_config
 from jaxsi.methods.pit import Config
-from jaxsi.rl import RLConfig
-from jaxsi.train import TrainConfig
+from jaxsi.runs.config_file import load_config
+from jaxsi.training.rl import RLConfig
+from jaxsi.training.train import TrainConfig
 
 
 def smaller(rl: RLConfig) -> RLConfig:

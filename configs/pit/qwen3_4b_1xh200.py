@@ -15,12 +15,12 @@ where the moments are kept and the steps of RL: 64 prompts of 4 responses in pla
 import dataclasses
 from pathlib import Path
 
-from jaxsi.config_file import load_config
-from jaxsi.mesh import MeshConfig
 from jaxsi.methods.pit import Config
-from jaxsi.optim import OptimConfig
-from jaxsi.rl import RLConfig
-from jaxsi.train import TrainConfig
+from jaxsi.model.mesh import MeshConfig
+from jaxsi.runs.config_file import load_config
+from jaxsi.training.optim import OptimConfig
+from jaxsi.training.rl import RLConfig
+from jaxsi.training.train import TrainConfig
 
 
 def offloaded(optim: OptimConfig) -> OptimConfig:

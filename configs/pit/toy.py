@@ -6,15 +6,15 @@ Hardware: 2 CPU cores, 3 GB of memory, about 3 minutes. Expected: exact quality 
 about 71 to about 86.
 """
 
-from jaxsi.evals.toy_improved import ImprovedEvaluation
-from jaxsi.mesh import MeshConfig
 from jaxsi.methods.pit import Config
-from jaxsi.optim import OptimConfig
-from jaxsi.rl import RLConfig
-from jaxsi.sampling import SamplingConfig
+from jaxsi.model.mesh import MeshConfig
+from jaxsi.sampling.generate import SamplingConfig
 from jaxsi.toyworld.careless import SHIPPED
+from jaxsi.toyworld.evaluate_improver import ImprovedEvaluation
 from jaxsi.toyworld.pit_data import pit_preferences
-from jaxsi.train import TrainConfig
+from jaxsi.training.optim import OptimConfig
+from jaxsi.training.rl import RLConfig
+from jaxsi.training.train import TrainConfig
 
 
 def train(learning_rate: float, batch_size: int, epochs: int = 1) -> TrainConfig:

@@ -9,9 +9,9 @@ the paper; of PPO nothing is reported.
 import dataclasses
 from pathlib import Path
 
-from jaxsi import rl
-from jaxsi.config_file import load_config
 from jaxsi.methods.pit import Config
+from jaxsi.runs.config_file import load_config
+from jaxsi.training import rl
 
 
 def configs() -> dict[str, Config]:

@@ -9,8 +9,8 @@ toy.py.
 import dataclasses
 from pathlib import Path
 
-from jaxsi.config_file import load_config
 from jaxsi.methods.pit import Config
+from jaxsi.runs.config_file import load_config
 from jaxsi.toyworld.pit_data import exact_gaps
 
 

@@ -14,9 +14,9 @@ All of it is nectar_8b_8xh100.py's, which says what the paper's summaries have a
 import dataclasses
 from pathlib import Path
 
-from jaxsi.config_file import load_config
-from jaxsi.mesh import MeshConfig
 from jaxsi.methods.seft import Config
+from jaxsi.model.mesh import MeshConfig
+from jaxsi.runs.config_file import load_config
 
 
 def config() -> Config:

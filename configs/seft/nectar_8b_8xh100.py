@@ -14,24 +14,24 @@ whose seven ranked responses make six pairs each; a reviser at 2e-5 (cosine, 3 %
 temperature 1; 500 held-out prompts decide when to stop. Pin the models' revisions as NAME@REVISION.
 """
 
-from jaxsi import sources
-from jaxsi.mesh import MeshConfig
 from jaxsi.methods.seft import Config, ReviserConfig, Round
-from jaxsi.optim import OptimConfig
-from jaxsi.records import Prompt, RankedResponses
-from jaxsi.revise import ReviseConfig, best_of_n, revise
-from jaxsi.sampling import SamplingConfig
-from jaxsi.train import TrainConfig
+from jaxsi.model.mesh import MeshConfig
+from jaxsi.runs.records import Prompt, RankedResponses
+from jaxsi.sampling.generate import SamplingConfig
+from jaxsi.stages import datasets
+from jaxsi.stages.reviser import ReviseConfig, best_of_n, revise
+from jaxsi.training.optim import OptimConfig
+from jaxsi.training.train import TrainConfig
 
 
 def rankings() -> list[RankedResponses]:
     """Ten thousand prompts with seven ranked responses each."""
-    return sources.nectar()[:10_000]
+    return datasets.nectar()[:10_000]
 
 
 def ultrafeedback_prompts() -> list[Prompt]:
     """The instructions without their completions; equal ones once."""
-    by_text = {ranked.messages[-1]["content"]: ranked for ranked in sources.ultrafeedback()}
+    by_text = {ranked.messages[-1]["content"]: ranked for ranked in datasets.ultrafeedback()}
     return [Prompt(id=ranked.id, messages=ranked.messages) for ranked in by_text.values()]
 
 

@@ -13,8 +13,8 @@ All of it is qwen3_4b_1xh200.py's but the model and how many rows are sampled or
 import dataclasses
 from pathlib import Path
 
-from jaxsi.config_file import load_config
 from jaxsi.methods.seft import Config
+from jaxsi.runs.config_file import load_config
 
 
 def config() -> Config:

@@ -15,10 +15,10 @@ how many rows are sampled and trained on at a time.
 import dataclasses
 from pathlib import Path
 
-from jaxsi.config_file import load_config
-from jaxsi.mesh import MeshConfig
 from jaxsi.methods.seft import Config
-from jaxsi.train import TrainConfig
+from jaxsi.model.mesh import MeshConfig
+from jaxsi.runs.config_file import load_config
+from jaxsi.training.train import TrainConfig
 
 
 def in_fours(train: TrainConfig) -> TrainConfig:

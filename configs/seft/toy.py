@@ -6,15 +6,15 @@ Hardware: 2 CPU cores, 3 GB of memory, about 2 minutes. Expected: exact quality 
 about 64 to about 81.
 """
 
-from jaxsi.evals.toy_revised import PolicyEvaluation, ReviserEvaluation
 from jaxsi.methods.seft import Config, ReviserConfig, Round
-from jaxsi.optim import OptimConfig
-from jaxsi.revise import ReviseConfig, best_of_n, revise
-from jaxsi.revision_data import LabelConfig
-from jaxsi.sampling import SamplingConfig
+from jaxsi.sampling.generate import SamplingConfig
+from jaxsi.stages.reviser import ReviseConfig, best_of_n, revise
+from jaxsi.stages.reviser_data import LabelConfig
 from jaxsi.toyworld.careless import SHIPPED
+from jaxsi.toyworld.evaluate_reviser import PolicyEvaluation, ReviserEvaluation
 from jaxsi.toyworld.reviser import TEMPLATE, ranked_responses, stopping_prompts, unlabelled_prompts
-from jaxsi.train import TrainConfig
+from jaxsi.training.optim import OptimConfig
+from jaxsi.training.train import TrainConfig
 
 
 def train(learning_rate: float, batch_size: int, epochs: int = 1) -> TrainConfig:

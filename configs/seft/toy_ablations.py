@@ -12,9 +12,9 @@ on good drafts, internal then external evolution is better than either, and more
 import dataclasses
 from pathlib import Path
 
-from jaxsi.config_file import load_config
 from jaxsi.methods.seft import Config
-from jaxsi.revise import always_revise
+from jaxsi.runs.config_file import load_config
+from jaxsi.stages.reviser import always_revise
 from jaxsi.toyworld.reviser import double_prompts, half_prompts
 
 

@@ -9,8 +9,8 @@ evolution does without a signal.
 import dataclasses
 from pathlib import Path
 
-from jaxsi.config_file import load_config
 from jaxsi.methods.seft import Config
+from jaxsi.runs.config_file import load_config
 from jaxsi.toyworld.reviser import coin_ranked_responses
 
 

@@ -9,8 +9,8 @@ Hardware and time as toy.py. Expected: at least the gain of toy.py; what evoluti
 import dataclasses
 from pathlib import Path
 
-from jaxsi.config_file import load_config
 from jaxsi.methods.seft import Config
+from jaxsi.runs.config_file import load_config
 from jaxsi.toyworld.reviser import exact_best_of_n, exact_revise
 
 

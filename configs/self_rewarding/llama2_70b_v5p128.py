@@ -21,32 +21,32 @@ Claude 2, which compared checkpoints with the AlpacaEval prompt, is replaced by 
 (`early_stop.judging` takes another); batch 16 of SFT is 16 packed rows. Pin the models' revisions as NAME@REVISION.
 """
 
-from jaxsi import sources
-from jaxsi.feedback import JudgeConfig
-from jaxsi.instruct import SelfInstruct
-from jaxsi.mesh import MeshConfig
 from jaxsi.methods.self_rewarding import Config, EarlyStop, SeedData
-from jaxsi.optim import OptimConfig
-from jaxsi.records import Prompt, RankedResponses, SFTExample
-from jaxsi.sampling import SamplingConfig
-from jaxsi.train import DPOConfig, TrainConfig
+from jaxsi.model.mesh import MeshConfig
+from jaxsi.runs.records import Prompt, RankedResponses, SFTExample
+from jaxsi.sampling.generate import SamplingConfig
+from jaxsi.stages import datasets
+from jaxsi.stages.judge import JudgeConfig
+from jaxsi.stages.self_instruct import SelfInstruct
+from jaxsi.training.optim import OptimConfig
+from jaxsi.training.train import DPOConfig, TrainConfig
 
 
 def ift() -> list[SFTExample]:
     """3,200 first turns with the reply that people ranked best."""
-    return sources.oasst()[:3200]
+    return datasets.oasst()[:3200]
 
 
 def rankings() -> list[RankedResponses]:
     """The other first turns, with all their ranked replies: no prompt of IFT is among them."""
     taken = {example.messages[-1]["content"] for example in ift()}
-    return [ranked for ranked in sources.oasst_rankings() if ranked.messages[-1]["content"] not in taken]
+    return [ranked for ranked in datasets.oasst_rankings() if ranked.messages[-1]["content"] not in taken]
 
 
 def validation_prompts() -> list[Prompt]:
     """253 first turns of the validation split."""
     return [
-        Prompt(id=ranked.id, messages=ranked.messages) for ranked in sources.oasst_rankings(split="validation")[:253]
+        Prompt(id=ranked.id, messages=ranked.messages) for ranked in datasets.oasst_rankings(split="validation")[:253]
     ]
 
 

@@ -14,9 +14,9 @@ All of it is llama3_8b_v5e64.py's, and so the paper's, but the mesh and the rows
 import dataclasses
 from pathlib import Path
 
-from jaxsi.config_file import load_config
-from jaxsi.mesh import MeshConfig
 from jaxsi.methods.self_rewarding import Config
+from jaxsi.model.mesh import MeshConfig
+from jaxsi.runs.config_file import load_config
 
 
 def config() -> Config:

@@ -16,9 +16,9 @@ prompts, and the mesh. Pin the models' revisions as NAME@REVISION.
 import dataclasses
 from pathlib import Path
 
-from jaxsi.config_file import load_config
-from jaxsi.mesh import MeshConfig
 from jaxsi.methods.self_rewarding import Config
+from jaxsi.model.mesh import MeshConfig
+from jaxsi.runs.config_file import load_config
 
 
 def config() -> Config:

@@ -11,11 +11,11 @@ models gain less. The given model is M_1: no SFT, and no human data. Half of the
 strings (`judge.expected`), which is also what this config does: with a model this small it leaves far fewer ties.
 """
 
-from jaxsi.feedback import JudgeConfig
 from jaxsi.methods.self_rewarding import Config, PromptFile
-from jaxsi.optim import OptimConfig
-from jaxsi.sampling import SamplingConfig
-from jaxsi.train import DPOConfig, TrainConfig
+from jaxsi.sampling.generate import SamplingConfig
+from jaxsi.stages.judge import JudgeConfig
+from jaxsi.training.optim import OptimConfig
+from jaxsi.training.train import DPOConfig, TrainConfig
 
 
 def config() -> Config:

@@ -14,8 +14,8 @@ are sampled at a time. `--model FOLDER` takes any instruct model of 4B.
 import dataclasses
 from pathlib import Path
 
-from jaxsi.config_file import load_config
 from jaxsi.methods.self_rewarding import Config
+from jaxsi.runs.config_file import load_config
 
 
 def config() -> Config:

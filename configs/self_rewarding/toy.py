@@ -7,16 +7,16 @@ toy_permuted.py and toy_exact.py differ from this file by their judge alone; `ja
 several seeds.
 """
 
-from jaxsi.evals.toy import ToyEvaluation
-from jaxsi.feedback import JudgeConfig
-from jaxsi.instruct import SelfInstruct
 from jaxsi.methods.self_rewarding import Config, SeedData
-from jaxsi.optim import OptimConfig
-from jaxsi.sampling import SamplingConfig
+from jaxsi.sampling.generate import SamplingConfig
+from jaxsi.stages.judge import JudgeConfig
+from jaxsi.stages.self_instruct import SelfInstruct
 from jaxsi.toyworld.corpus import RUBRIC
+from jaxsi.toyworld.evaluate import ToyEvaluation
 from jaxsi.toyworld.seed import SHIPPED
 from jaxsi.toyworld.seed_data import toy_held_out, toy_ift, toy_rankings
-from jaxsi.train import DPOConfig, TrainConfig
+from jaxsi.training.optim import OptimConfig
+from jaxsi.training.train import DPOConfig, TrainConfig
 
 
 def train(learning_rate: float, batch_size: int, epochs: int = 1) -> TrainConfig:

@@ -9,8 +9,8 @@ does with a perfect judge.
 import dataclasses
 from pathlib import Path
 
-from jaxsi.config_file import load_config
 from jaxsi.methods.self_rewarding import Config
+from jaxsi.runs.config_file import load_config
 from jaxsi.toyworld.seed_data import exact_judge
 
 

@@ -8,8 +8,8 @@ As toy.py in everything but the judge, hardware and time included. Expected: no 
 import dataclasses
 from pathlib import Path
 
-from jaxsi.config_file import load_config
 from jaxsi.methods.self_rewarding import Config
+from jaxsi.runs.config_file import load_config
 from jaxsi.toyworld.seed_data import permuted_judge
 
 

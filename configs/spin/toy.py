@@ -5,13 +5,13 @@
 Hardware: 2 CPU cores, 2 GB of memory, 1 minute. Expected: exact quality from about 72 to about 88.
 """
 
-from jaxsi.evals.toy import ToyQuality
 from jaxsi.methods.spin import Config
-from jaxsi.optim import OptimConfig
-from jaxsi.sampling import SamplingConfig
+from jaxsi.sampling.generate import SamplingConfig
+from jaxsi.toyworld.evaluate import ToyQuality
 from jaxsi.toyworld.seed import SHIPPED
 from jaxsi.toyworld.seed_data import toy_demonstrations
-from jaxsi.train import DPOConfig, TrainConfig
+from jaxsi.training.optim import OptimConfig
+from jaxsi.training.train import DPOConfig, TrainConfig
 
 
 def config() -> Config:

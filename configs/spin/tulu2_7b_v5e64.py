@@ -16,20 +16,20 @@ alone, temperature 1. Pin the model's revision as NAME@REVISION.
 
 import random
 
-from jaxsi import sources
-from jaxsi.mesh import MeshConfig
 from jaxsi.methods.spin import Config
-from jaxsi.optim import OptimConfig, linear
-from jaxsi.records import SFTExample
-from jaxsi.sampling import SamplingConfig
-from jaxsi.train import DPOConfig, TrainConfig
+from jaxsi.model.mesh import MeshConfig
+from jaxsi.runs.records import SFTExample
+from jaxsi.sampling.generate import SamplingConfig
+from jaxsi.stages import datasets
+from jaxsi.training.optim import OptimConfig, linear
+from jaxsi.training.train import DPOConfig, TrainConfig
 
 
 def demonstrations() -> list[SFTExample]:
     """50,000 of the mixture's first and only turns at random, that mostly fit in 512 tokens each."""
     short = [
         example
-        for example in sources.tulu2_mixture()
+        for example in datasets.tulu2_mixture()
         if len(example.messages) == 1 and len(example.messages[0]["content"]) <= 1500 and len(example.response) <= 1500
     ]
     return random.Random(0).sample(short, 50_000)

@@ -15,8 +15,8 @@ All of it is tulu2_70b_v5p128.py's, and so the paper's, but the model.
 import dataclasses
 from pathlib import Path
 
-from jaxsi.config_file import load_config
 from jaxsi.methods.srt import Config
+from jaxsi.runs.config_file import load_config
 
 
 def config() -> Config:

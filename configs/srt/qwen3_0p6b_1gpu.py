@@ -15,10 +15,10 @@ All of it is qwen3_4b_1xh200.py's but the models and the lengths: 4,096 tokens o
 import dataclasses
 from pathlib import Path
 
-from jaxsi.config_file import load_config
-from jaxsi.critique import LocalCritic
 from jaxsi.methods.srt import Config
-from jaxsi.train import TrainConfig
+from jaxsi.runs.config_file import load_config
+from jaxsi.stages.critique import LocalCritic
+from jaxsi.training.train import TrainConfig
 
 
 def small(train: TrainConfig) -> TrainConfig:

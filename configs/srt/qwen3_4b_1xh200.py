@@ -16,12 +16,12 @@ the models; a fifth of the prompts (5,000 and 15,000; the paper's win rates rise
 import dataclasses
 from pathlib import Path
 
-from jaxsi.config_file import load_config
-from jaxsi.critique import LocalCritic
-from jaxsi.mesh import MeshConfig
 from jaxsi.methods.srt import Config
-from jaxsi.records import Prompt
-from jaxsi.train import TrainConfig
+from jaxsi.model.mesh import MeshConfig
+from jaxsi.runs.config_file import load_config
+from jaxsi.runs.records import Prompt
+from jaxsi.stages.critique import LocalCritic
+from jaxsi.training.train import TrainConfig
 
 
 def paper() -> Config:

@@ -6,16 +6,16 @@ Hardware: 2 CPU cores, 3 GB of memory, about 2 minutes. Expected: exact quality 
 about 82 to about 91.
 """
 
-from jaxsi.critique import CritiqueConfig
-from jaxsi.evals.toy_refined import RefinedEvaluation
-from jaxsi.mesh import MeshConfig
 from jaxsi.methods.srt import Config
-from jaxsi.optim import OptimConfig
-from jaxsi.sampling import SamplingConfig
+from jaxsi.model.mesh import MeshConfig
+from jaxsi.sampling.generate import SamplingConfig
+from jaxsi.stages.critique import CritiqueConfig
 from jaxsi.toyworld.careless import SHIPPED
 from jaxsi.toyworld.critic import TEMPLATE, exact_critic
+from jaxsi.toyworld.evaluate_refinement import RefinedEvaluation
 from jaxsi.toyworld.srt_data import srt_prompts
-from jaxsi.train import DPOConfig, TrainConfig
+from jaxsi.training.optim import OptimConfig
+from jaxsi.training.train import DPOConfig, TrainConfig
 
 
 def train(learning_rate: float, batch_size: int, eps: float = 1e-8) -> TrainConfig:

@@ -9,8 +9,8 @@ lost 5.1 points of AlpacaEval without feedback, and 4.5 where it learnt from the
 import dataclasses
 from pathlib import Path
 
-from jaxsi.config_file import load_config
 from jaxsi.methods.srt import Config
+from jaxsi.runs.config_file import load_config
 
 
 def configs() -> dict[str, Config]:

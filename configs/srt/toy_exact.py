@@ -8,8 +8,8 @@ As toy.py in everything but these scores, hardware and time included. Expected: 
 import dataclasses
 from pathlib import Path
 
-from jaxsi.config_file import load_config
 from jaxsi.methods.srt import Config
+from jaxsi.runs.config_file import load_config
 from jaxsi.toyworld.srt_data import exact_scores
 
 

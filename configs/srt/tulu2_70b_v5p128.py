@@ -17,9 +17,9 @@ the 7B drafts for every size: here the 70B writes them itself.
 import dataclasses
 from pathlib import Path
 
-from jaxsi.config_file import load_config
-from jaxsi.mesh import MeshConfig
 from jaxsi.methods.srt import Config
+from jaxsi.model.mesh import MeshConfig
+from jaxsi.runs.config_file import load_config
 
 
 def config() -> Config:

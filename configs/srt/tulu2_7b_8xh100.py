@@ -25,20 +25,20 @@ revision as NAME@REVISION.
 
 import random
 
-from jaxsi import sources
-from jaxsi.critique import CritiqueConfig
-from jaxsi.endpoint import EndpointCritic
-from jaxsi.mesh import MeshConfig
 from jaxsi.methods.srt import Config
-from jaxsi.optim import OptimConfig
-from jaxsi.records import Prompt
-from jaxsi.sampling import SamplingConfig
-from jaxsi.train import DPOConfig, TrainConfig
+from jaxsi.model.mesh import MeshConfig
+from jaxsi.runs.records import Prompt
+from jaxsi.sampling.generate import SamplingConfig
+from jaxsi.stages import datasets
+from jaxsi.stages.critique import CritiqueConfig
+from jaxsi.stages.endpoint import EndpointCritic
+from jaxsi.training.optim import OptimConfig
+from jaxsi.training.train import DPOConfig, TrainConfig
 
 
 def single_turn_instructions() -> list[Prompt]:
     """100,000 different first and only user turns of the mixture, at random."""
-    turns = [example.messages[0]["content"] for example in sources.tulu2_mixture() if len(example.messages) == 1]
+    turns = [example.messages[0]["content"] for example in datasets.tulu2_mixture() if len(example.messages) == 1]
     texts = list(dict.fromkeys(turn for turn in turns if turn.strip() and len(turn) <= 4000))
     chosen = random.Random(0).sample(texts, 100_000)
     return [Prompt.of(f"tulu2-{number}", text) for number, text in enumerate(chosen)]

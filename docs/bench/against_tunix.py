@@ -29,10 +29,11 @@ def jaxsi_sampler(dtype: str) -> Callable[[int], int]:
     import jax
     import jax.numpy as jnp
 
-    from jaxsi import model, sampling
-    from jaxsi.bench_shapes import SHAPES
     from jaxsi.lm import LM
-    from jaxsi.mesh import make_mesh
+    from jaxsi.model import decoder as model
+    from jaxsi.model.mesh import make_mesh
+    from jaxsi.perf.bench_shapes import SHAPES
+    from jaxsi.sampling import generate as sampling
 
     class Tokenizer:
         pad_id, stop_ids = 0, ()

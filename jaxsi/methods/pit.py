@@ -22,19 +22,21 @@ from typing import Any, ClassVar, Literal
 
 import numpy as np
 
-from jaxsi import metrics, rl
-from jaxsi.chat import render_prompt, render_response
-from jaxsi.iterations import begin, report
 from jaxsi.lm import LM
-from jaxsi.mesh import MeshConfig
-from jaxsi.pairs import Preference, preferences
-from jaxsi.prompts import ask_to_improve, load_template
-from jaxsi.records import Message, Prompt, RankedResponses, Response, SFTExample
-from jaxsi.reward import BRADLEY_TERRY, GAP, gap_group, gaps, reward_group, reward_sequence, rewards, train_reward
-from jaxsi.rl import RLConfig
-from jaxsi.run import Run, Scope
-from jaxsi.sampling import SamplingConfig, check_sampled_by, generate
-from jaxsi.train import TrainConfig, seed_of, sft
+from jaxsi.methods.lifecycle import begin, report
+from jaxsi.model.mesh import MeshConfig
+from jaxsi.runs import metrics
+from jaxsi.runs.records import Message, Prompt, RankedResponses, Response, SFTExample
+from jaxsi.runs.run import Run, Scope
+from jaxsi.sampling.generate import SamplingConfig, check_sampled_by, generate
+from jaxsi.stages.gap import gap_group, gaps, reward_group
+from jaxsi.stages.pairs import Preference, preferences
+from jaxsi.stages.prompts import ask_to_improve, load_template
+from jaxsi.text.chat import render_prompt, render_response
+from jaxsi.training import rl
+from jaxsi.training.reward import BRADLEY_TERRY, GAP, reward_sequence, rewards, train_reward
+from jaxsi.training.rl import RLConfig
+from jaxsi.training.train import TrainConfig, seed_of, sft
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -43,7 +45,7 @@ class Config:
 
     ``rounds``: steps of round 0 and round 1 (0 leaves one out), all else of both being ``rl``'s. ``mix``: share of
     round 0's references in round 1. ``learner``: ``rl.rloo`` or ``rl.ppo``. ``rewarding(gap_lm, items, request)`` gives
-    the gaps and their zero points (``reward.gaps``, or a control arm's). ``sampling`` is that of the references.
+    the gaps and their zero points (``gap.gaps``, or a control arm's). ``sampling`` is that of the references.
     """
 
     model: str

@@ -23,19 +23,19 @@ import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any, ClassVar, Literal
 
-from jaxsi import revise as reviselib, revision_data as data
-from jaxsi.checkpoint import is_complete
-from jaxsi.instruct import PromptFile, next_part
-from jaxsi.iterations import begin, report
 from jaxsi.lm import LM, load, save_checkpoint
-from jaxsi.mesh import MeshConfig
-from jaxsi.prompts.reviser import ReviserTemplate, load_reviser_template
-from jaxsi.records import Prompt, RankedResponses, Response, Revision, SFTExample
-from jaxsi.revise import ReviseConfig
-from jaxsi.revision_data import LabelConfig, RevisionPair
-from jaxsi.run import Run, RunError, Scope
-from jaxsi.sampling import SamplingConfig, check_sampled_by, generate
-from jaxsi.train import TrainConfig, seed_of, sft
+from jaxsi.methods.lifecycle import begin, report
+from jaxsi.model.mesh import MeshConfig
+from jaxsi.runs.checkpoint import is_complete
+from jaxsi.runs.records import Prompt, RankedResponses, Response, Revision, SFTExample
+from jaxsi.runs.run import Run, RunError, Scope
+from jaxsi.sampling.generate import SamplingConfig, check_sampled_by, generate
+from jaxsi.stages import reviser as reviselib, reviser_data as data
+from jaxsi.stages.prompts.reviser import ReviserTemplate, load_reviser_template
+from jaxsi.stages.reviser import ReviseConfig
+from jaxsi.stages.reviser_data import LabelConfig, RevisionPair
+from jaxsi.stages.self_instruct import PromptFile, next_part
+from jaxsi.training.train import TrainConfig, seed_of, sft
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

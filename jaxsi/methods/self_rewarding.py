@@ -20,19 +20,19 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
 
-from jaxsi import feedback, pairs as pairlib
-from jaxsi.checkpoint import is_complete
-from jaxsi.feedback import JudgeConfig, judgment_statistics
-from jaxsi.instruct import PromptFile, SelfInstruct, new_prompts, next_part
-from jaxsi.iterations import begin, report
 from jaxsi.lm import LM, load, save_checkpoint
-from jaxsi.mesh import MeshConfig
-from jaxsi.prompts import Rubric, load_rubric
-from jaxsi.records import Judgment, PreferencePair, Prompt, RankedResponses, Response, SFTExample
-from jaxsi.run import Run, RunError, Scope
-from jaxsi.sampling import SamplingConfig, check_sampled_by, generate
-from jaxsi.sources import as_responses, eft_examples
-from jaxsi.train import DPOConfig, TrainConfig, dpo, seed_of, sft
+from jaxsi.methods.lifecycle import begin, report
+from jaxsi.model.mesh import MeshConfig
+from jaxsi.runs.checkpoint import is_complete
+from jaxsi.runs.records import Judgment, PreferencePair, Prompt, RankedResponses, Response, SFTExample
+from jaxsi.runs.run import Run, RunError, Scope
+from jaxsi.sampling.generate import SamplingConfig, check_sampled_by, generate
+from jaxsi.stages import judge as feedback, pairs as pairlib
+from jaxsi.stages.datasets import as_responses, eft_examples
+from jaxsi.stages.judge import JudgeConfig, judgment_statistics
+from jaxsi.stages.prompts import Rubric, load_rubric
+from jaxsi.stages.self_instruct import PromptFile, SelfInstruct, new_prompts, next_part
+from jaxsi.training.train import DPOConfig, TrainConfig, dpo, seed_of, sft
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -16,15 +16,15 @@ import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
 
-from jaxsi.chat import written_response
-from jaxsi.checkpoint import is_complete
-from jaxsi.iterations import begin, report
 from jaxsi.lm import LM, save_checkpoint
-from jaxsi.mesh import MeshConfig
-from jaxsi.records import PreferencePair, Prompt, Response, SFTExample
-from jaxsi.run import Run, Scope
-from jaxsi.sampling import SamplingConfig, check_sampled_by, generate
-from jaxsi.train import DPOConfig, dpo
+from jaxsi.methods.lifecycle import begin, report
+from jaxsi.model.mesh import MeshConfig
+from jaxsi.runs.checkpoint import is_complete
+from jaxsi.runs.records import PreferencePair, Prompt, Response, SFTExample
+from jaxsi.runs.run import Run, Scope
+from jaxsi.sampling.generate import SamplingConfig, check_sampled_by, generate
+from jaxsi.text.chat import written_response
+from jaxsi.training.train import DPOConfig, dpo
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

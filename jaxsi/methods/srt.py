@@ -20,7 +20,13 @@ import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any, ClassVar, Literal
 
-from jaxsi.critique import (
+from jaxsi.lm import LM
+from jaxsi.methods.lifecycle import begin, report
+from jaxsi.model.mesh import MeshConfig
+from jaxsi.runs.records import Critique, PreferencePair, Prompt, Response, SFTExample
+from jaxsi.runs.run import Run, Scope
+from jaxsi.sampling.generate import SamplingConfig, check_sampled_by, generate
+from jaxsi.stages.critique import (
     CritiqueConfig,
     continue_critique,
     improved_responses,
@@ -29,23 +35,17 @@ from jaxsi.critique import (
     refinement_examples,
     refinement_pairs,
 )
-from jaxsi.endpoint import EndpointCritic
-from jaxsi.instruct import PromptFile, read_source
-from jaxsi.iterations import begin, report
-from jaxsi.lm import LM
-from jaxsi.mesh import MeshConfig
-from jaxsi.prompts.critique import CritiqueTemplate, load_critique_template
-from jaxsi.records import Critique, PreferencePair, Prompt, Response, SFTExample
-from jaxsi.run import Run, Scope
-from jaxsi.sampling import SamplingConfig, check_sampled_by, generate
-from jaxsi.train import DPOConfig, TrainConfig, dpo, sft
+from jaxsi.stages.endpoint import EndpointCritic
+from jaxsi.stages.prompts.critique import CritiqueTemplate, load_critique_template
+from jaxsi.stages.self_instruct import PromptFile, read_source
+from jaxsi.training.train import DPOConfig, TrainConfig, dpo, sft
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config:
     """Everything that decides a run. The critic sees the first ``critic_prompts`` prompts, stage 2 has the others.
 
-    ``critic(prompts, responses, template, key)`` gives critiques (see ``jaxsi.critique``). ``refinement_only`` trains
+    ``critic(prompts, responses, template, key)`` gives critiques (``stages.critique``). ``refinement_only`` trains
     stage 1 on x -> r, an ablation; ``template.parts`` are the others. ``dpo`` None: stage 1 alone. ``scoring(prompts,
     responses, template)``, where given, scores stage 2's responses in the model's place, and ``direction(pairs, seed)``
     may turn pairs round: the control arms.

@@ -8,7 +8,7 @@ import random
 from collections import Counter
 from collections.abc import Callable
 
-from jaxsi.records import RankedResponses, SFTExample
+from jaxsi.runs.records import RankedResponses, SFTExample
 from jaxsi.toyworld.world import Items, Task, draw_tasks, grade_task, prompt_of
 
 MODE_WEIGHTS: dict[str, float] = {

@@ -20,7 +20,7 @@ from typing import ClassVar
 
 import jax
 
-from jaxsi.records import RankedResponses, SFTExample
+from jaxsi.runs.records import RankedResponses, SFTExample
 from jaxsi.toyworld.annotators import CHATTER
 from jaxsi.toyworld.world import Task, draw_tasks, grade_task, prompt_of
 
@@ -96,12 +96,13 @@ class _Nameless:
 
 def make_careless(out: Path) -> None:
     """Trains the seed model on careless demonstrations; writes it to ``out`` as a Hugging Face folder in bfloat16."""
-    from jaxsi import lm as lmlib, mesh as meshlib
-    from jaxsi.mesh import MeshConfig
-    from jaxsi.optim import OptimConfig
-    from jaxsi.run import Run
+    from jaxsi import lm as lmlib
+    from jaxsi.model import mesh as meshlib
+    from jaxsi.model.mesh import MeshConfig
+    from jaxsi.runs.run import Run
     from jaxsi.toyworld.seed import SHIPPED as SEED
-    from jaxsi.train import TrainConfig, sft
+    from jaxsi.training.optim import OptimConfig
+    from jaxsi.training.train import TrainConfig, sft
 
     optimizer = OptimConfig(learning_rate=1e-3, end_learning_rate=2e-5, warmup_steps=20, b2=0.98)
     config = TrainConfig(

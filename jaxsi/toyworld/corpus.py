@@ -4,8 +4,8 @@ import random
 from collections.abc import Iterator
 from importlib import resources
 
-from jaxsi.prompts import Rubric, render_few_shot
-from jaxsi.records import Message
+from jaxsi.runs.records import Message
+from jaxsi.stages.prompts import Rubric, render_few_shot
 from jaxsi.toyworld.annotators import draw_mode, mode_items, respond, write
 from jaxsi.toyworld.world import MAX_ITEMS, WORDS, Items, Task, grade_task, instruction, points, sample_train_task
 

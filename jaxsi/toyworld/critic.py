@@ -9,8 +9,8 @@ from collections.abc import Sequence
 
 import jax
 
-from jaxsi.prompts.critique import CritiqueTemplate
-from jaxsi.records import Critique, Prompt, Response
+from jaxsi.runs.records import Critique, Prompt, Response
+from jaxsi.stages.prompts.critique import CritiqueTemplate
 from jaxsi.toyworld.world import Task, grade_task, parse, response_items
 
 TEMPLATE = CritiqueTemplate(

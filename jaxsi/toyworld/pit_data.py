@@ -6,10 +6,10 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from jaxsi import reward
 from jaxsi.lm import LM
-from jaxsi.records import RankedResponses, Response
-from jaxsi.reward import Item
+from jaxsi.runs.records import RankedResponses, Response
+from jaxsi.stages import gap
+from jaxsi.stages.gap import Item
 from jaxsi.toyworld import careless, world
 
 
@@ -22,7 +22,7 @@ def permuted_gaps(
     lm: LM, items: Sequence[Item], request: str, *, batch_size: int = 64
 ) -> tuple[np.ndarray, np.ndarray]:
     """The gap rewards, dealt out again at random within the batch: rewards that say nothing."""
-    gap_N, zero_N = reward.gaps(lm, items, request, batch_size=batch_size)
+    gap_N, zero_N = gap.gaps(lm, items, request, batch_size=batch_size)
     words = hashlib.sha256("\0".join(_text(response) for _, response, _ in items).encode()).hexdigest()
     order = list(range(len(items)))
     random.Random(words).shuffle(order)

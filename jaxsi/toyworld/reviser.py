@@ -7,10 +7,10 @@ from collections.abc import Sequence
 import jax
 
 from jaxsi.lm import LM, load
-from jaxsi.prompts.reviser import ReviserTemplate
-from jaxsi.records import Prompt, RankedResponses, Response, Revision
-from jaxsi.revise import ReviseConfig, usable
-from jaxsi.sampling import generate
+from jaxsi.runs.records import Prompt, RankedResponses, Response, Revision
+from jaxsi.sampling.generate import generate
+from jaxsi.stages.prompts.reviser import ReviserTemplate
+from jaxsi.stages.reviser import ReviseConfig, usable
 from jaxsi.toyworld import annotators, careless, world
 
 # The draft stands in the conversation; the words are few, and the model's tokenizer has each of them as one token.

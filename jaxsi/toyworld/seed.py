@@ -19,15 +19,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxsi import data, lm as lmlib, mesh as meshlib, model, optim, train
-from jaxsi.chat import render_prompt, render_response
+from jaxsi import lm as lmlib
 from jaxsi.lm import LM
-from jaxsi.mesh import MeshConfig
-from jaxsi.model import ModelConfig
-from jaxsi.optim import OptimConfig
-from jaxsi.tokenizer import load_tokenizer
+from jaxsi.model import decoder, mesh as meshlib
+from jaxsi.model.decoder import ModelConfig
+from jaxsi.model.mesh import MeshConfig
+from jaxsi.text.chat import render_prompt, render_response
+from jaxsi.text.tokenizer import load_tokenizer
 from jaxsi.toyworld.corpus import pretraining_documents
 from jaxsi.toyworld.vocabulary import ENTRIES, build_tokenizer
+from jaxsi.training import batches as data, optim, train
+from jaxsi.training.optim import OptimConfig
 
 SHIPPED = Path(__file__).parent / "seed_model"
 DOCUMENTS_PER_CHUNK = 16_384
@@ -61,7 +63,7 @@ def make_seed(out: Path, config: SeedConfig) -> None:
     mesh = meshlib.make_mesh(MeshConfig(data=-1, fsdp=1))
     start = LM(
         config=model_config(),
-        weights=model.initialise(model_config(), mesh, jax.random.key(config.seed)),
+        weights=decoder.initialise(model_config(), mesh, jax.random.key(config.seed)),
         tokenizer=tokenizer,
         mesh=mesh,
         dtype=jnp.float32,

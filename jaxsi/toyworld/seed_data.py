@@ -4,11 +4,11 @@ from collections.abc import Sequence
 
 import jax
 
-from jaxsi import feedback, pairs
-from jaxsi.feedback import JudgeConfig
 from jaxsi.lm import LM
-from jaxsi.prompts import Rubric
-from jaxsi.records import Judgment, Prompt, RankedResponses, Response, SFTExample
+from jaxsi.runs.records import Judgment, Prompt, RankedResponses, Response, SFTExample
+from jaxsi.stages import judge, pairs
+from jaxsi.stages.judge import JudgeConfig
+from jaxsi.stages.prompts import Rubric
 from jaxsi.toyworld import annotators, world
 
 
@@ -57,7 +57,7 @@ def permuted_judge(
     lm: LM, prompts: Sequence[Prompt], responses: Sequence[Response], rubric: Rubric, cfg: JudgeConfig, key: jax.Array
 ) -> list[Judgment]:
     """The arm whose scores say nothing: the model's own verdicts, dealt out again at random within each prompt."""
-    judgments = feedback.judge(lm, prompts, responses, rubric, cfg, key)
+    judgments = judge.judge(lm, prompts, responses, rubric, cfg, key)
     return pairs.permuted_within_prompt(judgments, seed=str(jax.random.key_data(key).tolist()))
 
 

@@ -4,8 +4,8 @@ import random
 from collections.abc import Sequence
 from dataclasses import replace
 
-from jaxsi.prompts.critique import CritiqueTemplate
-from jaxsi.records import PreferencePair, Prompt, Response
+from jaxsi.runs.records import PreferencePair, Prompt, Response
+from jaxsi.stages.prompts.critique import CritiqueTemplate
 from jaxsi.toyworld import world
 
 

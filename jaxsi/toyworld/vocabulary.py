@@ -11,8 +11,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from jaxsi.prompts import load_rubric
-from jaxsi.records import write_atomically
+from jaxsi.runs.records import write_atomically
+from jaxsi.stages.prompts import load_rubric
 from jaxsi.toyworld.corpus import pretraining_documents
 from jaxsi.toyworld.world import RESPONSE_NUMBERS, WORDS
 

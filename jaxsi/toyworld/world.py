@@ -21,7 +21,7 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from jaxsi.records import Prompt
+from jaxsi.runs.records import Prompt
 
 CATEGORIES: dict[str, tuple[str, ...]] = {
     "animals": ("cat", "dog", "cow", "pig", "fox", "hen", "owl", "bat", "ant", "bee", "frog", "duck"),

@@ -3,12 +3,12 @@
 import dataclasses
 from pathlib import Path
 
-from jaxsi.config_file import load_config
-from jaxsi.evals.toy_improved import ImprovedEvaluation
 from jaxsi.methods.pit import Config
+from jaxsi.runs.config_file import load_config
 from jaxsi.toyworld import careless
+from jaxsi.toyworld.evaluate_improver import ImprovedEvaluation
 from jaxsi.toyworld.pit_data import permuted_gaps
-from jaxsi.train import TrainConfig
+from jaxsi.training.train import TrainConfig
 
 
 def preferences():

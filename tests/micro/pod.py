@@ -3,9 +3,9 @@
 import dataclasses
 from pathlib import Path
 
-from jaxsi.config_file import load_config
 from jaxsi.methods.self_rewarding import Config
-from jaxsi.train import TrainConfig
+from jaxsi.runs.config_file import load_config
+from jaxsi.training.train import TrainConfig
 
 
 def smaller(train: TrainConfig) -> TrainConfig:

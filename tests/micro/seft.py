@@ -3,12 +3,12 @@
 import dataclasses
 from pathlib import Path
 
-from jaxsi.config_file import load_config
-from jaxsi.evals.toy_revised import PolicyEvaluation, ReviserEvaluation
 from jaxsi.methods.seft import Config
+from jaxsi.runs.config_file import load_config
 from jaxsi.toyworld import careless, world
+from jaxsi.toyworld.evaluate_reviser import PolicyEvaluation, ReviserEvaluation
 from jaxsi.toyworld.reviser import by_coin
-from jaxsi.train import TrainConfig
+from jaxsi.training.train import TrainConfig
 
 
 def rankings():

@@ -3,12 +3,12 @@
 import dataclasses
 from pathlib import Path
 
-from jaxsi.config_file import load_config
-from jaxsi.evals.toy import ToyEvaluation
 from jaxsi.methods.self_rewarding import Config, SeedData
+from jaxsi.runs.config_file import load_config
 from jaxsi.toyworld import annotators
+from jaxsi.toyworld.evaluate import ToyEvaluation
 from jaxsi.toyworld.seed_data import permuted_judge
-from jaxsi.train import TrainConfig
+from jaxsi.training.train import TrainConfig
 
 
 def ift():

@@ -3,10 +3,10 @@
 import dataclasses
 from pathlib import Path
 
-from jaxsi.config_file import load_config
-from jaxsi.evals.toy import ToyQuality
 from jaxsi.methods.spin import Config
+from jaxsi.runs.config_file import load_config
 from jaxsi.toyworld import annotators
+from jaxsi.toyworld.evaluate import ToyQuality
 
 
 def demonstrations():

@@ -3,12 +3,12 @@
 import dataclasses
 from pathlib import Path
 
-from jaxsi.config_file import load_config
-from jaxsi.evals.toy_refined import RefinedEvaluation
 from jaxsi.methods.srt import Config
-from jaxsi.optim import OptimConfig
+from jaxsi.runs.config_file import load_config
 from jaxsi.toyworld import world
+from jaxsi.toyworld.evaluate_refinement import RefinedEvaluation
 from jaxsi.toyworld.srt_data import by_coin, exact_scores
+from jaxsi.training.optim import OptimConfig
 
 
 def prompts():

@@ -16,10 +16,13 @@ torch = pytest.importorskip("torch", reason="parity with transformers needs torc
 
 import transformers  # noqa: E402
 
-from jaxsi import data, hf, hf_export, losses, model, reward, sampling, train  # noqa: E402
-from jaxsi.data import Sequence_  # noqa: E402
+from jaxsi.hf import export, weights as hf  # noqa: E402
 from jaxsi.lm import LM  # noqa: E402
-from jaxsi.mesh import make_mesh  # noqa: E402
+from jaxsi.model import decoder  # noqa: E402
+from jaxsi.model.mesh import make_mesh  # noqa: E402
+from jaxsi.sampling import generate  # noqa: E402
+from jaxsi.training import batches as data, losses, reward, train  # noqa: E402
+from jaxsi.training.batches import Sequence_  # noqa: E402
 
 LLAMA3 = {"rope_type": "llama3", "rope_theta": 500_000.0, "factor": 8.0, "low_freq_factor": 1.0,
           "high_freq_factor": 4.0, "original_max_position_embeddings": 32}  # fmt: skip
@@ -75,7 +78,7 @@ def torch_logits(reference: Any, tokens: np.ndarray) -> np.ndarray:
 def our_logits(folder: Path, tokens: np.ndarray) -> tuple[np.ndarray, Any, Any]:
     config = hf.read_config(folder)
     weights = hf.load_weights(folder, config, one_device())
-    return np.asarray(model.full_logits(weights, config, jnp.asarray(tokens), jnp.dtype("float32"))), config, weights
+    return np.asarray(decoder.full_logits(weights, config, jnp.asarray(tokens), jnp.dtype("float32"))), config, weights
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -90,7 +93,7 @@ def test_logits_and_export(case: str, tmp_path: Path) -> None:
     np.testing.assert_allclose(ours, expected, atol=1e-4, rtol=0)
 
     generation = {"eos_token_id": [3, 5], "pad_token_id": 0}
-    hf_export.export(tmp_path / "ours", config, weights, dtype="float32", generation=generation)
+    export.export(tmp_path / "ours", config, weights, dtype="float32", generation=generation)
     again = transformers.AutoModelForCausalLM.from_pretrained(
         tmp_path / "ours", dtype=torch.float32, attn_implementation="eager"
     )
@@ -151,8 +154,8 @@ def test_gradients(case: str, objective: str, remat: str, tmp_path: Path) -> Non
     theirs = {name: p.grad.numpy() for name, p in reference.named_parameters()}
     float32 = np.dtype("float32")
     named = {
-        tensor.name: hf_export._as_in_file(tensor, hf_export._gathered(tensor, gradients), float32)
-        for tensor in hf_export._tensors(config)
+        tensor.name: export._as_in_file(tensor, export._gathered(tensor, gradients), float32)
+        for tensor in export._tensors(config)
     }
     assert named.keys() == theirs.keys()
     for name, expected in theirs.items():
@@ -197,7 +200,7 @@ def test_scores_of_a_reward_model_and_export(case: str, tmp_path: Path) -> None:
     values, lm = ours(tmp_path / "theirs")
     assert lm.config.scalar_head
     np.testing.assert_allclose(values, expected, atol=1e-4, rtol=0)
-    hf_export.export(tmp_path / "ours", lm.config, lm.weights, dtype="float32", generation={"pad_token_id": 0})
+    export.export(tmp_path / "ours", lm.config, lm.weights, dtype="float32", generation={"pad_token_id": 0})
     again = transformers.AutoModelForSequenceClassification.from_pretrained(
         tmp_path / "ours", dtype=torch.float32, attn_implementation="eager"
     )
@@ -251,7 +254,7 @@ def test_greedy_generation_of_64_prompts(case: str, tmp_path: Path) -> None:
     by_length = [rows(16, n) for n in (1, 4, 9, 16)]
     prompts = [row.tolist() for group in by_length for row in group]
     keys = jax.random.split(jax.random.key(0), len(prompts))
-    sampled = sampling.generate_ids(lm, prompts, keys, temperature=0.0, max_new_tokens=new, stop_ids=(), batch_size=64)
+    sampled = generate.generate_ids(lm, prompts, keys, temperature=0.0, max_new_tokens=new, stop_ids=(), batch_size=64)
     ours = [samples[0][0] for samples in sampled]
     theirs: list[list[int]] = []
     for group in by_length:

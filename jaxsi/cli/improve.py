@@ -1,0 +1,467 @@
+"""``jaxsi improve``: a model's responses, improved at inference time round by round, in a folder that resumes."""
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, TypeVar
+
+import tyro
+
+from jaxsi.cli.command import Report, UsageError, parse
+from jaxsi.cli.models import Dtype, Model, Out
+from jaxsi.cli.stored import Mesh, mesh_for, stored_config, stored_value
+from jaxsi.cli.tables import rounds_table
+
+if TYPE_CHECKING:
+    from jaxsi.lm import LM
+    from jaxsi.runs.records import Prompt
+    from jaxsi.sampling.generate import SamplingConfig
+    from jaxsi.stages.improve.rounds import Method, Scorer
+
+Value = TypeVar("Value")
+
+FILES = """OUT becomes a folder: round_0/responses.jsonl, round_1/responses.jsonl, ... with one line per prompt
+(response, outcome, score, quality, feedback), and summary.json. The same command again goes on where it was killed;
+--rounds may be raised. Prompts and responses that do not fit in the context are counted as "too long"."""
+
+SRT = f"""Lets a model that SRT trained go on after its own response with feedback and a refined response, which is
+accepted where the model's own score of it, in a call of its own, is higher than that of the response before.
+
+{FILES}
+
+Examples:
+  jaxsi improve srt runs/srt --prompts prompts.jsonl -o improved --rounds 2
+  jaxsi improve srt runs/srt --prompts toy.jsonl -o improved --grade toy --max-new-tokens 24"""
+
+SEFT = f"""Lets SEFT's adaptive reviser label each response of MODEL: on "no revise" it is kept byte for byte, else it
+is revised.
+
+{FILES}
+
+Examples:
+  jaxsi improve seft runs/seft --reviser runs/seft/reviser/checkpoint --prompts prompts.jsonl -o improved --rounds 2"""
+
+PIT = f"""Lets PIT's improver improve each response of MODEL. With --gap-rm a new response is accepted only where the
+gap reward model sees a gain of more than --delta over the response before; without it, always.
+
+{FILES}
+
+Examples:
+  jaxsi improve pit MODEL --improver runs/pit --gap-rm runs/pit/gap_reward/checkpoint --prompts prompts.jsonl -o OUT
+  jaxsi improve pit MODEL --improver runs/pit --prompts prompts.jsonl -o improved --temperature 0.4"""
+
+REFINE = f"""Self-Refine: MODEL is asked for feedback on its response, then for a response that follows it, until the
+feedback says that nothing is to be improved.
+
+{FILES}
+
+Examples:
+  jaxsi improve self-refine MODEL --prompts prompts.jsonl -o improved --rounds 3
+  jaxsi improve self-refine MODEL --critic LARGER --prompts prompts.jsonl -o improved --judge LARGER"""
+
+BEST = f"""Takes the best of --num-samples responses by the judge's mean score (MODEL itself, unless --critic names
+another) or by a reward model; each further round adds as many samples.
+
+{FILES}
+
+Examples:
+  jaxsi improve best-of-n MODEL --prompts prompts.jsonl -o best --num-samples 8
+  jaxsi improve best-of-n MODEL --reward-rm runs/pit/policy_reward/checkpoint --prompts prompts.jsonl -o best"""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Common:
+    model: Model
+    prompts: Path
+    """JSONL (or .json, .gz) file of prompts."""
+    out: Out
+    """A folder for the responses of every round; one that this command began before goes on."""
+    rounds: int = 1
+    """Rounds of improvement after the first response."""
+    temperature: float = 0.7
+    """Of the drafts and of what replaces them; 0 is greedy."""
+    top_p: float = 0.9
+    top_k: int = 0
+    """0 is off."""
+    max_new_tokens: int = 256
+    seed: int = 0
+    dtype: Dtype = "bfloat16"
+    max_prompts: int | None = None
+    """Only the first prompts of the file."""
+    batch_size: int = 64
+    """Rows in flight at a time."""
+    grade: Literal["toy"] | None = None
+    """Measure quality by the exact grader of the embedded world, 0 to 100."""
+    judge: str | None = None
+    """Measure quality by this model's mean score; it decides nothing."""
+    mesh: Mesh = Mesh()
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Judging:
+    rubric: str | None = None
+    """Of every judge: a shipped rubric's name, or a text file with {prompt} and {response} in it; default: the run's
+    own where the judge is in a run that has one, else self_rewarding_judge."""
+    judgments: int = 3
+    """Judgments of each response; the score is the mean of the valid ones."""
+    judge_tokens: int = 256
+    """Most new tokens of a judgment."""
+    expected: bool = False
+    """Score by the expectation over the score strings in place of the number that was written."""
+
+
+Shared = Annotated[Common, tyro.conf.arg(name="")]
+Judges = Annotated[Judging, tyro.conf.arg(name="")]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Srt:
+    common: Shared
+    judging: Judges = Judging()
+    template: Path | None = None
+    """JSON file with the fields of a CritiqueTemplate; default: the run's own where MODEL is in an SRT run, else the
+    paper's."""
+    feedback_tokens: int | None = None
+    """Most new tokens of feedback and refined response together; default: as in MODEL's SRT run, else 1024."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Seft:
+    common: Shared
+    judging: Judges = Judging()
+    reviser: str
+    """The adaptive reviser: RUN/reviser/checkpoint of a SEFT run, or any model that was trained as one."""
+    template: Path | None = None
+    """JSON file with the fields of a ReviserTemplate; default: that of the reviser's run, else the shipped one."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Pit:
+    common: Shared
+    judging: Judges = Judging()
+    improver: str
+    """PIT's improver: a PIT run, or any model that was trained as one."""
+    gap_rm: str | None = None
+    """The gap reward model: RUN/gap_reward/checkpoint of a PIT run; without one, every new response is accepted."""
+    delta: float = 0.0
+    """The least gain, above which a response is accepted."""
+    request: Path | None = None
+    """Text file with the request to improve; default: that of the improver's run, else the shipped one."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Refine:
+    common: Shared
+    judging: Judges = Judging()
+    critic: str | None = None
+    """The model that writes the feedback; default: MODEL."""
+    template: Path | None = None
+    """JSON file with "feedback", "refine" and "enough"; default: the shipped requests."""
+    feedback_tokens: int | None = None
+    """Most new tokens of feedback; default: --max-new-tokens."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Best:
+    common: Shared
+    judging: Judges = Judging()
+    num_samples: int = 4
+    """Samples of a round, at least 2; round r takes the best of r times as many."""
+    critic: str | None = None
+    """The model that judges the samples; default: MODEL."""
+    reward_rm: str | None = None
+    """Rank by this reward model r(x, y) in the judge's place: RUN/policy_reward/checkpoint of a PIT run, or a Hugging
+    Face sequence classifier with one label."""
+
+
+def srt(argv: list[str]) -> Report:
+    """Refines by the model's own feedback."""
+    args = parse(Srt, argv, "jaxsi improve srt", SRT)
+    from jaxsi.stages.critique import CritiqueConfig
+    from jaxsi.stages.improve import rounds as improvement
+    from jaxsi.stages.prompts.critique import CritiqueTemplate, load_critique_template
+
+    work = Work(args.common, args.judging)
+    run = _run_of(args.common.model, "jaxsi.methods.srt.Config")
+    template = _template(CritiqueTemplate, args.template, run and run["template"], load_critique_template)
+    cfg = CritiqueConfig(max_new_tokens=1024) if run is None else stored_value(CritiqueConfig, run["critique"])
+    tokens = cfg.max_new_tokens if args.feedback_tokens is None else args.feedback_tokens
+    cfg = dataclasses.replace(cfg, max_new_tokens=tokens, batch_size=args.common.batch_size)
+    lm = work.writer("model", args.common.model, max(tokens, args.common.max_new_tokens))
+    method = improvement.srt(lm, work.sampling(), template, cfg)
+    return work.carry_out("srt", method, template=template, critique=cfg)
+
+
+def seft(argv: list[str]) -> Report:
+    """Keeps or revises by a reviser."""
+    args = parse(Seft, argv, "jaxsi improve seft", SEFT)
+    from jaxsi.stages.improve import rounds as improvement
+    from jaxsi.stages.prompts.reviser import ReviserTemplate, load_reviser_template
+    from jaxsi.stages.reviser import ReviseConfig
+
+    work, tokens = Work(args.common, args.judging), args.common.max_new_tokens
+    sampling = work.sampling()
+    run = _run_of(args.reviser, "jaxsi.methods.seft.Config")
+    own = None if run is None else run["reviser"]["template"]
+    template = _template(ReviserTemplate, args.template, own, load_reviser_template)
+    cfg = ReviseConfig(
+        temperature=sampling.temperature, top_p=sampling.top_p, max_new_tokens=tokens, batch_size=sampling.batch_size
+    )
+    lm, reviser = work.writer("model", args.common.model, tokens), work.writer("reviser", args.reviser, tokens)
+    return work.carry_out("seft", improvement.seft(lm, sampling, reviser, template, cfg), template=template)
+
+
+def pit(argv: list[str]) -> Report:
+    """Improves by an improver."""
+    args = parse(Pit, argv, "jaxsi improve pit", PIT)
+    from jaxsi.stages.improve import rounds as improvement
+    from jaxsi.stages.prompts import load_template
+
+    work, tokens = Work(args.common, args.judging), args.common.max_new_tokens
+    run = _run_of(args.improver, "jaxsi.methods.pit.Config")
+    request = load_template("improve") if run is None else run["request"]
+    if args.request is not None:
+        request = _text(args.request, "--request").removesuffix("\n")
+    lm, improver = work.writer("model", args.common.model, tokens), work.writer("improver", args.improver, tokens)
+    gap_lm = None if args.gap_rm is None else work.loaded("gap_rm", args.gap_rm)
+    method = improvement.pit(lm, work.sampling(), improver, request, gap_lm=gap_lm, delta=args.delta)
+    return work.carry_out("pit", method, request=request, delta=args.delta)
+
+
+def refine(argv: list[str]) -> Report:
+    """Refines by feedback that the model is asked for."""
+    args = parse(Refine, argv, "jaxsi improve self-refine", REFINE)
+    from jaxsi.stages.improve import rounds as improvement
+    from jaxsi.stages.prompts.self_refine import SelfRefineTemplate, load_self_refine_template
+
+    work = Work(args.common, args.judging)
+    sampling, path = work.sampling(), args.common.model
+    tokens = sampling.max_new_tokens if args.feedback_tokens is None else args.feedback_tokens
+    cfg = dataclasses.replace(sampling, max_new_tokens=tokens)
+    template = _template(SelfRefineTemplate, args.template, None, load_self_refine_template)
+    lm = work.writer("model", path, sampling.max_new_tokens)
+    critic = work.writer("critic", path if args.critic is None else args.critic, tokens)
+    method = improvement.self_refine(lm, sampling, template, critic, cfg)
+    return work.carry_out("self-refine", method, template=template, feedback=cfg)
+
+
+def best(argv: list[str]) -> Report:
+    """Takes the best of several samples."""
+    args = parse(Best, argv, "jaxsi improve best-of-n", BEST)
+    from jaxsi.stages.improve import best_of_n as reranking
+
+    if args.critic is not None and args.reward_rm is not None:
+        raise UsageError("--critic and --reward-rm both rank the samples; give one of the two")
+    if args.num_samples < 2:
+        raise UsageError(f"--num-samples {args.num_samples}; the best of at least 2 samples is taken")
+    work, path = Work(args.common, args.judging), args.common.model
+    sampling = work.sampling(args.num_samples)
+    lm = work.writer("model", path, sampling.max_new_tokens)
+    if args.reward_rm is not None:
+        scorer = reranking.rewarded(work.loaded("reward_rm", args.reward_rm), lm, sampling.batch_size)
+    else:
+        scorer = work.judge("critic", path if args.critic is None else args.critic)
+    return work.carry_out("best-of-n", reranking.best_of_n(lm, sampling, scorer))
+
+
+# -------------------------------------------------------------------------------------------------- what all five share
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Settings:
+    """What decides a folder of responses, in its config.json: the same command goes on in it, another is refused.
+    ``prompts`` is a digest of their contents; ``models`` are fingerprints; ``iterations`` are the rounds."""
+
+    method: str
+    prompts: str
+    models: dict[str, str]
+    settings: dict[str, Any]
+    iterations: int
+    seed: int
+
+    RESUMABLE: ClassVar[frozenset[str]] = frozenset(
+        f"settings.{part}.batch_size" for part in ("sampling", "critique", "feedback", "judging")
+    )
+
+
+class Work:
+    """One command's prompts and models, each loaded once."""
+
+    def __init__(self, args: Common, judging: Judging):
+        from jaxsi.runs.records import read_prompts
+
+        if args.rounds < 0:
+            raise UsageError(f"--rounds {args.rounds}; at least 0")
+        if args.grade is not None and args.judge is not None:
+            raise UsageError("--grade and --judge both measure quality; give one of the two")
+        if args.out.is_file():
+            raise UsageError(f"--out {args.out} is a file; give the name of a folder")
+        self.args, self.judging = args, judging
+        self.prompts = read_prompts(args.prompts, args.max_prompts)
+        if args.grade == "toy":
+            _check_world(args.prompts, self.prompts)
+        self.settings: dict[str, Any] = {}
+        self._models: dict[str, LM] = {}
+        self._roles: dict[str, LM] = {}
+
+    def sampling(self, num_samples: int = 1) -> "SamplingConfig":
+        """How responses are sampled."""
+        from jaxsi.sampling.generate import SamplingConfig
+
+        a = self.args
+        try:
+            made = SamplingConfig(
+                num_samples=num_samples, temperature=a.temperature, top_p=a.top_p, top_k=a.top_k,
+                max_new_tokens=a.max_new_tokens, batch_size=a.batch_size, dtype=a.dtype,
+            )  # fmt: skip
+        except ValueError as error:
+            raise UsageError(str(error)) from error
+        self.settings["sampling"] = made
+        return made
+
+    def loaded(self, role: str, path: str) -> "LM":
+        """The model of a role; one of several roles is loaded once."""
+        from jaxsi.lm import load
+
+        if path not in self._models:
+            self._models[path] = load(path, mesh_for(self.args.model, self.args.mesh), self.args.dtype)
+        self._roles[role] = self._models[path]
+        return self._models[path]
+
+    def writer(self, role: str, path: str, max_new_tokens: int) -> "LM":
+        """`loaded`, of a model that writes. Raises: UsageError for a reward model, or one with no room for a prompt."""
+        lm = self.loaded(role, path)
+        if lm.config.scalar_head:
+            raise UsageError(f"{path} is a reward model, which writes no text; as {role} give a language model")
+        if max_new_tokens >= lm.config.max_positions:
+            raise UsageError(
+                f"{path} has {lm.config.max_positions} positions, and {max_new_tokens} new tokens are allowed, which "
+                "leaves no room for a prompt; lower --max-new-tokens, --feedback-tokens or --judge-tokens"
+            )
+        return lm
+
+    def judge(self, role: str, path: str) -> "Scorer":
+        """Scores of a judge by the command's rubric."""
+        from jaxsi.stages.improve.best_of_n import judged
+        from jaxsi.stages.judge import JudgeConfig
+
+        of = self.judging
+        try:
+            cfg = JudgeConfig(
+                num_samples=of.judgments, max_new_tokens=of.judge_tokens, expected=of.expected,
+                batch_size=self.args.batch_size,
+            )  # fmt: skip
+        except ValueError as error:
+            raise UsageError(str(error)) from error
+        rubric = _rubric(of.rubric, path)
+        self.settings[f"{role}_rubric"], self.settings["judging"] = rubric, cfg
+        return judged(self.writer(role, path, of.judge_tokens), rubric, cfg)
+
+    def carry_out(self, name: str, method: "Method", **settings: Any) -> Report:
+        """All rounds, and what came of each."""
+        from jaxsi.runs.records import Improvement
+        from jaxsi.runs.run import Run
+        from jaxsi.stages.improve.rounds import improve, round_statistics
+
+        grade = None if self.args.judge is None else self.judge("judge", self.args.judge)
+        if self.args.grade == "toy":
+            grade, self.settings["grade"] = _exact, "toy"
+        config = Settings(
+            method=name, prompts=_digest(self.prompts),
+            models={role: lm.fingerprint for role, lm in self._roles.items()}, settings=self.settings | settings,
+            iterations=self.args.rounds, seed=self.args.seed,
+        )  # fmt: skip
+        with Run.open(self.args.out, config) as run:
+
+            def keep(number: int, items: Sequence[Any], stage: Callable[[Sequence[Any]], Any]) -> list[Improvement]:
+                return run.at(f"round_{number}").sharded("responses", items, stage, of=Improvement)
+
+            rounds = improve(
+                self.prompts, method, rounds=self.args.rounds, seed=self.args.seed, grade=grade, keep=keep
+            )  # fmt: skip
+            lines = [
+                {"iteration": r, **round_statistics(made), "seconds": run.at(f"round_{r}").seconds()}
+                for r, made in enumerate(rounds)
+            ]
+            run.update_summary({"status": "complete", "method": name, "base": lines[0], "iterations": lines[1:]})
+        value = {"out": str(self.args.out), "method": name, "prompts": len(self.prompts), "rounds": lines}
+        return Report(value, rounds_table(lines))
+
+
+def _exact(prompts: Sequence["Prompt"], responses: Sequence[Any], key: Any) -> list[Any]:
+    """The exact grade, 0 to 100, of responses to instructions of the embedded world."""
+    from jaxsi.stages.improve.rounds import Scored
+    from jaxsi.toyworld.evaluate import exact
+
+    texts = {prompt.id: prompt.text for prompt in prompts}
+    return [Scored(10 * exact(texts[response.prompt_id], response.text), 0) for response in responses]
+
+
+def _check_world(path: Path, prompts: Sequence["Prompt"]) -> None:
+    from jaxsi.toyworld import world
+
+    for prompt in prompts:
+        if world.parse(prompt.text) is None:
+            raise UsageError(
+                f"--grade toy: prompt {prompt.id!r} of {path} is not an instruction of the embedded world, "
+                f"{prompt.text!r:.80}; leave --grade out, or give its prompts"
+            )
+
+
+def _digest(prompts: Sequence["Prompt"]) -> str:
+    from jaxsi.runs.records import to_json
+
+    rows = json.dumps([to_json(prompt) for prompt in prompts])
+    return f"{len(prompts)} prompts, {hashlib.sha256(rows.encode()).hexdigest()[:16]}"
+
+
+def _run_of(model: str, config: str) -> dict[str, Any] | None:
+    """The config of the run that a model is in (also one of its other checkpoints), where it is of that type."""
+    places = [model, *map(str, list(Path(model).parents)[:2])]
+    found = next((stored for place in places if (stored := stored_config(place)) is not None), None)
+    return found if found is not None and found["__type__"] == config else None
+
+
+def _template(
+    cls: type[Value], file: Path | None, own: dict[str, Any] | None, default: Callable[[], Value]
+) -> Value:  # fmt: skip
+    """The template of a file, else that of a run, else the default."""
+    value = own if file is None else _object(file)
+    if value is None:
+        return default()
+    fields = {name: tuple(item) if isinstance(item, list) else item for name, item in value.items()}
+    try:
+        return cls(**{name: item for name, item in fields.items() if name != "__type__"})
+    except (TypeError, ValueError) as error:
+        raise UsageError(f"--template {file}: {error}; give the fields of {cls.__name__}") from error
+
+
+def _object(file: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(_text(file, "--template"))
+    except ValueError as error:
+        raise UsageError(f"--template {file} is broken JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise UsageError(f"--template {file} holds {value!r:.80}; give a JSON object of the template's fields")
+    return value
+
+
+def _rubric(given: str | None, judge: str) -> Any:
+    from jaxsi.stages.prompts import Rubric, load_rubric
+
+    if given is None:
+        run = _run_of(judge, "jaxsi.methods.self_rewarding.Config")
+        return load_rubric() if run is None else _template(Rubric, None, run["rubric"], load_rubric)
+    path = Path(given)
+    if path.is_file():
+        return Rubric(name=path.stem, template=_text(path, "--rubric").removesuffix("\n"))
+    return load_rubric(given)
+
+
+def _text(path: Path, flag: str) -> str:
+    try:
+        return path.read_text("utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"{flag} {path} cannot be read: {error}") from error

@@ -1,0 +1,188 @@
+"""The command line: finds the command, keeps stdout for its result, and turns errors into one line and an exit code."""
+
+import contextlib
+import importlib
+import json
+import os
+import sys
+import traceback
+from collections.abc import Iterator, Sequence
+from typing import IO
+
+from jaxsi import __version__
+from jaxsi.cli import compile_cache, distributed
+from jaxsi.cli.command import EVERY_COMMAND, Report, UsageError
+from jaxsi.runs import preemption
+from jaxsi.runs.progress import processes
+
+# command -> (module, function, what it does). Nothing is imported before its command is asked for.
+COMMANDS = {
+    "run": ("jaxsi.cli.run", "run", "run a config, or go on where it stopped"),
+    "status": ("jaxsi.cli.status", "status", "what is done in a run directory and what is left"),
+    "generate": ("jaxsi.cli.models", "generate", "sample responses to a file of prompts"),
+    "judge": ("jaxsi.cli.models", "judge", "let a model judge responses"),
+    "improve srt": ("jaxsi.cli.improve", "srt", "let a model refine its responses by its own feedback"),
+    "improve seft": ("jaxsi.cli.improve", "seft", "let a reviser keep or revise a model's responses"),
+    "improve pit": ("jaxsi.cli.improve", "pit", "let an improver improve a model's responses"),
+    "improve self-refine": ("jaxsi.cli.improve", "refine", "ask a model for feedback and for better responses"),
+    "improve best-of-n": ("jaxsi.cli.improve", "best", "take the best of several responses"),
+    "eval toy": ("jaxsi.cli.evaluate", "toy", "exact quality on the embedded world"),
+    "launch local": ("jaxsi.cli.launch", "local", "several processes as one run, started again after a crash"),
+    "export": ("jaxsi.cli.models", "export", "write a Hugging Face folder"),
+    "plan": ("jaxsi.cli.plan", "plan", "memory, time and chip-hours of a config on a topology that is not here"),
+    "bench generate": ("jaxsi.cli.speed", "generate", "speed of generation"),
+    "bench score": ("jaxsi.cli.speed", "score", "speed of scoring"),
+    "bench train": ("jaxsi.cli.speed", "train", "speed of training"),
+    "bench methods": ("jaxsi.cli.bench", "methods", "the table of arms x seeds on the embedded world"),
+}
+
+EXAMPLES = """Examples:
+  jaxsi run configs/self_rewarding/toy.py
+  jaxsi status runs/toy
+  jaxsi eval toy runs/toy@2 --json
+  jaxsi generate Qwen/Qwen3-0.6B --prompts prompts.jsonl -o responses.jsonl
+
+MODEL is a Hugging Face folder or hub name, a jaxsi checkpoint, a run directory (its newest complete iteration) or
+RUN_DIR@t (iteration t)."""
+
+FAILURE, USAGE, STOPPED, INTERRUPTED = 1, 2, 75, 130
+
+# Mistakes in what was given: the same command fails again, so no launcher may repeat it. By name, since nothing is
+# imported before it is needed, and exactly: lm.HubError, a LoadError, may pass.
+MISTAKES = {
+    "jaxsi.cli.preflight.PreflightError", "jaxsi.runs.config_snapshot.RunConfigError",
+    "jaxsi.runs.config_file.ConfigFileError", "jaxsi.hf.config.HFError", "jaxsi.lm.LoadError",
+    "jaxsi.model.mesh.MeshError", "jaxsi.model.decoder.ModelError",
+    "jaxsi.runs.records.RecordError", "jaxsi.text.tokenizer.TokenizerError",
+}  # fmt: skip
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs a command; returns its exit code: 0, 1 for a failure, 2 for wrong usage, 75 when stopped by SIGTERM,
+    130 when interrupted."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    own = distributed.own_words(argv)
+    as_json, debug = "--json" in own, "--debug" in own
+    argv = [word for word in own if word not in ("--json", "--debug")] + argv[len(own) :]
+    if argv == ["--version"]:
+        print(f"jaxsi {__version__}")
+        return 0
+    if argv and argv[0] in ("-h", "--help"):
+        print(_overview(COMMANDS))
+        return 0
+    try:
+        joining = None
+        if _command(argv) != "launch local":  # which has a --heartbeat of its own, for those that it starts
+            joining, argv = distributed.take_options(argv)
+        if not argv:
+            print(_overview(COMMANDS))
+            return USAGE
+        if (name := _command(argv)) is None:
+            return _unknown(argv)
+        with preemption.noticed():
+            return _carry_out(name, argv[len(name.split()) :], joining, as_json)
+    except SystemExit as stop:  # the parser's: 0 after --help, 2 for a wrong command line
+        code = stop.code if isinstance(stop.code, int) else USAGE
+        return distributed.leave(code) if code else 0
+    except preemption.Stopped as stop:  # on all processes at once: they leave together
+        if processes()[0] == 0:
+            print(f"jaxsi: stopped by SIGTERM; {stop}, and the same command goes on from there", file=sys.stderr)
+        return STOPPED
+    except KeyboardInterrupt:
+        print("jaxsi: interrupted; what is finished is kept, and the same command goes on from there", file=sys.stderr)
+        return distributed.leave(INTERRUPTED)
+    except Exception as error:
+        if debug:
+            traceback.print_exc()
+        print(f"jaxsi: {distributed.of_processes()}error: {_told(error)}", file=sys.stderr)
+        return distributed.leave(USAGE if _is_mistake(error) else FAILURE)
+
+
+def _carry_out(name: str, argv: list[str], joining: distributed.Options | None, as_json: bool) -> int:
+    _quiet_libraries()
+    module, function, _ = COMMANDS[name]
+    with contextlib.ExitStack() as stack:
+        wants_help = bool({"-h", "--help"} & set(distributed.own_words(argv)))
+        stdout = sys.stdout if wants_help else stack.enter_context(_stdout_kept())
+        if joining is not None and not wants_help:
+            distributed.join(joining)
+        elif not wants_help:  # of several processes JAX has the first one write: a folder that all see is the user's
+            compile_cache.keep_programs()
+        report: Report = getattr(importlib.import_module(module), function)(argv)
+        text = json.dumps(report.value, allow_nan=False) if as_json else report.text
+        if processes()[0] == 0 and (text or as_json):
+            print(text, file=stdout, flush=True)
+    return report.exit_code
+
+
+def _command(argv: list[str]) -> str | None:
+    return next((name for name in COMMANDS if argv[: len(name.split())] == name.split()), None)
+
+
+def _unknown(argv: list[str]) -> int:
+    """`jaxsi eval --help` shows what there is under eval; anything else is a mistake."""
+    below = {name: entry for name, entry in COMMANDS.items() if name.split()[0] == argv[0]}
+    if below and argv[1:] and argv[1] in ("-h", "--help"):
+        print(_overview(below))
+        return 0
+    said = " ".join(argv[: 2 if below else 1])
+    print(
+        f"jaxsi: error: there is no command {said!r}; the commands are {', '.join(below or COMMANDS)}", file=sys.stderr
+    )
+    return USAGE
+
+
+def _overview(commands: dict[str, tuple[str, str, str]]) -> str:
+    width = max(len(name) for name in commands)
+    lines = [f"  {name.ljust(width)}  {summary}" for name, (_, _, summary) in commands.items()]
+    head = [
+        "usage: jaxsi COMMAND ...",
+        "",
+        f"jaxsi {__version__}: language models that improve themselves, in JAX.",
+        "",
+    ]
+    return "\n".join(
+        [*head, "Commands:", *lines, "", "jaxsi COMMAND --help shows a command's options.", EVERY_COMMAND, "", EXAMPLES]
+    )
+
+
+def _is_mistake(error: Exception) -> bool:
+    """Whether the same command is bound to fail again. What a disk refuses may pass, but for a file that is missing."""
+    disk = isinstance(error.__cause__, OSError) and not isinstance(error.__cause__, FileNotFoundError)
+    mistake = f"{type(error).__module__}.{type(error).__qualname__}" in MISTAKES
+    return isinstance(error, UsageError) or (mistake and not disk)
+
+
+def _told(error: Exception) -> str:
+    """An error as its reader needs it: our own, values and files speak for themselves; of others the type helps."""
+    ours = type(error).__module__.split(".")[0] == "jaxsi"
+    if ours or type(error) is ValueError or isinstance(error, OSError):
+        return str(error)
+    if "RESOURCE_EXHAUSTED" in str(error):
+        first = str(error).splitlines()[0]
+        return f"the device has too little memory ({first}); lower the batch size, or use more devices"
+    return f"{type(error).__name__}: {error} (--debug shows where)"
+
+
+def _quiet_libraries() -> None:
+    """Settings that libraries read once, on import: their banners are no concern of a user of this one."""
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+
+
+@contextlib.contextmanager
+def _stdout_kept() -> Iterator[IO[str]]:
+    """Yields stdout, for the result alone: what a library prints meanwhile, in Python or below it, goes to stderr."""
+    kept = sys.stdout
+    with contextlib.ExitStack() as stack:
+        with contextlib.suppress(OSError, AttributeError):  # no file below it: captured, as in tests and notebooks
+            if kept.fileno() == 1:
+                kept.flush()
+                copy = os.dup(1)
+                os.dup2(2, 1)
+                kept = stack.enter_context(os.fdopen(copy, "w", encoding="utf-8"))
+                stack.callback(os.dup2, copy, 1)
+        stack.enter_context(contextlib.redirect_stdout(sys.stderr))
+        yield kept

@@ -1,0 +1,110 @@
+"""What can be refused before any work: a model, a mesh or prompts that do not fit one another."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from jaxsi import lm as lmlib
+from jaxsi.hf import weights
+from jaxsi.methods.self_rewarding import Config as SelfRewarding
+from jaxsi.model import decoder, mesh as meshlib
+from jaxsi.runs.config_snapshot import parts_of
+from jaxsi.runs.records import Prompt, RecordError, read_jsonl, read_prompts
+from jaxsi.sampling.generate import SamplingConfig
+from jaxsi.stages.critique import CritiqueConfig
+from jaxsi.stages.judge import JudgeConfig
+from jaxsi.stages.reviser import ReviseConfig
+from jaxsi.stages.self_instruct import PromptFile, SelfInstruct
+from jaxsi.text.chat import render_prompt
+from jaxsi.text.tokenizer import Tokenizer, load_tokenizer
+from jaxsi.training.rl import RLConfig
+from jaxsi.training.train import TrainConfig
+
+
+class PreflightError(ValueError):
+    """Settings that the model has no room for."""
+
+
+def check(cfg: Any, directory: Path) -> None:
+    """Raises where a run of ``cfg`` in ``directory`` is bound to fail: no such model, a mesh that does not fit, lengths
+    beyond the model's positions, an over-long prompt, fewer prompts than iterations that are left.
+
+    ``cfg`` is the Config of any method: its parts are known by their types.
+    """
+    folder = lmlib.resolve(cfg.model)
+    config = weights.read_config(folder)
+    mesh = meshlib.make_mesh(cfg.mesh)
+    decoder.weight_shardings(config, mesh)
+    parts = dict(parts_of(cfg))
+    for name, part in parts.items():
+        match part:
+            case TrainConfig() | RLConfig():
+                _check_rows(name, part, meshlib.axis_size(mesh, "batch"))
+                longest = part.max_length if isinstance(part, TrainConfig) else part.max_new_tokens + 1
+                what = "max_length" if isinstance(part, TrainConfig) else "max_new_tokens"
+                if longest > config.max_positions:
+                    raise PreflightError(
+                        f"{name}.{what} is {getattr(part, what)}, the model has {config.max_positions} positions; "
+                        "lower it"
+                    )
+            case SelfInstruct():
+                writer = config if part.generator is None else weights.read_config(lmlib.resolve(part.generator))
+                _check_room(name, part.max_new_tokens, writer.max_positions)
+            case SamplingConfig() | JudgeConfig() | CritiqueConfig() | ReviseConfig():
+                _check_room(name, part.max_new_tokens, config.max_positions)
+    if isinstance(cfg, SelfRewarding) and cfg.early_stop is not None:
+        limit = config.max_positions - cfg.sampling.max_new_tokens
+        why = f"{config.max_positions} positions less sampling.max_new_tokens"
+        check_lengths("early_stop.prompts", cfg.early_stop.prompts(), load_tokenizer(folder), limit, why)
+    file = parts.get("prompts")
+    if isinstance(file, PromptFile):
+        prompts = read_prompts(file.path, file.max_prompts)
+        if isinstance(cfg, SelfRewarding):
+            _check_supply(cfg, directory, prompts)
+        rows = {f"{name}.max_length": p.max_length for name, p in parts.items() if isinstance(p, TrainConfig)}
+        shortest = min(rows, key=rows.__getitem__)
+        limit = min(config.max_positions - cfg.sampling.max_new_tokens, rows[shortest] - 1)
+        why = (
+            f"the model has {config.max_positions} positions, of which sampling.max_new_tokens takes "
+            f"{cfg.sampling.max_new_tokens}, and {shortest} is {rows[shortest]}"
+        )
+        check_lengths(file.path, prompts, load_tokenizer(folder), limit, why)
+
+
+def _check_rows(name: str, part: TrainConfig | RLConfig, devices: int) -> None:
+    rows = part.batch_size // part.accumulate
+    if rows % devices:
+        raise meshlib.MeshError(
+            f"{name}.batch_size {part.batch_size} in accumulate = {part.accumulate} parts is {rows} rows at "
+            f"once, which do not divide over {devices} devices (mesh axes data x fsdp); make it a multiple of "
+            f"{devices * part.accumulate}, or choose another mesh"
+        )
+
+
+def _check_room(name: str, max_new_tokens: int, max_positions: int) -> None:
+    if max_new_tokens >= max_positions:
+        raise PreflightError(
+            f"{name}.max_new_tokens is {max_new_tokens} of the model's {max_positions} positions, which leaves no room "
+            "for a prompt; lower it"
+        )
+
+
+def _check_supply(cfg: Any, directory: Path, prompts: Sequence[Prompt]) -> None:
+    """Every iteration that has no prompts yet needs one that no other has had."""
+    files = [directory / f"iter_{t}" / "prompts.jsonl" for t in range(2, cfg.iterations + 1)]
+    done = [file for file in files if file.exists()]
+    used = {prompt.id for file in done for prompt in read_jsonl(file, Prompt)}
+    left = sum(prompt.id not in used for prompt in prompts)
+    rounds = len(files) - len(done)
+    if left < rounds and not cfg.prompts.repeat:
+        reason = f"{left} prompts for {rounds} iterations of new prompts" + (f" ({len(used)} are used)" if used else "")
+        raise RecordError(cfg.prompts.path, None, f"{reason}; give more, lower iterations, or set prompts.repeat")
+
+
+def check_lengths(path: Path | str, prompts: Sequence[Prompt], tokenizer: Tokenizer, limit: int, why: str) -> None:
+    """Raises: RecordError naming the first prompt of a file that takes more than ``limit`` tokens."""
+    for prompt in prompts:
+        tokens = len(render_prompt(tokenizer, prompt.messages))
+        if tokens > limit:
+            reason = f"prompt {prompt.id!r} has {tokens} tokens, the limit is {limit} ({why})"
+            raise RecordError(path, None, f"{reason}; shorten it, leave it out, or change these settings")

@@ -1,0 +1,160 @@
+"""``jaxsi run``: a config file with what the command line changes in it, into a run directory."""
+
+import argparse
+import dataclasses
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+from jaxsi.cli.command import EVERY_COMMAND, Report, UsageError
+from jaxsi.cli.tables import iterations_table
+
+DESCRIPTION = f"""Runs the config, or goes on where the same command stopped earlier; a finished run does nothing.
+
+Examples:
+  jaxsi run configs/self_rewarding/toy.py
+  jaxsi run configs/self_rewarding/toy.py --seed 1 --run-dir runs/toy-1
+  jaxsi run configs/self_rewarding/toy.py --dpo.learning-rate 5e-7 --run-dir runs/slow
+  jaxsi run configs/self_rewarding/qwen3_0p6b_1gpu.py --model FOLDER --prompts prompts.jsonl --max-prompts 64
+
+CONFIG.py is a Python file with a function config(). Beside its own fields (of a nested one the first and the last name
+are enough where they say which is meant):
+  --prompts FILE      prompts from this file (JSONL with "prompt" or "messages") in place of the config's
+  --max-prompts N     of that file, the first N
+  --run-dir DIR       where the run lives; runs/<name of the config> by default
+
+{EVERY_COMMAND}"""
+
+
+def run(argv: list[str]) -> Report:
+    """Runs a config file."""
+    path, options, overrides = _split(argv)
+    if path is None:
+        if any(word in ("-h", "--help") for word in argv):
+            print(
+                f"usage: jaxsi run CONFIG.py [options]\n\n{DESCRIPTION}\n\njaxsi run CONFIG.py --help lists the fields."
+            )
+            raise SystemExit(0)
+        raise UsageError("give a config first: jaxsi run CONFIG.py [options]")
+    cfg = configure(path, overrides, options.prompts, options.max_prompts)
+    directory = Path(options.run_dir or Path("runs") / path.stem)
+    return run_config(cfg, directory)
+
+
+def run_config(cfg: Any, directory: Path) -> Report:
+    """Runs ``cfg`` in ``directory``, where that is not done yet, and reports its summary."""
+    from jaxsi.cli.preflight import check
+    from jaxsi.methods import method_of
+    from jaxsi.runs.run import Run
+
+    began = time.monotonic()
+    method = method_of(cfg)
+    if not _is_complete(directory, cfg):
+        # Before the directory exists: what is mended after an error here is no other config of a run.
+        check(cfg, directory)
+    with Run.open(directory, cfg) as opened:
+        finished = opened.complete
+        if not finished:
+            method(cfg, opened)
+        summary = opened.summary
+    seconds = round(time.monotonic() - began, 3)
+    head = f"{directory}: complete, nothing left to do" if finished else f"{directory}: complete after {seconds:.0f} s"
+    value = {"run_dir": str(directory), "already_complete": finished, "seconds": seconds, **summary}
+    return Report(value, f"{head}\n\n{iterations_table(summary)}")
+
+
+def configure(path: Path, overrides: list[str], prompts: str | None = None, max_prompts: int | None = None) -> Any:
+    """The config of a file with the fields that the command line changes.
+
+    Raises: UsageError for a file that is no config and for values that it does not take; SystemExit for wrong flags.
+    """
+    import tyro
+
+    from jaxsi.runs.config_file import ConfigFileError, load_config
+
+    try:
+        cfg = _with_prompts(load_config(path), prompts, max_prompts)
+    except ConfigFileError as error:
+        raise UsageError(str(error)) from error
+    flags = field_flags(cfg)
+    try:
+        return tyro.cli(
+            type(cfg), default=cfg, args=[_full_flag(word, flags) for word in overrides],
+            prog=f"jaxsi run {path}", description=DESCRIPTION,
+            config=(tyro.conf.AvoidSubcommands, tyro.conf.SuppressFixed),
+        )  # fmt: skip
+    except ValueError as error:  # a config's own check of its values
+        raise UsageError(str(error)) from error
+
+
+def field_flags(cfg: Any, prefix: str = "--") -> list[str]:
+    """The flag of each field of a config that is not a config itself: --sft.optim.learning-rate, ..."""
+    flags = []
+    for field in dataclasses.fields(cfg):
+        value, flag = getattr(cfg, field.name), prefix + field.name.replace("_", "-")
+        flags += field_flags(value, f"{flag}.") if dataclasses.is_dataclass(value) else [flag]
+    return flags
+
+
+def _full_flag(word: str, flags: list[str]) -> str:
+    """`--dpo.learning-rate` -> `--dpo.train.optim.learning-rate`, where it stands for one field only."""
+    given, equals, value = word.partition("=")
+    parts = given.split(".")
+    if not given.startswith("--") or given in flags or len(parts) < 2:
+        return word
+    meant = [flag for flag in flags if flag.split(".")[0] == parts[0] and flag.split(".")[-1] == parts[-1]]
+    meant = [flag for flag in meant if _is_subsequence(parts, flag.split("."))]
+    if len(meant) > 1:
+        raise UsageError(f"{given} may mean {' or '.join(meant)}; write one of these")
+    return meant[0] + equals + value if meant else word
+
+
+def _is_subsequence(parts: list[str], of: list[str]) -> bool:
+    rest = iter(of)
+    return all(part in rest for part in parts)
+
+
+def _split(argv: list[str]) -> tuple[Path | None, argparse.Namespace, list[str]]:
+    """(config, the options of the command itself, the rest: fields of the config)."""
+    place = next((i for i, word in enumerate(argv) if word.endswith(".py")), None)
+    if argv and not argv[0].startswith("-"):
+        place = 0
+    rest = [word for i, word in enumerate(argv) if i != place]
+    parser = argparse.ArgumentParser(
+        prog="jaxsi run", usage="jaxsi run CONFIG.py [options]", add_help=False, allow_abbrev=False
+    )
+    for name in ("--prompts", "--run-dir"):
+        parser.add_argument(name)
+    parser.add_argument("--max-prompts", type=int)
+    options, overrides = parser.parse_known_args(rest)
+    return None if place is None else Path(argv[place]), options, overrides
+
+
+def _with_prompts(cfg: Any, prompts: str | None, max_prompts: int | None) -> Any:
+    from jaxsi.stages.self_instruct import PromptFile
+
+    if (prompts, max_prompts) != (None, None) and "prompts" not in {field.name for field in dataclasses.fields(cfg)}:
+        raise UsageError(
+            "--prompts and --max-prompts: this method's prompts come with its data; change the config file"
+        )
+    if max_prompts is not None and max_prompts < 1:
+        raise UsageError(f"--max-prompts is {max_prompts}; it is at least 1")
+    if prompts is not None:
+        return dataclasses.replace(cfg, prompts=PromptFile(path=prompts, max_prompts=max_prompts))
+    if max_prompts is None:
+        return cfg
+    if not isinstance(cfg.prompts, PromptFile):
+        raise UsageError("--max-prompts cuts a file, and this config makes its prompts: give --prompts FILE as well")
+    return dataclasses.replace(cfg, prompts=dataclasses.replace(cfg.prompts, max_prompts=max_prompts))
+
+
+def _is_complete(directory: Path, cfg: Any) -> bool:
+    """Whether nothing is left to do of as many iterations as ``cfg`` has, where the method counts them."""
+    try:
+        status = json.loads((directory / "summary.json").read_text())["status"]
+        stored = json.loads((directory / "config.json").read_text())
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+    wanted = {field.name: getattr(cfg, field.name) for field in dataclasses.fields(cfg)}.get("iterations", 0)
+    return status == "complete" and stored.get("iterations", 0) >= wanted

@@ -1,0 +1,46 @@
+"""The config that a run directory holds, and the devices, for commands that go on from one of its models."""
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any, TypeVar, cast
+
+Value = TypeVar("Value")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Mesh:
+    """The devices: data x fsdp x tensor, -1 for all that are left; by default the mesh of MODEL's run, else all devices
+    on fsdp. Where any is given, the others are 1."""
+
+    data: int | None = None
+    fsdp: int | None = None
+    tensor: int | None = None
+
+
+def stored_config(model: str) -> dict[str, Any] | None:
+    """The config.json of the run that MODEL (RUN_DIR or RUN_DIR@t) names; None where it names no run."""
+    folder = Path(model)
+    for run in (folder, Path(model.rpartition("@")[0] or model)):
+        if (run / "journal.jsonl").is_file() and (run / "config.json").is_file():
+            return json.loads((run / "config.json").read_text("utf-8"))
+    return None
+
+
+def stored_value(cls: type[Value], value: dict[str, Any]) -> Value:
+    """A dataclass of plain values from its JSON in a run's config."""
+    fields = dataclasses.fields(cast(Any, cls))
+    return cls(**{field.name: value[field.name] for field in fields})
+
+
+def mesh_for(model: str, given: Mesh) -> Any:
+    """The mesh that the command line asks for, else that of the run MODEL is in, else all devices on fsdp."""
+    from jaxsi.model.mesh import MeshConfig, make_mesh
+
+    sizes = {name: size for name, size in dataclasses.asdict(given).items() if size is not None}
+    if sizes:
+        return make_mesh(MeshConfig(**{"data": 1, "fsdp": 1, "tensor": 1} | sizes))
+    stored = stored_config(model)
+    if stored is None or "mesh" not in stored:  # a folder of `jaxsi improve` has a config, and no mesh
+        return make_mesh()
+    return make_mesh(stored_value(MeshConfig, stored["mesh"]))

@@ -1,0 +1,70 @@
+"""The short tables that commands end in."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from jaxsi.runs.metrics import table
+
+
+def iterations_table(summary: Mapping[str, Any]) -> str:
+    """One line an iteration of a run's summary; figures that were not measured are left out or "-"."""
+    rows = []
+    for entry in summary.get("iterations", []):
+        quality = entry.get("quality") or {}
+        low, high = quality.get("ci95") or (None, None)
+        rows.append(
+            {
+                "iteration": entry["iteration"],
+                "quality": _rounded(quality.get("mean")),
+                "±": None if low is None else _rounded((high - low) / 2),
+                "greedy": _rounded(entry.get("greedy")),
+                "judge agreement": _rounded(entry.get("judge_agreement"), 3),
+                "parse rate": _rounded(entry.get("parse_rate"), 3),
+                "pairs": entry.get("pairs"),
+                "ties": entry.get("ties"),
+                "length": _rounded(entry.get("mean_length"), 1),
+                "seconds": _rounded(sum(entry["seconds"].values()), 1),
+            }
+        )
+    if not rows:
+        return "no iteration is complete yet"
+    measured = [name for name in rows[0] if any(row[name] is not None for row in rows)]
+    return table(rows, measured)
+
+
+def rounds_table(rounds: Sequence[Mapping[str, Any]]) -> str:
+    """One line a round of `jaxsi improve`, with the outcomes and figures that any of them has."""
+    outcomes = list(dict.fromkeys(name for entry in rounds for name in entry["outcomes"]))
+    rows = []
+    for entry in rounds:
+        quality = entry["quality"] or {"mean": None, "ci95": [None, None]}
+        low, high = quality["ci95"]
+        rows.append(
+            {
+                "round": entry["iteration"],
+                **{name: entry["outcomes"].get(name, 0) for name in outcomes},
+                "score": _rounded(entry["mean_score"], 3),
+                "quality": _rounded(quality["mean"]),
+                "±": None if low is None else _rounded((high - low) / 2),
+                "length": _rounded(entry["mean_length"], 1),
+                "tokens": entry["tokens"],
+                "seconds": _rounded(sum(entry["seconds"].values()), 1),
+            }
+        )
+    return table(rows, [name for name in rows[0] if any(row[name] is not None for row in rows)])
+
+
+def figures_table(figures: Mapping[str, Any]) -> str:
+    """Names and figures, one a line."""
+    width = max(len(name) for name in figures)
+    return "\n".join(f"{name.ljust(width)}  {_shown(value)}" for name, value in figures.items())
+
+
+def _rounded(value: float | None, digits: int = 2) -> float | None:
+    return None if value is None else round(value, digits)
+
+
+def _shown(value: Any) -> str:
+    if value is None:
+        return "-"
+    return f"{value:.4g}" if isinstance(value, float) else str(value)

@@ -1,0 +1,384 @@
+"""Hugging Face's config.json, in the dialects of transformers 4 and 5, to and from ``ModelConfig``.
+
+With ``hf.py``, whose other half it is, the only module that knows Hugging Face's names. What it does not know it
+refuses by name: a key that was skipped could be the one that changes the model.
+"""
+
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+
+from jaxsi.model.decoder import ModelConfig, Rope
+
+MAX_JSON_BYTES = 64 * 2**20  # an index of a few thousand tensors takes a few hundred kB
+
+
+class HFError(ValueError):
+    """A Hugging Face folder that cannot be read or written; the message names file, key or tensor, value and fix."""
+
+
+def _words(text: str) -> frozenset[str]:
+    return frozenset(text.split())
+
+
+class Family(NamedTuple):
+    """What sets one ``model_type`` apart: its class, the keys only it has and the values of absent keys."""
+
+    architecture: str
+    keys: frozenset[str]
+    defaults: Mapping[str, Any]
+
+
+# Values that transformers assumes where the key is absent; a key that is neither here nor in the file is an error.
+_DEFAULTS = {"rms_norm_eps": 1e-6, "tie_word_embeddings": False}
+_QWEN_DEFAULTS = _DEFAULTS | {"use_sliding_window": False, "sliding_window": 4096, "max_window_layers": 28}
+_QWEN_KEYS = frozenset({"use_sliding_window", "sliding_window", "max_window_layers", "layer_types"})
+
+FAMILIES: Mapping[str, Family] = {
+    "llama": Family(
+        "LlamaForCausalLM",
+        frozenset({"attention_bias"}),
+        _DEFAULTS | {"num_key_value_heads": None, "attention_bias": False},
+    ),
+    "mistral": Family(
+        "MistralForCausalLM",
+        frozenset({"sliding_window"}),
+        _DEFAULTS | {"num_key_value_heads": 8, "sliding_window": 4096},
+    ),
+    "qwen2": Family("Qwen2ForCausalLM", _QWEN_KEYS, _QWEN_DEFAULTS),
+    "qwen3": Family(
+        "Qwen3ForCausalLM",
+        _QWEN_KEYS | {"attention_bias"},
+        _QWEN_DEFAULTS | {"attention_bias": False, "head_dim": 128},
+    ),
+}
+
+# Keys of config.json that decide the function of the decoder and are read.
+_USED_KEYS = _words(
+    "model_type architectures vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads "
+    "num_key_value_heads head_dim max_position_embeddings rms_norm_eps tie_word_embeddings rope_theta rope_scaling "
+    "rope_parameters original_max_position_embeddings"
+)
+# Keys whose only supported value is this one: it means that the feature is off.
+_ONLY: Mapping[str, Any] = {
+    "hidden_act": "silu",
+    "mlp_bias": False,
+    "attention_bias": False,
+    "partial_rotary_factor": 1.0,
+    "pretraining_tp": 1,
+    "use_sliding_window": False,
+    "use_mrope": False,
+    "rope_interleaved": False,
+    "is_encoder_decoder": False,
+    "add_cross_attention": False,
+    "tie_encoder_decoder": False,
+    "pruned_heads": {},
+}
+# Keys that cannot change the logits: token ids and sampling (the tokenizer and generation_config.json decide),
+# training, initialisation, outputs, classification heads, the writer's marks.
+_IRRELEVANT = _words(
+    "bos_token_id eos_token_id pad_token_id sep_token_id cls_token_id unk_token_id decoder_start_token_id "
+    "forced_bos_token_id forced_eos_token_id prefix suppress_tokens begin_suppress_tokens bad_words_ids "
+    "do_sample temperature top_p top_k typical_p min_length max_length max_new_tokens num_beams num_beam_groups "
+    "diversity_penalty length_penalty repetition_penalty encoder_no_repeat_ngram_size no_repeat_ngram_size "
+    "num_return_sequences early_stopping exponential_decay_length_penalty remove_invalid_values "
+    "attention_dropout hidden_dropout embd_pdrop resid_pdrop initializer_range use_cache dtype torch_dtype "
+    "output_attentions output_hidden_states output_scores return_dict return_dict_in_generate torchscript use_bfloat16 "
+    "chunk_size_feed_forward is_decoder id2label label2id num_labels problem_type finetuning_task task_specific_params "
+    "tokenizer_class tf_legacy_loss cross_attention_hidden_size gradient_checkpointing max_sequence_length "
+    "transformers_version _name_or_path name_or_path _commit_hash _attn_implementation_autoset is_llama_config "
+    "transformers.js_config unsloth_version unsloth_fixed"
+)
+_REFUSED = {
+    "auto_map": "the folder wants its own code to be run, which jaxsi never does; export it as a class of transformers",
+    "quantization_config": "quantised weights are not supported; save the model in float32, float16 or bfloat16",
+}
+
+
+# ---------------------------------------------------------------------------------------------------------- config.json
+
+
+def read_config(folder: Path) -> ModelConfig:
+    """The decoder that ``folder/config.json`` describes, in the dialect of transformers 4 or 5.
+
+    Raises:
+      HFError: the file is absent or broken, the model_type is not one of ``FAMILIES``, or a key is neither used nor
+        known to be without effect.
+    """
+    file = Path(folder) / "config.json"
+    raw = read_json(file)
+    try:
+        return parse_config(raw)
+    except ValueError as error:  # ours, or ModelConfig's own checks
+        raise HFError(f"{file}: {error}") from error
+
+
+def parse_config(raw: Mapping[str, Any]) -> ModelConfig:
+    """The decoder that the contents of a config.json describe. Raises: HFError, ModelError."""
+    family = _family(raw)
+    model_type = raw["model_type"]
+    for key, value in raw.items():
+        if key in _USED_KEYS or key in family.keys or key in _IRRELEVANT or value is None:
+            continue
+        if key in _REFUSED:
+            raise HFError(f"{key} = {value!r}: {_REFUSED[key]}")
+        if key not in _ONLY:
+            raise HFError(
+                f"{key} = {value!r} is not known for model_type {model_type!r}, and it could change the model; "
+                "remove the key if it has no effect"
+            )
+        if value != _ONLY[key]:
+            raise HFError(f"{key} = {value!r} is not supported for model_type {model_type!r}, only {_ONLY[key]!r} is")
+    raw = {**family.defaults, **raw}
+    heads, embed = _count(raw, "num_attention_heads"), _count(raw, "hidden_size")
+    if raw.get("head_dim") is None and embed % heads:
+        raise HFError(f"hidden_size {embed} is not a multiple of num_attention_heads {heads}, and head_dim is absent")
+    if "num_key_value_heads" not in raw:
+        raise HFError("num_key_value_heads is absent")
+    attention_bias = _flag(raw, "attention_bias") if "attention_bias" in family.keys else False
+    layers = _count(raw, "num_hidden_layers")
+    return ModelConfig(
+        family=model_type,
+        vocab_size=_count(raw, "vocab_size"),
+        embed_dim=embed,
+        num_layers=layers,
+        num_heads=heads,
+        num_kv_heads=heads if raw["num_key_value_heads"] is None else _count(raw, "num_key_value_heads"),
+        head_dim=embed // heads if raw.get("head_dim") is None else _count(raw, "head_dim"),
+        mlp_dim=_count(raw, "intermediate_size"),
+        max_positions=_count(raw, "max_position_embeddings"),
+        rope=_rope(raw),
+        norm_eps=_number(raw, "rms_norm_eps"),
+        tie_embeddings=_flag(raw, "tie_word_embeddings"),
+        qkv_bias=attention_bias or model_type == "qwen2",
+        o_bias=attention_bias,
+        qk_norm=model_type == "qwen3",
+        windows=_windows(raw, model_type, layers),
+        scalar_head=_scalar_head(raw, family),
+    )
+
+
+def config_json(config: ModelConfig, *, dtype: Any) -> dict[str, Any]:
+    """The contents of a config.json that transformers (5.3 and later) and ``parse_config`` read back to ``config``.
+
+    Args:
+      dtype: of the weights beside it.
+
+    Raises:
+      HFError: Hugging Face's class of the family cannot express ``config``.
+    """
+    raw: dict[str, Any] = {
+        "model_type": config.family,
+        "architectures": [_architecture(_family({"model_type": config.family}), config.scalar_head)],
+        "vocab_size": config.vocab_size,
+        "hidden_size": config.embed_dim,
+        "intermediate_size": config.mlp_dim,
+        "num_hidden_layers": config.num_layers,
+        "num_attention_heads": config.num_heads,
+        "num_key_value_heads": config.num_kv_heads,
+        "head_dim": config.head_dim,
+        "hidden_act": "silu",
+        "max_position_embeddings": config.max_positions,
+        "rms_norm_eps": config.norm_eps,
+        "tie_word_embeddings": config.tie_embeddings,
+        "bos_token_id": None,  # or transformers takes the family's own
+        "eos_token_id": None,
+        "pad_token_id": None,
+        "dtype": jnp.dtype(dtype).name,
+        "torch_dtype": jnp.dtype(dtype).name,
+    } | _rope_json(config)
+    if config.scalar_head:
+        raw |= {"num_labels": 1, "id2label": {"0": "LABEL_0"}, "label2id": {"LABEL_0": 0}}
+    if config.family in ("llama", "qwen3"):
+        raw["attention_bias"] = config.o_bias
+    windows = config.windows or (None,) * config.num_layers
+    width = next((w for w in windows if w is not None), None)
+    if config.family == "mistral":
+        raw["sliding_window"] = width
+    if config.family in ("qwen2", "qwen3"):
+        first = next((i for i, w in enumerate(windows) if w is not None), config.num_layers)
+        raw |= {"use_sliding_window": width is not None, "sliding_window": width, "max_window_layers": first}
+        raw["layer_types"] = ["full_attention" if w is None else "sliding_attention" for w in windows]
+    if parse_config(raw) != config:
+        raise HFError(f"a config.json of model_type {config.family!r} cannot express {config}")
+    return raw
+
+
+def _family(raw: Mapping[str, Any]) -> Family:
+    model_type = raw.get("model_type")
+    if not isinstance(model_type, str) or model_type not in FAMILIES:
+        raise HFError(f"model_type = {model_type!r} is not supported; supported are {', '.join(FAMILIES)}")
+    family = FAMILIES[model_type]
+    architectures = raw.get("architectures")
+    known = [[_architecture(family, scalar_head)] for scalar_head in (False, True)]
+    if architectures is not None and architectures not in known:
+        raise HFError(
+            f"architectures = {architectures!r} is not supported for {model_type!r}, only {known[0]!r} and {known[1]!r}"
+        )
+    return family
+
+
+def _architecture(family: Family, scalar_head: bool) -> str:
+    """The family's class with a language-model head, or with a scalar one (transformers: one label)."""
+    return family.architecture.replace("CausalLM", "SequenceClassification") if scalar_head else family.architecture
+
+
+def _scalar_head(raw: Mapping[str, Any], family: Family) -> bool:
+    if raw.get("architectures") != [_architecture(family, True)]:
+        return False
+    labels = len(raw["id2label"]) if isinstance(raw.get("id2label"), dict) else raw.get("num_labels", 2)
+    if labels != 1:
+        raise HFError(f"a classifier of {labels} labels (id2label) is not supported; a reward model has 1")
+    return True
+
+
+def _count(raw: Mapping[str, Any], key: str) -> int:
+    value = raw.get(key)
+    if isinstance(value, bool) or not isinstance(value, int) or not 0 < value < 2**31:
+        raise HFError(f"{key} = {value!r} must be a positive integer")
+    return value
+
+
+def _number(raw: Mapping[str, Any], key: str) -> float:
+    value = raw.get(key)
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
+        raise HFError(f"{key} = {value!r} must be a positive number")
+    return float(value)
+
+
+def _flag(raw: Mapping[str, Any], key: str) -> bool:
+    value = raw.get(key)
+    if not isinstance(value, bool):
+        raise HFError(f"{key} = {value!r} must be true or false")
+    return value
+
+
+def _windows(raw: Mapping[str, Any], model_type: str, layers: int) -> tuple[int | None, ...] | None:
+    """The window of each layer, or None where no layer has one."""
+    if model_type == "mistral":
+        return None if raw["sliding_window"] is None else (_count(raw, "sliding_window"),) * layers
+    if model_type not in ("qwen2", "qwen3"):
+        return None
+    on, types = _flag(raw, "use_sliding_window"), raw.get("layer_types")
+    if types is None:
+        first = raw["max_window_layers"]
+        if isinstance(first, bool) or not isinstance(first, int) or first < 0:
+            raise HFError(f"max_window_layers = {first!r} must be an integer, at least 0")
+        types = ["sliding_attention" if on and i >= first else "full_attention" for i in range(layers)]
+    known = ("full_attention", "sliding_attention")
+    if not isinstance(types, list) or len(types) != layers or any(t not in known for t in types):
+        raise HFError(f"layer_types = {types!r} must have {layers} entries, each one of {', '.join(known)}")
+    if "sliding_attention" not in types:
+        return None
+    if not on or raw["sliding_window"] is None:
+        raise HFError(
+            "layer_types has sliding_attention, but use_sliding_window is "
+            f"{raw['use_sliding_window']} and sliding_window is {raw['sliding_window']}; set both or neither"
+        )
+    width = _count(raw, "sliding_window")
+    return tuple(width if t == "sliding_attention" else None for t in types)
+
+
+# ----------------------------------------------------------------------------------------------------------------- rope
+
+_ROPE_KEYS = {
+    "default": frozenset(),
+    "linear": frozenset({"factor"}),
+    "llama3": frozenset({"factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"}),
+    "yarn": _words(
+        "factor beta_fast beta_slow original_max_position_embeddings attention_factor mscale mscale_all_dim truncate"
+    ),
+}
+
+
+def _rope(raw: Mapping[str, Any]) -> Rope:
+    """Both dialects: ``rope_parameters`` (theta in it), or ``rope_theta`` beside ``rope_scaling``."""
+    old, new = raw.get("rope_scaling") or {}, raw.get("rope_parameters") or {}
+    for key, value in (("rope_scaling", old), ("rope_parameters", new)):
+        if not isinstance(value, dict):
+            raise HFError(f"{key} = {value!r} must be an object")
+    given: dict[str, Any] = {"rope_theta": raw.get("rope_theta")}
+    for key, value in [*old.items(), *new.items()]:
+        if given.get(key) is not None and value is not None and given[key] != value:
+            raise HFError(f"{key} is both {given[key]!r} and {value!r} in rope_theta, rope_scaling and rope_parameters")
+        given[key] = value if given.get(key) is None else given[key]
+    given = {key: value for key, value in given.items() if value is not None}
+    theta = _number(given, "rope_theta") if "rope_theta" in given else 10_000.0
+    kind = given.get("rope_type", given.get("type", "default"))
+    if not isinstance(kind, str) or kind not in _ROPE_KEYS:
+        raise HFError(f"rope type {kind!r} is not supported; supported are {', '.join(_ROPE_KEYS)}")
+    for key, value in given.items():
+        if key == "partial_rotary_factor" and value != 1:
+            raise HFError(f"partial_rotary_factor = {value!r} is not supported, only 1.0 is")
+        if key not in _ROPE_KEYS[kind] | {"rope_theta", "rope_type", "type", "partial_rotary_factor"}:
+            raise HFError(f"{key} = {value!r} is not known for rope type {kind!r}, and it could change the model")
+    # As in transformers: the key beside the object wins over the one in it, and the default is the model's own length.
+    original = raw.get("original_max_position_embeddings")
+    given["original"] = original or given.get("original_max_position_embeddings") or raw.get("max_position_embeddings")
+    match kind:
+        case "linear":
+            return Rope(theta=theta, scaling=("linear", _number(given, "factor")))
+        case "llama3":
+            factors = (_number(given, key) for key in ("factor", "low_freq_factor", "high_freq_factor"))
+            return Rope(theta=theta, scaling=("llama3", *factors, _count(given, "original")))
+        case "yarn":
+            return Rope(theta=theta, scaling=_yarn(given, raw))
+        case _:
+            return Rope(theta=theta)
+
+
+def _yarn(given: Mapping[str, Any], raw: Mapping[str, Any]) -> tuple[Any, ...]:
+    original = _count(given, "original")
+    factor = _number(given, "factor") if "factor" in given else _count(raw, "max_position_embeddings") / original
+
+    def mscale(weight: float) -> float:
+        return 1.0 if factor <= 1 else 0.1 * weight * math.log(factor) + 1.0
+
+    if "attention_factor" in given:
+        attention_factor = _number(given, "attention_factor")
+    elif given.get("mscale") and given.get("mscale_all_dim"):
+        attention_factor = mscale(_number(given, "mscale")) / mscale(_number(given, "mscale_all_dim"))
+    else:
+        attention_factor = mscale(1.0)
+    fast = _number(given, "beta_fast") if given.get("beta_fast") else 32.0
+    slow = _number(given, "beta_slow") if given.get("beta_slow") else 1.0
+    truncate = _flag(given, "truncate") if "truncate" in given else True
+    return ("yarn", factor, fast, slow, original, attention_factor, truncate)
+
+
+def _rope_json(config: ModelConfig) -> dict[str, Any]:
+    theta = {"rope_theta": config.rope.theta}
+    match config.rope.scaling:
+        case None:
+            return {**theta, "rope_parameters": {"rope_type": "default", **theta}}
+        case ("linear", factor):
+            scaling: dict[str, Any] = {"rope_type": "linear", "factor": factor}
+        case ("llama3", factor, low, high, original):
+            scaling = {"rope_type": "llama3", "factor": factor, "low_freq_factor": low, "high_freq_factor": high}
+            scaling["original_max_position_embeddings"] = original
+        case ("yarn", factor, fast, slow, original, attention_factor, truncate):
+            scaling = {"rope_type": "yarn", "factor": factor, "beta_fast": fast, "beta_slow": slow}
+            scaling |= {"original_max_position_embeddings": original, "attention_factor": attention_factor}
+            scaling["truncate"] = truncate
+        case other:
+            raise HFError(f"rope scaling {other!r} has no form in config.json")
+    # Both dialects: a reader of the old one would take a missing rope_theta for 10000 and say nothing.
+    return {**theta, "rope_scaling": scaling, "rope_parameters": scaling | theta}
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    try:
+        if file.stat().st_size > MAX_JSON_BYTES:
+            raise HFError(f"{file}: {file.stat().st_size} bytes, over the limit of {MAX_JSON_BYTES}")
+        raw = json.loads(file.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise HFError(f"{file}: cannot be read ({error.strerror}); give a Hugging Face model folder") from error
+    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+        raise HFError(f"{file}: not JSON: {error}") from error
+    if not isinstance(raw, dict):
+        raise HFError(f"{file}: holds a {type(raw).__name__}, not an object")
+    return raw

@@ -1,0 +1,1 @@
+"""The run directory: stages, records, checkpoints, metrics."""

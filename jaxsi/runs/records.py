@@ -1,0 +1,446 @@
+"""The records that travel between stages, and their files: one JSON object per line, keyed by id, readable with `less`.
+
+Everything left of the tokens is one of these frozen records. A record that a model sampled also carries its token ids,
+the reason it ended, the fingerprint of the weights and the hash of the chat template that made it. Files appear
+complete or not at all, are UTF-8, and give back exactly what was written (floats bit for bit).
+"""
+
+import contextlib
+import functools
+import gzip
+import json
+import os
+import types
+import typing
+import zlib
+from collections.abc import Iterable, Iterator
+from dataclasses import MISSING, dataclass, fields
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+Message = dict[str, str]  # {"role": "system" | "user" | "assistant", "content": text}
+FinishReason = Literal["stop", "length"]
+ROLES = ("system", "user", "assistant")
+
+
+class RecordError(Exception):
+    """A file of records or prompts that cannot be read or written; `str()` is "path:line: reason"."""
+
+    def __init__(self, path: Path | str, line: int | None, reason: str):
+        super().__init__(f"{path}: {reason}" if line is None else f"{path}:{line}: {reason}")
+        self.path, self.line, self.reason = Path(path), line, reason
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prompt:
+    """A conversation that waits for an answer, e.g. Prompt.of("17", "Reverse the word: loop")."""
+
+    id: str
+    messages: tuple[Message, ...]
+
+    @staticmethod
+    def of(id: str, text: str) -> "Prompt":
+        """The prompt of one user message."""
+        return Prompt(id=id, messages=({"role": "user", "content": text},))
+
+    @property
+    def text(self) -> str:
+        """The content of the last user message."""
+        return next(message["content"] for message in reversed(self.messages) if message["role"] == "user")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Response:
+    """One sampled answer, e.g. id "17#2" for sample 2 of prompt "17".
+
+    `token_ids` are the sampled ids (the end-of-turn included where finish_reason is "stop"); `logps[i]` is the log-prob
+    of `token_ids[i]` under the untruncated softmax at temperature 1, whatever the sampling settings were.
+    """
+
+    id: str
+    prompt_id: str
+    sample: int
+    text: str
+    token_ids: tuple[int, ...]
+    logps: tuple[float, ...]
+    finish_reason: FinishReason
+    fingerprint: str
+    template: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Judgment:
+    """What the judge wrote about the response with the same id: K texts, their scores, and the mean of the valid ones.
+
+    A text without a verdict has score None; with no valid one `score` is None and the response is in no pair.
+    """
+
+    id: str
+    prompt_id: str
+    scores: tuple[float | None, ...]
+    score: float | None
+    texts: tuple[str, ...]
+    fingerprint: str
+    template: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Critique:
+    """What a critic wrote about the response with the same id: language feedback, a score, and an improved response.
+
+    A part that is not there in the form that was asked for is None. `text` is all that was generated; `fingerprint`
+    that of the critic's weights, or the name of the model behind an endpoint.
+    """
+
+    id: str
+    prompt_id: str
+    weaknesses: str | None
+    suggestions: str | None
+    score: float | None
+    improved: str | None
+    text: str
+    finish_reason: FinishReason
+    fingerprint: str
+    template: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Revision:
+    """What a reviser or an improver made of the response with the same id; on the label NO, that response itself.
+
+    `label_probs` are those of the labels in the order of the reviser's template; None where there are no labels.
+    """
+
+    id: str
+    prompt_id: str
+    label: str | None
+    label_probs: tuple[float, ...] | None
+    response: Response
+
+
+Outcome = Literal[
+    "draft", "accepted", "kept", "rejected", "no response", "too long", "cut off", "empty", "ended"
+]  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class Improvement:
+    """The response to a prompt after a round of improvement at inference time, e.g. id "17@2" after round 2.
+
+    Round 0 is the first response ("draft"). A round whose new response took the place of the one before is "accepted".
+    Else `response` is that of the round before: "kept", the method sees nothing to improve; "rejected", the new
+    response is no gain; "no response", "cut off" or "empty", what was written cannot be used; "too long", the request
+    does not fit in the context. The later rounds of the prompt have then "ended", but not those of best-of-n, where a
+    round without a gain goes on to more samples.
+
+    `score` is the method's own number (see jaxsi.stages.improve.rounds), `quality` that of a judge or of an exact
+    grader; `feedback` what was written about the response before; `tokens` how many were generated in this round.
+    """
+
+    id: str
+    prompt_id: str
+    round: int
+    response: Response
+    outcome: Outcome
+    score: float | None
+    quality: float | None
+    feedback: str | None
+    tokens: int
+
+    @property
+    def accepted(self) -> bool:
+        """Whether the response is new in this round."""
+        return self.outcome == "accepted"
+
+
+@dataclass(frozen=True, kw_only=True)
+class PreferencePair:
+    """Two responses to the prompt with the same id; chosen_score > rejected_score."""
+
+    id: str
+    messages: tuple[Message, ...]
+    chosen: Response
+    rejected: Response
+    chosen_score: float
+    rejected_score: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class SFTExample:
+    """A demonstration: the prompt's messages and the response as text (the chat template adds the end-of-turn)."""
+
+    id: str
+    messages: tuple[Message, ...]
+    response: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class RankedResponses:
+    """Responses to one prompt ranked by a human (or a stand-in): ranks[i] of responses[i], 0 = best, ties allowed."""
+
+    id: str
+    messages: tuple[Message, ...]
+    responses: tuple[str, ...]
+    ranks: tuple[int, ...]
+
+
+Record = TypeVar("Record")
+
+
+def to_json(record: Any) -> dict[str, Any]:
+    """The record as plain JSON values, fields in the order of the class."""
+    return {field.name: _encode(getattr(record, field.name)) for field in fields(record)}
+
+
+def from_json(cls: type[Record], value: Any) -> Record:
+    """The record of class `cls` that `to_json` wrote. ValueError names the missing, unknown or mistyped field."""
+    if not isinstance(value, dict):
+        raise ValueError(f"a {cls.__name__} is a JSON object, found {_shown(value)}")
+    hints, required = _schema(cls)
+    if unknown := value.keys() - hints.keys():
+        raise ValueError(f"unknown key {_shown(min(unknown))} in a {cls.__name__}; its keys are {', '.join(hints)}")
+    if missing := required - value.keys():
+        raise ValueError(f"key {_shown(min(missing))} of a {cls.__name__} is missing")
+    return cls(**{name: _decode(hints[name], item, name) for name, item in value.items()})
+
+
+def write_jsonl(path: Path | str, records: Iterable[Any]) -> None:
+    """Writes one record per line; the file appears complete or not at all.
+
+    Raises: RecordError where a field holds something JSON cannot carry (NaN, arrays); OSError where the disk refuses.
+    """
+    write_atomically(path, (_dump_line(path, number, record) for number, record in enumerate(records, start=1)))
+
+
+def read_jsonl(path: Path | str, cls: type[Record]) -> list[Record]:
+    """The records of a file that `write_jsonl` wrote. Raises RecordError with the line that is broken."""
+    records = []
+    for line, value in _json_lines(path):
+        try:
+            records.append(from_json(cls, value))
+        except ValueError as error:
+            raise RecordError(path, line, str(error)) from None
+    return records
+
+
+def write_atomically(path: Path | str, chunks: Iterable[bytes]) -> None:
+    """Writes `path` so that it is there complete or not at all, also when the process or the machine dies."""
+    path = Path(path)
+    unfinished = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with unfinished.open("wb") as file:
+            for chunk in chunks:
+                file.write(chunk)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(unfinished, path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            unfinished.unlink(missing_ok=True)
+        raise
+    folder = os.open(path.parent, os.O_RDONLY)  # the rename itself lasts only once its folder is synced
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
+
+
+def read_prompts(path: Path | str, max_prompts: int | None = None) -> list[Prompt]:
+    """The prompts of a user's file, at most the first `max_prompts`.
+
+    JSONL: {"id"?, "prompt": text} or {"id"?, "messages": [{"role", "content"}, ...]} per line. A `.json` file is one
+    list of such objects. Both may be gzipped (`.gz`). The AlpacaEval dialect has "instruction" for "prompt" (its
+    "output", "generator" and "dataset" are not read). `id` defaults to the line (of a list, the item) number, from 1.
+
+    Raises: RecordError with file, line, value and fix: no such file, broken line, unknown key, duplicate id, empty
+    prompt.
+    """
+    if max_prompts is not None and max_prompts < 1:
+        raise ValueError(f"max_prompts is {max_prompts}, the least is 1; leave it out to read every prompt")
+    path = Path(path)
+    rows = _json_list(path) if path.name.removesuffix(".gz").endswith(".json") else _json_lines(path)
+    prompts: list[Prompt] = []
+    line_of: dict[str, int] = {}
+    for line, row in rows:
+        try:
+            prompt = _prompt(row, default_id=str(line))
+        except ValueError as error:
+            raise RecordError(path, line, str(error)) from None
+        if prompt.id in line_of:
+            first = line_of[prompt.id]
+            raise RecordError(path, line, f"id {_shown(prompt.id)} is already that of line {first}; ids must be unique")
+        line_of[prompt.id] = line
+        prompts.append(prompt)
+        if len(prompts) == max_prompts:
+            break
+    if not prompts:
+        raise RecordError(path, None, 'no prompts in this file; write one object per line, as {"prompt": "…"}')
+    return prompts
+
+
+# ---- prompts of users ------------------------------------------------------------------------------------------------
+
+_TEXT_KEYS = ("prompt", "instruction")
+_ALPACA_EVAL_KEYS = frozenset(
+    {"output", "generator", "dataset"}
+)  # a baseline's answer, read by jaxsi.evals and not here
+
+
+def _prompt(row: Any, default_id: str) -> Prompt:
+    if not isinstance(row, dict):
+        raise ValueError(f'a prompt is an object like {{"prompt": "…"}}, found {_shown(row)}')
+    known = {"id", "messages", *_TEXT_KEYS} | (_ALPACA_EVAL_KEYS if "instruction" in row else frozenset())
+    if unknown := row.keys() - known:
+        raise ValueError(f'unknown key {_shown(min(unknown))}; the keys are "id", and "prompt" or "messages"')
+    contents = [key for key in ("messages", *_TEXT_KEYS) if key in row]
+    if len(contents) != 1:
+        raise ValueError(f'give "prompt" or "messages", one of the two; found {contents or sorted(row)}')
+    id = row.get("id", default_id)
+    if isinstance(id, bool) or not isinstance(id, str | int) or id == "":
+        raise ValueError(f"id {_shown(id)} is not a non-empty string or a number")
+    _check_unicode(str(id), "id")
+    content = row[contents[0]]
+    if contents[0] == "messages":
+        return Prompt(id=str(id), messages=_messages(content))
+    if not isinstance(content, str) or not content.strip():
+        raise ValueError(f'"{contents[0]}" is {_shown(content)}; it must be a text that is not empty')
+    _check_unicode(content, contents[0])
+    return Prompt.of(str(id), content)
+
+
+def _messages(value: Any) -> tuple[Message, ...]:
+    if not isinstance(value, list) or not value:
+        raise ValueError(f'"messages" is {_shown(value)}; it must be a list of {{"role", "content"}} that is not empty')
+    for message in value:
+        if not isinstance(message, dict) or message.keys() != {"role", "content"}:
+            raise ValueError(f'message {_shown(message)} must be an object with the keys "role" and "content" only')
+        if message["role"] not in ROLES:
+            raise ValueError(f"role {_shown(message['role'])} is not one of {', '.join(ROLES)}")
+        if not isinstance(message["content"], str) or not message["content"].strip():
+            raise ValueError(f"the content of message {_shown(message)} must be a text that is not empty")
+        _check_unicode(message["content"], "content")
+    if value[-1]["role"] != "user":
+        raise ValueError(f"the last message is of role {_shown(value[-1]['role'])}; a prompt ends with the user's turn")
+    return tuple(value)
+
+
+def _check_unicode(text: str, key: str) -> None:
+    """JSON can escape half a surrogate pair, which is no character, and which no tokenizer takes."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        half = text[error.start]
+        raise ValueError(
+            f'"{key}" holds half a surrogate pair ({half!r}, character {error.start}); remove it'
+        ) from None
+
+
+# ---- JSON files ------------------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def _opened(path: Path | str) -> Iterator[typing.IO[bytes]]:
+    """Opens for reading, plain or gzipped; whatever goes wrong is a RecordError that names the file."""
+    path = Path(path)
+    try:
+        with gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb") as file:
+            yield typing.cast(typing.IO[bytes], file)
+    except FileNotFoundError:
+        raise RecordError(path, None, "no such file; check the path") from None
+    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+        raise RecordError(path, None, f"damaged gzip file ({error}); fetch it again") from None
+    except OSError as error:
+        raise RecordError(path, None, f"cannot be read: {error.strerror or error}") from error
+
+
+def _json_lines(path: Path | str) -> Iterator[tuple[int, Any]]:
+    with _opened(path) as file:
+        for line, raw in enumerate(file, start=1):  # bytes: split at \n only, never at U+2028 inside a text
+            if raw.strip():
+                yield line, _parse(path, line, raw.rstrip(b"\r\n"))
+
+
+def _json_list(path: Path) -> Iterator[tuple[int, Any]]:
+    with _opened(path) as file:
+        value = _parse(path, None, file.read())
+    if not isinstance(value, list):
+        raise RecordError(path, None, f"a .json file of prompts is one list, found {_shown(value)}; or use .jsonl")
+    yield from enumerate(value, start=1)
+
+
+def _parse(path: Path | str, line: int | None, raw: bytes) -> Any:
+    try:
+        return json.loads(raw.decode("utf-8-sig" if line in (1, None) else "utf-8"), parse_constant=_refuse_constant)
+    except UnicodeDecodeError as error:
+        raise RecordError(path, line, f"not UTF-8 at byte {error.start}; save the file as UTF-8") from None
+    except json.JSONDecodeError as error:
+        place = line if line is not None else error.lineno
+        raise RecordError(
+            path, place, f"broken JSON at column {error.colno}: {error.msg} in {_shown(error.doc)}"
+        ) from None
+    except (ValueError, RecursionError) as error:
+        raise RecordError(path, line, f"cannot be parsed: {error}") from None
+
+
+def _refuse_constant(name: str) -> float:
+    raise ValueError(f"{name} is not JSON; an absent number is null")
+
+
+def _dump_line(path: Path | str, line: int, record: Any) -> bytes:
+    try:
+        value = to_json(record)
+        text = json.dumps(value, ensure_ascii=False, allow_nan=False)
+    except (TypeError, ValueError) as error:
+        raise RecordError(path, line, f"{type(record).__name__} cannot be written: {error}") from None
+    try:
+        return text.encode("utf-8") + b"\n"
+    except UnicodeEncodeError:  # half a surrogate pair: escaped, it comes back as it was
+        return json.dumps(value, allow_nan=False).encode("ascii") + b"\n"
+
+
+# ---- one generic pair of functions between records and JSON values ---------------------------------------------------
+
+
+def _encode(value: Any) -> Any:
+    if isinstance(value, tuple):
+        return [_encode(item) for item in value]
+    if hasattr(type(value), "__dataclass_fields__"):
+        return to_json(value)
+    return value
+
+
+@functools.cache
+def _schema(cls: type) -> tuple[dict[str, Any], frozenset[str]]:
+    """({field: type}, the fields without default)."""
+    hints = typing.get_type_hints(cls)
+    own = fields(cls)
+    required = frozenset(f.name for f in own if f.default is MISSING and f.default_factory is MISSING)
+    return {field.name: hints[field.name] for field in own}, required
+
+
+def _decode(hint: Any, value: Any, where: str) -> Any:
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if hint is float and type(value) in (float, int):
+        return float(value)
+    if hint in (str, int, bool) and type(value) is hint:
+        return value
+    if origin is tuple and isinstance(value, list):
+        item = arguments[0]
+        if item in (int, float, str) and set(map(type, value)) <= {item}:  # long lists of ids and logps, at C speed
+            return tuple(value)
+        return tuple(_decode(item, element, f"{where}[{index}]") for index, element in enumerate(value))
+    if origin in (typing.Union, types.UnionType):  # `X | None` only
+        return None if value is None else _decode(arguments[0], value, where)
+    if origin is Literal and value in arguments:
+        return value
+    if origin is dict and isinstance(value, dict):
+        return {key: _decode(arguments[1], item, f"{where}.{key}") for key, item in value.items()}
+    if isinstance(hint, type) and hasattr(hint, "__dataclass_fields__"):
+        return from_json(hint, value)
+    expected = hint.__name__ if isinstance(hint, type) and origin is None else str(hint).removeprefix("typing.")
+    raise ValueError(f"{where} is {_shown(value)}, which is not of type {expected}")
+
+
+def _shown(value: Any, limit: int = 80) -> str:
+    text = repr(value)
+    return text if len(text) <= limit else text[:limit] + "…"

@@ -1,0 +1,479 @@
+"""The run directory: stages that are on disk once they are done, a journal, named keys, and one check of the config.
+
+    DIR/config.json  summary.json  journal.jsonl  .lock
+    DIR/iter_1/prompts.jsonl                   a finished stage
+    DIR/iter_1/candidates.shards/00000.jsonl   a stage on its way: at most the shard in flight is lost
+    DIR/iter_1/quality.json                    a stage whose result is one JSON value
+
+`scope.records(name, stage, *args)` is the result of the stage, from its file where the file exists; so the text of a
+method is its resume logic. With several hosts every process calls the same stages in the same order on one shared file
+system; shard k is written by process k mod n, everything else by process 0.
+"""
+
+import contextlib
+import datetime
+import fcntl
+import hashlib
+import json
+import operator
+import os
+import shutil
+import time
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, ClassVar, Protocol, Self, TypeVar
+
+import numpy as np
+
+from jaxsi.runs import preemption
+from jaxsi.runs.config_snapshot import RunError, check_config, describe_config
+from jaxsi.runs.progress import processes, progress
+from jaxsi.runs.records import RecordError, read_jsonl, write_atomically, write_jsonl
+
+Record = TypeVar("Record")
+Item = TypeVar("Item")
+
+
+class RunConfig(Protocol):
+    """What a method's frozen `Config` has for a run: a seed, and the fields (dotted) that may differ on resume."""
+
+    RESUMABLE: ClassVar[frozenset[str]]
+
+    @property
+    def seed(self) -> int: ...
+
+
+# ---- the run ---------------------------------------------------------------------------------------------------------
+
+
+class Run:
+    """A run directory that this process holds; `Run.open` makes one, `close` (or leaving a `with` block) lets it go."""
+
+    def __init__(self, path: Path, config: RunConfig, lock: int | None):
+        self.path, self.config = path, config
+        self._let_go = (lambda: None) if lock is None else weakref.finalize(self, os.close, lock)
+        self.inside = 0.0  # seconds of the stages that are done inside the one under way
+
+    @staticmethod
+    def open(directory: Path | str, config: RunConfig, *, resume: bool = True) -> "Run":
+        """Makes the run directory, or takes up the run that is in it.
+
+        On resume only `config.RESUMABLE` fields may differ and `iterations` may be raised. With several hosts, call it
+        after jax.distributed is initialised. Raises: RunConfigError with the differences; RunError where another live
+        process holds the directory, where it holds something that is not a run, or, with resume=False, a run.
+        """
+        path = Path(directory)
+        given = describe_config(config)
+        if not _is_writer():  # process 0 checks and writes; where it fails, jax.distributed ends the others
+            _barrier(f"open {path.name}")
+            return Run(path, config, None)
+        stored = _stored_config(path)
+        if stored is not None and not resume:
+            raise RunError(f"{path} already holds a run; resume it, or give another directory")
+        if stored is not None:
+            check_config(path, stored, given, config.RESUMABLE)
+        with _disk(path):
+            path.mkdir(parents=True, exist_ok=True)
+            run = Run(path, config, _take_lock(path))
+            for leftover in path.rglob("*.tmp"):  # of a process that died: the lock says no other one lives
+                leftover.unlink()
+            _end_torn_line(path / "journal.jsonl")
+            if stored is not None and stored.get("iterations") != given.get("iterations"):
+                run._write_summary(
+                    {"status": "running"}
+                )  # first: a kill here must not leave more iterations "complete"
+            if given != stored:
+                _write_json(path / "config.json", given)
+            if not (path / "summary.json").exists():
+                run._write_summary({"status": "running"})
+        _barrier(f"open {path.name}")
+        return run
+
+    def close(self) -> None:
+        """Lets the directory go, for other processes to resume."""
+        self._let_go()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    def at(self, name: str) -> "Scope":
+        """The folder DIR/name of this run, e.g. run.at("iter_1"): all that makes M_1."""
+        return Scope(self, _checked_name(name))
+
+    @property
+    def summary(self) -> dict[str, Any]:
+        """The content of summary.json."""
+        return _read_json(self.path / "summary.json")
+
+    def update_summary(self, values: dict[str, Any]) -> None:
+        """Replaces the given top-level keys of DIR/summary.json, atomically."""
+        if _is_writer():
+            with _disk(self.path):
+                self._write_summary(values)
+        _barrier("summary")
+
+    @property
+    def complete(self) -> bool:
+        """Whether the run has nothing left to do: its summary says "complete"."""
+        return self.summary["status"] == "complete"
+
+    def _write_summary(self, values: dict[str, Any]) -> None:
+        path = self.path / "summary.json"
+        _write_json(path, {**(_read_json(path) if path.exists() else {}), **values})
+
+    def journal(self, scope: str, stage: str, event: str, *, seconds: float = 0.0, records: int | None = None) -> None:
+        """Adds a line to DIR/journal.jsonl (process 0)."""
+        if not _is_writer():
+            return
+        now = datetime.datetime.now(datetime.UTC).isoformat(timespec="milliseconds")
+        entry = {"time": now, "scope": scope, "stage": stage, "event": event, "seconds": round(seconds, 3)}
+        line = json.dumps({**entry, "records": records, "process": os.getpid()}) + "\n"
+        path = self.path / "journal.jsonl"
+        with _disk(path), path.open("ab", buffering=0) as file:
+            file.write(line.encode())
+            os.fsync(file.fileno())
+
+
+class Scope:
+    """A folder of a run, e.g. iter_2: what is computed in it is computed once."""
+
+    def __init__(self, run: Run, name: str):
+        self.run, self.name, self.path = run, name, run.path / name
+
+    def records(self, name: str, stage: Callable[..., Iterable[Record]], *args: Any, of: type[Record]) -> list[Record]:
+        """`list(stage(*args))`, records of class `of`, kept in <name>.jsonl: read from there where the file exists."""
+        path = self._file(name, ".jsonl")
+        if _agreed([path.exists()])[0]:
+            return self._reused(name, _read_stage(path, of))
+        with self._timed(name) as done:
+            records = _checked_records(stage(*args), of, name)
+            self._write(path, write_jsonl, path, records)
+            done(len(records))
+        return records
+
+    def sharded(
+        self,
+        name: str,
+        items: Sequence[Item],
+        stage: Callable[[Sequence[Item]], Iterable[Record]],
+        *,
+        of: type[Record],
+        shard_size: int = 256,
+    ) -> list[Record]:
+        """`list(stage(items))` in shards of `shard_size` items, each on disk once it is done, then one <name>.jsonl.
+
+        The stage must give for a shard what it gives for the same items in one piece: keys named by id, not by
+        position.
+        """
+        if shard_size < 1:
+            raise RunError(f"stage {name!r}: shard_size is {shard_size}, the least is 1")
+        path, folder = self._file(name, ".jsonl"), self._file(name, ".shards")
+        if _agreed([path.exists()])[0]:
+            self._write(folder, _remove, folder)  # a kill may have come between the merged file and this
+            return self._reused(name, _read_stage(path, of))
+        with self._timed(name) as done:
+            cuts = range(0, len(items), shard_size)
+            shards = [folder / f"{number:05d}.jsonl" for number in range(len(cuts))]
+            self._write(folder, _plan_shards, folder, {"items": len(items), "shard_size": shard_size})
+            finished = _agreed([shard.exists() for shard in shards])
+            records: list[Record] = []
+            index, count = processes()
+            with progress(f"{self.name}/{name}", len(items)) as advance, preemption.polled():
+                for number, (cut, shard, is_finished) in enumerate(zip(cuts, shards, finished, strict=True)):
+                    part = items[cut : cut + shard_size]
+                    if is_finished:
+                        made = _read_stage(shard, of)
+                    else:
+                        made = _checked_records(stage(part), of, name)
+                        if number % count == index:
+                            with _disk(shard):
+                                write_jsonl(shard, made)
+                    records += made
+                    advance(len(part), not is_finished)
+                    if preemption.asked() and number + 1 < len(shards):
+                        raise preemption.Stopped(f"{folder}: {number + 1} of {len(shards)} parts are kept")
+            _barrier(f"{self.name}/{folder.name}")
+            self._write(path, write_atomically, path, _bytes_of(shards))
+            self._write(folder, _remove, folder)
+            done(len(records))
+        return records
+
+    def value(self, name: str, stage: Callable[..., Any], *args: Any) -> Any:
+        """`stage(*args)`, a JSON value (numbers, texts, lists, objects), kept in <name>.json."""
+        path = self._file(name, ".json")
+        if _agreed([path.exists()])[0]:
+            self.run.journal(self.name, name, "reused")
+            return _read_json(path)
+        with self._timed(name) as done:
+            value = stage(*args)
+            try:
+                value = json.loads(json.dumps(value, allow_nan=False))  # tuples are lists from the first time on
+            except (TypeError, ValueError) as error:
+                raise RunError(f"stage {name!r} gave {value!r:.200}, which JSON cannot carry: {error}") from None
+            self._write(path, _write_json, path, value)
+            done(None)
+        return value
+
+    def key(self, *names: str | int) -> Any:
+        """The typed threefry key named by (run seed, this scope, names…): the same on every host and every resume."""
+        import jax
+
+        return fold(jax.random.key(self.run.config.seed, impl="threefry2x32"), self.name, *names)
+
+    def seconds(self) -> dict[str, float]:
+        """{stage: seconds spent, less those of stages inside it}, over every time it was done in this scope."""
+        total: dict[str, float] = {}
+        for entry in _read_journal(self.run.path):
+            if entry["scope"] == self.name and entry["event"] == "done":
+                total[entry["stage"]] = round(total.get(entry["stage"], 0.0) + entry["seconds"], 3)
+        return total
+
+    @contextlib.contextmanager
+    def timed(self, name: str) -> Iterator[None]:
+        """Journals a piece of work that keeps its own files, such as training into a checkpoint."""
+        with self._timed(_checked_name(name)) as done:
+            yield
+            done(None)
+
+    @contextlib.contextmanager
+    def _timed(self, name: str) -> Iterator[Callable[[int | None], None]]:
+        preemption.check()
+        self.run.journal(self.name, name, "start")
+        start, around, self.run.inside = time.monotonic(), self.run.inside, 0.0
+
+        def done(count: int | None) -> None:
+            seconds = time.monotonic() - start
+            self.run.journal(self.name, name, "done", seconds=seconds - self.run.inside, records=count)
+            self.run.inside = around + seconds
+
+        yield done
+
+    def _reused(self, name: str, records: list[Record]) -> list[Record]:
+        self.run.journal(self.name, name, "reused", records=len(records))
+        return records
+
+    def _file(self, name: str, suffix: str) -> Path:
+        return self.path / (_checked_name(name) + suffix)
+
+    def _write(self, path: Path, write: Callable[..., None], *args: Any) -> None:
+        """Process 0 writes; nobody goes on before the file is there."""
+        if _is_writer():
+            with _disk(path):
+                self.path.mkdir(exist_ok=True)
+                write(*args)
+        _barrier(f"{self.name}/{path.name}")
+
+
+# ---- named keys ------------------------------------------------------------------------------------------------------
+
+
+def name_words(name: str | int) -> np.ndarray:
+    """The stable 64-bit hash of a name as two uint32 words; a number and its decimal text are two names."""
+    text = f"s:{name}" if isinstance(name, str) else f"i:{operator.index(name)}"
+    digest = hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest()
+    return np.frombuffer(digest[:8], dtype=">u4").astype(np.uint32)
+
+
+def fold(key: Any, *names: str | int) -> Any:
+    """`key` folded with names, one after the other: fold(fold(key, a), b) == fold(key, a, b); see `name_words`."""
+    import jax
+
+    for name in names:
+        for word in name_words(name):
+            key = jax.random.fold_in(key, word)
+    return key
+
+
+# ---- what `jaxsi status` says ----------------------------------------------------------------------------------------
+
+
+def status(directory: Path | str) -> dict[str, Any]:
+    """What is done in a run directory, without taking it up.
+
+    {"directory", "status", "live": a process holds it, "iterations": configured or None, "summary": summary.json,
+    "stages": [{"scope", "stage", "state", "records", "seconds", "shards": "3/12" or None}]}, stages in the order in
+    which they first started, each "done", "running", "interrupted" or "deleted". Raises: RunError where there is no
+    run.
+    """
+    path = Path(directory)
+    config = _stored_config(path)
+    if config is None:
+        raise RunError(f"{path} holds no run (there is no config.json in it); check the path")
+    live = _is_locked(path)
+    stages: dict[tuple[str, str], dict[str, Any]] = {}
+    for entry in _read_journal(path):
+        place = entry["scope"], entry["stage"]
+        new = {"scope": place[0], "stage": place[1], "state": "", "records": None, "seconds": 0.0, "shards": None}
+        row = stages.setdefault(place, new)
+        row["state"] = "done" if entry["event"] != "start" else ("running" if live else "interrupted")
+        row["records"] = entry["records"]
+        row["seconds"] = round(row["seconds"] + entry["seconds"], 3)
+    for (scope, stage), row in stages.items():
+        folder = path / scope / f"{stage}.shards"
+        if row["state"] != "done" and (folder / "plan.json").exists():
+            plan = _read_json(folder / "plan.json")
+            row["shards"] = f"{len(list(folder.glob('*.jsonl')))}/{-(-plan['items'] // plan['shard_size'])}"
+        if row["records"] is not None and not (path / scope / f"{stage}.jsonl").exists():
+            row["state"] = "deleted"
+    summary = _read_json(path / "summary.json") if (path / "summary.json").exists() else {"status": "running"}
+    return {
+        "directory": str(path),
+        "status": summary["status"],
+        "live": live,
+        "iterations": config.get("iterations"),
+        "stages": list(stages.values()),
+        "summary": summary,
+    }
+
+
+# ---- files -----------------------------------------------------------------------------------------------------------
+
+
+def _stored_config(path: Path) -> dict[str, Any] | None:
+    if path.exists() and not path.is_dir():
+        raise RunError(f"{path} is a file; a run needs a directory of its own")
+    if (path / "config.json").exists():
+        return _read_json(path / "config.json")
+    strangers = [] if not path.exists() else sorted(p.name for p in path.iterdir() if not p.name.startswith("."))
+    if strangers:
+        raise RunError(f"{path} is not a run: it holds {', '.join(strangers[:5])} and no config.json; give another one")
+    return None
+
+
+@contextlib.contextmanager
+def _disk(path: Path) -> Iterator[None]:
+    """What the disk refuses, in words."""
+    try:
+        yield
+    except OSError as error:
+        raise RunError(
+            f"cannot write {path}: {error.strerror or error}. Every finished stage and shard is kept; free some space "
+            "(or make the directory writable) and run the same command again"
+        ) from error
+
+
+def _write_json(path: Path, value: Any) -> None:
+    text = json.dumps(value, indent=2, ensure_ascii=False) + "\n"
+    write_atomically(path, [text.encode("utf-8", "backslashreplace")])
+
+
+def _read_json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text("utf-8"))
+    except OSError as error:
+        raise RunError(f"{path} cannot be read: {error.strerror or error}") from None
+    except ValueError as error:
+        raise RunError(f"{path} is broken JSON ({error}); {_delete_hint(path)}") from None
+
+
+def _delete_hint(path: Path) -> str:
+    if path.name in ("config.json", "plan.json"):
+        return f"delete {path.parent} and start again"
+    return "delete the file, and the same command makes it again"
+
+
+def _read_stage(path: Path, of: type[Record]) -> list[Record]:
+    try:
+        return read_jsonl(path, of)
+    except RecordError as error:
+        raise RecordError(
+            path, error.line, f"{error.reason}; delete this file, and the stage runs again"
+        ) from error.__cause__
+
+
+def _checked_records(made: Iterable[Record], of: type[Record], stage: str) -> list[Record]:
+    records = list(made)
+    for record in records:
+        if type(record) is not of:
+            raise RunError(f"stage {stage!r} gave a {type(record).__name__}, {of.__name__} is declared (of=…)")
+    return records
+
+
+def _bytes_of(files: Sequence[Path]) -> Iterator[bytes]:
+    for file in files:
+        yield file.read_bytes()
+
+
+def _plan_shards(folder: Path, plan: dict[str, int]) -> None:
+    """Shards cut otherwise are of no use: they go."""
+    file = folder / "plan.json"
+    if not (file.exists() and _read_json(file) == plan):
+        _remove(folder)
+    if not folder.exists():
+        folder.mkdir()
+        _write_json(file, plan)
+
+
+def _remove(folder: Path) -> None:
+    if folder.exists():
+        shutil.rmtree(folder)
+
+
+def _checked_name(name: str) -> str:
+    if not name or name.startswith(".") or not all(c.isalnum() or c in "_-.@" for c in name):
+        raise RunError(f"{name!r} names no file of a run: use letters, digits, _, -, . and @, and no leading dot")
+    return name
+
+
+def _read_journal(directory: Path) -> Iterator[dict[str, Any]]:
+    path = directory / "journal.jsonl"
+    for line in path.read_bytes().split(b"\n") if path.exists() else []:
+        with contextlib.suppress(ValueError):  # a line torn by a kill
+            yield json.loads(line)
+
+
+def _end_torn_line(path: Path) -> None:
+    if path.exists() and not path.read_bytes().endswith(b"\n"):
+        with path.open("ab") as file:
+            file.write(b"\n")
+
+
+def _take_lock(path: Path) -> int:
+    descriptor = os.open(path / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the kernel lets go of it when the process dies
+    except BlockingIOError:
+        holder = os.read(descriptor, 200).decode(errors="replace") or "another process"
+        os.close(descriptor)
+        raise RunError(f"{path} is in use by {holder}; wait for it, stop it, or give another directory") from None
+    os.ftruncate(descriptor, 0)
+    os.write(descriptor, f"process {os.getpid()} on {os.uname().nodename}".encode())
+    return descriptor
+
+
+def _is_locked(path: Path) -> bool:
+    try:
+        with (path / ".lock").open("rb") as file:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except FileNotFoundError:
+        return False
+    except BlockingIOError:
+        return True
+    return False
+
+
+# ---- processes -------------------------------------------------------------------------------------------------------
+
+
+def _is_writer() -> bool:
+    return processes()[0] == 0
+
+
+def _barrier(name: str) -> None:
+    if processes()[1] > 1:
+        from jax.experimental import multihost_utils
+
+        multihost_utils.sync_global_devices(f"jaxsi {name}")
+
+
+def _agreed(flags: list[bool]) -> list[bool]:
+    """What process 0 sees: two processes that look at a folder at two moments must not part ways."""
+    if processes()[1] == 1 or not flags:
+        return flags
+    from jax.experimental import multihost_utils
+
+    return np.asarray(multihost_utils.broadcast_one_to_all(np.asarray(flags))).tolist()

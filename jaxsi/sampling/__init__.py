@@ -1,0 +1,1 @@
+"""Prompts to responses, and responses to log-probabilities."""

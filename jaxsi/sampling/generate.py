@@ -1,0 +1,232 @@
+"""Generation: responses to prompts, by the sampling engine.
+
+A response depends on the weights, the prompt and its own key; in float32 not on the batch, its order or the mesh. In
+bfloat16 the rounding depends on their shapes, and a near tie may fall otherwise: the same in distribution only.
+"""
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from typing import Any, get_args
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxsi.lm import LM
+from jaxsi.model.kv_cache import KVCache
+from jaxsi.runs.records import Prompt, Response
+from jaxsi.runs.run import name_words
+from jaxsi.sampling import engine
+from jaxsi.sampling.token_sampling import MAX_MARKER, MAX_STOPS, Settings
+from jaxsi.text.chat import marker_ids, render_prompt
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SamplingConfig:
+    """How candidates are sampled; the defaults are the Self-Rewarding paper's. ``dtype`` of sampling, judging and
+    scoring; ``batch_size`` rows are in flight at a time. ``cache``: of their keys and values, "exact" in that dtype, or
+    "int8", half of bfloat16 and not the same responses."""
+
+    num_samples: int = 4
+    temperature: float = 0.7
+    top_p: float = 0.9
+    top_k: int = 0
+    max_new_tokens: int = 512
+    batch_size: int = 64
+    cache: KVCache = "exact"
+    dtype: str = "bfloat16"
+
+    def __post_init__(self) -> None:
+        _check_settings(self.temperature, self.top_p, self.top_k, self.max_new_tokens, self.num_samples)
+        if self.cache not in get_args(KVCache):
+            raise ValueError(f"cache is {self.cache!r}; it is one of {', '.join(get_args(KVCache))}")
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """The arguments of ``generate``."""
+        return {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name != "dtype"}
+
+
+class PromptTooLongError(ValueError):
+    """A prompt that leaves no room for its response in the model's context."""
+
+
+class StaleRecordsError(ValueError):
+    """Records on disk that another model made."""
+
+
+def generate_ids(
+    lm: LM,
+    prompts: Sequence[Sequence[int]],
+    keys: Sequence[jax.Array] | jax.Array,
+    *,
+    num_samples: int = 1,
+    temperature: float = 0.7,
+    top_p: float = 0.9,
+    top_k: int = 0,
+    max_new_tokens: int = 256,
+    stop_ids: Sequence[int] | None = None,
+    marker: Sequence[int] = (),
+    batch_size: int = 64,
+    cache: KVCache = "exact",
+) -> list[list[tuple[list[int], list[float], bool]]]:
+    """Samples from prompts given as token ids.
+
+    Args:
+      keys: [len(prompts)] typed keys; sample number n of a prompt uses its key folded with n.
+      stop_ids: default the tokenizer's. marker: token ids that end a response too, as ``marker_ids`` gives them.
+      batch_size: slots, that is responses in the making at a time, rounded to the mesh. In float32 it does not change
+        the responses; in bfloat16 they are the same in distribution only.
+      cache: of keys and values: "exact", in the model's dtype, or "int8".
+
+    Returns:
+      For each prompt, ``num_samples`` triples (new token ids, the stop id included; their logps; stopped).
+
+    Raises:
+      PromptTooLongError: a prompt and ``max_new_tokens`` exceed the model's positions.
+      ValueError: a setting out of its range.
+    """
+    _check_settings(temperature, top_p, top_k, max_new_tokens, num_samples)
+    for prompt in prompts:
+        if not 0 < len(prompt) <= lm.config.max_positions - max_new_tokens:
+            raise PromptTooLongError(
+                f"a prompt has {len(prompt)} tokens (at least 1) and may take {max_new_tokens} more; the model has "
+                f"{lm.config.max_positions} positions; shorten the prompt or lower max_new_tokens"
+            )
+    if not prompts:
+        return []
+    results, _ = engine.run(
+        lm, prompts, keys if isinstance(keys, jax.Array) else jnp.stack(keys),
+        _settings(lm, temperature, top_p, top_k, max_new_tokens, stop_ids, marker),
+        limit=max_new_tokens, num_samples=num_samples, batch_size=batch_size, cache=cache,
+    )  # fmt: skip
+    return results
+
+
+def bucket(n: int, smallest: int = 16) -> int:
+    """The static length that ``n`` tokens are padded to: powers of two and the halves between them."""
+    size = smallest
+    while size < n:
+        size = size * 3 // 2 if size & (size - 1) == 0 and size > smallest else 2 ** (size.bit_length())
+    return size
+
+
+def _check_settings(temperature: float, top_p: float, top_k: int, max_new_tokens: int, num_samples: int) -> None:
+    if not 0 <= temperature < math.inf:
+        raise ValueError(f"temperature is {temperature}; it is a number of at least 0 (0 is greedy)")
+    if not 0 < top_p <= 1:
+        raise ValueError(f"top_p is {top_p}; it lies in (0, 1]")
+    if top_k < 0 or max_new_tokens < 1 or num_samples < 1:
+        raise ValueError(
+            f"top_k {top_k} >= 0, max_new_tokens {max_new_tokens} >= 1, num_samples {num_samples} >= 1 must hold"
+        )
+
+
+def _settings(
+    lm: LM,
+    temperature: float,
+    top_p: float,
+    top_k: int,
+    max_new_tokens: int,
+    stop_ids: Sequence[int] | None,
+    marker: Sequence[int],
+) -> Settings:
+    stop_ids = lm.tokenizer.stop_ids if stop_ids is None else stop_ids
+    if len(stop_ids) > MAX_STOPS:
+        raise ValueError(f"{len(stop_ids)} stop ids given, at most {MAX_STOPS} are supported: {list(stop_ids)}")
+    if len(marker) > MAX_MARKER:
+        raise ValueError(f"the marker that ends a response has {len(marker)} tokens, at most {MAX_MARKER}; shorten it")
+    return Settings(
+        temperature=jnp.float32(temperature),
+        top_p=jnp.float32(top_p),
+        top_k=jnp.int32(top_k),
+        stop_ids=jnp.asarray([*stop_ids, *[-1] * (MAX_STOPS - len(stop_ids))], jnp.int32),
+        marker=jnp.asarray([*[-1] * (MAX_MARKER - len(marker)), *marker], jnp.int32),
+        limit=jnp.int32(max_new_tokens),
+    )
+
+
+@jax.jit
+def _fold_words(key: jax.Array, words_N2: jax.Array) -> jax.Array:
+    return jax.vmap(lambda words: jax.random.fold_in(jax.random.fold_in(key, words[0]), words[1]))(words_N2)
+
+
+def named_keys(key: jax.Array, names: Sequence[str]) -> jax.Array:
+    """Keys [N]: what ``run.fold(key, name)`` gives for each name, for thousands of names at once."""
+    words_N2 = np.asarray([name_words(name) for name in names], np.uint32).reshape(-1, 2)
+    padded = np.zeros((bucket(len(words_N2)), 2), np.uint32)  # one program for all numbers of names of a bucket
+    padded[: len(words_N2)] = words_N2
+    return _fold_words(key, padded)[: len(words_N2)]
+
+
+def generate(
+    lm: LM,
+    prompts: Sequence[Prompt | str],
+    *,
+    num_samples: int = 1,
+    temperature: float = 0.7,
+    top_p: float = 0.9,
+    top_k: int = 0,
+    max_new_tokens: int = 256,
+    stop_text: str | None = None,
+    key: jax.Array | None = None,
+    seed: int = 0,
+    batch_size: int = 64,
+    cache: KVCache = "exact",
+) -> list[Response]:
+    """Samples ``num_samples`` responses to each prompt, prompt-major.
+
+    Args:
+      prompts: records, or plain texts (which become prompts with their number as id).
+      stop_text: the beginning of a line that ends a response too; it stays part of the response.
+      key: typed key of the stage; a response's noise is this key folded with its prompt id and sample number. Default:
+        from ``seed``.
+      batch_size, cache: as in ``generate_ids``.
+
+    Raises:
+      PromptTooLongError: names the prompt.
+    """
+    _check_settings(temperature, top_p, top_k, max_new_tokens, num_samples)
+    records = [p if isinstance(p, Prompt) else Prompt.of(str(i), p) for i, p in enumerate(prompts)]
+    key = jax.random.key(seed) if key is None else key
+    ids = [render_prompt(lm.tokenizer, p.messages) for p in records]
+    for p, row in zip(records, ids, strict=True):
+        if len(row) > lm.config.max_positions - max_new_tokens:
+            raise PromptTooLongError(
+                f"prompt {p.id!r} has {len(row)} tokens and may take {max_new_tokens} more; the model has "
+                f"{lm.config.max_positions} positions; shorten the prompt or lower max_new_tokens"
+            )
+    keys = named_keys(key, [p.id for p in records])
+    sampled = generate_ids(
+        lm, ids, keys, num_samples=num_samples, temperature=temperature, top_p=top_p, top_k=top_k,
+        max_new_tokens=max_new_tokens, batch_size=batch_size, cache=cache,
+        marker=() if stop_text is None else marker_ids(lm.tokenizer, stop_text),
+    )  # fmt: skip
+    return [
+        Response(
+            id=f"{p.id}#{n}",
+            prompt_id=p.id,
+            sample=n,
+            text=lm.tokenizer.decode(token_ids),
+            token_ids=tuple(token_ids),
+            logps=tuple(logps),
+            finish_reason="stop" if stopped else "length",
+            fingerprint=lm.fingerprint,
+            template=lm.tokenizer.template_hash,
+        )
+        for p, samples in zip(records, sampled, strict=True)
+        for n, (token_ids, logps, stopped) in enumerate(samples)
+    ]
+
+
+def check_sampled_by(lm: LM, responses: Sequence[Response]) -> None:
+    """Raises StaleRecordsError where a response is of other weights or another chat template than ``lm``'s: a file of
+    records outlives the model folder that it was made with."""
+    for r in responses:
+        if (r.fingerprint, r.template) != (lm.fingerprint, lm.tokenizer.template_hash):
+            raise StaleRecordsError(
+                f"response {r.id!r} was sampled by weights {r.fingerprint} with template {r.template}; this model has "
+                f"{lm.fingerprint} and {lm.tokenizer.template_hash}: restore the model of this run, or start a new "
+                "run directory"
+            )

@@ -1,0 +1,136 @@
+"""Log-probabilities of given responses, without ever making a [B, T, V] array."""
+
+import functools
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from jaxsi.lm import LM, tokens_array
+from jaxsi.model import decoder, mesh as meshlib
+from jaxsi.model.decoder import ModelConfig, Weights
+from jaxsi.runs.records import Prompt, Response
+from jaxsi.sampling.generate import bucket
+from jaxsi.text.chat import render_prompt, render_response
+
+
+@functools.partial(jax.jit, static_argnames=("config", "dtype", "mesh"))
+def score_batch(
+    weights: Weights, tokens_BT: jax.Array, lengths_B: jax.Array, *, config: ModelConfig, dtype: Any, mesh: Mesh
+) -> jax.Array:
+    """Log-probability [B, T] float32 of each token of right-padded rows, given those before it."""
+    return decoder.sequence_logps(weights, config, tokens_BT, lengths_B=lengths_B, dtype=dtype, mesh=mesh)
+
+
+@functools.partial(jax.jit, static_argnames=("config", "dtype", "mesh"))
+def _next_logps(
+    weights: Weights, tokens_BT: jax.Array, lengths_B: jax.Array, *, config: ModelConfig, dtype: Any, mesh: Mesh
+) -> jax.Array:
+    """Log-probabilities [B, V] of the token after each text."""
+    hidden_BTD = decoder.hidden_states(weights, config, tokens_BT, lengths_B=lengths_B, dtype=dtype, mesh=mesh)
+    last_BD = jnp.take_along_axis(hidden_BTD, (lengths_B - 1)[:, None, None], axis=1)[:, 0]
+    return jax.nn.log_softmax(decoder.logits(weights, config, last_BD))
+
+
+def score_ids(
+    lm: LM, prefixes: Sequence[Sequence[int]], continuations: Sequence[Sequence[int]], *, batch_size: int = 32
+) -> list[np.ndarray]:
+    """Log-probability of each token of each continuation after its prefix: float32 arrays as long as the continuations.
+
+    Raises:
+      ValueError: the lists differ in length, a prefix is empty, or a text is longer than the model's context.
+    """
+    if len(prefixes) != len(continuations):
+        raise ValueError(f"{len(prefixes)} prefixes and {len(continuations)} continuations: give one for each")
+    rows = [[*prefix, *continuation] for prefix, continuation in zip(prefixes, continuations, strict=True)]
+    _check_lengths(lm, prefixes, rows)
+    scored: dict[int, np.ndarray] = {}
+    for batch, tokens_BT, lengths_B in rows_on_mesh(lm, rows, batch_size):
+        logps_BT = score_batch(
+            lm.weights, tokens_BT, lengths_B, config=lm.config, dtype=jnp.dtype(lm.dtype), mesh=lm.mesh
+        )
+        for i, logps_T in zip(batch, meshlib.fetch(logps_BT), strict=False):
+            scored[i] = logps_T[len(prefixes[i]) : len(rows[i])].copy()
+    return [scored[i] for i in range(len(rows))]
+
+
+def _check_lengths(lm: LM, prefixes: Sequence[Sequence[int]], rows: Sequence[Sequence[int]]) -> None:
+    for prefix, row in zip(prefixes, rows, strict=True):
+        if not prefix or len(row) > lm.config.max_positions:
+            raise ValueError(
+                f"a prefix of {len(prefix)} tokens and a text of {len(row)}: the prefix has at least 1, "
+                f"the text at most {lm.config.max_positions} (the model's positions)"
+            )
+
+
+def rows_on_mesh(
+    lm: LM, rows: Sequence[Sequence[int]], batch_size: int
+) -> Iterator[tuple[list[int], jax.Array, jax.Array]]:
+    """Row numbers, their tokens [B, T] and lengths [B] on the mesh: alike in length, all batches with the same B."""
+    parts = meshlib.axis_size(lm.mesh, "batch")
+    size = max(parts, batch_size // parts * parts)
+    order = sorted(range(len(rows)), key=lambda i: (len(rows[i]), i))
+    for start in range(0, len(order), size):
+        batch = order[start : start + size]
+        filled = batch + [batch[0]] * (size - len(batch))
+        tokens_BT = tokens_array([rows[i] for i in filled], bucket(len(rows[batch[-1]])), 0)
+        lengths_B = np.asarray([len(rows[i]) for i in filled], np.int32)
+        yield (
+            batch,
+            meshlib.put(tokens_BT, lm.mesh, ("batch", None)),
+            meshlib.put(lengths_B, lm.mesh, ("batch",)),
+        )
+
+
+def score_choices(
+    lm: LM,
+    prefixes: Sequence[Sequence[int]],
+    choices: Sequence[Sequence[Sequence[int]]],
+    *,
+    batch_size: int = 32,
+) -> np.ndarray:
+    """Summed log-probability [N, G] float32 of each of G continuations of each prefix, all given as token ids.
+
+    Where every continuation is one token, a prefix is read once for all of them.
+
+    Raises:
+      ValueError: as ``score_ids``, or the prefixes do not have equally many continuations.
+    """
+    if len({len(ends) for ends in choices}) > 1 or len(choices) != len(prefixes):
+        raise ValueError(
+            f"{len(prefixes)} prefixes have {sorted({len(e) for e in choices})} continuations; give G to each"
+        )
+    if any(len(end) != 1 for ends in choices for end in ends):
+        flat = [prefix for prefix, ends in zip(prefixes, choices, strict=True) for _ in ends]
+        logps = score_continuations(lm, flat, [end for ends in choices for end in ends], batch_size=batch_size)
+        return logps.reshape(len(prefixes), -1)
+    _check_lengths(lm, prefixes, [[*prefix, 0] for prefix in prefixes])
+    ends_NG = np.asarray(choices, np.int32)[:, :, 0]
+    logps_NG = np.zeros(ends_NG.shape, np.float32)
+    for batch, tokens_BT, lengths_B in rows_on_mesh(lm, prefixes, batch_size):
+        logps_BV = _next_logps(
+            lm.weights, tokens_BT, lengths_B, config=lm.config, dtype=jnp.dtype(lm.dtype), mesh=lm.mesh
+        )
+        logps_NG[batch] = np.take_along_axis(meshlib.fetch(logps_BV)[: len(batch)], ends_NG[batch], axis=1)
+    return logps_NG
+
+
+def score_continuations(
+    lm: LM, prefixes: Sequence[Sequence[int]], continuations: Sequence[Sequence[int]], *, batch_size: int = 32
+) -> np.ndarray:
+    """Summed log-probability [N] float32 of each continuation after its prefix, both given as token ids."""
+    scored = score_ids(lm, prefixes, continuations, batch_size=batch_size)
+    return np.asarray([logps.sum(dtype=np.float32) for logps in scored], np.float32)
+
+
+def score(lm: LM, prompts: Sequence[Prompt | str], responses: Sequence[Response | str]) -> np.ndarray:
+    """Summed log-probability [N] float32 of each response to its prompt.
+
+    A ``Response`` is scored on the token ids it was sampled with; a text on its tokens and the end of turn.
+    """
+    records = [p if isinstance(p, Prompt) else Prompt.of(str(i), p) for i, p in enumerate(prompts)]
+    ids = [list(r.token_ids) if isinstance(r, Response) else render_response(lm.tokenizer, r) for r in responses]
+    return score_continuations(lm, [render_prompt(lm.tokenizer, p.messages) for p in records], ids)

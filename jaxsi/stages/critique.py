@@ -1,0 +1,286 @@
+"""Critics: language feedback, a score and an improved response to every response (SRT, arXiv 2406.07168).
+
+A critic is a function (prompts, responses, template, key) -> critiques: a stronger local model (`LocalCritic`), a model
+behind an endpoint (`endpoint.EndpointCritic`), the embedded world's exact one, or the model itself, which goes on
+writing after its own response (`continue_critique`). What does not parse is None and is dropped and counted later.
+"""
+
+import functools
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+import jax
+
+from jaxsi.lm import LM, load
+from jaxsi.runs.records import Critique, FinishReason, PreferencePair, Prompt, Response, SFTExample
+from jaxsi.sampling import generate
+from jaxsi.stages.prompts import question_text
+from jaxsi.stages.prompts.critique import CritiqueTemplate
+from jaxsi.text.chat import marker_ids, render_prompt, render_response
+from jaxsi.text.tokenizer import Tokenizer
+
+Critic = Callable[[Sequence[Prompt], Sequence[Response], CritiqueTemplate, jax.Array], list[Critique]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class CritiqueConfig:
+    """How a model critiques its own responses. The paper's temperature is 0."""
+
+    temperature: float = 0.0
+    max_new_tokens: int = 2048
+    batch_size: int = 64
+
+
+@dataclass(frozen=True, kw_only=True)
+class LocalCritic:
+    """A stronger model on this machine: ``model`` is anything that ``load`` takes, with all devices on fsdp."""
+
+    model: str
+    temperature: float = 0.0
+    max_new_tokens: int = 2048
+    batch_size: int = 64
+    dtype: str = "bfloat16"
+
+    def __call__(
+        self, prompts: Sequence[Prompt], responses: Sequence[Response], template: CritiqueTemplate, key: jax.Array
+    ) -> list[Critique]:
+        """One critique of each response; where the request leaves no room for feedback, one without any part."""
+        lm = loaded(self.model, self.dtype)
+        requests = critic_requests(prompts, responses, template)
+        room = lm.config.max_positions - self.max_new_tokens
+        fitting = [p for p in requests if len(render_prompt(lm.tokenizer, p.messages)) <= room]
+        written = generate.generate(
+            lm, fitting, num_samples=1, temperature=self.temperature, top_p=1.0,
+            max_new_tokens=self.max_new_tokens, key=key, batch_size=self.batch_size,
+        )  # fmt: skip
+        texts = {w.prompt_id: (w.text, w.finish_reason) for w in written}
+        return [
+            critique(response, *texts.get(response.id, ("", "length")), template, lm.fingerprint, lm.tokenizer)
+            for response in responses
+        ]  # fmt: skip
+
+
+@functools.lru_cache(maxsize=1)
+def loaded(model: str, dtype: str) -> LM:
+    """A critic's model, which stays for the next shard; ``loaded.cache_clear()`` lets it go."""
+    return load(model, dtype=dtype)
+
+
+def critic_requests(
+    prompts: Sequence[Prompt], responses: Sequence[Response], template: CritiqueTemplate
+) -> list[Prompt]:
+    """The critic's request for each response, under the response's id.
+
+    Raises: ValueError naming a response whose prompt is not among ``prompts``, or an id that is doubled.
+    """
+    by_id = {prompt.id: prompt for prompt in prompts}
+    requests: dict[str, Prompt] = {}
+    for response in responses:
+        if response.prompt_id not in by_id or response.id in requests:
+            raise ValueError(
+                f"response {response.id!r} answers prompt {response.prompt_id!r}, not one of the {len(by_id)} given, "
+                "or is there twice"
+            )
+        question = question_text(by_id[response.prompt_id].messages)
+        requests[response.id] = Prompt.of(response.id, template.render(question, response.text))
+    return list(requests.values())
+
+
+def critique(
+    response: Response,
+    text: str,
+    finish_reason: FinishReason,
+    template: CritiqueTemplate,
+    fingerprint: str,
+    tokenizer: Tokenizer | None = None,
+) -> Critique:
+    """A critic's text as a record; an improved response that the token limit cut off is none."""
+    parts = template.parse(text)
+    return Critique(
+        id=response.id,
+        prompt_id=response.prompt_id,
+        weaknesses=parts.weaknesses,
+        suggestions=parts.suggestions,
+        score=None if parts.score is None else float(parts.score),
+        improved=parts.improved if finish_reason == "stop" else None,
+        text=text,
+        finish_reason=finish_reason,
+        fingerprint=fingerprint,
+        template="" if tokenizer is None else tokenizer.template_hash,
+    )
+
+
+# ----------------------------------------------------------------------------------------------- a model's own feedback
+
+
+def marked_response(
+    tokenizer: Tokenizer, id: str, prompt_id: str, text: str, template: CritiqueTemplate, fingerprint: str
+) -> Response:
+    """A text as a response that ends where its feedback begins, not in an end of turn: what ``generate`` gives with
+    ``stop_text=template.feedback``."""
+    ids, marker = render_response(tokenizer, template.marked(text)), list(marker_ids(tokenizer, template.feedback))
+    end = next((i for i in range(len(ids) - len(marker), -1, -1) if ids[i : i + len(marker)] == marker), None)
+    if end is None:
+        raise ValueError(
+            f"response {id!r}: the tokens of {template.feedback!r} depend on the text before them; choose a "
+            "heading that begins with a token of its own"
+        )
+    return Response(
+        id=id, prompt_id=prompt_id, sample=0, text=template.marked(text), token_ids=tuple(ids[: end + len(marker)]),
+        logps=(), finish_reason="stop", fingerprint=fingerprint, template=tokenizer.template_hash,
+    )  # fmt: skip
+
+
+def continue_critique(
+    lm: LM,
+    prompts: Sequence[Prompt],
+    drafts: Sequence[Response],
+    template: CritiqueTemplate,
+    cfg: CritiqueConfig,
+    key: jax.Array,
+    *,
+    score_only: bool = False,
+) -> list[Critique]:
+    """What ``lm`` writes after prompt and marked draft: its own feedback and improved response, in the draft's own
+    ids, so that y, f and r are one sequence.
+
+    A draft that has no marker, or leaves no room, has a critique without any part.
+
+    Args:
+      score_only: end before the improved response, for calls of which only the score counts.
+    """
+    heads = {prompt.id: render_prompt(lm.tokenizer, prompt.messages) for prompt in prompts}
+    room = lm.config.max_positions - cfg.max_new_tokens
+    prefixes = {
+        draft.id: [*heads[draft.prompt_id], *draft.token_ids]
+        for draft in drafts
+        if template.unmarked(draft.text) is not None
+    }
+    ids = [id for id, prefix in prefixes.items() if len(prefix) <= room]
+    marker = marker_ids(lm.tokenizer, template.improved) if score_only else ()
+    sampled = generate.generate_ids(
+        lm, [prefixes[id] for id in ids], generate.named_keys(key, ids), temperature=cfg.temperature, top_p=1.0,
+        max_new_tokens=cfg.max_new_tokens, marker=marker, batch_size=cfg.batch_size,
+    )  # fmt: skip
+    texts: dict[str, tuple[str, FinishReason]] = {
+        id: (lm.tokenizer.decode(token_ids), "stop" if stopped else "length")
+        for id, [(token_ids, _, stopped)] in zip(ids, sampled, strict=True)
+    }
+    return [
+        critique(draft, *texts.get(draft.id, ("", "length")), template, lm.fingerprint, lm.tokenizer)
+        for draft in drafts
+    ]
+
+
+# ----------------------------------------------------------------------------------------------------- filters and data
+
+
+def improved_responses(
+    tokenizer: Tokenizer, critiques: Sequence[Critique], template: CritiqueTemplate, *, marked: bool
+) -> list[Response]:
+    """The improved responses as responses of their own, under the ids of the drafts, for a second, independent call of
+    the critic."""
+    made = []
+    for c in critiques:
+        if c.improved is None:
+            continue
+        response = marked_response(tokenizer, c.id, c.prompt_id, c.improved, template, c.fingerprint)
+        made.append(response if marked else replace(response, text=c.improved))
+    return made
+
+
+def is_complete(c: Critique) -> bool:
+    """Whether no part of a critique is missing (the paper's first filter)."""
+    return None not in (c.weaknesses, c.suggestions, c.score, c.improved)
+
+
+def refinement_examples(
+    prompts: Sequence[Prompt],
+    drafts: Sequence[Response],
+    critiques: Sequence[Critique],
+    checks: Sequence[Critique],
+    template: CritiqueTemplate,
+    *,
+    refinement_only: bool = False,
+) -> tuple[list[SFTExample], dict[str, int]]:
+    """x -> y, f, r of each draft that passes the paper's two filters: all parts of the feedback are there, and r scores
+    at least as high as y, in a call of its own (``checks``, critiques of the improved responses).
+
+    Args:
+      refinement_only: x -> r (the ablation).
+
+    Returns: examples in the order of ``drafts``, and counts: drafts, kept, "empty" or cut-off drafts, "incomplete"
+      feedback, "unscored" checks, and "worse" refinements.
+    """
+    messages = {prompt.id: prompt.messages for prompt in prompts}
+    by_id, checked = {c.id: c for c in critiques}, {c.id: c for c in checks}
+    counts = Counter(dict.fromkeys(("drafts", "kept", "empty", "incomplete", "unscored", "worse"), 0))
+    examples = []
+    for draft in drafts:
+        c, check = by_id.get(draft.id), checked.get(draft.id)
+        counts["drafts"] += 1
+        if not draft.text.strip() or draft.finish_reason != "stop":
+            counts["empty"] += 1
+        elif c is None or c.weaknesses is None or c.suggestions is None or c.score is None or c.improved is None:
+            counts["incomplete"] += 1
+        elif check is None or check.score is None:
+            counts["unscored"] += 1
+        elif check.score < c.score:
+            counts["worse"] += 1
+        else:
+            feedback = template.write(c.weaknesses, c.suggestions, int(c.score), c.improved)
+            text = c.improved if refinement_only else template.marked(draft.text) + feedback
+            examples.append(SFTExample(id=draft.id, messages=messages[draft.prompt_id], response=text))
+    counts["kept"] = len(examples)
+    return examples, dict(counts)
+
+
+def refinement_pairs(
+    prompts: Sequence[Prompt],
+    drafts: Sequence[Response],
+    critiques: Sequence[Critique],
+    refined: Sequence[Response],
+    draft_scores: Sequence[float | None],
+    refined_scores: Sequence[float | None],
+) -> tuple[list[PreferencePair], dict[str, int]]:
+    """(x, r, y) of each draft whose improved response scores strictly higher. Both sides end where feedback begins: if
+    one ended in an end of turn, DPO would teach when to stop and not what to write.
+
+    Args:
+      refined: marked improved responses, under the ids of their drafts; ``refined_scores`` are theirs.
+
+    Returns: pairs in the order of ``drafts``, and counts: drafts, pairs, "no_marker" (drafts that went on to no
+      feedback), "no_refinement", "unscored", "ties" (and worse ones), "identical".
+    """
+    messages = {prompt.id: prompt.messages for prompt in prompts}
+    after = {r.id: (r, score) for r, score in zip(refined, refined_scores, strict=True)}
+    names = ("drafts", "pairs", "no_marker", "no_refinement", "unscored", "ties", "identical")
+    counts = Counter(dict.fromkeys(names, 0))
+    pairs = []
+    for draft, c, score in zip(drafts, critiques, draft_scores, strict=True):
+        counts["drafts"] += 1
+        better, better_score = after.get(draft.id, (None, None))
+        if not c.text:
+            counts["no_marker"] += 1
+        elif better is None:
+            counts["no_refinement"] += 1
+        elif score is None or better_score is None:
+            counts["unscored"] += 1
+        elif better_score <= score:
+            counts["ties"] += 1
+        elif better.token_ids == draft.token_ids:
+            counts["identical"] += 1
+        else:
+            pairs.append(
+                PreferencePair(
+                    id=draft.id,
+                    messages=messages[draft.prompt_id],
+                    chosen=better,
+                    rejected=draft,
+                    chosen_score=better_score,
+                    rejected_score=score,
+                )
+            )
+    counts["pairs"] = len(pairs)
+    return pairs, dict(counts)

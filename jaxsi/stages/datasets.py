@@ -1,0 +1,357 @@
+"""Public data sets as records, and the judge's own training data (EFT) from ranked responses.
+
+One loader per known set, which knows its columns; `source` is a hub name, a local file (JSON, JSONL, Parquet, CSV) or a
+folder. Rows that a set is known to contain and that give no record (another language, an unfinished conversation) are
+passed over; a missing column or a value of another shape is a SourceError.
+"""
+
+import hashlib
+import json
+import re
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from jaxsi.runs.records import Judgment, Message, Prompt, RankedResponses, Response, SFTExample
+from jaxsi.stages.prompts import Rubric, question_text, up_to_verdict
+
+_FORMATS = {".json": "json", ".jsonl": "json", ".parquet": "parquet", ".csv": "csv"}
+_TURN = re.compile(r"(?:^|\n\n)(Human|Assistant):")
+_ROLES = {"Human": "user", "Assistant": "assistant", "prompter": "user"}
+
+Columns = Mapping[str, str] | None  # the loader's name of a column -> the file's name of it
+Row = dict[str, Any]
+
+
+class SourceError(Exception):
+    """A data set that cannot be read as what it should be; the message names the set, the place and the fix."""
+
+
+def oasst(source: str = "OpenAssistant/oasst1", *, split: str = "train", columns: Columns = None) -> list[SFTExample]:
+    """Open Assistant: English first turns with the reply that humans ranked best (rank 0), the IFT set of the paper."""
+    return [
+        SFTExample(id=ranked.id, messages=ranked.messages, response=ranked.responses[0])
+        for ranked in _oasst_replies(source, split, columns)
+        if ranked.ranks[0] == 0
+    ]
+
+
+def oasst_rankings(
+    source: str = "OpenAssistant/oasst1", *, split: str = "train", columns: Columns = None
+) -> list[RankedResponses]:
+    """Open Assistant: English first turns with two or more human-ranked replies, best first."""
+    return [ranked for ranked in _oasst_replies(source, split, columns) if len(ranked.responses) >= 2]
+
+
+def tulu2_mixture(
+    source: str = "allenai/tulu-v2-sft-mixture", *, split: str = "train", columns: Columns = None
+) -> list[SFTExample]:
+    """The Tulu 2 mixture: the last assistant turn of each conversation is the response, what precedes it the prompt."""
+    examples = []
+    for row in _rows("tulu2_mixture", source, split, ("id", "messages"), columns):
+        messages = _messages("tulu2_mixture", row["id"], row["messages"])
+        while messages and messages[-1]["role"] != "assistant":
+            messages = messages[:-1]
+        if len(messages) >= 2 and messages[-2]["role"] == "user" and messages[-1]["content"].strip():
+            example = SFTExample(id=str(row["id"]), messages=messages[:-1], response=messages[-1]["content"])
+            examples.append(example)
+    return _checked("tulu2_mixture", source, examples)
+
+
+def nectar(
+    source: str = "berkeley-nest/Nectar", *, split: str = "train", columns: Columns = None
+) -> list[RankedResponses]:
+    """Nectar: seven responses per prompt (a transcript that ends in "Assistant:"), ranked from 1 = best."""
+    ranked = []
+    for number, row in enumerate(_rows("nectar", source, split, ("prompt", "answers"), columns)):
+        where = f"row {number}"
+        answers = _list("nectar", where, "answers", row["answers"])
+        texts = [_field("nectar", where, "answers", answer, "answer", str) for answer in answers]
+        ranks = [_field("nectar", where, "answers", answer, "rank", int | float) for answer in answers]
+        messages = transcript_messages(row["prompt"])
+        if messages and messages[-1] == {"role": "assistant", "content": ""}:
+            messages = messages[:-1]
+        ranked.append(_ranked(f"nectar-{number}", messages, texts, [float(rank) for rank in ranks]))
+    return _checked("nectar", source, ranked)
+
+
+def ultrafeedback(
+    source: str = "openbmb/UltraFeedback", *, split: str = "train", columns: Columns = None
+) -> list[RankedResponses]:
+    """UltraFeedback: four completions per instruction, ranked by their overall score."""
+    ranked = []
+    for number, row in enumerate(_rows("ultrafeedback", source, split, ("instruction", "completions"), columns)):
+        where = f"row {number}"
+        completions = _list("ultrafeedback", where, "completions", row["completions"])
+        texts = [_field("ultrafeedback", where, "completions", c, "response", str) for c in completions]
+        scores = [_field("ultrafeedback", where, "completions", c, "overall_score", int | float) for c in completions]
+        messages = ({"role": "user", "content": row["instruction"]},)
+        ranked.append(_ranked(f"ultrafeedback-{number}", messages, texts, [-float(score) for score in scores]))
+    return _checked("ultrafeedback", source, ranked)
+
+
+def hh_rlhf(
+    source: str = "Anthropic/hh-rlhf", *, split: str = "train", columns: Columns = None
+) -> list[RankedResponses]:
+    """HH-RLHF: two transcripts that differ in the last assistant turn; the chosen has rank 0, the rejected rank 1."""
+    ranked = []
+    for number, row in enumerate(_rows("hh_rlhf", source, split, ("chosen", "rejected"), columns)):
+        chosen, rejected = (transcript_messages(row[column]) for column in ("chosen", "rejected"))
+        if not chosen or not rejected or chosen[:-1] != rejected[:-1]:
+            continue  # the set has a few pairs that part earlier: they compare conversations, not responses
+        if chosen[-1]["role"] == rejected[-1]["role"] == "assistant":
+            texts = [chosen[-1]["content"], rejected[-1]["content"]]
+            ranked.append(_ranked(f"hh-{number}", chosen[:-1], texts, [0.0, 1.0]))
+    return _checked("hh_rlhf", source, ranked)
+
+
+def transcript_messages(text: str) -> tuple[Message, ...]:
+    """Turns that begin in "Human:" or "Assistant:", each after a blank line, as stripped messages.
+
+    Text before the first turn is passed over.
+    """
+    pieces = _TURN.split(text)[1:]
+    return tuple(
+        {"role": _ROLES.get(role, "assistant"), "content": content.strip()}
+        for role, content in zip(pieces[::2], pieces[1::2], strict=True)
+    )
+
+
+def as_responses(ranked: Iterable[RankedResponses]) -> tuple[list[Prompt], list[Response]]:
+    """Prompts and responses that `jaxsi.judge` takes; response i of prompt p has the id "p#i", and no token ids."""
+    prompts, responses = [], []
+    for record in ranked:
+        prompts.append(Prompt(id=record.id, messages=record.messages))
+        for i, text in enumerate(record.responses):
+            responses.append(
+                Response(
+                    id=f"{record.id}#{i}",
+                    prompt_id=record.id,
+                    sample=i,
+                    text=text,
+                    token_ids=(),
+                    logps=(),
+                    finish_reason="stop",
+                    fingerprint="",
+                    template="",
+                )
+            )
+    return prompts, responses
+
+
+def eft_examples(
+    ranked: Sequence[RankedResponses],
+    judgments: Sequence[Judgment],
+    rubric: Rubric,
+    *,
+    max_share: float = 0.4,
+    seed: int = 0,
+    ift: Sequence[SFTExample] = (),
+) -> tuple[list[SFTExample], dict[str, float]]:
+    """Judge prompt -> justification and score: what the judge wrote where it ordered responses as humans did.
+
+    The paper's rule (Self-Rewarding, arXiv 2401.10020): judge human-ranked responses, keep where the orders agree,
+    resample so that no score dominates. Our reading of it: of the K judgments, the first k whose verdicts have no pair
+    of responses the wrong way round and at least one the right way round (equal scores are neither); then scores that
+    hold more than `max_share` of the examples are thinned out by `seed`, whatever the order of the records.
+
+    Args:
+      judgments: of `as_responses(ranked)`, joined by id; the target is the text up to its verdict.
+      ift: demonstrations whose prompts are left out, so that the two sets are disjoint.
+
+    Returns: examples with the ids of their responses, and counts: prompts, "in_ift", "disagree" (no k agrees), "agree",
+      "no_justification" (a bare score), "thinned", examples; and
+      "max_share_raised_to", where so few different scores were kept that none can hold less.
+
+    Raises: ValueError for judgments that do not fit `ranked`.
+    """
+    if not 0.0 < max_share <= 1.0:
+        raise ValueError(f"max_share is {max_share}; it lies in (0, 1]")
+    by_id = {judgment.id: judgment for judgment in judgments}
+    if len(by_id) != len(judgments):
+        raise ValueError(f"{len(judgments) - len(by_id)} of {len(judgments)} judgments repeat an id; ids are unique")
+    taken = {_normal(question_text(example.messages)) for example in ift}
+    counts = dict.fromkeys(("in_ift", "disagree", "agree", "no_justification"), 0)
+    found: list[tuple[int, SFTExample]] = []
+    for record in ranked:
+        if _normal(question_text(record.messages)) in taken:
+            counts["in_ift"] += 1
+            continue
+        verdicts = _first_agreeing(record, by_id, rubric)
+        counts["agree" if verdicts else "disagree"] += 1
+        for i, score, text in verdicts:
+            judge_prompt = rubric.render(question_text(record.messages), record.responses[i])
+            target = up_to_verdict(text)
+            if target is None or not re.search(r"\w", target[: target.lower().rindex("score")]):
+                counts["no_justification"] += 1
+                continue
+            messages = Prompt.of("", judge_prompt).messages
+            found.append((score, SFTExample(id=f"{record.id}#{i}", messages=messages, response=target)))
+    least = 1 / max(len({score for score, _ in found}), 1)
+    examples = _thinned(found, max(max_share, least), seed)
+    told = {"prompts": len(ranked), **counts, "thinned": len(found) - len(examples), "examples": len(examples)}
+    return examples, told | ({"max_share_raised_to": least} if found and least > max_share else {})
+
+
+def _first_agreeing(
+    record: RankedResponses, by_id: Mapping[str, Judgment], rubric: Rubric
+) -> list[tuple[int, int, str]]:
+    """(response number, score, text) of the first judgment number whose scores order the responses as the ranks do."""
+    texts = []
+    for i in range(len(record.responses)):
+        judgment = by_id.get(f"{record.id}#{i}")
+        if judgment is None:
+            raise ValueError(f"ranked response {record.id}#{i} has no judgment; judge all of as_responses(ranked)")
+        texts.append(judgment.texts)
+    for k in range(max(map(len, texts), default=0)):
+        verdicts = [(i, rubric.parse(row[k]), row[k]) for i, row in enumerate(texts) if k < len(row)]
+        valid = [(i, score, text) for i, score, text in verdicts if score is not None]
+        signs = {
+            (a > b) - (a < b) == (record.ranks[j] > record.ranks[i]) - (record.ranks[j] < record.ranks[i])
+            for i, a, _ in valid
+            for j, b, _ in valid
+            if i < j and a != b and record.ranks[i] != record.ranks[j]
+        }
+        if signs == {True}:
+            return valid
+    return []
+
+
+def _thinned(found: Sequence[tuple[int, SFTExample]], max_share: float, seed: int) -> list[SFTExample]:
+    """At most as many examples of each score as let none exceed `max_share`; which ones is drawn by id."""
+    sizes = Counter(score for score, _ in found)
+    if not sizes:
+        return []
+    cap = max(sizes.values())
+    while cap > 1 and cap > max_share * sum(min(size, cap) for size in sizes.values()) + 1e-9:
+        cap -= 1
+    groups: dict[int, list[tuple[bytes, str]]] = defaultdict(list)
+    for score, example in found:
+        groups[score].append((hashlib.sha256(f"{seed}\0{example.id}".encode()).digest(), example.id))
+    kept = {id for group in groups.values() for _, id in sorted(group)[:cap]}
+    return [example for _, example in found if example.id in kept]
+
+
+def _oasst_replies(source: str, split: str, columns: Columns) -> list[RankedResponses]:
+    """English first turns with their ranked English replies."""
+    names = ("message_id", "parent_id", "text", "role", "lang", "rank")
+    rows = [row for row in _rows("oasst", source, split, names, columns) if row["lang"] == "en"]
+    replies: dict[str, list[Row]] = defaultdict(list)
+    for row in rows:
+        if row["role"] == "assistant" and row["rank"] is not None:
+            replies[row["parent_id"]].append(row)
+    ranked = [
+        _ranked(
+            row["message_id"],
+            ({"role": "user", "content": row["text"]},),
+            [reply["text"] for reply in replies[row["message_id"]]],
+            [float(reply["rank"]) for reply in replies[row["message_id"]]],
+            dense=False,
+        )
+        for row in rows
+        if row["role"] == "prompter" and row["parent_id"] is None and row["message_id"] in replies
+    ]
+    return _checked("oasst", source, ranked)
+
+
+def _ranked(
+    id: str, messages: tuple[Message, ...], texts: Sequence[str], order: Sequence[float], *, dense: bool = True
+) -> RankedResponses:
+    """Sorted best (lowest `order`) first; dense: ranks count from 0 without gaps, equal values share one."""
+    places = {value: rank for rank, value in enumerate(sorted(set(order)))}
+    rows = sorted(((places[value] if dense else int(value), i) for i, value in enumerate(order)))
+    return RankedResponses(
+        id=id,
+        messages=messages,
+        responses=tuple(texts[i] for _, i in rows),
+        ranks=tuple(rank for rank, _ in rows),
+    )
+
+
+def _rows(name: str, source: str, split: str, wanted: Sequence[str], columns: Columns) -> Iterable[Row]:
+    """The rows with the wanted columns only, under the loader's names; structured CSV cells are read as JSON."""
+    names = {column: (columns or {}).get(column, column) for column in wanted}
+    unknown = set(columns or {}) - set(wanted)
+    if unknown:
+        raise SourceError(f"{name}: columns maps {sorted(unknown)}; this set has {', '.join(wanted)}")
+    table = _table(name, source, split)
+    missing = [column for column in names.values() if column not in table.column_names]
+    if missing:
+        meant = next(column for column, given in names.items() if given == missing[0])
+        raise SourceError(
+            f"{name} from {source}: no column {missing[0]!r}; it has {', '.join(table.column_names)}. "
+            f"Name it by columns={{{meant!r}: ...}} or check the source"
+        )
+    is_csv = Path(source).suffix == ".csv"
+    for number, row in enumerate(table.select_columns(list(names.values()))):
+        values = {column: row[given] for column, given in names.items()}
+        if is_csv:
+            values = {column: _cell(value) for column, value in values.items()}
+        for column, value in values.items():
+            optional = column in ("parent_id", "rank")
+            if value is None and not optional:
+                raise SourceError(
+                    f"{name} from {source}: row {number} has no {names[column]!r}; remove or fill that row"
+                )
+        yield values
+
+
+def _cell(value: Any) -> Any:
+    return json.loads(value) if isinstance(value, str) and value[:1] in "[{" and value[-1:] in "]}" and value else value
+
+
+def _table(name: str, source: str, split: str) -> Any:
+    """A datasets.Dataset from a local file or folder, or from the hub (or its cache)."""
+    import datasets
+
+    path = Path(source)
+    kind = _FORMATS.get(path.suffix)
+    if path.is_file() and kind is None:
+        raise SourceError(f"{name}: {source} is no {', '.join(_FORMATS)} file; convert it to one of these")
+    local = path.exists() or source.startswith((".", "/")) or kind is not None
+    if local and not path.exists():
+        raise SourceError(f"{name}: there is no file {source}; check the path or give a hub name")
+    try:
+        if path.is_file() and kind is not None:
+            return datasets.load_dataset(kind, data_files=str(path), split="train")
+        return datasets.load_dataset(source, split=split)
+    except Exception as error:  # the library raises dozens of types; to the user they mean one of two things
+        fix = "check that the file is whole" if local else "check name, split and network, or give a local file"
+        raise SourceError(f"{name}: cannot read {source} ({type(error).__name__}: {error}); {fix}") from error
+
+
+def _messages(name: str, id: str, value: Any) -> tuple[Message, ...]:
+    messages = []
+    for message in _list(name, f"row {id}", "messages", value):
+        role = _field(name, f"row {id}", "messages", message, "role", str)
+        if role not in ("system", "user", "assistant"):
+            raise SourceError(f"{name}: row {id}, column 'messages': role {role!r}; it is system, user or assistant")
+        content = _field(name, f"row {id}", "messages", message, "content", str)
+        messages.append({"role": role, "content": content})
+    return tuple(messages)
+
+
+def _list(name: str, where: str, column: str, value: Any) -> list[Any]:
+    if not isinstance(value, list):
+        raise SourceError(f"{name}: {where}, column {column!r} holds {type(value).__name__}; it is a list of objects")
+    return value
+
+
+def _field(name: str, where: str, column: str, value: Any, key: str, kind: Any) -> Any:
+    if not isinstance(value, dict) or not isinstance(value.get(key), kind):
+        raise SourceError(
+            f"{name}: {where}, column {column!r}: an entry has no usable {key!r}; check the set's version"
+        )
+    return value[key]
+
+
+def _checked(name: str, source: str, records: list[Any]) -> list[Any]:
+    """Never silently nothing: a set that gives no record is of another shape than its loader expects."""
+    if not records:
+        raise SourceError(f"{name} from {source}: no row gives a record; check that this is the set and its split")
+    return records
+
+
+def _normal(text: str) -> str:
+    return " ".join(text.split()).casefold()

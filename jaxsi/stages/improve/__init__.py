@@ -1,0 +1,1 @@
+"""Better responses at inference time, one file a method."""

@@ -1,0 +1,221 @@
+"""Scored responses to preference pairs: the best and the worst of each prompt, and the permuted-score control arm.
+
+Scores are joined to responses by id only. An invalid response (no score, or cut off by the token limit) is in no pair.
+"""
+
+import hashlib
+import random
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+from typing import NamedTuple
+
+from jaxsi.runs.records import Judgment, Message, PreferencePair, Prompt, RankedResponses, Response
+
+Scored = tuple[float, Response]
+
+
+def best_and_worst(
+    candidates: Sequence[Response],
+    judgments: Sequence[Judgment],
+    prompts: Sequence[Prompt],
+    *,
+    length_control: float = 0.0,
+    min_gap: float = 0.0,
+    reject_cut_off: bool = False,
+    choose_cut_off: bool = False,
+) -> tuple[list[PreferencePair], dict[str, int]]:
+    """One pair per prompt: chosen = argmax, rejected = argmin of the mean scores (Self-Rewarding, arXiv 2401.10020).
+
+    A prompt gives no pair where fewer than two responses are valid ("too_few"), best and worst score are equal
+    ("ties"), the gap is below `min_gap` ("small_gap") or both responses have the same token ids ("identical"). Equal
+    scores are decided by the sample number. The order of candidates and judgments does not matter.
+
+    Args:
+      length_control: rho of Meta-Rewarding (arXiv 2407.19594): among responses within rho * (best - worst) of the best
+        score the shortest (in tokens) is chosen, within as much of the worst the longest is rejected. 0 <= rho < 0.5.
+      reject_cut_off, choose_cut_off: let a response that the token limit cut off be the rejected, or the chosen one.
+        It is trained on as it was sampled, without an end of turn.
+
+    Returns: the pairs in the order of `prompts`, and counts: prompts, pairs, ties, too_few, small_gap, identical, and
+      unscored and cut_off responses.
+
+    Raises: ValueError naming an id that is doubled, unknown, or lacks its judgment.
+    """
+    if not 0.0 <= length_control < 0.5:
+        raise ValueError(
+            f"length_control is {length_control}; it lies in [0, 0.5), or best and worst could change places"
+        )
+    if not min_gap >= 0.0:
+        raise ValueError(f"min_gap is {min_gap}; it is at least 0")
+    groups = _joined(candidates, judgments, prompts)
+    counts = Counter(dict.fromkeys(("prompts", "pairs", "ties", "too_few", "small_gap", "identical"), 0))
+    counts.update(prompts=len(prompts), unscored=0, cut_off=0)
+    pairs = []
+    for prompt in prompts:
+        for response, score in groups[prompt.id]:
+            counts["unscored"] += score is None
+            counts["cut_off"] += response.finish_reason != "stop"
+        scored = [(score, response) for response, score in groups[prompt.id] if score is not None]
+        found = _select(scored, length_control, min_gap, reject_cut_off, choose_cut_off)
+        if isinstance(found, str):
+            counts[found] += 1
+            continue
+        (chosen_score, chosen), (rejected_score, rejected) = found
+        pairs.append(
+            PreferencePair(
+                id=prompt.id,
+                messages=prompt.messages,
+                chosen=chosen,
+                rejected=rejected,
+                chosen_score=chosen_score,
+                rejected_score=rejected_score,
+            )
+        )
+    counts["pairs"] = len(pairs)
+    return pairs, dict(counts)
+
+
+class Preference(NamedTuple):
+    """Two texts in answer to one prompt, ``chosen`` the better one: (x, y_w, y_l)."""
+
+    id: str
+    messages: tuple[Message, ...]
+    chosen: str
+    rejected: str
+
+
+def preferences(ranked: Sequence[RankedResponses]) -> tuple[list[Preference], dict[str, int]]:
+    """The best and the worst response of each ranking, of equal ranks the first.
+
+    Returns: the preferences in the order of `ranked`, and counts: prompts, preferences, "ties" (all ranks equal),
+      "empty" (one of the two is, but for white space) and "identical" ones, which are left out.
+
+    Raises: ValueError naming a prompt whose ranks do not fit its responses, or an id that is doubled.
+    """
+    counts = Counter(dict.fromkeys(("prompts", "preferences", "ties", "empty", "identical"), 0))
+    found: dict[str, Preference] = {}
+    check_rankings(ranked)
+    for record in ranked:
+        chosen = record.responses[record.ranks.index(min(record.ranks))]
+        rejected = record.responses[record.ranks.index(max(record.ranks))]
+        counts["prompts"] += 1
+        if min(record.ranks) == max(record.ranks):
+            counts["ties"] += 1
+        elif not chosen.strip() or not rejected.strip():
+            counts["empty"] += 1
+        elif chosen == rejected:
+            counts["identical"] += 1
+        else:
+            found[record.id] = Preference(record.id, record.messages, chosen, rejected)
+    counts["preferences"] = len(found)
+    return list(found.values()), dict(counts)
+
+
+def check_rankings(ranked: Sequence[RankedResponses]) -> None:
+    """Raises ValueError naming a prompt whose ranks do not fit its responses, or an id that is doubled."""
+    seen: set[str] = set()
+    for record in ranked:
+        if len(record.ranks) != len(record.responses) or not record.ranks or record.id in seen:
+            raise ValueError(
+                f"ranking {record.id!r}: {len(record.responses)} responses, {len(record.ranks)} ranks; give each "
+                "response a rank, and each ranking an id of its own"
+            )
+        seen.add(record.id)
+
+
+def permuted_within_prompt(judgments: Sequence[Judgment], seed: int | str) -> list[Judgment]:
+    """The control arm: the verdicts (scores, mean, texts) of each prompt's scored responses dealt out again at random.
+
+    Which responses have a score stays, so about as many pairs arise; what the scores say about the responses is gone.
+    A prompt's permutation depends on `seed`, its id and its judgments' ids, not on the order of `judgments` (kept).
+    """
+    groups: dict[str, list[Judgment]] = defaultdict(list)
+    for judgment in judgments:
+        if judgment.score is not None:
+            groups[judgment.prompt_id].append(judgment)
+    dealt: dict[str, Judgment] = {}
+    for prompt_id, group in groups.items():
+        group = sorted(group, key=lambda judgment: judgment.id)
+        digest = hashlib.sha256(f"{seed}\0{prompt_id}".encode()).digest()
+        sources = random.Random(int.from_bytes(digest, "big")).sample(group, len(group))
+        for target, source in zip(group, sources, strict=True):
+            if target.id in dealt:
+                raise ValueError(f"two judgments have the id {target.id!r}; ids are unique")
+            dealt[target.id] = replace(target, scores=source.scores, score=source.score, texts=source.texts)
+    return [dealt.get(judgment.id, judgment) for judgment in judgments]
+
+
+def pair_statistics(pairs: Sequence[PreferencePair]) -> dict[str, float | None]:
+    """Means over the pairs, None where there are none: score gap, chosen and rejected tokens, and their difference (the
+    signal that makes responses longer from iteration to iteration)."""
+    if not pairs:
+        return dict.fromkeys(("gap", "chosen_tokens", "rejected_tokens", "length_difference"))
+    chosen = sum(len(pair.chosen.token_ids) for pair in pairs) / len(pairs)
+    rejected = sum(len(pair.rejected.token_ids) for pair in pairs) / len(pairs)
+    gap = sum(pair.chosen_score - pair.rejected_score for pair in pairs) / len(pairs)
+    return {
+        "gap": gap,
+        "chosen_tokens": chosen,
+        "rejected_tokens": rejected,
+        "length_difference": chosen - rejected,
+    }
+
+
+def _select(
+    scored: Sequence[Scored], rho: float, min_gap: float, reject_cut_off: bool, choose_cut_off: bool
+) -> tuple[Scored, Scored] | str:
+    """(score, response) of chosen and rejected, or the name of the count that says why there is no pair."""
+    finished = [(score, response) for score, response in scored if response.finish_reason == "stop"]
+    choosable = scored if choose_cut_off else finished
+    rejectable = scored if reject_cut_off else finished
+    if not choosable or not rejectable or max(len(choosable), len(rejectable)) < 2:
+        return "too_few"
+    best = max(score for score, _ in choosable)
+    worst = min(score for score, _ in rejectable)
+    if best <= worst:
+        return "ties"
+    window = rho * (best - worst)
+    # Length decides only under length control; otherwise a tie at the top would favour short responses unasked.
+    length = (lambda response: len(response.token_ids)) if rho else (lambda response: 0)
+    top = [(score, response) for score, response in choosable if score >= best - window]
+    bottom = [(score, response) for score, response in rejectable if score <= worst + window]
+    chosen = min(top, key=lambda pair: (length(pair[1]), -pair[0], pair[1].sample))
+    rejected = min(bottom, key=lambda pair: (-length(pair[1]), pair[0], pair[1].sample))
+    if chosen[0] - rejected[0] < min_gap:
+        return "small_gap"
+    if chosen[1].token_ids == rejected[1].token_ids:
+        return "identical"
+    return chosen, rejected
+
+
+def _joined(
+    candidates: Sequence[Response], judgments: Sequence[Judgment], prompts: Sequence[Prompt]
+) -> dict[str, list[tuple[Response, float | None]]]:
+    """Responses with their scores by prompt id, in the order of sample numbers."""
+    _check_unique("prompt", (prompt.id for prompt in prompts))
+    _check_unique("response", (response.id for response in candidates))
+    _check_unique("judgment", (judgment.id for judgment in judgments))
+    by_id = {judgment.id: judgment for judgment in judgments}
+    groups: dict[str, list[tuple[Response, float | None]]] = {prompt.id: [] for prompt in prompts}
+    for response in sorted(candidates, key=lambda response: (response.sample, response.id)):
+        judgment = by_id.pop(response.id, None)
+        if judgment is None:
+            raise ValueError(
+                f"response {response.id!r} has no judgment; judge every candidate (a failed one has score None)"
+            )
+        if response.prompt_id not in groups or judgment.prompt_id != response.prompt_id:
+            raise ValueError(
+                f"response {response.id!r} is of prompt {response.prompt_id!r}, "
+                f"its judgment of {judgment.prompt_id!r}; both must name one prompt of this call"
+            )
+        groups[response.prompt_id].append((response, judgment.score))
+    if by_id:
+        raise ValueError(f"judgment {min(by_id)!r} belongs to no candidate; pass the candidates that were judged")
+    return groups
+
+
+def _check_unique(kind: str, ids: Iterable[str]) -> None:
+    doubled = [value for value, count in Counter(ids).items() if count > 1]
+    if doubled:
+        raise ValueError(f"{len(doubled)} {kind} ids occur more than once, the first is {doubled[0]!r}; ids are unique")

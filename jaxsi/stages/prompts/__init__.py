@@ -1,0 +1,186 @@
+"""The papers' prompt templates as text files, and the parsers of what models write in reply.
+
+A template is data: `Rubric` fills it, `parse_score` and `parse_new_prompt` read the reply. A parser is given generated
+text only, never the prompt, so nothing in a judged response has to be stripped or escaped. What does not parse is None,
+never a number.
+"""
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from importlib import resources
+from importlib.resources.abc import Traversable
+
+from jaxsi.runs.records import Message
+
+# The word "score", then an obligatory separator. ASCII keeps IGNORECASE from matching look-alikes such as "ſcore".
+_MARKER = re.compile(r"(?<![A-Za-z0-9])score[* \t]*[:：=]", re.IGNORECASE | re.ASCII)
+# No line break between marker and number: "Score:\n1. The response ..." is an empty verdict followed by a list.
+_NUMBER = re.compile(r"[* \t\u00a0\u3000\[({<]*(0|[1-9][0-9]{0,3})(?![0-9A-Za-z_%])")
+_DECIMALS = re.compile(r"[.,·٫][0-9]")
+_RANGE = re.compile(r"[\])}>*\s]*(?:[-‐‑‒–—~]|to\b|or\b)[\s\[({<*]*[0-9]", re.IGNORECASE)
+_OUT_OF = re.compile(r"[\])}>*\s]*(?:/|out of\b)[\s\[({<*]*([0-9]+(?:[.,][0-9]+)?)", re.IGNORECASE)
+_CLOSING = re.compile(r"(?:[ ]*/[ ]*[0-9]+)?[\])}>*.]*")
+_SLOT = re.compile(r"\{(prompt|response)\}")
+_LIST_ITEM = re.compile(r"(?:[-*•]|[0-9]+[.)])(?:\s+|$)")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rubric:
+    """A pointwise judge prompt and the range of its scores.
+
+    `template` has the slots `{prompt}` and `{response}` once each (other braces are plain text) and tells the judge to
+    end in `marker` and a whole number from `low` to `high`. Example: `Rubric(name="short", marker="Score:", low=0,
+    high=5, template="Q: {prompt} A: {response} Reason, then Score: 0-5")`.
+    """
+
+    name: str
+    template: str
+    marker: str = "Score:"
+    low: int = 0
+    high: int = 5
+
+    def __post_init__(self) -> None:
+        check_slots(f"rubric {self.name!r}", self.template)
+        if not 0 <= self.low < self.high <= 9999:
+            raise ValueError(
+                f"rubric {self.name!r}: low={self.low}, high={self.high}; it needs 0 <= low < high <= 9999"
+            )
+        if parse_score(f"{self.marker} {self.low}", self.low, self.high) != self.low:
+            raise ValueError(
+                f"rubric {self.name!r}: marker {self.marker!r} is not one parse_score reads; "
+                "use the word Score and a colon"
+            )
+
+    @property
+    def score_strings(self) -> tuple[str, ...]:
+        """What may follow `marker`: `(" 0", " 1", ..., " 5")`, lowest first."""
+        return tuple(f" {value}" for value in range(self.low, self.high + 1))
+
+    def render(self, prompt_text: str, response_text: str) -> str:
+        """The judge prompt."""
+        return fill_slots(self.template, prompt_text, response_text)
+
+    def parse(self, generated: str) -> int | None:
+        """`parse_score` within this rubric's range."""
+        return parse_score(generated, self.low, self.high)
+
+
+def check_slots(name: str, template: str) -> None:
+    """Raises ValueError where a template has not the slots `{prompt}` and `{response}` once each."""
+    slots = sorted(_SLOT.findall(template))
+    if slots != ["prompt", "response"]:
+        raise ValueError(
+            f"{name}: the template has the slots {slots}; it needs {{prompt}} and {{response}} exactly once each"
+        )
+
+
+def fill_slots(template: str, prompt_text: str, response_text: str) -> str:
+    """A template with both texts inserted as they are, in one pass: a slot name inside them stays text."""
+    values = {"prompt": prompt_text, "response": response_text}
+    return _SLOT.sub(lambda slot: values[slot[1]], template)
+
+
+def load_rubric(name: str = "self_rewarding_judge") -> Rubric:
+    """The rubric of a template shipped in this package, scores 0 to 5. ValueError names the ones there are."""
+    known = sorted(path.name.removesuffix(".txt") for path in _folder().iterdir() if path.name.endswith("_judge.txt"))
+    if name not in known:
+        raise ValueError(
+            f"no rubric named {name!r}; shipped: {', '.join(known)}. Build a Rubric for a template of your own"
+        )
+    return Rubric(name=name, template=load_template(name))
+
+
+def load_template(name: str) -> str:
+    """The text of a shipped template, without the newline at the end of its file."""
+    return (_folder() / f"{name}.txt").read_text(encoding="utf-8").removesuffix("\n")
+
+
+def parse_score(text: str, low: int = 0, high: int = 5) -> int | None:
+    """The verdict in a judge's generated text, or None where it is not valid.
+
+    The last marker decides, and there is no falling back to an earlier one: `score` in any case, an obligatory `:`,
+    `：` or `=`, then on the same line optional `*`, space or opening bracket, then a whole number in `low..high`.
+    None for "Score: 10", "3.5", "4.0", "-1", "05", "4-5", "Score: n/a", no marker, or text cut off after the marker.
+    "4/5" and "4 out of 5" are 4, but only over `high` itself: "4/10" is another scale and None.
+    The marker is that of the Self-Rewarding judge prompt (arXiv 2401.10020, figure 2); the rule is ours.
+    """
+    number = _verdict(text)
+    if number is None:
+        return None
+    end = number.end()
+    if text[end : end + 1].isnumeric() or _DECIMALS.match(text, end) or _RANGE.match(text, end):
+        return None
+    scale = _OUT_OF.match(text, end)
+    if scale is not None and scale[1] != str(high):
+        return None
+    value = int(number[1])
+    return value if low <= value <= high else None
+
+
+def up_to_verdict(text: str) -> str | None:
+    """A judge's text through the number after the last marker, without what follows; None where there is no number.
+
+    This is what a judge is taught to write: the justification, the verdict, and an end.
+    """
+    number = _verdict(text)
+    if number is None:
+        return None
+    closing = _CLOSING.match(text, number.end())
+    assert closing is not None  # it matches the empty text, too
+    return text[: closing.end()].strip()
+
+
+def force_marker(text: str, marker: str) -> str:
+    """A judge's text through its last score marker, or with `marker` on a new line where it wrote none.
+
+    A score string such as " 4" is appended to it to be scored.
+    """
+    found = _last_marker(text)
+    if found is not None:
+        return text[: found.end()]
+    return f"{text.rstrip()}\n{marker}".lstrip("\n")
+
+
+def question_text(messages: Sequence[Mapping[str, str]]) -> str:
+    """What a judge reads as the question: one user message as it is, a longer conversation with its roles named."""
+    if len(messages) == 1:
+        return messages[0]["content"]
+    first, *rest = (f"{message['role'].capitalize()}: {message['content']}" for message in messages)
+    return "\n\n".join([first.removeprefix("User: "), *rest])
+
+
+def ask_to_improve(messages: Sequence[Message], response: str, request: str) -> tuple[Message, ...]:
+    """The conversation that PIT's improver answers and its gap reward model reads: the prompt, a response, and the
+    request to improve it, in which {prompt} stands for the prompt's text. The paper's layout is not known."""
+    asked = request.replace("{prompt}", question_text(messages))
+    return (*messages, {"role": "assistant", "content": response}, {"role": "user", "content": asked})
+
+
+def render_few_shot(examples: Sequence[str]) -> str:
+    """One user message asking for a new task like the examples, each on its own line (line breaks become spaces)."""
+    if not examples:
+        raise ValueError("render_few_shot: 0 examples; it needs at least 1")
+    lines = "\n".join(f"- {' '.join(example.split())}" for example in examples)
+    return load_template("self_instruct").replace("{examples}", lines)
+
+
+def parse_new_prompt(generated: str) -> str | None:
+    """The first non-empty line of a generated text, without a leading "- " or "1. "; None where nothing is left."""
+    line = next((stripped for line in generated.splitlines() if (stripped := line.strip())), "")
+    bullet = _LIST_ITEM.match(line)
+    return (line[bullet.end() :] if bullet else line) or None
+
+
+def _last_marker(text: str) -> re.Match[str] | None:
+    return next(reversed(list(_MARKER.finditer(text))), None)
+
+
+def _verdict(text: str) -> re.Match[str] | None:
+    """The number after the last marker, whatever its range; None without one."""
+    marker = _last_marker(text)
+    return None if marker is None else _NUMBER.match(text, marker.end())
+
+
+def _folder() -> Traversable:
+    return resources.files(__name__)

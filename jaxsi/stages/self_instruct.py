@@ -1,0 +1,328 @@
+"""New prompts by self-instruct: a few-shot request, and the filters that keep the pool of prompts varied.
+
+Self-Rewarding (arXiv 2401.10020) takes the recipe of Self-Instruct (arXiv 2212.10560) with 8 examples, 6 seeds and 2
+generated ones; the ROUGE-L threshold of 0.7 and the kind of blacklisted words are Self-Instruct's.
+"""
+
+import functools
+import importlib.util
+import logging
+import re
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import jax
+import numpy as np
+
+from jaxsi.lm import LM
+from jaxsi.runs.records import Prompt, Response, read_prompts
+from jaxsi.runs.run import fold
+from jaxsi.sampling import generate
+from jaxsi.stages.prompts import parse_new_prompt, render_few_shot
+from jaxsi.text import tensorflow_text
+from jaxsi.text.chat import render_prompt
+
+_log = logging.getLogger(__name__)
+
+# Tasks about things that a text model is not given.
+BLACKLIST = (
+    *("image", "images", "picture", "pictures", "photo", "photos", "graph", "graphs", "plot", "draw", "diagram"),
+    *("flowchart", "map", "maps", "file", "files", "video", "videos", "audio", "music", "go to"),
+)
+_PAIRS_PER_CALL = 200_000  # of ROUGE-L: bounds the memory of one call
+
+
+class InstructError(RuntimeError):
+    """Self-instruct gave no new prompt at all; the message counts why."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SelfInstruct:
+    """How `num_prompts` new prompts are made. Lengths are in words; `blacklist` holds whole words or phrases, any case.
+
+    A prompt is kept while its ROUGE-L F-measure with every seed and every kept prompt is below `rouge_threshold`
+    (1.0 keeps all but identical word sequences). `max_rounds` bounds the requests where few prompts pass the filters.
+    `generator` is the MODEL that writes them; None is the run's own M_0.
+    """
+
+    num_prompts: int
+    generator: str | None = None
+    num_seed_shots: int = 6
+    num_generated_shots: int = 2
+    temperature: float = 0.6
+    top_p: float = 0.9
+    max_new_tokens: int = 128
+    batch_size: int = 64
+    rouge_threshold: float = 0.7
+    min_words: int = 4
+    max_words: int = 150
+    blacklist: tuple[str, ...] = BLACKLIST
+    max_rounds: int = 10
+
+    def __post_init__(self) -> None:
+        least = {"num_prompts": 1, "num_seed_shots": 1, "num_generated_shots": 0, "max_new_tokens": 1, "max_rounds": 1}
+        for name, limit in (least | {"min_words": 1}).items():
+            if getattr(self, name) < limit:
+                raise ValueError(f"{name} is {getattr(self, name)}; it is at least {limit}")
+        if self.max_words < self.min_words:
+            raise ValueError(f"max_words is {self.max_words}, below min_words = {self.min_words}")
+        if not 0.0 < self.rouge_threshold <= 1.0:
+            raise ValueError(f"rouge_threshold is {self.rouge_threshold}; it lies in (0, 1]")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PromptFile:
+    """Prompts from a JSONL file, an equal part of it for each iteration (all of it, where `repeat`)."""
+
+    path: str
+    max_prompts: int | None = None
+    repeat: bool = False
+
+
+def read_source(source: PromptFile | Callable[[], list[Prompt]]) -> list[Prompt]:
+    """The prompts of a user's file, or those that a function gives.
+
+    Raises: RecordError for a file that cannot be read. ValueError where there are no prompts, or two have one id.
+    """
+    if isinstance(source, PromptFile):
+        return read_prompts(source.path, source.max_prompts)
+    made = source()
+    repeated = [id for id, count in Counter(prompt.id for prompt in made).items() if count > 1]
+    if not made or repeated:
+        what = f"{len(repeated)} ids more than once, the first is {repeated[0]!r}" if repeated else "no prompts"
+        raise ValueError(f"{source} gave {what}; each prompt has an id of its own")
+    return made
+
+
+def next_part(
+    source: PromptFile | Callable[[], list[Prompt]],
+    earlier: Sequence[Prompt],
+    parts: int,
+    exclude: frozenset[str] = frozenset(),
+) -> list[Prompt]:
+    """The first of `parts` equal parts of the prompts that are not among the `earlier` ones, nor texts of `exclude`.
+
+    Raises: as `read_source`, and ValueError where none is left.
+    """
+    known = {_normal(text) for text in exclude}
+    everything = [p for p in read_source(source) if _normal(p.text) not in known]
+    if isinstance(source, PromptFile) and source.repeat and everything:
+        return everything
+    used = {prompt.id for prompt in earlier}
+    left = [prompt for prompt in everything if prompt.id not in used]
+    if not left:
+        raise ValueError(
+            f"{source.path if isinstance(source, PromptFile) else source}: earlier iterations have had all of its "
+            f"{len(everything)} prompts (held-out ones do not count); add prompts, or set prompts.repeat of a file"
+        )
+    return left[: -(-len(left) // parts)]
+
+
+def new_prompts(
+    lm: LM,
+    seeds: Sequence[Prompt],
+    cfg: SelfInstruct,
+    key: jax.Array,
+    exclude: frozenset[str] = frozenset(),
+    *,
+    prefix: str = "new",
+    counts: Counter[str] | None = None,
+) -> list[Prompt]:
+    """Up to `cfg.num_prompts` new single-message prompts in the style of `seeds`, with the ids "{prefix}-000000", ...
+
+    Each request shows `num_seed_shots` seeds and `num_generated_shots` prompts kept in earlier rounds (more seeds in
+    their place while there are none), drawn from `key` and the request's own number. The first line of the reply is
+    kept if it passes, in this order: parsed, length, blacklist, not a duplicate, ROUGE-L.
+
+    Args:
+      exclude: texts (of held-out or earlier prompts) that may not come back; compared without case and spacing.
+      counts: filled with the number of requests, rounds, kept prompts, and of dropped ones by reason:
+        "too_long_request", "cut_off", "unparsable", "length", "blacklist", "duplicate", "similar", and
+        "surplus" (passed after enough were kept).
+
+    Raises: InstructError where not one prompt passes in `cfg.max_rounds` rounds; ValueError without seeds.
+    """
+    if not seeds:
+        raise ValueError("new_prompts was given 0 seeds; it needs prompts to imitate")
+    counts = Counter() if counts is None else counts
+    seed_texts = sorted({prompt.text for prompt in seeds})
+    known = {_normal(text) for text in (*seed_texts, *exclude)}
+    kept: list[str] = []
+    shots_seed = np.asarray(jax.random.key_data(fold(key, "shots"))).tolist()
+    wanted = cfg.num_prompts
+    for round_number in range(cfg.max_rounds):
+        requests = [
+            Prompt.of(f"{prefix}/{round_number}/{i}", _request(seed_texts, kept, cfg, [*shots_seed, round_number, i]))
+            for i in range(wanted)
+        ]
+        replies = _sample(lm, requests, cfg, fold(key, "sample", round_number), counts)
+        _keep_new(replies, seed_texts, kept, known, cfg, counts)
+        counts.update(rounds=1, requests=len(requests))
+        missing = cfg.num_prompts - len(kept)
+        if missing == 0:
+            break
+        # Ask for what the acceptance so far makes necessary, within a factor of the whole, but for no less than runs
+        # at a time: the first that pass are kept, and fewer take as long.
+        needed = -(-missing * counts["requests"] // max(len(kept), 1))
+        wanted = min(max(needed, cfg.batch_size), 2 * cfg.num_prompts)
+    counts["kept"] = len(kept)
+    told = ", ".join(f"{name} {count}" for name, count in sorted(counts.items()))
+    if not kept:
+        raise InstructError(
+            f"self-instruct kept 0 of {cfg.num_prompts} prompts in {cfg.max_rounds} rounds ({told}); "
+            "relax the filter that drops most, raise max_rounds, or give prompts from a file"
+        )
+    if len(kept) < cfg.num_prompts:
+        _log.warning(
+            "self-instruct kept %d of %d prompts in %d rounds (%s)", len(kept), cfg.num_prompts, cfg.max_rounds, told
+        )
+    return [Prompt.of(f"{prefix}-{number:06d}", text) for number, text in enumerate(kept)]
+
+
+def rouge_l(candidates: Sequence[str], pool: Sequence[str]) -> np.ndarray:
+    """ROUGE-L F-measure [len(candidates), len(pool)] float32 of every pair, over lower-case words.
+
+    Computed by tensorflow-text on the CPU where it is installed, else in NumPy; rounded to six digits, so that both are
+    on the same side of a threshold. Texts without a word score 0.
+    """
+    ids: dict[str, int] = {}
+    words = [
+        [np.asarray([ids.setdefault(word, len(ids)) for word in _words(text)], np.int64) for text in texts]
+        for texts in (candidates, pool)
+    ]
+    scores = np.zeros((len(candidates), len(pool)), np.float32)
+    if not len(candidates) or not len(pool):
+        return scores
+    f_measure = _f_measure_tensorflow if importlib.util.find_spec("tensorflow_text") else _f_measure_numpy
+    rows = max(1, _PAIRS_PER_CALL // len(pool))
+    for start in range(0, len(candidates), rows):
+        scores[start : start + rows] = f_measure(words[0][start : start + rows], words[1])
+    return scores.round(6)
+
+
+def _request(seed_texts: list[str], kept: list[str], cfg: SelfInstruct, seed: list[int]) -> str:
+    """The few-shot request of one seed: the seeds and kept prompts are drawn without replacement and shuffled."""
+    rng = np.random.default_rng(seed)
+    num_kept = min(cfg.num_generated_shots, len(kept))
+    num_seeds = min(cfg.num_seed_shots + cfg.num_generated_shots - num_kept, len(seed_texts))
+    shots = [seed_texts[i] for i in rng.choice(len(seed_texts), num_seeds, replace=False)]
+    shots += [kept[i] for i in rng.choice(len(kept), num_kept, replace=False)] if num_kept else []
+    return render_few_shot([shots[i] for i in rng.permutation(len(shots))])
+
+
+def _sample(lm: LM, requests: list[Prompt], cfg: SelfInstruct, key: jax.Array, counts: Counter[str]) -> list[Response]:
+    """One reply to each request that fits the model's context, in the order of the requests."""
+    room = lm.config.max_positions - cfg.max_new_tokens
+    fitting = [prompt for prompt in requests if len(render_prompt(lm.tokenizer, prompt.messages)) <= room]
+    counts["too_long_request"] += len(requests) - len(fitting)
+    if not fitting:
+        return []
+    replies = generate.generate(
+        lm,
+        fitting,
+        num_samples=1,
+        temperature=cfg.temperature,
+        top_p=cfg.top_p,
+        max_new_tokens=cfg.max_new_tokens,
+        key=key,
+        batch_size=cfg.batch_size,
+    )
+    by_prompt = {reply.prompt_id: reply for reply in replies}
+    return [by_prompt[prompt.id] for prompt in fitting]
+
+
+def _keep_new(
+    replies: list[Response],
+    seed_texts: list[str],
+    kept: list[str],
+    known: set[str],
+    cfg: SelfInstruct,
+    counts: Counter[str],
+) -> None:
+    """Appends to `kept` (and `known`) what passes every filter, in the order of the replies, until there is enough."""
+    blacklist = (
+        re.compile(rf"\b(?:{'|'.join(map(re.escape, cfg.blacklist))})\b", re.IGNORECASE) if cfg.blacklist else None
+    )
+    fresh: list[str] = []
+    for reply in replies:
+        found = _parsed(reply, cfg, blacklist)
+        if isinstance(found, _Dropped):
+            counts[found.reason] += 1
+        elif _normal(found) in known:
+            counts["duplicate"] += 1
+        else:
+            known.add(_normal(found))
+            fresh.append(found)
+    nearest = rouge_l(fresh, [*seed_texts, *kept]).max(axis=1, initial=0.0)
+    distinct = [text for text, score in zip(fresh, nearest, strict=True) if score < cfg.rouge_threshold]
+    counts["similar"] += len(fresh) - len(distinct)
+    among = rouge_l(distinct, distinct)
+    accepted: list[int] = []
+    for i, text in enumerate(distinct):
+        if len(kept) == cfg.num_prompts:
+            counts["surplus"] += 1
+        elif among[i, accepted].max(initial=0.0) >= cfg.rouge_threshold:
+            counts["similar"] += 1
+        else:
+            accepted.append(i)
+            kept.append(text)
+
+
+@dataclass(frozen=True)
+class _Dropped:
+    reason: str
+
+
+def _parsed(reply: Response, cfg: SelfInstruct, blacklist: re.Pattern[str] | None) -> str | _Dropped:
+    """The new prompt in a reply, or why there is none."""
+    text = parse_new_prompt(reply.text)
+    if text is None:
+        return _Dropped("unparsable")
+    if reply.finish_reason != "stop" and "\n" not in reply.text.strip():
+        return _Dropped("cut_off")  # the token limit came before the end of the first line
+    if not cfg.min_words <= len(text.split()) <= cfg.max_words:
+        return _Dropped("length")
+    if blacklist is not None and blacklist.search(text):
+        return _Dropped("blacklist")
+    return text
+
+
+def _normal(text: str) -> str:
+    return " ".join(text.split()).casefold()
+
+
+def _words(text: str) -> list[str]:
+    return re.findall(r"\w+", text.lower())
+
+
+def _f_measure_tensorflow(candidates: list[np.ndarray], pool: list[np.ndarray]) -> np.ndarray:
+    """[len(candidates), len(pool)] by one call of tensorflow_text.metrics.rouge_l over all pairs."""
+    tf, tf_text = tensorflow_text.load()
+    ragged = functools.partial(tf.RaggedTensor.from_row_lengths, validate=False)
+    lengths = [len(words) for words in candidates]
+    hypotheses = np.concatenate([np.tile(words, len(pool)) for words in candidates])
+    references = np.tile(np.concatenate(pool), len(candidates))
+    with tf.device("CPU:0"):
+        scores = tf_text.metrics.rouge_l(
+            ragged(hypotheses, np.repeat(lengths, len(pool))),
+            ragged(references, np.tile([len(words) for words in pool], len(candidates))),
+        ).f_measure.numpy()
+    return scores.reshape(len(candidates), len(pool))
+
+
+def _f_measure_numpy(candidates: list[np.ndarray], pool: list[np.ndarray]) -> np.ndarray:
+    """The same where tensorflow-text has no wheels: longest common subsequences, a table row for the whole pool."""
+    lengths = np.asarray([len(words) for words in pool])
+    padded = np.full((len(pool), lengths.max(initial=0)), -1, np.int64)
+    for row, words in zip(padded, pool, strict=True):
+        row[: len(words)] = words
+    scores = np.zeros((len(candidates), len(pool)), np.float32)
+    for i, words in enumerate(candidates):
+        table = np.zeros((len(pool), padded.shape[1] + 1), np.int32)
+        for word in words:
+            extended = np.where(padded == word, table[:, :-1] + 1, table[:, 1:])
+            table[:, 1:] = np.maximum.accumulate(extended, axis=1)
+        common = table[:, -1]
+        scores[i] = 2.0 * common / np.maximum(len(words) + lengths, 1)
+    return scores

@@ -1,0 +1,475 @@
+"""Tokenizers of a model folder: `tokenizer.json` through Hugging Face, `tokenizer.model` through tensorflow-text.
+
+`load_tokenizer` gives a `Tokenizer`. Text that goes in by `encode_text` or in a chat message never becomes a control
+id; honest text gives exactly the ids of the tokenizer's own library.
+"""
+
+import functools
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from jaxsi.text import chat
+from jaxsi.text.sentencepiece_model import BPE, CONTROL, MODEL_TYPE, ROLE_FIELDS, USER_DEFINED, SentencePieceModel
+
+SPECIAL_NAMES = ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token", "mask_token")
+_KEPT_FILES = (
+    *("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
+    *("vocab.json", "merges.txt", "chat_template.jinja"),
+)
+
+
+class TokenizerError(ValueError):
+    """A tokenizer cannot be loaded or used: names the path, what is wrong, and the fix."""
+
+    def __init__(self, path: Path, reason: str, fix: str):
+        super().__init__(f"{path}: {reason}. {fix}")
+        self.path, self.reason, self.fix = path, reason, fix
+
+
+@dataclass(frozen=True, kw_only=True)
+class Vocabulary:
+    """What a tokenizer's files say, whichever library reads them.
+
+    `special`: string -> id of the tokens declared special; `added`: the other added tokens; `names`: the variables of
+    the chat template, such as {"bos_token": "<s>"}; `adds_bos`: plain encoding with special tokens starts with BOS.
+    """
+
+    size: int
+    special: Mapping[str, int]
+    added: Mapping[str, int]
+    names: Mapping[str, str]
+    adds_bos: bool
+    chat_template: str | None
+
+    def id_of(self, name: str) -> int | None:
+        return self.special.get(self.names[name]) if name in self.names else None
+
+
+class Library(Protocol):
+    """The library below a Tokenizer."""
+
+    vocabulary: Vocabulary
+
+    def encode(self, text: str) -> list[int]: ...
+    def encode_parts(self, parts: Sequence[str | int], controls: Mapping[str, int]) -> list[int]: ...
+    def decode(self, ids: Sequence[int]) -> str: ...
+    def tokenizer_config(self) -> dict[str, Any]: ...
+
+
+class Tokenizer:
+    """A tokenizer with its chat template. Using it changes nothing in it.
+
+    Attributes: `vocab_size`, `bos_id`, `eos_id` (None where the model has none), `pad_id` (falls back to eos, then 0:
+    masks never depend on it), `chat_template` (the tokenizer's, else `jaxsi-plain`), `template_name`, `template_hash`,
+    `controls` and `control_ids` (ids that text from outside can never become), `stop_ids` (eos, the eos list of
+    generation_config.json, the template's end of turn).
+    """
+
+    def __init__(self, library: Library, files: Mapping[str, bytes], generation_eos: Sequence[int] = ()):
+        self._library, self._files, self._generation_eos = library, dict(files), tuple(generation_eos)
+        vocabulary = library.vocabulary
+        self.vocab_size = vocabulary.size
+        self.bos_id, self.eos_id = vocabulary.id_of("bos_token"), vocabulary.id_of("eos_token")
+        pad_id, unk_id = vocabulary.id_of("pad_token"), vocabulary.id_of("unk_token")
+        self.pad_id = next((token for token in (pad_id, self.eos_id) if token is not None), 0)
+        own = vocabulary.chat_template
+        self.template_name = "tokenizer" if own is not None else chat.DEFAULT_TEMPLATE_NAME
+        self.chat_template = own if own is not None else chat.default_template(vocabulary.adds_bos)
+        self.names = {"bos_token": "", "eos_token": "", **vocabulary.names} if own is None else dict(vocabulary.names)
+        chat.compile_template(self.chat_template)  # a broken template is an error now, not at the first prompt
+        # Some fine-tunes add their turn markers without declaring them special: those the template writes are control.
+        written = chat.written_strings(self.chat_template, self.names)
+        markers = {text: token for text, token in vocabulary.added.items() if text in written}
+        markers |= {text: token for text, token in vocabulary.added.items() if token in self._generation_eos}
+        ids = {**vocabulary.special, **markers}
+        role_ids = {self.bos_id, self.eos_id, pad_id}
+        # An unknown character is no control: only the string "<unk>" is kept apart, its id is ordinary.
+        self.control_ids = frozenset(token for token in ids.values() if token != unk_id or token in role_ids)
+        self.controls = chat.ControlStrings(ids, self.control_ids)
+        rule = json.dumps([self.chat_template, sorted(self.names.items()), vocabulary.adds_bos])
+        self.template_hash = hashlib.sha256(rule.encode("utf-8")).hexdigest()[:16]
+
+    @functools.cached_property
+    def assistant_turn(self) -> chat.AssistantTurn:
+        return chat.AssistantTurn(self.chat_template, self.names, self.controls, self.eos_id)
+
+    @functools.cached_property
+    def turn_prompt_ids(self) -> list[int]:
+        """Ids of `assistant_turn.prompt`."""
+        return self.encode_trusted(self.assistant_turn.prompt)
+
+    @functools.cached_property
+    def stop_ids(self) -> tuple[int, ...]:
+        """Ids that end a response, each once: eos, then those of generation_config.json, then the end of turn."""
+        eos = () if self.eos_id is None else (self.eos_id,)
+        return tuple(dict.fromkeys((*eos, *self._generation_eos, self.assistant_turn.end_of_turn)))
+
+    def encode_text(self, text: str) -> list[int]:
+        """Ids of text from outside, without BOS and EOS: no control id whatever the text says.
+
+        Raises ValueError for half a surrogate pair, which no tokenizer can read.
+        """
+        text.encode("utf-8")
+        if not self.controls.pattern.search(text):
+            ids = self._library.encode(text)
+            if self.control_ids.isdisjoint(ids):
+                return ids
+        return self.encode_parts([text] if text else [])
+
+    def encode_trusted(self, text: str) -> list[int]:
+        """Ids of text a chat template wrote: its control strings become control ids. Never for text from outside."""
+        return self._library.encode(text)
+
+    def encode_parts(self, parts: Sequence[str | int]) -> list[int]:
+        """Ids of a text given as control ids (`int`) and text (`str`) in which control strings are just text."""
+        ids = self._library.encode_parts(parts, self.controls.ids)
+        expected = [part for part in parts if isinstance(part, int) and part in self.control_ids]
+        if [token for token in ids if token in self.control_ids] != expected:
+            text = "".join(part for part in parts if isinstance(part, str))
+            raise ValueError(f"the tokenizer reads a control token in the plain text {text[:80]!r}; remove it there")
+        return ids
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of `ids` without control tokens, everything else exactly; bytes that are no whole character give
+        U+FFFD, ids beyond the vocabulary (a padded embedding has such rows) give nothing."""
+        kept = (int(token) for token in ids)
+        return self._library.decode([t for t in kept if t not in self.control_ids and 0 <= t < self.vocab_size])
+
+    def save(self, folder: str | Path) -> None:
+        """Write the tokenizer into `folder` as it was loaded, and its chat template, so that `transformers` and
+        `load_tokenizer` read the same ids. (generation_config.json belongs to the model's export.)"""
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        files = dict(self._files)
+        if "tokenizer_config.json" not in files:
+            config = json.dumps(self._library.tokenizer_config(), indent=2, ensure_ascii=False)
+            files["tokenizer_config.json"] = config.encode("utf-8")
+        if self.template_name == chat.DEFAULT_TEMPLATE_NAME:
+            files["chat_template.jinja"] = self.chat_template.encode("utf-8")
+        for name, content in files.items():
+            (folder / name).write_bytes(content)
+
+
+@dataclass(frozen=True)
+class _Apart:
+    """A copy of a Hugging Face tokenizer whose control tokens have secret names, so that no text can spell one."""
+
+    backend: Any
+    names: dict[int, str]
+    original: dict[int, int]
+
+    @classmethod
+    def of(cls, backend: Any, controls: Mapping[str, int]) -> "_Apart":
+        import tokenizers
+
+        spec = json.loads(backend.to_str())
+        renamed = {text: chat.secret_name(number) for number, text in enumerate(controls)}
+        original: dict[str, int] = {}
+        for token in spec["added_tokens"]:
+            token["content"] = renamed.get(token["content"], token["content"])
+            original[token["content"]] = token["id"]
+        model = spec["model"]
+        if isinstance(model["vocab"], dict):
+            model["vocab"] = {renamed.get(text, text): token for text, token in model["vocab"].items()}
+        else:  # Unigram: [[piece, score], …]
+            model["vocab"] = [[renamed.get(text, text), score] for text, score in model["vocab"]]
+        if model.get("unk_token") is not None:
+            model["unk_token"] = renamed.get(model["unk_token"], model["unk_token"])
+        spec["post_processor"] = None  # it names control tokens, and only adds BOS and EOS
+        copy = tokenizers.Tokenizer.from_str(json.dumps(spec, ensure_ascii=False))
+        # Tokens that are in no vocabulary are numbered anew on loading.
+        numbered = {text: copy.token_to_id(text) for text in original}
+        numbers = {number: original[text] for text, number in numbered.items() if number is not None}
+        return cls(copy, {token: renamed[text] for text, token in controls.items()}, numbers)
+
+    def encode(self, parts: Sequence[str | int]) -> list[int]:
+        text = "".join(part if isinstance(part, str) else self.names[part] for part in parts)
+        return [self.original.get(token, token) for token in self.backend.encode(text, add_special_tokens=False).ids]
+
+
+class HuggingFaceLibrary:
+    """tokenizer.json, read by `transformers` (its class may adjust the file's rules) and run by `tokenizers`."""
+
+    def __init__(self, tokenizer: Any, folder: Path, template: str | None):
+        self._backend = tokenizer.backend_tokenizer
+        # A tokenizer.json may carry its last training's padding and truncation; the copy here is ours alone.
+        self._backend.no_padding()
+        self._backend.no_truncation()
+        self._backend.encode_special_tokens = False
+        self._apart: _Apart | None = None
+        named = tokenizer.special_tokens_map
+        names = {name: str(named[name]) for name in SPECIAL_NAMES if named.get(name) is not None}
+        tokens = tokenizer.added_tokens_decoder
+        special = {token.content: number for number, token in tokens.items() if token.special}
+        special |= {text: self._backend.token_to_id(text) for text in names.values()}
+        if missing := [text for text, number in special.items() if number is None]:
+            raise TokenizerError(
+                folder / "tokenizer_config.json",
+                f"special token {missing[0]!r} is not in the vocabulary",
+                "Add it to tokenizer.json or correct its name",
+            )
+        with_special = self._backend.encode("a", add_special_tokens=True).ids
+        self.vocabulary = Vocabulary(
+            size=max([self._backend.get_vocab_size(with_added_tokens=True) - 1, *tokens]) + 1,
+            special=special,
+            added={token.content: number for number, token in tokens.items() if token.content not in special},
+            names=names,
+            adds_bos="bos_token" in names and with_special[:1] == [special[names["bos_token"]]],
+            chat_template=template,
+        )
+
+    def encode(self, text: str) -> list[int]:
+        return self._backend.encode(text, add_special_tokens=False).ids
+
+    def encode_parts(self, parts: Sequence[str | int], controls: Mapping[str, int]) -> list[int]:
+        if self._apart is None:
+            self._apart = _Apart.of(self._backend, controls)
+        return self._apart.encode(parts)
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return self._backend.decode(list(ids), skip_special_tokens=True)
+
+    def tokenizer_config(self) -> dict[str, Any]:
+        return {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False} | dict(
+            self.vocabulary.names
+        )
+
+
+class SentencePieceLibrary:
+    """tokenizer.model through tensorflow_text.
+
+    SentencePiece puts a space before the text it is given. Between control tokens only the beginning of the whole text
+    gets one, as in `transformers` (all pieces do where tokenizer_config.json says `"legacy": true`).
+    """
+
+    def __init__(self, model: bytes, config: Mapping[str, Any], path: Path, template: str | None):
+        self._legacy = config.get("legacy") is True
+        try:
+            self._model = SentencePieceModel(model)
+        except (ValueError, UnicodeDecodeError) as error:
+            raise TokenizerError(
+                path, f"not a SentencePiece model ({error})", "Copy the file again, or bring the model's tokenizer.json"
+            ) from error
+        pieces, types, trainer = self._model.pieces, self._model.types, self._model.trainer
+        self._size = len(pieces)
+        ids = {piece: number for number, piece in enumerate(pieces)}
+        names = self._names(config, pieces, trainer)
+        special = {piece: ids[piece] for piece, kind in zip(pieces, types, strict=True) if kind == CONTROL}
+        self._extra: dict[str, int] = {}
+        listed = list(config.get("additional_special_tokens") or []) + list(config.get("extra_special_tokens") or [])
+        for number, token in (config.get("added_tokens_decoder") or {}).items():
+            if token.get("lstrip") or token.get("rstrip"):
+                raise TokenizerError(
+                    path.with_name("tokenizer_config.json"),
+                    f"added token {token['content']!r} takes the spaces beside it, which tokenizer.model cannot",
+                    "Save the tokenizer with transformers, so that the folder has a tokenizer.json",
+                )
+            if ids.setdefault(token["content"], int(number)) >= self._size:
+                self._extra[token["content"]] = int(number)
+            listed += [token["content"]] if token.get("special") else []
+        for token in [*(t["content"] if isinstance(t, dict) else t for t in listed), *names.values()]:
+            if token not in ids:
+                raise TokenizerError(
+                    path, f"has no piece {token!r}, which tokenizer_config.json names", "Correct the name there"
+                )
+            special[token] = ids[token]
+        defined = [piece for piece, kind in zip(pieces, types, strict=True) if kind == USER_DEFINED]
+        self.vocabulary = Vocabulary(
+            size=max([self._size - 1, *self._extra.values()]) + 1,
+            special=special,
+            added={text: ids[text] for text in (*defined, *self._extra) if text not in special},
+            names=names,
+            adds_bos="bos_token" in names and config.get("add_bos_token", True) is not False,
+            chat_template=template,
+        )
+        self._matched = chat.ControlStrings({**special, **self._extra}, frozenset())
+        self._bpe = trainer.get(MODEL_TYPE, 1) == BPE
+
+    @staticmethod
+    def _names(config: Mapping[str, Any], pieces: Sequence[str], trainer: Mapping[int, int]) -> dict[str, str]:
+        """Names from the model itself; tokenizer_config.json overrules it, a null there included."""
+        numbers = {name: trainer.get(field, default) for name, (field, default) in ROLE_FIELDS.items()}
+        # A role the model does not have is -1, written as 2**64 - 1.
+        names = {name: pieces[number] for name, number in numbers.items() if 0 <= number < len(pieces)}
+        return {name: text for name, text in names.items() if name not in config} | _special_names(config)
+
+    def _encode(self, parts: Sequence[str | int], unread: frozenset[int]) -> list[int]:
+        ids: list[int] = []
+        for index, part in enumerate(parts):
+            if isinstance(part, int):
+                ids.append(part)
+                continue
+            processor = self._model.processor(index == 0 or self._legacy, unread)
+            ids += processor.tokenize(part).numpy().tolist()
+        return ids
+
+    def _split(self, text: str, matched: chat.ControlStrings) -> list[str | int]:
+        return matched.parts(text, ())
+
+    def encode(self, text: str) -> list[int]:
+        return self._encode(self._split(text, self._matched), frozenset())
+
+    def encode_parts(self, parts: Sequence[str | int], controls: Mapping[str, int]) -> list[int]:
+        # Added tokens that are no control keep their meaning in text; pieces that are lose it.
+        extra = chat.ControlStrings({t: n for t, n in self._extra.items() if t not in controls}, frozenset())
+        split: list[str | int] = []
+        for part in parts:
+            split += [part] if isinstance(part, int) else self._split(part, extra)
+        return self._encode(split, frozenset(n for n in controls.values() if n < self._size))
+
+    def decode(self, ids: Sequence[int]) -> str:
+        text, run = "", []
+        names = {number: token for token, number in self._extra.items()}
+        for token in [*ids, None]:
+            if token is not None and token < self._size:
+                run.append(token)
+                continue
+            if run:
+                processor = self._model.processor(not text, frozenset())
+                text += processor.detokenize(run).numpy().decode("utf-8", errors="replace")
+                run = []
+            text += names.get(token, "") if token is not None else ""
+        return text
+
+    def tokenizer_config(self) -> dict[str, Any]:
+        kind = "LlamaTokenizer" if self._bpe else "PreTrainedTokenizerFast"
+        return {"tokenizer_class": kind, "legacy": self._legacy, **self.vocabulary.names}
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        content = path.read_bytes()
+    except FileNotFoundError:
+        return {}
+    try:
+        value = json.loads(content)
+    except ValueError as error:
+        raise TokenizerError(path, f"not valid JSON ({error})", _COPY_AGAIN) from error
+    if not isinstance(value, dict):
+        raise TokenizerError(path, f"holds a {type(value).__name__}, not a JSON object", _COPY_AGAIN)
+    return value
+
+
+_COPY_AGAIN = "Copy the file again from where the model came from"
+
+
+def _chat_template(folder: Path, config: Mapping[str, Any]) -> str | None:
+    """chat_template.jinja, else "chat_template" of tokenizer_config.json: a text, or named ones with a "default"."""
+    path = folder / "chat_template.jinja"
+    if path.is_file():
+        return path.read_text(encoding="utf-8")
+    template = config.get("chat_template")
+    if isinstance(template, list):
+        template = {entry["name"]: entry["template"] for entry in template}
+    if isinstance(template, dict):
+        if "default" not in template:
+            raise TokenizerError(
+                folder / "tokenizer_config.json",
+                f'has the chat templates {", ".join(map(repr, template))} and none named "default"',
+                'Name the one to use "default"',
+            )
+        template = template["default"]
+    return template
+
+
+def _eos_list(config: Mapping[str, Any]) -> list[int]:
+    eos = config.get("eos_token_id")
+    return [token for token in (eos if isinstance(eos, list) else [eos]) if isinstance(token, int)]
+
+
+def _refuse_pointer(path: Path) -> None:
+    with path.open("rb") as file:
+        head = file.read(64)
+    if not head:
+        raise TokenizerError(path, "the file is empty", _COPY_AGAIN)
+    if head.startswith(b"version https://git-lfs"):
+        raise TokenizerError(path, "a Git LFS pointer, not the file itself", "Run `git lfs pull` in the folder")
+
+
+def _load_hugging_face(folder: Path, config: Mapping[str, Any], template: str | None) -> HuggingFaceLibrary:
+    import transformers
+
+    path = folder / "tokenizer.json"
+    try:
+        kind = (config.get("tokenizer_class"), _read_json(folder / "config.json").get("model_type"))
+        if kind == ("PreTrainedTokenizerFast", "llama"):
+            # The class that AutoTokenizer comes to, too, but for the import of PyTorch, where that is installed.
+            tokenizer = transformers.PreTrainedTokenizerFast.from_pretrained(str(folder), local_files_only=True)
+        elif config.get("tokenizer_class") is not None:
+            tokenizer = transformers.AutoTokenizer.from_pretrained(
+                str(folder), trust_remote_code=False, local_files_only=True
+            )
+        else:
+            # Without a class in tokenizer_config.json the file counts as it stands: guessing the class from the model's
+            # type would rebuild a byte-level file by SentencePiece rules.
+            options = _names_by_id(folder, _read_json(path)) | _special_names(config)
+            tokenizer = transformers.PreTrainedTokenizerFast(
+                tokenizer_file=str(path), clean_up_tokenization_spaces=False, **options
+            )
+    except TokenizerError:
+        raise
+    except Exception as error:  # the tokenizers library raises bare Exception for a file it cannot read
+        _read_json(path)  # says more where the file is no JSON at all; big files are not parsed twice without need
+        raise TokenizerError(path, f"cannot be read ({type(error).__name__}: {error})", _COPY_AGAIN) from error
+    return HuggingFaceLibrary(tokenizer, folder, template)
+
+
+def _names_by_id(folder: Path, file: Mapping[str, Any]) -> dict[str, str]:
+    """{"eos_token": "</s>"} from special_tokens_map.json and the ids of config.json and generation_config.json."""
+    texts = {token["id"]: token["content"] for token in file.get("added_tokens") or []}
+    names = {}
+    model = {**_read_json(folder / "config.json"), **_read_json(folder / "generation_config.json")}
+    for name in ("bos_token", "eos_token", "pad_token"):
+        token = model.get(f"{name}_id")
+        token = token[0] if isinstance(token, list) and token else token
+        if token in texts:
+            names[name] = texts[token]
+    return names | _special_names(_read_json(folder / "special_tokens_map.json"))
+
+
+def _special_names(config: Mapping[str, Any]) -> dict[str, str]:
+    """Special tokens by name; each may be a string or an object with "content"."""
+    named = {name: config[name] for name in SPECIAL_NAMES if config.get(name) is not None}
+    return {name: value["content"] if isinstance(value, dict) else value for name, value in named.items()}
+
+
+def load_tokenizer(folder: str | Path) -> Tokenizer:
+    """The tokenizer of a model folder: tokenizer.json where there is one, else SentencePiece's tokenizer.model.
+
+    Raises TokenizerError (path, what is missing or corrupt, fix), chat.ChatTemplateError for a template that does not
+    parse. Code that a folder brings along is never run.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise TokenizerError(folder, "no such folder", "Give the folder that holds the model's tokenizer.json")
+    config = _read_json(folder / "tokenizer_config.json")
+    auto_map = config.get("auto_map")
+    if isinstance(auto_map, list) or (isinstance(auto_map, dict) and "AutoTokenizer" in auto_map):
+        raise TokenizerError(
+            folder / "tokenizer_config.json",
+            'asks for Python code of its own ("auto_map"), which jaxsi never runs',
+            'If tokenizer.json alone describes the tokenizer, remove "auto_map" and set "tokenizer_class" to '
+            '"PreTrainedTokenizerFast"',
+        )
+    template = _chat_template(folder, config)
+    json_path, model_path = folder / "tokenizer.json", folder / "tokenizer.model"
+    if json_path.is_file():
+        _refuse_pointer(json_path)
+        library: Library = _load_hugging_face(folder, config, template)
+    elif model_path.is_file():
+        _refuse_pointer(model_path)
+        library = SentencePieceLibrary(model_path.read_bytes(), config, model_path, template)
+    else:
+        found = ", ".join(sorted(path.name for path in folder.iterdir())[:12]) or "nothing"
+        raise TokenizerError(
+            folder,
+            f"has neither tokenizer.json nor tokenizer.model (it holds {found})",
+            "Copy it from where the model came from; a tokenizer of another format becomes a tokenizer.json by "
+            "transformers: AutoTokenizer.from_pretrained(FOLDER).save_pretrained(FOLDER)",
+        )
+    files = {name: (folder / name).read_bytes() for name in _KEPT_FILES if (folder / name).is_file()}
+    return Tokenizer(library, files, _eos_list(_read_json(folder / "generation_config.json")))

@@ -1,0 +1,107 @@
+"""Exact quality of what an SRT model answers after its own feedback, on the held-out instructions."""
+
+import dataclasses
+from typing import Any
+
+import numpy as np
+
+from jaxsi.lm import LM
+from jaxsi.runs import metrics
+from jaxsi.runs.records import Critique, Prompt, Response
+from jaxsi.runs.run import Scope, fold
+from jaxsi.sampling.generate import generate
+from jaxsi.stages.critique import continue_critique, marked_response
+from jaxsi.stages.prompts.critique import CritiqueTemplate
+from jaxsi.toyworld import world
+from jaxsi.toyworld.evaluate import ToyEvaluation, quality
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RefinedEvaluation:
+    """What is measured: drafts at temperature 0.7, then feedback and refinement at temperature 0, with the noise of
+    ``ToyEvaluation``. ``reranked_prompts``: as many are also answered by re-ranking."""
+
+    num_prompts: int = 500
+    num_samples: int = 4
+    reranked_prompts: int = 250
+
+    def __call__(self, lm: LM, config: Any, scope: Scope, refine: bool) -> dict[str, Any]:
+        """One iteration's figures, by the run's ``config.template`` and ``config.critique``; of the first responses
+        alone where ``refine`` is False."""
+        prompts = world.evaluation_prompts(self.num_prompts)
+        sampled = ToyEvaluation(num_prompts=self.num_prompts, num_samples=self.num_samples)
+        if not refine or config.refinement_only:
+            return quality(prompts, scope.records("eval_responses", sampled.sample, lm, of=Response))[1]
+        template: CritiqueTemplate = config.template
+        key = fold(sampled.key, "critique")
+
+        def draft(count: int, asked: list[Prompt], name: str) -> list[Response]:
+            return generate(
+                lm, asked, num_samples=count, temperature=sampled.temperature, top_p=sampled.top_p,
+                max_new_tokens=sampled.max_new_tokens, stop_text=template.feedback, key=fold(sampled.key, name),
+                batch_size=512,
+            )  # fmt: skip
+
+        def criticise(drafts: list[Response]) -> list[Critique]:
+            return continue_critique(lm, prompts, drafts, template, config.critique, key)
+
+        drafts = scope.records("eval_drafts", draft, self.num_samples, prompts, "drafts", of=Response)
+        critiques = scope.records("eval_critiques", criticise, drafts, of=Critique)
+        first = [dataclasses.replace(d, text=text_of(d, template)) for d in drafts]
+        refined = [
+            d if c.improved is None else written(lm, d, c.improved, template)
+            for d, c in zip(first, critiques, strict=True)
+        ]
+        graded_first, of_first = quality(prompts, first)
+        _, figures = quality(prompts, refined)
+        scored = [(c.score, graded_first[c.id], c.prompt_id) for c in critiques if c.score is not None]
+        agreement = metrics.pairwise_agreement(*map(list, zip(*scored, strict=True))) if scored else None
+        return figures | {
+            "first": of_first["quality"],
+            "gain_of_refining": dict(zip(("mean", "low", "high"), metrics.mean_ci(
+                np.asarray(figures["by_prompt"]) - np.asarray(of_first["by_prompt"]), seed=0), strict=True)),
+            "feedback_rate": float(np.mean([template.unmarked(d.text) is not None for d in drafts])),
+            "refined_rate": float(np.mean([c.improved is not None for c in critiques])),
+            "judge_agreement": None if agreement is None else agreement.agreement,
+            "parse_rate": len(scored) / len(critiques),
+            "reranked": self.reranked(
+                lm, prompts, drafts, critiques, figures["by_prompt"], draft, criticise, scope, template
+            ),
+        }  # fmt: skip
+
+    def reranked(
+        self, lm: LM, prompts: Any, drafts: Any, critiques: Any, by_prompt: Any, draft: Any, criticise: Any,
+        scope: Scope, template: CritiqueTemplate,
+    ) -> dict[str, Any]:  # fmt: skip
+        """The best by the model's own score of as many drafts as cost what refining one costs, in generated tokens:
+        one draft with its feedback and refinement buys n drafts with a feedback through its score each. Of equal scores
+        the first."""
+        asked = prompts[: self.reranked_prompts]
+        draft_cost = np.mean([len(d.token_ids) for d in drafts])
+        full = np.mean([len(lm.tokenizer.encode_text(c.text)) for c in critiques])
+        short = np.mean([len(lm.tokenizer.encode_text(c.text.partition(template.improved)[0])) for c in critiques])
+        count = max(2, int(np.ceil((draft_cost + full) / (draft_cost + short))))
+        many = scope.records("eval_reranked_drafts", draft, count, asked, "reranked", of=Response)
+        scored = scope.records("eval_reranked_scores", criticise, many, of=Critique)
+        scores = {c.id: -np.inf if c.score is None else c.score for c in scored}  # a score of 0 is one
+        best: dict[str, Response] = {}
+        for response in many:
+            held = best.get(response.prompt_id)
+            if held is None or scores[response.id] > scores[held.id]:
+                best[response.prompt_id] = response
+        chosen = [dataclasses.replace(r, text=text_of(r, template)) for r in best.values()]
+        _, figures = quality(asked, chosen)
+        gain = np.asarray(by_prompt[: len(asked)]) - np.asarray(figures["by_prompt"])
+        return {"samples": count, "quality": figures["quality"], "refined_is_better_by": metrics.mean_ci(gain, seed=0)}
+
+
+def text_of(draft: Response, template: CritiqueTemplate) -> str:
+    """The response in a draft, without what begins its feedback."""
+    body = template.unmarked(draft.text)
+    return draft.text if body is None else body
+
+
+def written(lm: LM, draft: Response, text: str, template: CritiqueTemplate) -> Response:
+    """The refined response in its draft's place."""
+    made = marked_response(lm.tokenizer, draft.id, draft.prompt_id, text, template, lm.fingerprint)
+    return dataclasses.replace(made, sample=draft.sample, text=text)

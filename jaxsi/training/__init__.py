@@ -1,0 +1,1 @@
+"""Batches, losses, the optimizer, and the loops of SFT, DPO, RL and reward models."""

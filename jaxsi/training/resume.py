@@ -1,0 +1,93 @@
+"""What training leaves on disk: points to go on from, the result, which counts once it is complete, and the log."""
+
+import json
+import math
+import shutil
+from pathlib import Path
+from typing import Any, TypeVar
+
+import jax
+
+from jaxsi import lm as lmlib
+from jaxsi.lm import LM
+from jaxsi.runs import checkpoint
+from jaxsi.runs.run import Scope
+
+Restored = TypeVar("Restored")
+
+
+def finished(lm: LM, scope: Scope) -> LM | None:
+    """The scope's trained model, where an earlier run has made it."""
+    folder = scope.path / "checkpoint"
+    if not checkpoint.is_complete(folder / "weights"):
+        return None
+    remove(scope.path / "resume")  # where a run was killed just before it did so itself
+    return lm.replace(checkpoint.restore(folder / "weights", jax.tree.map(_abstract, lm.weights)))
+
+
+def _abstract(x: jax.Array) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding)
+
+
+def resumed(start: Restored, folder: Path, step: int | None = None) -> Restored:
+    """The newest sound state in ``folder`` (or that of ``step``), or ``start``."""
+    saved = checkpoint.latest(folder) if step is None else folder / f"{step:08d}"
+    if saved is None:
+        return start
+    abstract = jax.tree.map(_abstract, start)
+    jax.tree.map(lambda x: x.delete(), start)  # first: a run that just fits in memory must be able to resume
+    return checkpoint.restore(saved, abstract)
+
+
+def compared(folder: Path) -> int:
+    """The step of the model that early stopping compared last, by the newest sound point in ``folder``; or 0."""
+    saved = checkpoint.latest(folder)
+    return 0 if saved is None else checkpoint.read_meta(saved)["compared"] or 0
+
+
+def save_resume(folder: Path, state: Any, *, done: int, compared: int | None = None) -> None:
+    """One newest resume point, of ``done`` steps: older ones go when it is complete, but for that of ``compared``."""
+    target = folder / f"{done:08d}"
+    checkpoint.save(target, state, {"step": done, "compared": compared})
+    for old in folder.iterdir():
+        if old not in (target, folder / f"{compared or 0:08d}"):
+            remove(old)
+
+
+def save_result(trained: LM, state: Any, scope: Scope, meta: dict[str, Any]) -> None:
+    """The scope's checkpoint, with the moments of ``state`` (a train.State or None). Its weights come last: with them
+    it counts as complete."""
+    folder = scope.path / "checkpoint"
+    remove(folder / "optimizer")  # complete, where a run was killed between the two
+    if state is not None:
+        moments = {"moments": state.moments, "step": state.step}
+        checkpoint.save(folder / "optimizer", moments, {"data_position": int(state.step)})
+    lmlib.save_checkpoint(trained, folder, meta)
+    remove(scope.path / "resume")
+
+
+def remove(folder: Path) -> None:
+    """What a killed process left there, or what is no longer wanted (process 0)."""
+    if jax.process_index() == 0:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+class Log:
+    """train.jsonl, one line each few steps; on resume the lines after the checkpoint are dropped."""
+
+    def __init__(self, path: Path, done: int, total: int) -> None:
+        self.path, self.total = path, total
+        if jax.process_index() != 0:
+            return
+        path.parent.mkdir(parents=True, exist_ok=True)
+        lines = path.read_text().splitlines() if path.exists() else []
+        kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= done]
+        path.write_text("".join(line + "\n" for line in kept))
+
+    def write(self, step: int, learning_rate: float, metrics: dict[str, jax.Array]) -> None:
+        values = {name: float(value) for name, value in jax.device_get(metrics).items()}
+        row = {"step": step, "of": self.total, "learning_rate": learning_rate, **values}
+        if jax.process_index() == 0:
+            with self.path.open("a") as file:
+                safe = {k: v if not isinstance(v, float) or math.isfinite(v) else None for k, v in row.items()}
+                file.write(json.dumps(safe) + "\n")

@@ -1,0 +1,500 @@
+"""On-policy reinforcement learning with a KL to a frozen reference: ``ppo`` and ``rloo`` on shared parts.
+
+    for step = 1 .. S:
+        y_i^g ~ pi(. | x_i)                                   g = 1 .. G, temperature 1, the whole distribution
+        r_i^g = reward(x_i, y_i^g)                            less a penalty where the token limit cut y off
+        A     from r and from log pi - log pi_ref             ``rloo`` or ``ppo``
+        pi    <- clipped policy gradient on A, by minibatches
+
+RLOO (Ahmadian et al. 2024, arXiv 2402.14740): R = r - kl_coef * sum_t log(pi / pi_ref), A = R less the mean R of the
+prompt's other responses. PPO (Schulman et al. 2017): the KL is paid token by token, a value model and GAE give A.
+Everything that is drawn is named by step, prompt and sample, so a run that was killed goes on with the same noise.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from jaxsi.lm import LM, save_checkpoint, tokens_array
+from jaxsi.model import decoder, mesh as meshlib
+from jaxsi.model.decoder import ModelConfig, Remat, Weights
+from jaxsi.runs import preemption
+from jaxsi.runs.progress import progress
+from jaxsi.runs.records import Prompt, Response
+from jaxsi.runs.run import Scope
+from jaxsi.sampling.generate import bucket, generate
+from jaxsi.text.chat import render_prompt
+from jaxsi.training import losses, optim, resume, train
+from jaxsi.training.optim import OptimConfig
+from jaxsi.training.reward import lm_config, with_scalar_head
+
+Reward = Callable[[Sequence[Prompt], Sequence[Response]], np.ndarray]
+Monitor = Callable[[Sequence[Prompt], Sequence[Response], np.ndarray], Mapping[str, float]]
+MAX_BAD = 0.5  # share of rewards in a step that may be no number
+
+
+class RLError(RuntimeError):
+    """Reinforcement learning that cannot go on: too few prompts, or rewards that are not numbers."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RLConfig:
+    """How to reinforce. A step samples ``prompts_per_step`` x ``group_size`` responses and goes over them ``epochs``
+    times in minibatches of ``batch_size`` rows.
+
+    ``cut_off_penalty`` is taken from the reward of a response that the token limit ended: it has no end to be judged.
+    """
+
+    optim: OptimConfig
+    steps: int
+    prompts_per_step: int = 64
+    group_size: int = 4
+    epochs: int = 1
+    batch_size: int = 256
+    accumulate: int = 1
+    kl_coef: float = 0.05
+    clip: float = 0.2
+    cut_off_penalty: float = 1.0
+    max_new_tokens: int = 512
+    remat: Remat = "full"
+    dtype: str = "bfloat16"
+    checkpoint_every: int = 50
+    log_every: int = 1
+
+    def __post_init__(self) -> None:
+        numbers = {name: value for name, value in vars(self).items() if type(value) is int}
+        if wrong := [f"{name} is {value}" for name, value in numbers.items() if value < 1]:
+            raise ValueError(f"{', '.join(wrong)}; the least is 1")
+        if self.rows % self.batch_size or self.batch_size % self.accumulate:
+            raise ValueError(
+                f"prompts_per_step {self.prompts_per_step} x group_size {self.group_size} = {self.rows} rows, "
+                f"batch_size {self.batch_size}, accumulate {self.accumulate}: each divides the one before"
+            )
+        if self.kl_coef < 0 or not 0 < self.clip < 1 or self.cut_off_penalty < 0:
+            raise ValueError(
+                f"kl_coef is {self.kl_coef} (>= 0), clip {self.clip} (in (0, 1)), cut_off_penalty "
+                f"{self.cut_off_penalty} (>= 0)"
+            )
+
+    @property
+    def rows(self) -> int:
+        """Responses a step."""
+        return self.prompts_per_step * self.group_size
+
+    @property
+    def rows_at_once(self) -> int:
+        """Responses that go through a model together."""
+        return self.batch_size // self.accumulate
+
+    @property
+    def updates(self) -> int:
+        """Optimizer steps of the whole training."""
+        return self.steps * self.epochs * (self.rows // self.batch_size)
+
+    def check(self, mesh: Mesh) -> None:
+        """Raises MeshError where the rows of a micro-batch do not divide among the devices."""
+        rows, parts = self.rows_at_once, meshlib.axis_size(mesh, "batch")
+        if rows % parts:
+            raise meshlib.MeshError(
+                f"batch_size {self.batch_size} / accumulate {self.accumulate} = {rows} rows do not divide among the "
+                f"{parts} parts of the batch (mesh axes data x fsdp); change one of the three"
+            )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PPOConfig:
+    """What PPO has beside ``RLConfig``: discount ``gamma``, GAE's ``lam``, and the range of the clipped value."""
+
+    gamma: float = 1.0
+    lam: float = 0.95
+    value_clip: float = 0.2
+
+    def __post_init__(self) -> None:
+        if not 0 < self.gamma <= 1 or not 0 <= self.lam <= 1 or self.value_clip <= 0:
+            raise ValueError(
+                f"gamma is {self.gamma} (in (0, 1]), lam {self.lam} (in [0, 1]), value_clip {self.value_clip} (> 0)"
+            )
+
+
+class RolloutBatch(NamedTuple):
+    """Responses after their prompts, one a row: segments are 1, then 0. loss_mask True at the response's tokens;
+    ``old_logps_BT``: of the policy that sampled; values and returns are zeros without a value model. A row without a
+    mask is fill, or had no reward."""
+
+    tokens_BT: Any
+    segments_BT: Any
+    loss_mask_BT: Any
+    old_logps_BT: Any
+    advantages_BT: Any
+    old_values_BT: Any
+    returns_BT: Any
+
+    @property
+    def lengths_B(self) -> jax.Array:
+        """The tokens of each row, padding behind them."""
+        return jnp.sum(self.segments_BT, axis=1)
+
+
+# ----------------------------------------------------------------------------------------------------------- advantages
+
+
+def leave_one_out(returns_PG: np.ndarray) -> np.ndarray:
+    """Each return less the mean of its group's others [P, G]; NaN returns count for nothing and stay NaN. The
+    advantages of a group sum to 0. A group with one number gets 0."""
+    valid_PG = np.isfinite(returns_PG)
+    count_P1 = valid_PG.sum(axis=1, keepdims=True)
+    total_P1 = np.where(valid_PG, returns_PG, 0.0).sum(axis=1, keepdims=True)
+    others_PG = (total_P1 - returns_PG) / np.maximum(count_P1 - 1, 1)
+    return np.where(valid_PG, np.where(count_P1 > 1, returns_PG - others_PG, 0.0), np.nan)
+
+
+@functools.partial(jax.jit, static_argnames=("gamma", "lam"))
+def gae(
+    rewards_BT: jax.Array, values_BT: jax.Array, mask_BT: jax.Array, *, gamma: float, lam: float
+) -> tuple[jax.Array, jax.Array]:
+    """Advantages and returns [B, T] by generalised advantage estimation (Schulman et al. 2016, equation 16).
+
+    ``values_BT`` is the value of the text before each token; behind a row's last True in ``mask_BT`` the value is 0.
+    The True positions of a row are one run.
+    """
+    next_values_BT = jnp.where(jnp.roll(mask_BT, -1, axis=1), jnp.roll(values_BT, -1, axis=1), 0.0)
+    next_values_BT = next_values_BT.at[:, -1].set(0.0)
+    deltas_BT = jnp.where(mask_BT, rewards_BT + gamma * next_values_BT - values_BT, 0.0)
+
+    def back(later_B: jax.Array, inputs: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        delta_B, mask_B = inputs
+        advantage_B = jnp.where(mask_B, delta_B + gamma * lam * later_B, 0.0)
+        return advantage_B, advantage_B
+
+    start_B = jnp.zeros(rewards_BT.shape[0])
+    _, advantages_TB = jax.lax.scan(back, start_B, (deltas_BT.T, mask_BT.T), reverse=True)
+    advantages_BT = advantages_TB.T
+    return advantages_BT, jnp.where(mask_BT, advantages_BT + values_BT, 0.0)
+
+
+# --------------------------------------------------------------------------------------------------------------- losses
+
+
+@dataclasses.dataclass(frozen=True)
+class PolicyLoss:
+    """The clipped policy gradient of a ``RolloutBatch``. Equal fields are one compiled program."""
+
+    config: ModelConfig
+    mesh: Mesh
+    dtype: str
+    remat: Remat
+    clip: float
+
+    def __call__(self, weights: Weights, batch: RolloutBatch) -> tuple[losses.Loss, train.Metrics]:
+        logps_BT = decoder.sequence_logps(
+            weights, self.config, batch.tokens_BT, lengths_B=batch.lengths_B,
+            dtype=jnp.dtype(self.dtype), remat=self.remat, mesh=self.mesh,
+        )  # fmt: skip
+        mask_BT = batch.loss_mask_BT
+        loss = losses.ppo_clip(logps_BT, batch.old_logps_BT, batch.advantages_BT, mask_BT, clip=self.clip)
+        ratio_BT = jnp.exp(jnp.where(mask_BT, logps_BT - batch.old_logps_BT, 0.0))
+        mean = lambda x_BT: (jnp.sum(jnp.where(mask_BT, x_BT, 0.0)), loss[1])  # noqa: E731
+        return loss, {"ratio": mean(ratio_BT), "clipped": mean(jnp.abs(ratio_BT - 1) > self.clip)}
+
+
+def token_values(
+    weights: Weights, batch: RolloutBatch, *, config: ModelConfig, mesh: Mesh, dtype: str, remat: Remat
+) -> jax.Array:
+    """The value [B, T] of the text before each token: the scalar head's number one token earlier."""
+    values_BT = decoder.scalar_values(
+        weights, config, batch.tokens_BT, lengths_B=batch.lengths_B,
+        dtype=jnp.dtype(dtype), remat=remat, mesh=mesh,
+    )  # fmt: skip
+    return jnp.roll(values_BT, 1, axis=1).at[:, 0].set(0.0)
+
+
+@dataclasses.dataclass(frozen=True)
+class ValueLoss:
+    """The clipped value loss of a ``RolloutBatch``. Equal fields are one compiled program."""
+
+    config: ModelConfig
+    mesh: Mesh
+    dtype: str
+    remat: Remat
+    clip: float
+
+    def __call__(self, weights: Weights, batch: RolloutBatch) -> tuple[losses.Loss, train.Metrics]:
+        values_BT = token_values(weights, batch, config=self.config, mesh=self.mesh, dtype=self.dtype, remat=self.remat)
+        loss = losses.value_clip(values_BT, batch.old_values_BT, batch.returns_BT, batch.loss_mask_BT, clip=self.clip)
+        return loss, {}
+
+
+@functools.partial(jax.jit, static_argnames=("config", "mesh", "dtype"))
+def _logps(weights: Weights, batch: RolloutBatch, *, config: ModelConfig, mesh: Mesh, dtype: str) -> jax.Array:
+    return decoder.sequence_logps(
+        weights, config, batch.tokens_BT, lengths_B=batch.lengths_B,
+        dtype=jnp.dtype(dtype), mesh=mesh,
+    )  # fmt: skip
+
+
+_values = jax.jit(token_values, static_argnames=("config", "mesh", "dtype", "remat"))
+
+
+# ------------------------------------------------------------------------------------------------------------- rollouts
+
+
+class Rollouts(NamedTuple):
+    """One step's responses, prompt-major, as NumPy: ``batch`` without advantages; rewards_B float64, NaN where there
+    is none; ref_logps_BT of the reference; and what was measured."""
+
+    batch: RolloutBatch
+    rewards_B: np.ndarray
+    ref_logps_BT: np.ndarray
+    metrics: dict[str, float]
+
+
+def roll_out(
+    policy: LM,
+    reference: LM,
+    prompts: Sequence[Prompt],
+    reward: Reward,
+    config: RLConfig,
+    key: jax.Array,
+    monitor: Monitor | None = None,
+) -> Rollouts:
+    """Samples ``group_size`` responses to each prompt, and scores them by the reward, the policy and the reference.
+
+    Raises: RLError where more than half of the rewards are not finite, naming a prompt.
+    """
+    responses = generate(
+        policy, prompts, num_samples=config.group_size, temperature=1.0, top_p=1.0,
+        max_new_tokens=config.max_new_tokens, key=key, batch_size=config.batch_size,
+    )  # fmt: skip
+    rewards_B = np.asarray(reward(prompts, responses), np.float64)
+    bad = np.flatnonzero(~np.isfinite(rewards_B))
+    if rewards_B.shape != (len(responses),) or len(bad) > MAX_BAD * len(responses):
+        where = f"the first is for {responses[bad[0]].prompt_id!r}" if len(bad) else f"shape {rewards_B.shape}"
+        raise RLError(
+            f"{len(bad)} of the rewards of {len(responses)} responses are not numbers ({where}); look at the reward"
+        )
+    measured = {} if monitor is None else dict(monitor(prompts, responses, rewards_B))
+    cut_off_B = np.asarray([response.finish_reason == "length" for response in responses])
+    rewards_B = np.where(np.isfinite(rewards_B), rewards_B - config.cut_off_penalty * cut_off_B, np.nan)
+    batch, sampler_BT = _rows(policy, prompts, responses)
+    mask_BT = batch.loss_mask_BT
+    old_BT, ref_BT = (_logps_of(lm, batch, config) for lm in (policy, reference))
+    difference_BT = np.where(mask_BT, old_BT - ref_BT, 0.0)
+    groups_PG = rewards_B.reshape(-1, config.group_size)
+    metrics = {
+        "reward": float(np.nanmean(rewards_B)),
+        "reward_std": float(np.nanstd(rewards_B)),
+        "kl": float(difference_BT.sum() / len(responses)),  # nats a response
+        # Schulman's k3: never negative, of less variance.
+        "kl_k3": float(np.where(mask_BT, np.expm1(-difference_BT) + difference_BT, 0.0).sum() / mask_BT.sum()),
+        "entropy": float(-np.where(mask_BT, old_BT, 0.0).sum() / mask_BT.sum()),
+        "sampler_gap": float(np.abs(np.where(mask_BT, sampler_BT - old_BT, 0.0)).max()),
+        "length": float(mask_BT.sum() / len(responses)),
+        "cut_off": float(cut_off_B.mean()),
+        "no_reward": float(len(bad)),
+        "even_groups": float(np.mean(np.ptp(np.nan_to_num(groups_PG), axis=1) == 0)),
+        **measured,
+    }
+    mask_BT = mask_BT & np.isfinite(rewards_B)[:, None]
+    return Rollouts(batch._replace(loss_mask_BT=mask_BT, old_logps_BT=old_BT), rewards_B, ref_BT, metrics)
+
+
+def _rows(policy: LM, prompts: Sequence[Prompt], responses: Sequence[Response]) -> tuple[RolloutBatch, np.ndarray]:
+    """The rows of a step as NumPy, and the log-probabilities that the sampler gave."""
+    heads = {prompt.id: render_prompt(policy.tokenizer, prompt.messages) for prompt in prompts}
+    rows = [[*heads[response.prompt_id], *response.token_ids] for response in responses]
+    T = bucket(max(map(len, rows)), 64)
+    sampler_BT = np.zeros((len(rows), T), np.float32)
+    mask_BT = np.zeros((len(rows), T), bool)
+    for i, (row, response) in enumerate(zip(rows, responses, strict=True)):
+        start = len(row) - len(response.token_ids)
+        mask_BT[i, start : len(row)] = True
+        sampler_BT[i, start : len(row)] = response.logps
+    tokens_BT = tokens_array(rows, T, 0)
+    segments_BT = (np.arange(T)[None] < np.asarray(list(map(len, rows)))[:, None]).astype(np.int32)
+    zeros_BT = np.zeros((len(rows), T), np.float32)
+    return RolloutBatch(tokens_BT, segments_BT, mask_BT, *[zeros_BT] * 4), sampler_BT
+
+
+def _place(batch: RolloutBatch, rows: np.ndarray | slice, mesh: Mesh) -> RolloutBatch:
+    return jax.tree.map(lambda x: meshlib.put(x[rows], mesh, ("batch", None)), batch)
+
+
+def _in_parts(function: Callable[[RolloutBatch], jax.Array], batch: RolloutBatch, config: RLConfig, mesh: Mesh) -> Any:
+    """``function`` of a whole step's rows, in micro-batches: its values [B, T] as NumPy."""
+    size = config.rows_at_once
+    parts = [slice(start, start + size) for start in range(0, len(batch.tokens_BT), size)]
+    return np.concatenate([meshlib.fetch(function(_place(batch, rows, mesh))) for rows in parts])
+
+
+def _logps_of(lm: LM, batch: RolloutBatch, config: RLConfig) -> np.ndarray:
+    program = functools.partial(_logps, lm.weights, config=lm.config, mesh=lm.mesh, dtype=config.dtype)
+    return _in_parts(program, batch, config, lm.mesh)
+
+
+def prompts_of_step(prompts: Sequence[Prompt], step: int, config: RLConfig, seed: int) -> list[Prompt]:
+    """The prompts of step number ``step``: each epoch deals all of them once, in an order of its own."""
+    per_epoch = len(prompts) // config.prompts_per_step
+    if per_epoch == 0:
+        raise RLError(
+            f"{len(prompts)} prompts for steps of prompts_per_step = {config.prompts_per_step}; give more, or lower it"
+        )
+    epoch, place = divmod(step, per_epoch)
+    order = np.random.default_rng([seed, epoch]).permutation(len(prompts))
+    return [prompts[i] for i in order[place * config.prompts_per_step :][: config.prompts_per_step]]
+
+
+def minibatches(rows: int, config: RLConfig, seed: int, step: int) -> list[np.ndarray]:
+    """The row numbers of each optimizer step: every epoch its own order, but one where a step is one batch."""
+    if rows == config.batch_size:
+        return [np.arange(rows)] * config.epochs
+    orders = [np.random.default_rng([seed, step, epoch]).permutation(rows) for epoch in range(config.epochs)]
+    return [order[k : k + config.batch_size] for order in orders for k in range(0, rows, config.batch_size)]
+
+
+# ----------------------------------------------------------------------------------------------------- the two learners
+
+
+def rloo(
+    policy: LM,
+    reference: LM,
+    prompts: Sequence[Prompt],
+    reward: Reward,
+    config: RLConfig,
+    scope: Scope,
+    *,
+    monitor: Monitor | None = None,
+) -> LM:
+    """Reinforces ``policy`` with the leave-one-out baseline; the result is also the scope's checkpoint.
+
+    Raises: ValueError for groups of one response, which have no others to be compared with.
+    """
+    if config.group_size < 2:
+        raise ValueError(f"group_size is {config.group_size}; leave-one-out needs at least 2 responses to a prompt")
+
+    def with_advantages(rollouts: Rollouts, _: Any) -> RolloutBatch:
+        batch, mask_BT = rollouts.batch, rollouts.batch.loss_mask_BT
+        kl_B = np.where(mask_BT, batch.old_logps_BT - rollouts.ref_logps_BT, 0.0).sum(axis=1)
+        returns_PG = (rollouts.rewards_B - config.kl_coef * kl_B).reshape(-1, config.group_size)
+        advantages_B1 = np.nan_to_num(leave_one_out(returns_PG)).reshape(-1, 1)
+        return batch._replace(advantages_BT=np.where(mask_BT, advantages_B1, 0.0).astype(np.float32))
+
+    return _reinforce(policy, reference, None, prompts, reward, config, scope, with_advantages, 0.0, monitor)
+
+
+def ppo(
+    policy: LM,
+    reference: LM,
+    prompts: Sequence[Prompt],
+    reward: Reward,
+    config: RLConfig,
+    scope: Scope,
+    *,
+    monitor: Monitor | None = None,
+    value: LM | None = None,
+    extra: PPOConfig = PPOConfig(),
+) -> LM:
+    """Reinforces ``policy`` with a value model and GAE; the policy is the scope's checkpoint, the value model that of
+    scope/value.
+
+    Args:
+      value: where the value model begins; by default with the policy's decoder and a head of zeros.
+    """
+    value = with_scalar_head(policy) if value is None else value
+    config_of_value = lm_config(value)
+
+    def with_advantages(rollouts: Rollouts, weights: Weights) -> RolloutBatch:
+        batch, mask_BT = rollouts.batch, rollouts.batch.loss_mask_BT
+        program = functools.partial(
+            _values, weights, config=config_of_value, mesh=value.mesh, dtype=config.dtype, remat="none"
+        )
+        values_BT = np.where(mask_BT, _in_parts(program, batch, config, value.mesh), 0.0)
+        rewards_BT = -config.kl_coef * np.where(mask_BT, batch.old_logps_BT - rollouts.ref_logps_BT, 0.0)
+        last_B = mask_BT.shape[1] - 1 - np.argmax(mask_BT[:, ::-1], axis=1)
+        rewards_BT[np.arange(len(last_B)), last_B] += np.nan_to_num(rollouts.rewards_B)
+        advantages_BT, returns_BT = gae(rewards_BT, values_BT, mask_BT, gamma=extra.gamma, lam=extra.lam)
+        advantages_BT = np.asarray(advantages_BT)
+        inside = advantages_BT[mask_BT]
+        whitened_BT = np.where(mask_BT, (advantages_BT - inside.mean()) / (inside.std() + 1e-8), 0.0)
+        error, spread = np.asarray(returns_BT)[mask_BT] - values_BT[mask_BT], np.asarray(returns_BT)[mask_BT].var()
+        rollouts.metrics["explained_variance"] = float(1 - error.var() / (spread + 1e-8))
+        return batch._replace(
+            advantages_BT=whitened_BT.astype(np.float32),
+            old_values_BT=values_BT.astype(np.float32),
+            returns_BT=np.asarray(returns_BT, np.float32),
+        )
+
+    return _reinforce(
+        policy, reference, value, prompts, reward, config, scope, with_advantages, extra.value_clip, monitor
+    )
+
+
+def _reinforce(
+    policy: LM,
+    reference: LM,
+    value: LM | None,
+    prompts: Sequence[Prompt],
+    reward: Reward,
+    config: RLConfig,
+    scope: Scope,
+    with_advantages: Callable[[Rollouts, Any], RolloutBatch],
+    value_clip: float,
+    monitor: Monitor | None,
+) -> LM:
+    """The loop that both learners share: roll out, advantages, minibatches; resumable at every checkpoint."""
+    if (made := resume.finished(policy, scope)) is not None:
+        return made
+    config.check(policy.mesh)
+    policy.release()
+    learners = {"policy": policy} if value is None else {"policy": policy, "value": value}
+    policy_loss = PolicyLoss(policy.config, policy.mesh, config.dtype, config.remat, config.clip)
+    loss_of: dict[str, Any] = {"policy": policy_loss}
+    if value is not None:
+        loss_of["value"] = ValueLoss(value.config, value.mesh, config.dtype, config.remat, value_clip)
+    rates = np.asarray(jax.vmap(optim.schedule(config.optim, config.updates))(jnp.arange(config.updates)), np.float32)
+    per_step = config.updates // config.steps
+    seed = train.seed_of(scope, "rl")
+    with scope.timed("rl"), progress(f"{scope.name}/rl", config.steps) as advance, preemption.polled():
+        start = {name: train.initial_state(lm.weights, config.optim) for name, lm in learners.items()}
+        states = resume.resumed(start, scope.path / "resume")
+        done = int(states["policy"].step) // per_step
+        log = resume.Log(scope.path / "train.jsonl", done, config.steps)
+        advance(done, False)
+        for step in range(done, config.steps):
+            # The name is no fingerprint: rollouts are not stored, and reading every weight at each step costs time.
+            now = dataclasses.replace(policy, weights=states["policy"].weights, identity=f"{scope.name} step {step}")
+            chosen = prompts_of_step(prompts, step, config, seed)
+            rollouts = roll_out(now, reference, chosen, reward, config, scope.key("rollouts", step), monitor)
+            now.release()
+            batch = with_advantages(rollouts, states["value"].weights if value is not None else None)
+            metrics: dict[str, Any] = dict(rollouts.metrics)
+            rate = rates[step * per_step]
+            for k, rows in enumerate(minibatches(config.rows, config, seed, step)):
+                part, rate = _place(batch, rows, policy.mesh), rates[step * per_step + k]
+                for name, loss in loss_of.items():
+                    states[name], learnt = train.train_step(
+                        states[name], part, rate, loss=loss, optimizer=config.optim, accumulate=config.accumulate
+                    )
+                    metrics |= learnt if name == "policy" else {f"value_{n}": x for n, x in learnt.items()}
+            advance(1, True)
+            last = step + 1 == config.steps
+            if (step + 1) % config.log_every == 0 or last:
+                log.write(step + 1, float(rate), metrics)
+                train.check_skipped(states["policy"], step + 1, config.steps, scope)
+            stopping = preemption.asked() and not last
+            if not last and (stopping or (step + 1) % config.checkpoint_every == 0):
+                resume.save_resume(scope.path / "resume", states, done=step + 1)
+            if stopping:
+                raise preemption.Stopped(f"{scope.path}: training is kept up to step {step + 1} of {config.steps}")
+        if value is not None:
+            trained_value = value.replace(states["value"].weights)
+            resume.remove(scope.path / "value")  # complete, where a run was killed between the two
+            save_checkpoint(trained_value, scope.path / "value", {"step": config.steps})
+        trained = policy.replace(states["policy"].weights)
+        resume.save_result(trained, states["policy"], scope, {"step": config.steps})
+    return trained

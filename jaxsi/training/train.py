@@ -1,0 +1,434 @@
+"""The train step, the loop around it, and the two ways to train that the methods share: ``sft`` and ``dpo``."""
+
+import dataclasses
+import functools
+import hashlib
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.sharding import Mesh
+
+from jaxsi.lm import LM
+from jaxsi.model import decoder, mesh as meshlib
+from jaxsi.model.decoder import ModelConfig, Remat, Weights
+from jaxsi.runs import preemption
+from jaxsi.runs.progress import progress
+from jaxsi.runs.records import PreferencePair, SFTExample
+from jaxsi.runs.run import Scope
+from jaxsi.training import batches as data, losses, optim, resume
+from jaxsi.training.batches import Batches, PairBatch, Sequence_, TokenBatch
+from jaxsi.training.losses import PairLogps
+from jaxsi.training.optim import OptimConfig
+
+MAX_SKIPPED = 5  # updates in a row with a gradient that is not finite, before training gives up
+
+
+class TrainingError(RuntimeError):
+    """Training that cannot go on: nothing to train on, or gradients that are not finite."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """How to train. ``batch_size`` is global, in rows (packed rows for SFT on CPU and TPU, pairs for DPO).
+
+    ``max_length``: the longest sequence in tokens; longer ones are dropped and counted. ``min_length``: the shortest
+    padded length, so that short data compile once. ``checkpoint_every`` optimizer steps, a checkpoint to resume from.
+    """
+
+    optim: OptimConfig
+    batch_size: int
+    accumulate: int = 1
+    epochs: int = 1
+    max_steps: int | None = None
+    max_length: int = 2048
+    min_length: int = 64
+    remat: Remat = "full"
+    dtype: str = "bfloat16"
+    checkpoint_every: int = 200
+    log_every: int = 10
+
+    def __post_init__(self) -> None:
+        numbers = {name: value for name, value in vars(self).items() if type(value) is int}
+        if wrong := [f"{name} is {value}" for name, value in numbers.items() if value < 1]:
+            raise ValueError(f"{', '.join(wrong)}; the least is 1")
+        if self.batch_size % self.accumulate:
+            raise ValueError(
+                f"batch_size {self.batch_size} does not divide in accumulate = {self.accumulate} parts; "
+                "change one of them"
+            )
+
+    def check(self, mesh: Mesh) -> None:
+        """Raises MeshError where the rows of a micro-batch do not divide among the devices."""
+        rows, parts = self.batch_size // self.accumulate, meshlib.axis_size(mesh, "batch")
+        if rows % parts:
+            raise meshlib.MeshError(
+                f"batch_size {self.batch_size} / accumulate {self.accumulate} = {rows} rows do not divide among the "
+                f"{parts} parts of the batch (mesh axes data x fsdp); change one of the three"
+            )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DPOConfig:
+    """Preference training: ``loss`` is a pair loss of losses.py. ``nll_coef`` weighs the likelihood of the chosen
+    response beside it (0 is the paper's DPO)."""
+
+    train: TrainConfig
+    loss: Callable[..., losses.Loss] = losses.dpo
+    beta: float = 0.1
+    nll_coef: float = 0.0
+
+    def __post_init__(self) -> None:
+        if self.beta <= 0 or self.nll_coef < 0:
+            raise ValueError(f"beta is {self.beta} (> 0) and nll_coef {self.nll_coef} (>= 0)")
+
+
+class State(NamedTuple):
+    """What a step changes. ``skipped``: updates in a row that were left out for gradients that are not finite."""
+
+    weights: Weights
+    moments: Any
+    step: jax.Array
+    skipped: jax.Array
+
+
+# ----------------------------------------------------------------------------------------------------------- train step
+
+Metrics = dict[str, tuple[jax.Array, jax.Array]]  # name -> (sum, count)
+
+
+@dataclasses.dataclass(frozen=True)
+class SFTLoss:
+    """Token negative log-likelihood of a ``TokenBatch``. Equal fields are one compiled program."""
+
+    config: ModelConfig
+    mesh: Mesh
+    dtype: str
+    remat: Remat
+
+    def __call__(self, weights: Weights, batch: TokenBatch) -> tuple[losses.Loss, Metrics]:
+        hidden_BTD = decoder.hidden_states(
+            weights, self.config, batch.tokens_BT, batch.positions_BT, batch.segments_BT,
+            lengths_B=batch.lengths_B, dtype=jnp.dtype(self.dtype), remat=self.remat, mesh=self.mesh,
+        )  # fmt: skip
+        logps_BR = decoder.predicted_logps(
+            weights, self.config, hidden_BTD, batch.places_BR, batch.targets_BR, mesh=self.mesh
+        )
+        return losses.sft(logps_BR, batch.targets_BR >= 0), {}
+
+
+def pair_logps(
+    weights: Weights, batch: PairBatch, *, config: ModelConfig, mesh: Mesh, dtype: str, remat: Remat
+) -> jax.Array:
+    """Summed log-probabilities [B, 2] of the chosen and the rejected responses, in one pass over all rows."""
+    B, S, _ = batch.tokens_BST.shape
+    rows = lambda x: meshlib.constrain(x.reshape(B * S, -1), mesh, ("batch", None))  # noqa: E731
+    hidden_BTD = decoder.hidden_states(
+        weights, config, rows(batch.tokens_BST), rows(batch.positions_BST), rows(batch.segments_BST),
+        lengths_B=None if S == 1 else jnp.sum(rows(batch.segments_BST), axis=1), forked=S == 1,
+        dtype=jnp.dtype(dtype), remat=remat, mesh=mesh,
+    )  # fmt: skip
+    places, targets = rows(batch.places_B2R), rows(batch.targets_B2R)
+    logps = decoder.predicted_logps(weights, config, hidden_BTD, places, targets, mesh=mesh)
+    return jnp.sum(logps.reshape(B, 2, -1), axis=-1)
+
+
+@dataclasses.dataclass(frozen=True)
+class PairLoss:
+    """A pair loss of a ``PairBatch``, with the likelihood term. Equal fields are one compiled program."""
+
+    config: ModelConfig
+    mesh: Mesh
+    dtype: str
+    remat: Remat
+    loss: Callable[..., losses.Loss]
+    beta: float
+    nll_coef: float
+
+    def __call__(self, weights: Weights, batch: PairBatch) -> tuple[losses.Loss, Metrics]:
+        logps_B2 = pair_logps(weights, batch, config=self.config, mesh=self.mesh, dtype=self.dtype, remat=self.remat)
+        tokens_B2 = jnp.sum(batch.targets_B2R >= 0, axis=-1)
+        p = PairLogps(
+            logps_B2[:, 0], logps_B2[:, 1], batch.ref_logps_B2[:, 0], batch.ref_logps_B2[:, 1],
+            tokens_B2[:, 0], tokens_B2[:, 1], batch.real_B,
+        )  # fmt: skip
+        preference, count = self.loss(p, beta=self.beta)
+        likelihood, _ = losses.nll(p)
+        total = preference + self.nll_coef * likelihood if self.nll_coef else preference
+        mean = lambda x_B: (jnp.sum(jnp.where(p.real_B, x_B, 0.0)), count)  # noqa: E731
+        margin_B = losses.margin(p)
+        metrics = {
+            "preference_loss": (preference, count),
+            "nll": (likelihood, count),
+            "accuracy": mean((margin_B > 0) + 0.5 * (margin_B == 0)),
+            "margin": mean(margin_B),
+            # Likelihood displacement shows here: DPO can raise the margin while both responses sink.
+            "chosen_logps": mean(p.chosen_B),
+            "rejected_logps": mean(p.rejected_B),
+            "chosen_shift": mean(p.chosen_B - p.ref_chosen_B),
+        }
+        return (total, count), metrics
+
+
+@functools.partial(jax.jit, static_argnames=("loss", "optimizer", "accumulate"), donate_argnames=("state",))
+def train_step(
+    state: State, batch: Any, learning_rate: jax.Array, *, loss: Any, optimizer: OptimConfig, accumulate: int
+) -> tuple[State, dict[str, jax.Array]]:
+    """One optimizer step on a global batch, run in ``accumulate`` parts, normalised by the count of the whole batch."""
+
+    def summed(weights: Weights, part: Any) -> tuple[jax.Array, tuple[jax.Array, Metrics]]:
+        (total, count), metrics = loss(weights, part)
+        return total, (count, metrics)
+
+    def one_part(part: Any) -> tuple[Weights, Any]:
+        (total, (count, metrics)), gradients = jax.value_and_grad(summed, has_aux=True)(state.weights, part)
+        return gradients, ((total, count), metrics)
+
+    if accumulate == 1:
+        gradients, sums = one_part(batch)
+    else:
+        # Part a takes rows a, a + A, ...: each device's rows stay on it.
+        parts = jax.tree.map(lambda x: x.reshape(-1, accumulate, *x.shape[1:]).swapaxes(0, 1), batch)
+        first = jax.eval_shape(one_part, jax.tree.map(lambda x: x[0], parts))
+        zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), first)
+        add = lambda total, part: (jax.tree.map(jnp.add, total, one_part(part)), None)  # noqa: E731
+        (gradients, sums), _ = jax.lax.scan(add, zeros, parts)
+    (total, count), metrics = sums
+    count = jnp.maximum(count, 1.0)
+    gradients = jax.tree.map(lambda g: g / count, gradients)
+    norm = optax.tree.norm(gradients)
+    finite = jnp.isfinite(norm) & jnp.isfinite(total)
+    held = _moved(state.moments, jax.memory.Space.Device) if optimizer.offload else state.moments
+    updates, moments = optim.make_optimizer(optimizer).update(gradients, held, state.weights)
+    weights = jax.tree.map(lambda w, u: w - learning_rate * u, state.weights, updates)
+    keep = lambda new, old: jax.tree.map(lambda n, o: jnp.where(finite, n, o), new, old)  # noqa: E731
+    skipped = jnp.where(finite, 0, state.skipped + 1)
+    moments = keep(moments, held)
+    if optimizer.offload:
+        moments = _moved(moments, jax.memory.Space.Host)
+    state = State(keep(weights, state.weights), moments, state.step + 1, skipped)
+    logged = {name: value / jnp.maximum(n, 1.0) for name, (value, n) in metrics.items()}
+    return state, {"loss": total / count, "grad_norm": norm, "skipped": skipped.astype(jnp.float32), **logged}
+
+
+def _moved(moments: Any, space: jax.memory.Space) -> Any:
+    """The moments in that memory; the count of steps, a scalar, stays on the device."""
+    return jax.tree.map(lambda x: jax.device_put(x, space) if x.ndim else x, moments)
+
+
+def initial_state(weights: Weights, optimizer: OptimConfig) -> State:
+    """The state before the first step, with a copy of the weights: the step donates its state, and the caller's model
+    lives on."""
+    weights = jax.tree.map(jnp.copy, weights)
+    # Zeros depend on no weight, so without a word XLA puts them all on one device.
+    layout = state_layout(weights, optimizer)
+    moments = jax.jit(optim.make_optimizer(optimizer).init, out_shardings=layout.moments)(weights)
+    return State(weights, moments, *(jax.device_put(jnp.int32(0), place) for place in (layout.step, layout.skipped)))
+
+
+def state_layout(weights: Weights, optimizer: OptimConfig) -> Any:
+    """The sharding of every array of a state whose weights are ``weights``, or their shapes with shardings."""
+    replicated = meshlib.sharding(jax.tree.leaves(weights)[0].sharding.mesh, ())
+    init = optim.make_optimizer(optimizer).init
+    moments = optax.tree_utils.tree_map_params(
+        init,
+        lambda _, w: w.sharding.with_memory_kind("pinned_host") if optimizer.offload else w.sharding,
+        jax.eval_shape(init, weights),
+        weights,
+        transform_non_params=lambda _: replicated,
+    )
+    place: Any = replicated
+    return State(jax.tree.map(lambda w: w.sharding, weights), moments, place, place)
+
+
+# ----------------------------------------------------------------------------------------------------------------- loop
+
+
+def fit(
+    lm: LM,
+    batches: Batches,
+    loss: Any,
+    config: TrainConfig,
+    scope: Scope,
+    *,
+    better: Callable[[LM, LM], bool] | None = None,
+) -> LM:
+    """Trains, or takes up training where its last checkpoint left it, and saves the result as the scope's checkpoint.
+
+    Args:
+      better: early stopping. Every ``checkpoint_every`` steps and at the end, ``better(now, previous)`` compares with
+        the previous checkpoint (the first time, with ``lm``); training ends, with the previous weights, when it is
+        False.
+
+    Raises:
+      TrainingError: no batches, or MAX_SKIPPED gradients in a row that are not finite.
+    """
+    total = min(len(batches), config.max_steps or len(batches))
+    if total == 0:
+        raise TrainingError(f"{scope.path}: nothing to train on; look at the counts of the stages before it")
+    check_master(lm)
+    # All at once: a rate read from the device at each step would wait for the step before.
+    rates = np.asarray(jax.vmap(optim.schedule(config.optim, total))(jnp.arange(total)), np.float32)
+    lm.release()  # the memory of the stage that sampled from it
+    folder = scope.path / "resume"
+    state = resume.resumed(initial_state(lm.weights, config.optim), folder)
+    done = int(state.step)
+    # What early stopping compares with, and goes back to: the model that it compared last.
+    previous, previous_step = lm, resume.compared(folder) if better is not None else 0
+    if previous_step:
+        state = resume.resumed(state, folder, previous_step)
+        previous, state = _snapshot(lm, state), resume.resumed(state, folder)
+    log = resume.Log(scope.path / "train.jsonl", done, total)
+    with progress(f"{scope.name}/train", total) as advance, preemption.polled():
+        advance(done, False)
+        for step in range(done, total):
+            if better is not None and step % config.checkpoint_every == 0 and step > previous_step:
+                now = _snapshot(lm, state)
+                if not better(now, previous):
+                    break
+                previous, previous_step = now, step
+                if step > done:  # else it is kept: a stop came before its comparison
+                    resume.save_resume(folder, state, done=step, compared=step)
+            state, metrics = train_step(
+                state, batches[step], rates[step], loss=loss, optimizer=config.optim, accumulate=config.accumulate
+            )
+            advance(1, True)
+            steps, last = step + 1, step + 1 == total
+            if steps % config.log_every == 0 or last:
+                log.write(steps, float(rates[step]), metrics)
+                check_skipped(state, steps, total, scope)
+            stopping = preemption.asked() and not last
+            due = better is None and not last and steps % config.checkpoint_every == 0
+            if stopping or due:
+                resume.save_resume(folder, state, done=steps, compared=previous_step)
+            if stopping:
+                raise preemption.Stopped(f"{scope.path}: training is kept up to step {steps} of {total}")
+        else:
+            if better is not None and better(now := _snapshot(lm, state), previous):
+                previous, previous_step = now, total
+    trained, steps = (lm.replace(state.weights), total) if better is None else (previous, previous_step)
+    # Moments of later steps than the weights' are of no use to anyone.
+    resume.save_result(
+        trained, state if steps == total else None, scope, {"step": steps, "stopped_early": steps < total}
+    )
+    return trained
+
+
+def check_master(lm: LM) -> None:
+    dtypes = {str(w.dtype) for w in jax.tree.leaves(lm.weights)}
+    if dtypes != {"float32"}:
+        raise TrainingError(
+            f"the weights to train are {', '.join(sorted(dtypes))}, in which small updates are lost; "
+            'load the model with weights_dtype="float32" (TrainConfig.dtype is that of the computation)'
+        )
+
+
+def check_skipped(state: State, steps: int, total: int, scope: Scope) -> None:
+    if (skipped := int(state.skipped)) >= min(MAX_SKIPPED, total):
+        raise TrainingError(
+            f"{scope.path}: {skipped} updates in a row had gradients that are not finite (at most {MAX_SKIPPED - 1}) "
+            f"at step {steps}; lower the learning rate, or look at the data of these steps. The last checkpoint is kept"
+        )
+
+
+def _snapshot(lm: LM, state: State) -> LM:
+    """The model of a state that the next step will donate."""
+    return lm.replace(jax.tree.map(jnp.copy, state.weights))
+
+
+# ---------------------------------------------------------------------------------------------------------- sft and dpo
+
+
+def sft(lm: LM, examples: Sequence[SFTExample], config: TrainConfig, scope: Scope) -> LM:
+    """Supervised fine-tuning on the examples' responses; the result is also the scope's checkpoint.
+
+    Rows are packed on CPU and TPU; on GPU, where fused attention takes no segments, they are batched by length.
+    """
+    if (made := resume.finished(lm, scope)) is not None:
+        return made
+    config.check(lm.mesh)
+    with scope.timed("sft"):
+        sequences = _fitting(scope, [data.encode_example(lm.tokenizer, e) for e in examples], config.max_length)
+        batches = data.arrangement(lm.mesh)(
+            sequences, config.max_length, config.batch_size, lm.mesh, epochs=config.epochs, seed=seed_of(scope, "sft")
+        )
+        return fit(lm, batches, SFTLoss(lm.config, lm.mesh, config.dtype, config.remat), config, scope)
+
+
+def dpo(
+    lm: LM,
+    pairs: Sequence[PreferencePair],
+    config: DPOConfig,
+    scope: Scope,
+    *,
+    better: Callable[[LM, LM], bool] | None = None,
+) -> LM:
+    """Preference training from ``lm``, which is also the reference; the result is also the scope's checkpoint."""
+    if (made := resume.finished(lm, scope)) is not None:
+        return made
+    train = config.train
+    train.check(lm.mesh)
+    every = [data.encode_pair(lm.tokenizer, pair) for pair in pairs]
+    encoded = [(c, r) for c, r in every if max(len(c.tokens), len(r.tokens)) <= train.max_length]
+    scope.value("dpo_data", lambda: {"pairs": len(encoded), "dropped_too_long": len(every) - len(encoded)})
+    if not encoded:
+        raise TrainingError(
+            f"{scope.path}: no pair to train on: {len(every)} given, of which {len(encoded)} have at most max_length = "
+            f"{train.max_length} tokens; look at the counts of the pairs stage, or raise max_length"
+        )
+    # The name says of which weights and which pairs: values of others are never taken for these.
+    refs = scope.value(f"ref_logps_{lm.fingerprint}_{_digest(encoded, train)}", reference_logps, lm, encoded, train)
+    with scope.timed("dpo"):
+        seed = seed_of(scope, "dpo")
+        batches = data.pair_batches(
+            lm, encoded, refs, train.batch_size, epochs=train.epochs, seed=seed, min_length=train.min_length
+        )
+        loss = PairLoss(lm.config, lm.mesh, train.dtype, train.remat, config.loss, config.beta, config.nll_coef)
+        return fit(lm, batches, loss, train, scope, better=better)
+
+
+def _digest(encoded: Sequence[tuple[Sequence_, Sequence_]], config: TrainConfig) -> str:
+    """8 hex digits of all that the reference's log-probabilities depend on beside the weights."""
+    digest = hashlib.sha256(f"{config.dtype} {config.batch_size // config.accumulate} {config.min_length}".encode())
+    for sequence in (side for pair in encoded for side in pair):
+        digest.update(f"{len(sequence.tokens)} ".encode() + sequence.tokens.tobytes() + sequence.loss_mask.tobytes())
+    return digest.hexdigest()[:8]
+
+
+def reference_logps(lm: LM, encoded: Sequence[tuple[Sequence_, Sequence_]], config: TrainConfig) -> list[list[float]]:
+    """The reference's summed log-probabilities (chosen, rejected) of each pair, by the program and the micro-batch
+    that train."""
+    micro = config.batch_size // config.accumulate
+    none = [(0.0, 0.0)] * len(encoded)
+    batches = data.pair_batches(lm, encoded, none, micro, epochs=1, seed=0, min_length=config.min_length)
+    out = np.zeros((len(encoded), 2), np.float32)
+    for step in range(len(batches)):
+        preemption.check()
+        rows = [int(i) for i in np.atleast_1d(np.asarray(batches.plan[step]))]
+        logps_B2 = reference_pair_logps(
+            lm.weights, batches[step], config=lm.config, mesh=lm.mesh, dtype=config.dtype, remat=config.remat
+        )
+        out[rows] = meshlib.fetch(logps_B2)[: len(rows)]
+    return out.tolist()
+
+
+reference_pair_logps = jax.jit(pair_logps, static_argnames=("config", "mesh", "dtype", "remat"))
+
+
+def seed_of(scope: Scope, name: str) -> int:
+    """A 31-bit seed for Grain, named like a key."""
+    return int(jax.random.bits(scope.key(name))) % 2**31
+
+
+def _fitting(scope: Scope, sequences: Sequence[Sequence_], max_length: int) -> list[Sequence_]:
+    kept = [s for s in sequences if len(s.tokens) <= max_length]
+    scope.value("sft_data", lambda: {"sequences": len(kept), "dropped_too_long": len(sequences) - len(kept)})
+    if not kept:
+        raise TrainingError(
+            f"{scope.path}: none of {len(sequences)} examples has at most max_length = {max_length} tokens; "
+            "raise max_length"
+        )
+    return kept

@@ -1,0 +1,170 @@
+"""How processes find each other: options, variables, clusters; and how one that fails ends them all."""
+
+import re
+import socket
+import time
+
+import pytest
+from processes import ended, free_port, start
+
+from jaxsi.cli import distributed
+from jaxsi.cli.command import UsageError
+from jaxsi.cli.distributed import JoinError, Options
+
+VARIABLES = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
+
+
+@pytest.fixture(autouse=True)
+def _nobody_says_anything(monkeypatch):
+    for name in (*VARIABLES, *distributed.SLURM, distributed.OPEN_MPI, distributed.OPEN_MPI_4):
+        monkeypatch.delenv(name, raising=False)
+
+
+def test_without_the_options_a_command_line_is_as_it_was():
+    argv = ["run", "x.py", "--seed", "1", "--", "run", "--distributed"]
+    assert distributed.take_options(argv) == (None, argv)
+
+
+def test_the_options_are_taken_out_wherever_they_stand_before_a_bare_dash():
+    argv = [
+        "--coordinator=h:12",
+        "run",
+        "--num-processes",
+        "4",
+        "x.py",
+        "--process-id",
+        "3",
+        "--heartbeat",
+        "7",
+        "--",
+        "a",
+        "--coordinator",
+        "b",
+    ]
+    options, rest = distributed.take_options(argv)
+    assert options == Options(coordinator="h:12", num_processes=4, process_id=3, heartbeat=7)
+    assert rest == ["run", "x.py", "--", "a", "--coordinator", "b"]
+
+
+def test_variables_say_what_options_do_not(monkeypatch):
+    for name, value in zip(VARIABLES, ("[::1]:80", "2", "1"), strict=True):
+        monkeypatch.setenv(name, value)
+    assert distributed.take_options(["run"]) == (None, ["run"])
+    assert distributed.take_options(["run", "--distributed"])[0] == Options(
+        coordinator="[::1]:80", num_processes=2, process_id=1
+    )
+    assert distributed.take_options(["run", "--process-id", "0"])[0] == Options(
+        coordinator="[::1]:80", num_processes=2, process_id=0
+    )
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        ("--coordinator h:1", "--num-processes (or JAX_NUM_PROCESSES) and --process-id (or JAX_PROCESS_ID) missing"),
+        ("--num-processes 2 --process-id 0", "--coordinator (or JAX_COORDINATOR_ADDRESS) missing"),
+        ("--coordinator h --num-processes 2 --process-id 0", "is 'h'; give HOST:PORT"),
+        ("--coordinator h:70000 --num-processes 2 --process-id 0", "is 'h:70000'; give HOST:PORT"),
+        ("--coordinator h:1 --num-processes 0 --process-id 0", "--num-processes (JAX_NUM_PROCESSES) is '0'"),
+        ("--coordinator h:1 --num-processes 2 --process-id two", "--process-id (JAX_PROCESS_ID) is 'two'"),
+        ("--coordinator h:1 --num-processes 2 --process-id 2", "--process-id is 2 of --num-processes 2"),
+        ("--distributed --heartbeat 0", "--heartbeat is '0'; give a whole number, at least 1"),
+        ("--heartbeat 10", "--heartbeat is how long a dead process goes unnoticed; it goes with --distributed"),
+        ("--distributed --heartbeat", "--heartbeat needs a value"),
+    ],
+)
+def test_wrong_options_are_told_by_name(line, said):
+    with pytest.raises(UsageError, match=re.escape(said)):
+        distributed.take_options(["run", *line.split()])
+
+
+def test_a_variable_that_stands_alone_is_refused_where_nothing_says_the_others():
+    [(code, out, err)] = ended([start(["-m", "jaxsi", "status", ".", "--distributed"], JAX_NUM_PROCESSES="2")])
+    assert (code, out) == (2, "")
+    assert "error: JAX_COORDINATOR_ADDRESS and JAX_PROCESS_ID not set" in err
+
+
+def test_a_launcher_that_jax_does_not_know_is_told_what_to_set(monkeypatch):
+    monkeypatch.setenv("OMPI_COMM_WORLD_SIZE", "2")
+    monkeypatch.setattr(distributed.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(UsageError, match=r"install it, or set JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES="):
+        distributed.join(Options())
+
+
+def test_a_coordinator_that_does_not_answer_is_named_with_what_to_do():
+    port = free_port()
+    with pytest.raises(JoinError, match=rf"no process 0 answers at 127.0.0.1:{port} after 1 s .* start it, or give"):
+        distributed.join(Options(coordinator=f"127.0.0.1:{port}", num_processes=2, process_id=1), timeout=1)
+
+
+def test_a_port_that_is_taken_is_named():
+    with socket.create_server(("", 0)) as holder:
+        port = holder.getsockname()[1]
+        with pytest.raises(JoinError, match=f"port {port} of the coordinator localhost:{port} cannot be used"):
+            distributed.join(Options(coordinator=f"localhost:{port}", num_processes=2, process_id=0), timeout=1)
+
+
+# ---- real processes --------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def run(tmp_path):
+    (tmp_path / "config.json").write_text("{}")
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("variables", "why"),
+    [
+        ({}, "no SLURM, GKE, JobSet, TPU metadata or Open MPI is recognised, and JAX_COORDINATOR_ADDRESS is not set"),
+        (
+            {"SLURM_JOB_ID": "7", "SLURM_NTASKS": "2"},
+            "inside SLURM, but no task of its (SLURM_STEP_NODELIST and SLURM_PROCID and SLURM_LOCALID not set)",
+        ),
+    ],
+    ids=["nothing", "a shell inside an allocation"],
+)
+def test_where_nobody_else_is_known_one_process_goes_on_and_says_so(run, variables, why):
+    [(code, out, err)] = ended([start(["-m", "jaxsi", "status", run, "--distributed"], **variables)])
+    assert code == 0, err
+    assert str(run) in out
+    assert f"jaxsi: --distributed: going on as one process: {why}" in err
+
+
+def slurm(index: int, port: int) -> dict[str, str]:
+    """Of two tasks on this host. JAX takes the port from the job's number."""
+    return {
+        "SLURM_JOB_ID": str(port), "SLURM_STEP_NODELIST": "localhost", "SLURM_NTASKS": "2",
+        "SLURM_PROCID": str(index), "SLURM_LOCALID": str(index), "SLURM_STEP_NUM_NODES": "1",
+    }  # fmt: skip
+
+
+def by_variables(index: int, port: int) -> dict[str, str]:
+    return dict(zip(VARIABLES, (f"127.0.0.1:{port}", "2", str(index)), strict=True))
+
+
+@pytest.mark.parametrize("environment", [slurm, by_variables])
+def test_two_processes_join_and_the_first_alone_reports(run, environment):
+    port = free_port()
+    words = ["-m", "jaxsi", "status", run, "--json", "--distributed"]
+    (first, out, err), (second, nothing, quiet) = ended([start(words, 2, **environment(i, port)) for i in range(2)])
+    assert (first, second) == (0, 0), err + quiet
+    assert "jaxsi: 2 processes, 4 devices (cpu)" in err
+    assert str(run) in out
+    assert "devices" not in quiet and nothing == ""
+
+
+@pytest.mark.parametrize("fails", [0, 1])
+def test_a_process_that_fails_says_which_it_is_and_ends_and_the_other_within_the_heartbeat(run, fails):
+    processes, port = [], free_port()
+    for index in range(2):
+        folder = run / "absent" if index == fails else run
+        join = ["--coordinator", f"127.0.0.1:{port}", "--num-processes", 2, "--process-id", index, "--heartbeat", 10]
+        processes.append(start(["-m", "jaxsi", "status", folder, *join]))
+    out, err = processes[fails].communicate(timeout=60)
+    began = time.monotonic()
+    assert (processes[fails].returncode, out) == (1, "")
+    assert f"jaxsi: process {fails} of 2: error: {run / 'absent'} holds no run" in err
+    processes[1 - fails].communicate(timeout=60)
+    assert time.monotonic() - began < 10 + 5
+    assert processes[1 - fails].returncode != 0

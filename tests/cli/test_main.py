@@ -1,0 +1,574 @@
+"""The command line on a tiny model: results on stdout, errors in one line, exit codes, runs that resume."""
+
+import dataclasses
+import importlib
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import tiny
+from jaxsi import lm as lmlib
+from jaxsi.cli import main as cli, models
+from jaxsi.cli.command import UsageError
+from jaxsi.cli.main import main
+from jaxsi.cli.run import _full_flag, configure, field_flags
+from jaxsi.cli.stored import Mesh, mesh_for
+from jaxsi.model.mesh import MeshError
+from jaxsi.runs.config_file import load_config
+from jaxsi.runs.records import Judgment, RecordError, Response, read_jsonl, write_jsonl
+from jaxsi.sampling.generate import generate
+from jaxsi.stages import judge as feedback
+from jaxsi.stages.prompts import load_rubric
+from jaxsi.toyworld.evaluate import ToyEvaluation
+
+ROOT = Path(__file__).parents[2]
+TOY = ROOT / "configs" / "self_rewarding" / "toy.py"
+
+# A whole run of one iteration: prompts of a file, no SFT, and a judge that needs no verdicts: the weights are random.
+CONFIG = """
+from jaxsi.toyworld.evaluate import ToyEvaluation
+from jaxsi.stages.judge import JudgeConfig
+from jaxsi.methods.self_rewarding import Config, PairConfig, PromptFile
+from jaxsi.training.optim import OptimConfig
+from jaxsi.sampling.generate import SamplingConfig
+from jaxsi.toyworld.corpus import RUBRIC
+from jaxsi.training.train import DPOConfig, TrainConfig
+
+
+def config():
+    adam = OptimConfig(learning_rate=1e-3)
+    train = TrainConfig(optim=adam, batch_size=8, max_length=64, remat="none", dtype="float32")
+    return Config(
+        model={model!r},
+        seed_data=None,
+        prompts=PromptFile(path={prompts!r}),
+        sampling=SamplingConfig(temperature=1.0, top_p=1.0, max_new_tokens=8, batch_size=16, dtype="float32"),
+        judge=JudgeConfig(num_samples=1, max_new_tokens=8, expected=True),
+        rubric=RUBRIC,
+        pairs=PairConfig(cut_off=True),
+        sft=None,
+        dpo=DPOConfig(train=train),
+        evaluate=ToyEvaluation(num_prompts=8, num_samples=2, max_new_tokens=4, judged_prompts=2),
+        iterations=2,
+    )
+"""
+
+# One worker has all tests of the finished run, so that it is made but once.
+one_run = pytest.mark.xdist_group("finished run")
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    """A folder with a model, prompts and a config."""
+    folder = tmp_path_factory.mktemp("world")
+    lmlib.export(tiny.make_lm("1x8x1"), folder / "model", dtype="float32")
+    rows = [
+        json.dumps({"id": f"p{i}", "prompt": f"Reverse: cat red {word}"})
+        for i, word in enumerate(("axe", "egg", "saw"))
+    ]
+    (folder / "prompts.jsonl").write_text("\n".join(rows) + "\n")
+    text = CONFIG.format(model=str(folder / "model"), prompts=str(folder / "prompts.jsonl"))
+    (folder / "micro.py").write_text(text)
+    (folder / "rubric.txt").write_text(load_config(TOY).rubric.template)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def finished(world):
+    """The run of that config: (its directory, what --json said)."""
+    directory = world / "run"
+    done = subprocess_main("run", world / "micro.py", "--run-dir", directory, "--json")
+    assert done.returncode == 0, done.stderr
+    return directory, json.loads(done.stdout)
+
+
+def subprocess_main(*argv):
+    """A command in a process of its own, on one device."""
+    command = [sys.executable, "-m", "jaxsi", *map(str, argv)]
+    environment = os.environ | {"XLA_FLAGS": ""}
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300, check=False)
+
+
+def called(capsys, *argv):
+    """(exit code, stdout, stderr) of a command in this process."""
+    code = main([str(word) for word in argv])
+    out, err = capsys.readouterr()
+    return code, out, err
+
+
+def json_of(capsys, *argv):
+    code, out, err = called(capsys, *argv, "--json")
+    assert code == 0, err
+    assert len(out.splitlines()) == 1
+    return json.loads(out)
+
+
+@one_run
+@pytest.mark.slow
+def test_a_run_ends_with_its_summary_as_the_only_thing_on_stdout(finished):
+    directory, value = finished
+    assert value["status"] == "complete"
+    assert value["already_complete"] is False
+    assert [line["iteration"] for line in value["iterations"]] == [1, 2]
+    summary = json.loads((directory / "summary.json").read_text())
+    assert summary["iterations"] == value["iterations"]
+    assert 0 <= value["iterations"][1]["quality"]["mean"] <= 100
+    assert value["iterations"][1]["pairs"] >= 1
+
+
+@one_run
+@pytest.mark.slow
+def test_a_finished_run_does_nothing_and_says_so(finished, world, capsys):
+    directory, _ = finished
+    before = {path: path.stat().st_mtime_ns for path in directory.rglob("*") if path.name != ".lock" and path.is_file()}
+    code, out, _ = called(capsys, "run", world / "micro.py", "--run-dir", directory)
+    assert code == 0
+    assert "complete, nothing left to do" in out
+    assert "quality" in out
+    after = {path: path.stat().st_mtime_ns for path in directory.rglob("*") if path.name != ".lock" and path.is_file()}
+    assert after == before
+
+
+@one_run
+@pytest.mark.slow
+def test_a_finished_run_needs_its_prompts_no_more(finished, world, capsys):
+    prompts = world / "prompts.jsonl"
+    text = prompts.read_text()
+    prompts.unlink()
+    try:
+        assert json_of(capsys, "run", world / "micro.py", "--run-dir", finished[0])["already_complete"]
+    finally:
+        prompts.write_text(text)
+
+
+@one_run
+@pytest.mark.slow
+@pytest.mark.parametrize("command", ["eval", "generate", "judge", "improve", "export"])
+def test_a_model_is_a_run_its_newest_an_iteration_of_it_or_a_checkpoint(
+    command, finished, world, tmp_path, capsys, monkeypatch
+):
+    """RUN_DIR is RUN_DIR@2 is its checkpoint, and none of them is RUN_DIR@1, whose weights differ."""
+    run, prompts = finished[0], ["--prompts", world / "prompts.jsonl"]
+    write_jsonl(tmp_path / "responses.jsonl", read_jsonl(run / "iter_2" / "candidates.jsonl", Response)[:3])
+    judged = ["--prompts", run / "iter_2" / "prompts.jsonl", "--responses", tmp_path / "responses.jsonl"]
+    few = ["--max-new-tokens", "4", "--dtype", "float32", "--mesh.fsdp", "-1"]
+
+    def contents(model, name):
+        out = tmp_path / name
+        match command:
+            case "eval":  # whose figures have a test of their own
+                figures = {"quality": {"mean": 1.0, "ci95": [0.0, 2.0]}}
+                monkeypatch.setattr(ToyEvaluation, "measure", lambda *_: figures)
+                return json_of(capsys, "eval", "toy", model, "--dtype", "float32", "--mesh.fsdp", "-1")["fingerprint"]
+            case "generate":
+                json_of(capsys, "generate", model, *prompts, "-o", out, "--temperature", "0", *few)
+                return read_jsonl(out, Response)[0].fingerprint
+            case "judge":
+                rubric = ["--rubric", world / "rubric.txt", "--num-samples", "1", "--expected"]
+                json_of(capsys, "judge", model, *judged, "-o", out, *rubric, *few)
+                return [judgment.score for judgment in read_jsonl(out, Judgment)]
+            case "improve":
+                rubric = ["--rubric", world / "rubric.txt", "--num-samples", "2", "--judge-tokens", "4"]
+                json_of(capsys, "improve", "best-of-n", model, *prompts, "-o", out, *rubric, *few)
+                return sorted(path.read_bytes() for path in out.rglob("*.jsonl") if path.name != "journal.jsonl")
+            case _:
+                return json_of(capsys, "export", model, out, "--mesh.fsdp", "-1")["fingerprint"]
+
+    of_run, first, second = (contents(model, f"out{i}") for i, model in enumerate((run, f"{run}@1", f"{run}@2")))
+    assert contents(run / "iter_2" / "checkpoint", "of_checkpoint") == second == of_run != first
+
+
+@one_run
+@pytest.mark.slow
+def test_another_config_is_refused_with_its_difference(finished, world, capsys):
+    code, out, err = called(capsys, "run", world / "micro.py", "--run-dir", finished[0], "--dpo.learning-rate", "0.5")
+    assert code == 2
+    assert out == ""
+    assert "dpo.train.optim.learning_rate: 0.001 -> 0.5" in err
+    assert "Traceback" not in err
+
+
+@one_run
+@pytest.mark.slow
+def test_status(finished, capsys):
+    value = json_of(capsys, "status", finished[0])
+    assert value["status"] == "complete"
+    assert value["live"] is False
+    assert {(row["scope"], row["stage"]) for row in value["stages"]} >= {
+        ("iter_2", "candidates"),
+        ("iter_2", "judgments"),
+    }
+    code, out, _ = called(capsys, "status", finished[0])
+    assert code == 0
+    assert "complete, 2 of 2 iterations" in out
+
+
+@one_run
+@pytest.mark.slow
+def test_eval_toy_in_another_process_gives_the_figures_of_the_summary(finished):
+    line = finished[1]["iterations"][1]
+    done = subprocess_main("eval", "toy", f"{finished[0]}@2", "--json")
+    assert done.returncode == 0, done.stderr
+    value = json.loads(done.stdout)
+    for name in ("quality", "greedy", "judge_agreement", "parse_rate", "mean_length", "fingerprint"):
+        assert value[name] == line[name], name
+
+
+@one_run
+@pytest.mark.slow
+def test_eval_toy_on_another_mesh(finished, capsys):
+    line = finished[1]["iterations"][1]
+    mesh = ["--mesh.data", 2, "--mesh.fsdp", 2, "--mesh.tensor", 2]
+    value = json_of(capsys, "eval", "toy", f"{finished[0]}@2", *mesh)
+    assert value["quality"]["mean"] == pytest.approx(line["quality"]["mean"], abs=1e-5)
+    assert value["fingerprint"] == line["fingerprint"]
+
+
+@one_run
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_a_model_of_a_run_has_the_fingerprint_of_the_summary_in_every_dtype(finished, world, tmp_path, capsys, dtype):
+    model, out = f"{finished[0]}@2", tmp_path / "responses.jsonl"
+    mine = finished[1]["iterations"][1]["fingerprint"]
+    options = ["--max-new-tokens", 4, "--max-prompts", 1, "--dtype", dtype]
+    json_of(capsys, "generate", model, "--prompts", world / "prompts.jsonl", "-o", out, *options)
+    assert [response.fingerprint for response in read_jsonl(out, Response)] == [mine]
+    assert json_of(capsys, "eval", "toy", model, "--dtype", dtype)["fingerprint"] == mine
+
+
+@one_run
+@pytest.mark.slow
+def test_generate_judge_and_export(finished, world, tmp_path, capsys):
+    model, responses, judgments = f"{finished[0]}@2", tmp_path / "responses.jsonl", tmp_path / "judgments.jsonl"
+    value = json_of(
+        capsys, "generate", model, "--prompts", world / "prompts.jsonl", "-o", responses, "--num-samples", 2,
+        "--max-new-tokens", 8, "--dtype", "float32", "--max-prompts", 2,
+    )  # fmt: skip
+    made = read_jsonl(responses, Response)
+    assert [response.id for response in made] == ["p0#0", "p0#1", "p1#0", "p1#1"]
+    assert {response.fingerprint for response in made} == {finished[1]["iterations"][1]["fingerprint"]}
+    assert value["responses"] == 4
+    assert value["tokens"] == sum(len(response.token_ids) for response in made)
+    value = json_of(
+        capsys, "judge", model, "--responses", responses, "--prompts", world / "prompts.jsonl", "-o", judgments,
+        "--max-new-tokens", 8, "--num-samples", 1, "--expected", "--dtype", "float32",
+    )  # fmt: skip
+    assert value["rubric"] == "toy"  # the run's own
+    assert [judgment.id for judgment in read_jsonl(judgments, Judgment)] == [response.id for response in made]
+    value = json_of(capsys, "export", model, tmp_path / "exported", "--dtype", "float32")
+    assert {"config.json", "model.safetensors", "tokenizer.json", "README.md"} <= set(value["files"])
+    assert lmlib.load(tmp_path / "exported", dtype="float32").fingerprint == finished[1]["iterations"][1]["fingerprint"]
+    code, _, err = called(capsys, "export", model, tmp_path / "exported")
+    assert code == 2
+    assert "exists" in err
+
+
+@pytest.mark.parametrize(
+    ("argv", "said"),
+    [
+        (["nonsense"], "no command 'nonsense'"),
+        (["eval"], "no command 'eval'"),
+        (["eval", "nonsense"], "no command 'eval nonsense'"),
+        (["run"], "give a config first"),
+        (["run", "absent.py"], "absent.py: no such config file"),
+        (["run", str(TOY), "--nonsense", "3"], "--nonsense"),
+        (["run", str(TOY), "--iterations", "many"], "many"),
+        (["run", str(TOY), "--iterations", "0"], "iterations is 0"),
+        (["run", str(TOY), "--max-prompts", "4"], "give --prompts FILE as well"),
+        (["run", str(TOY), "--prompts", "x.jsonl", "--max-prompts", "0"], "it is at least 1"),
+        (["generate", "model"], "--prompts"),
+        (["generate", "model", "--prompts", "x.jsonl", "-o", "absent/out.jsonl"], "there is no folder absent"),
+        (["bench", "methods", "--seeds", "0"], "at least 1 seed"),
+        (["bench", "methods", "--arms", "magic"], "arms of method, control, exact"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_a_wrong_command_line_ends_with_2(argv, said, capsys):
+    code, out, err = called(capsys, *argv)
+    assert code == 2
+    assert out == ""
+    assert said in err
+    assert "Traceback" not in err
+
+
+def test_no_command_shows_what_there_is(capsys):
+    code, out, _ = called(capsys)
+    assert code == 2
+    assert all(name in out for name in cli.COMMANDS)
+    code, out, _ = called(capsys, "eval", "--help")
+    assert code == 0
+    assert "eval toy" in out
+    assert "export" not in out.split("Commands:")[1].split("--help")[0]
+    code, out, _ = called(capsys, "--version")
+    assert (code, out) == (0, "jaxsi 0.1.0\n")
+
+
+@pytest.mark.parametrize("name", cli.COMMANDS)
+def test_every_command_has_help_with_examples(name, capsys):
+    code, out, _ = called(capsys, *name.split(), "--help")
+    assert code == 0
+    assert "Examples:" in out
+    assert f"jaxsi {name} " in out
+    assert "--json" in out
+
+
+@pytest.mark.parametrize("name", ["generate", "judge", "eval toy", "export"])
+def test_commands_of_a_model_take_a_mesh(name, capsys):
+    _, out, _ = called(capsys, *name.split(), "--help")
+    assert all(f"--mesh.{axis}" in out for axis in ("data", "fsdp", "tensor"))
+
+
+def test_what_the_batch_size_changes_is_said(capsys):
+    _, out, _ = called(capsys, "generate", "--help")
+    said = " ".join(out.replace("│", " ").split())
+    assert "does not change the responses in float32, in bfloat16 they are the same in distribution only" in said
+
+
+def test_the_mesh_of_a_model(tmp_path):
+    given = Mesh(data=2, tensor=4)
+    assert tuple(mesh_for("somewhere", given).shape.values()) == (2, 1, 4)
+    assert tuple(mesh_for("somewhere", Mesh()).shape.values()) == (1, 8, 1)
+    (tmp_path / "journal.jsonl").touch()
+    (tmp_path / "config.json").write_text(json.dumps({"mesh": {"data": -1, "fsdp": 2, "tensor": 2}}))
+    assert tuple(mesh_for(f"{tmp_path}@2", Mesh()).shape.values()) == (2, 2, 2)
+    assert tuple(mesh_for(str(tmp_path), given).shape.values()) == (2, 1, 4)
+    (tmp_path / "config.json").write_text(json.dumps({"method": "seft"}))  # of `jaxsi improve`
+    assert tuple(mesh_for(str(tmp_path), Mesh()).shape.values()) == (1, 8, 1)
+
+
+def test_the_rubric_of_a_model(tmp_path):
+    (tmp_path / "journal.jsonl").touch()
+    own = dataclasses.asdict(load_config(TOY).rubric)
+    (tmp_path / "config.json").write_text(json.dumps({"rubric": own}))
+    assert models._rubric(None, f"{tmp_path}@2") == load_config(TOY).rubric
+    (tmp_path / "config.json").write_text(json.dumps({"critic_prompts": 8}))  # a method without a judge
+    assert models._rubric(None, str(tmp_path)) == load_rubric()
+    assert models._rubric(None, "somewhere") == load_rubric()
+
+
+def interrupted_in_the_second_part(monkeypatch, module, name):
+    """Counts the calls of a function of a module; the second one of all is interrupted."""
+    calls, whole = [], getattr(module, name)
+
+    def call(*args, **options):
+        calls.append(name)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return whole(*args, **options)
+
+    monkeypatch.setattr(module, name, call)
+    return calls
+
+
+def in_parts(monkeypatch, size=1):
+    monkeypatch.setattr(models, "CHUNK", size)
+    monkeypatch.setattr(models, "mesh_for", lambda model, given: tiny.mesh())  # eight devices compile for longer
+
+
+def test_generate_goes_on_where_it_was_interrupted(world, tmp_path, capsys, monkeypatch):
+    in_parts(monkeypatch)
+    asked = ["generate", world / "model", "--prompts", world / "prompts.jsonl", "--max-new-tokens", 4]
+    asked += ["--dtype", "float32", "--num-samples", 2, "--batch-size", 2]
+    whole, out = tmp_path / "whole.jsonl", tmp_path / "out.jsonl"
+    value = json_of(capsys, *asked, "-o", whole)
+    calls = interrupted_in_the_second_part(monkeypatch, generate, "generate")
+    code, _, err = called(capsys, *asked, "-o", out)
+    assert code == 130
+    assert "what is finished is kept" in err
+    assert not out.exists()
+
+    said = failure(capsys, *asked, "-o", out, "--temperature", "0.9")
+    assert "out.jsonl.shards holds parts of out.jsonl" in said
+    _, _, err = called(capsys, *asked, "-o", out, "--max-prompts", 2, "--seed", 1)
+    assert "prompts: '3 records" in err
+    assert "seed: 0 -> 1" in err
+    assert len(calls) == 2
+
+    again = json_of(capsys, *asked, "-o", out)
+    assert len(calls) == 4  # the second and the third prompt
+    assert out.read_bytes() == whole.read_bytes()
+    assert again["tokens"] == value["tokens"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out.jsonl", "whole.jsonl"]
+
+
+def test_judge_goes_on_where_it_was_interrupted(world, tmp_path, capsys, monkeypatch):
+    in_parts(monkeypatch, size=2)
+    prompts, responses = world / "prompts.jsonl", tmp_path / "responses.jsonl"
+    made = [tiny_response(f"p{i}", sample) for i in range(3) for sample in range(2)]
+    write_jsonl(responses, made)
+    asked = ["judge", world / "model", "--responses", responses, "--prompts", prompts, "--dtype", "float32"]
+    asked += ["--max-new-tokens", 4, "--num-samples", 1, "--expected", "--rubric", world / "rubric.txt"]
+    whole, out = tmp_path / "whole.jsonl", tmp_path / "out.jsonl"
+    json_of(capsys, *asked, "-o", whole)
+    calls = interrupted_in_the_second_part(monkeypatch, feedback, "judge")
+    assert called(capsys, *asked, "-o", out)[0] == 130
+    write_jsonl(responses, made[:5])
+    _, _, err = called(capsys, *asked, "-o", out)
+    assert "responses: '6 records" in err
+    write_jsonl(responses, made)
+    json_of(capsys, *asked, "-o", out)
+    assert len(calls) == 4
+    assert out.read_bytes() == whole.read_bytes()
+    assert not out.with_name("out.jsonl.shards").exists()
+
+
+def tiny_response(prompt_id, sample):
+    """A response as of some other model."""
+    return Response(
+        id=f"{prompt_id}#{sample}", prompt_id=prompt_id, sample=sample, text=f"cat {sample}", token_ids=(1, 2),
+        logps=(-1.0, -1.0), finish_reason="stop", fingerprint="", template="",
+    )  # fmt: skip
+
+
+def failure(capsys, *argv, code=2):
+    found, out, err = called(capsys, *argv)
+    assert found == code
+    assert out == ""
+    assert "Traceback" not in err
+    return next(line for line in err.splitlines() if line.startswith("jaxsi: error: "))
+
+
+def test_a_missing_folder(world, tmp_path, capsys):
+    prompts, out = world / "prompts.jsonl", tmp_path / "out.jsonl"
+    assert "nowhere: no such folder" in failure(capsys, "generate", "./nowhere", "--prompts", prompts, "-o", out)
+    assert "no such folder" in failure(capsys, "export", "./nowhere", tmp_path / "exported", "--mesh.fsdp", -1)
+    assert "holds no run" in failure(capsys, "status", tmp_path, code=1)
+
+
+def test_a_broken_line_of_a_prompts_file(world, tmp_path, capsys):
+    bad = tmp_path / "bad.jsonl"
+    bad.write_text('{"prompt": "one"}\n{"prompt": \n')
+    said = failure(capsys, "generate", world / "model", "--prompts", bad, "-o", tmp_path / "out.jsonl")
+    assert f"{bad}:2: broken JSON" in said
+    said = failure(capsys, "run", world / "micro.py", "--prompts", bad, "--run-dir", tmp_path / "run")
+    assert f"{bad}:2: broken JSON" in said
+    assert not (tmp_path / "run").exists()
+
+
+def test_an_over_long_prompt_is_refused_before_any_work(world, tmp_path, capsys):
+    long = tmp_path / "long.jsonl"
+    long.write_text(
+        json.dumps({"id": "short", "prompt": "cat"}) + "\n" + json.dumps({"id": "big", "prompt": "cat " * 300})
+    )
+    said = failure(capsys, "run", world / "micro.py", "--prompts", long, "--run-dir", tmp_path / "run")
+    assert "long.jsonl: prompt 'big' has 305 tokens, the limit is 63" in said
+    assert "dpo.train.max_length is 64" in said
+    assert not (tmp_path / "run").exists()
+    said = failure(
+        capsys, "generate", world / "model", "--prompts", long, "-o", tmp_path / "out.jsonl", "--max-new-tokens", 56
+    )
+    assert "prompt 'big' has 305 tokens, the limit is 200" in said
+
+
+def test_a_mesh_that_does_not_fit_is_refused_before_any_work(world, tmp_path, capsys):
+    run = ["run", world / "micro.py", "--run-dir", tmp_path / "run"]
+    assert "needs 3 devices, there are 8" in failure(capsys, *run, "--mesh.fsdp", 3)
+    assert "dpo.train.batch_size 12" in failure(capsys, *run, "--dpo.train.batch-size", 12)
+    assert "heads = 2 of the model does not divide in 8 parts" in failure(
+        capsys, *run, "--mesh.fsdp", 1, "--mesh.tensor", 8
+    )
+    assert "3 prompts for 4 iterations" in failure(capsys, *run, "--iterations", 5)
+    assert not (tmp_path / "run").exists()
+
+
+def test_responses_to_unknown_prompts(world, tmp_path, capsys):
+    made = tmp_path / "responses.jsonl"
+    judge = [
+        "judge",
+        world / "model",
+        "--responses",
+        made,
+        "--prompts",
+        world / "prompts.jsonl",
+        "-o",
+        tmp_path / "out.jsonl",
+    ]
+    made.write_text("")
+    assert "no responses in this file" in failure(capsys, *judge)
+    made.write_text('{"id": "x"}\n')
+    assert f"{made}:1: key 'fingerprint' of a Response is missing" in failure(capsys, *judge)
+
+
+def caused(error, cause):
+    error.__cause__ = cause
+    return error
+
+
+def test_the_mistakes_are_names_of_errors():
+    for name in cli.MISTAKES:
+        module, _, kind = name.rpartition(".")
+        found = getattr(importlib.import_module(module), kind)
+        assert f"{found.__module__}.{found.__qualname__}" == name and issubclass(found, Exception)
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "said"),
+    [
+        (KeyboardInterrupt(), 130, "interrupted; what is finished is kept"),
+        (ValueError("a value"), 1, "jaxsi: error: a value\n"),
+        (MeshError("8 devices"), 2, "jaxsi: error: 8 devices\n"),
+        (lmlib.LoadError("x: no such folder"), 2, "jaxsi: error: x: no such folder\n"),
+        (lmlib.HubError("a/b: no such folder, and the hub"), 1, "and the hub"),
+        (caused(RecordError("a.jsonl", None, "cannot be read"), FileNotFoundError()), 2, "a.jsonl: cannot be read"),
+        (caused(RecordError("a.jsonl", None, "cannot be read"), OSError(5, "Input/output error")), 1, "cannot be read"),
+        (OSError(28, "No space left on device"), 1, "No space left on device"),
+        (KeyError("k"), 1, "jaxsi: error: KeyError: 'k' (--debug shows where)"),
+        (RuntimeError("RESOURCE_EXHAUSTED: out of memory\nmore"), 1, "lower the batch size"),
+    ],
+    ids=repr,
+)
+def test_errors_become_exit_codes(error, code, said, capsys, monkeypatch):
+    def fail(argv):
+        raise error
+
+    monkeypatch.setattr("jaxsi.cli.status.status", fail)
+    found, out, err = called(capsys, "status", "x")
+    assert (found, out) == (code, "")
+    assert said in err
+    assert "Traceback" not in err
+    if code == 1:
+        _, _, err = called(capsys, "status", "x", "--debug")
+        assert "Traceback" in err
+
+
+def test_stdout_carries_the_result_alone():
+    noise = """
+import os, sys
+import jaxsi.cli.status as module
+from jaxsi.cli.command import Report
+def status(argv):
+    print("python noise")
+    os.write(1, b"noise from below\\n")
+    return Report({"a": 1}, "text")
+module.status = status
+from jaxsi.cli.main import main
+sys.exit(main(["status", "--json"]))
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", noise], capture_output=True, text=True, cwd=ROOT, timeout=60, check=True
+    )
+    assert done.stdout == '{"a": 1}\n'
+    assert "python noise" in done.stderr
+    assert "noise from below" in done.stderr
+
+
+def test_fields_on_the_command_line():
+    assert configure(TOY, []) == load_config(TOY)
+    cfg = configure(TOY, ["--dpo.learning-rate", "5e-7", "--sft.batch-size=8", "--seed", "3"])
+    assert (cfg.dpo.train.optim.learning_rate, cfg.sft.batch_size, cfg.seed) == (5e-7, 8, 3)
+    cfg = configure(TOY, ["--prompts.repeat"], prompts="x.jsonl", max_prompts=64)
+    assert (cfg.prompts.path, cfg.prompts.max_prompts, cfg.prompts.repeat) == ("x.jsonl", 64, True)
+
+
+def test_a_short_flag_stands_for_one_field():
+    flags = field_flags(load_config(TOY))
+    assert _full_flag("--dpo.learning-rate", flags) == "--dpo.train.optim.learning-rate"
+    assert _full_flag("--dpo.beta", flags) == "--dpo.beta"
+    assert _full_flag("--dpo.nonsense", flags) == "--dpo.nonsense"
+    assert _full_flag("5e-7", flags) == "5e-7"
+    with pytest.raises(UsageError, match=r"may mean --a\.b\.x or --a\.c\.x"):
+        _full_flag("--a.x", ["--a.b.x", "--a.c.x"])

@@ -1,0 +1,61 @@
+"""What is refused before any work, and before the run directory is touched."""
+
+import dataclasses
+import json
+from pathlib import Path
+
+import pytest
+
+from jaxsi.cli.preflight import check
+from jaxsi.cli.run import _is_complete
+from jaxsi.lm import LoadError
+from jaxsi.methods.self_rewarding import EarlyStop, PromptFile
+from jaxsi.model.mesh import MeshConfig
+from jaxsi.runs.config_file import load_config
+from jaxsi.runs.records import Prompt, RecordError, write_jsonl
+
+TOY = load_config(Path(__file__).parents[2] / "configs" / "self_rewarding" / "toy.py")
+TOY = dataclasses.replace(TOY, mesh=MeshConfig(data=1, fsdp=8))
+
+
+def test_the_toy_config_passes(tmp_path):
+    check(TOY, tmp_path)
+
+
+@pytest.mark.parametrize("section", ["judge", "prompts"])
+def test_a_text_that_fills_the_model_is_refused(section, tmp_path):
+    cfg = dataclasses.replace(TOY, **{section: dataclasses.replace(getattr(TOY, section), max_new_tokens=99_999)})
+    with pytest.raises(ValueError, match=rf"{section}\.max_new_tokens is 99999 .* no room for a prompt"):
+        check(cfg, tmp_path)
+
+
+def test_a_generator_that_is_not_there_and_rows_beyond_the_positions_are_refused(tmp_path):
+    with pytest.raises(LoadError, match="no such folder"):
+        check(dataclasses.replace(TOY, prompts=dataclasses.replace(TOY.prompts, generator="./absent")), tmp_path)
+    train = dataclasses.replace(TOY.dpo.train, max_length=99_999)
+    with pytest.raises(ValueError, match=r"dpo\.train\.max_length is 99999"):
+        check(dataclasses.replace(TOY, dpo=dataclasses.replace(TOY.dpo, train=train)), tmp_path)
+
+
+def test_early_stop_prompts_fit(tmp_path):
+    stop = EarlyStop(prompts=lambda: [Prompt.of("long", "cat " * 5000)])
+    with pytest.raises(RecordError, match=r"early_stop\.prompts: prompt 'long' has"):
+        check(dataclasses.replace(TOY, early_stop=stop), tmp_path)
+
+
+def test_raised_iterations_need_prompts_that_no_iteration_has_had(tmp_path):
+    file = tmp_path / "prompts.jsonl"
+    file.write_text("".join(json.dumps({"id": f"p{i}", "prompt": "Reverse: cat"}) + "\n" for i in range(2)))
+    run = tmp_path / "run"
+    for t in (2, 3):
+        (run / f"iter_{t}").mkdir(parents=True)
+        write_jsonl(run / f"iter_{t}" / "prompts.jsonl", [Prompt.of(f"p{t - 2}", "Reverse: cat")])
+    (run / "summary.json").write_text('{"status": "complete"}')
+    (run / "config.json").write_text('{"iterations": 3}')
+    cfg = dataclasses.replace(TOY, prompts=PromptFile(path=str(file)))
+    check(cfg, run)
+    more = dataclasses.replace(cfg, iterations=4)
+    assert _is_complete(run, cfg) and not _is_complete(run, more)
+    with pytest.raises(RecordError, match=r"0 prompts for 1 iterations of new prompts \(2 are used\)"):
+        check(more, run)
+    check(dataclasses.replace(more, prompts=dataclasses.replace(cfg.prompts, repeat=True)), run)

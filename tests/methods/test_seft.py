@@ -1,0 +1,189 @@
+"""SEFT on the micro world: phases, rounds, the stopping rule, and what a run keeps when it is interrupted."""
+
+import dataclasses
+import json
+from pathlib import Path
+
+import pytest
+
+from jaxsi.methods import seft as method
+from jaxsi.methods.seft import Config, Round, seft, stops
+from jaxsi.runs.config_file import load_config
+from jaxsi.runs.records import Prompt, RankedResponses, Response, Revision, SFTExample, read_jsonl
+from jaxsi.runs.run import Run
+from jaxsi.stages.reviser import always_revise, revise
+
+pytestmark = pytest.mark.xdist_group("finished run of SEFT")  # what it makes once, one worker makes
+
+MICRO = Path(__file__).parents[1] / "micro" / "seft.py"
+
+
+@pytest.fixture(scope="module")
+def cfg() -> Config:
+    return load_config(MICRO)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory, cfg) -> Path:
+    directory = tmp_path_factory.mktemp("seft") / "run"
+    with Run.open(directory, cfg) as run:
+        seft(cfg, run)
+    return directory
+
+
+def read(directory: Path, name: str, of: type) -> list:
+    return read_jsonl(directory / name, of)
+
+
+def value(path: Path):
+    return json.loads(path.read_text())
+
+
+def test_the_summary_has_what_readers_expect(whole):
+    summary = value(whole / "summary.json")
+    assert (summary["status"], summary["method"]) == ("complete", "seft")
+    lines = summary["iterations"]
+    assert [line["iteration"] for line in lines] == list(range(len(lines))) and len(lines) >= 2
+    assert summary["rounds"] == len(lines) - 1 and summary["stopped"] in (True, False)
+    assert summary["base"]["quality"] == lines[0]["quality"]  # the policy as given is where evolution begins
+    for line in lines:
+        assert line["quality"]["ci95"][0] <= line["quality"]["mean"] <= line["quality"]["ci95"][1]
+        assert 0 <= line["no_share"] <= 1 and 0 <= line["judge_agreement"] <= 1
+    assert all(line["targets"] > 0 for line in lines[1:])
+    assert len({line["fingerprint"] for line in lines}) == len(lines)
+    assert set(summary["reviser"]) >= {
+        "labels",
+        "no_on_best",
+        "major_on_worst",
+        "good_drafts",
+        "by_label",
+        "parse_rate",
+    }
+
+
+def test_each_model_of_a_run_has_a_checkpoint(whole):
+    for scope in ("iter_0", "iter_1", "warm_reviser", "reviser"):
+        assert (whole / scope / "checkpoint" / "weights" / "jaxsi.json").exists()
+
+
+def test_drafts_come_from_the_current_policy_and_revisions_from_the_reviser(whole):
+    fingerprints = [line["fingerprint"] for line in value(whole / "summary.json")["iterations"]]
+    reviser = value(whole / "reviser" / "checkpoint" / "weights" / "jaxsi.json")["meta"]["fingerprint"]
+    for t in range(1, len(fingerprints)):
+        drafts = {r.id: r for r in read(whole, f"iter_{t}/drafts.jsonl", Response)}
+        assert {draft.fingerprint for draft in drafts.values()} == {fingerprints[t - 1]}
+        for revision in read(whole, f"iter_{t}/revisions.jsonl", Revision):
+            if revision.label == "good" or t == 1:  # kept, or chosen among the policy's own
+                assert revision.response == drafts[revision.id]
+            else:
+                assert revision.response.fingerprint == reviser
+
+
+def test_the_internal_round_takes_one_draft_of_each_prompt_and_no_prompt_comes_twice(whole, cfg):
+    first = read(whole, "iter_1/revisions.jsonl", Revision)
+    assert len({r.prompt_id for r in first}) == len(first)
+    drafts = read(whole, "iter_1/drafts.jsonl", Response)
+    assert len(drafts) == cfg.internal.num_samples * len(read(whole, "iter_1/prompts.jsonl", Prompt))
+    parts = [
+        {p.id for p in read(whole, f"iter_{t}/prompts.jsonl", Prompt)}
+        for t in range(1, len(value(whole / "summary.json")["iterations"]))
+    ]
+    assert sum(map(len, parts)) == len(set().union(*parts))
+    assert not {p.text for p in cfg.held_out()} & {p.text for p in cfg.prompts()}
+
+
+def test_targets_are_the_usable_revisions(whole):
+    targets = {e.id: e for e in read(whole, "iter_1/targets.jsonl", SFTExample)}
+    for revision in read(whole, "iter_1/revisions.jsonl", Revision):
+        if revision.response.finish_reason == "stop" and revision.response.text.strip():
+            assert targets[revision.id].response == revision.response.text
+        else:
+            assert revision.id not in targets
+
+
+def test_a_finished_run_is_taken_up_without_any_work(whole, cfg, monkeypatch):
+    for stage in ("generate", "begin"):
+        assert hasattr(method, stage)
+    monkeypatch.setattr(method, "generate", None)
+    before = (whole / "summary.json").read_text()
+    with Run.open(whole, cfg) as run:
+        seft(cfg, run)
+    assert (whole / "summary.json").read_text() == before
+
+
+@pytest.mark.parametrize(
+    ("shares", "expected"),
+    [([0.3], False), ([0.3, 0.4], False), ([0.3, 0.4, 0.4], True), ([0.5, 0.4], True), ([None, None], False)],
+)
+def test_evolution_stops_where_the_share_no_longer_rises(shares, expected):
+    assert stops(shares) is expected
+
+
+def shares_of(monkeypatch, shares):
+    monkeypatch.setattr(method, "held_out_share", lambda cfg, policy, reviser, it: shares[it.name])
+
+
+def unfinished(whole: Path, directory: Path, cfg: Config) -> Run:
+    """A run that has its reviser, of another config of the evolution."""
+    import shutil
+
+    run = Run.open(directory, cfg)
+    for scope in cfg.SHARED:
+        if (whole / scope).exists():
+            shutil.copytree(whole / scope, directory / scope)
+    (directory / "iter_0" / "held_out_share.json").unlink()
+    return run
+
+
+def test_a_run_stops_early_and_says_so(whole, tmp_path, cfg, monkeypatch):
+    longer = dataclasses.replace(cfg, iterations=3, external=Round(target=always_revise), evaluate=None)
+    shares_of(monkeypatch, {"iter_0": 0.2, "iter_1": 0.4, "iter_2": 0.4, "iter_3": 0.9})
+    with unfinished(whole, tmp_path / "run", longer) as run:
+        seft(longer, run)
+        summary = run.summary
+    assert [line["no_share"] for line in summary["iterations"]] == [0.2, 0.4, 0.4]
+    assert (summary["rounds"], summary["stopped"], summary["status"]) == (2, True, "complete")
+    labels = {r.label for r in read(tmp_path / "run", "iter_2/revisions.jsonl", Revision)}
+    assert labels <= {"wrong", "bad"}
+
+
+def test_without_held_out_prompts_every_round_is_run(whole, tmp_path, cfg):
+    plain = dataclasses.replace(
+        cfg, held_out=None, evaluate=None, internal_rounds=0, external=Round(target=revise, drafts=cfg.model)
+    )
+    with unfinished(whole, tmp_path / "run", plain) as run:
+        seft(plain, run)
+        summary = run.summary
+    assert (summary["rounds"], summary["stopped"]) == (plain.iterations, False)
+    given = summary["iterations"][0]["fingerprint"]  # a stronger model writes the drafts of every round
+    for t in (1, 2):
+        assert {r.fingerprint for r in read(tmp_path / "run", f"iter_{t}/drafts.jsonl", Response)} == {given}
+
+
+def useless() -> list[RankedResponses]:
+    prompt = Prompt.of("x", "Reverse: cat dog")
+    equal, empty = ("cat.", "cat."), ("", " ")
+    return [
+        RankedResponses(id=f"{i}", messages=prompt.messages, responses=texts, ranks=(0, 1))
+        for i, texts in enumerate([equal, empty, ("cat. " * 80, "dog.")])
+    ]
+
+
+def test_rankings_of_which_nothing_is_of_use_are_an_error_that_counts_them(tmp_path, cfg):
+    bad = dataclasses.replace(cfg, reviser=dataclasses.replace(cfg.reviser, rankings=useless))
+    with (
+        Run.open(tmp_path / "run", bad) as run,
+        pytest.raises(ValueError, match="'empty': 2, 'equal': 1, 'too_long': 2"),
+    ):
+        seft(bad, run)
+
+
+def test_configs_that_cannot_work_are_refused(cfg):
+    with pytest.raises(ValueError, match="iterations is 0"):
+        dataclasses.replace(cfg, iterations=0)
+    with pytest.raises(ValueError, match="internal_rounds -1"):
+        dataclasses.replace(cfg, internal_rounds=-1)
+    with pytest.raises(ValueError, match="go together"):
+        dataclasses.replace(cfg, start=cfg.sft)
+    with pytest.raises(ValueError, match="num_samples is 0"):
+        Round(target=revise, num_samples=0)

@@ -1,0 +1,145 @@
+"""Self-Rewarding on the micro world: what its records hold, where its prompts come from, what it refuses."""
+
+import dataclasses
+import json
+from pathlib import Path
+
+import pytest
+
+from jaxsi.methods import self_rewarding
+from jaxsi.methods.self_rewarding import prompts_of
+from jaxsi.runs.config_file import load_config
+from jaxsi.runs.records import Prompt
+from jaxsi.runs.run import Run, RunError
+from jaxsi.sampling.generate import StaleRecordsError
+from jaxsi.stages.self_instruct import PromptFile
+
+pytestmark = pytest.mark.xdist_group("finished run of Self-Rewarding")  # what it makes once, one worker makes
+
+MICRO = Path(__file__).parents[1] / "micro" / "self_rewarding.py"
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    cfg = load_config(MICRO)
+    with Run.open(tmp_path_factory.mktemp("runs") / "whole", cfg) as run:
+        self_rewarding.self_rewarding(cfg, run)
+    return run.path
+
+
+def test_the_summary_has_what_readers_expect(whole):
+    summary = json.loads((whole / "summary.json").read_text())
+    assert summary["status"] == "complete"
+    assert summary["method"] == "self_rewarding"
+    assert [line["iteration"] for line in summary["iterations"]] == [1, 2]
+    first, second = summary["iterations"]
+    assert first["seconds"]["baseline_sft"] > 0 and not any(name.startswith("baseline") for name in second["seconds"])
+    assert isinstance(second["alarms"], list)
+    assert first["pairs"] is None and second["pairs"] > 0
+    assert first["fingerprint"] != second["fingerprint"]
+    low, high = second["quality"]["ci95"]
+    assert 0 <= low <= second["quality"]["mean"] <= high <= 100
+    assert set(second["seconds"]) >= {"prompts", "candidates", "judgments", "pairs", "dpo", "evaluation"}
+
+
+def test_pairs_come_from_the_weights_that_were_current(whole):
+    fingerprints = [line["fingerprint"] for line in json.loads((whole / "summary.json").read_text())["iterations"]]
+    candidates = [json.loads(line) for line in (whole / "iter_2" / "candidates.jsonl").read_text().splitlines()]
+    judgments = [json.loads(line) for line in (whole / "iter_2" / "judgments.jsonl").read_text().splitlines()]
+    assert {record["fingerprint"] for record in candidates + judgments} == {fingerprints[0]}
+    scores = {record["id"]: record["score"] for record in judgments}
+    for line in (whole / "iter_2" / "pairs.jsonl").read_text().splitlines():
+        pair = json.loads(line)
+        assert scores[pair["chosen"]["id"]] > scores[pair["rejected"]["id"]]
+
+
+def test_a_file_of_prompts_is_dealt_out_once_also_when_iterations_are_added(tmp_path):
+    file = tmp_path / "prompts.jsonl"
+    file.write_text("".join(json.dumps({"id": f"p{i}", "prompt": f"Question {i}?"}) + "\n" for i in range(7)))
+
+    def dealt(directory, iterations, repeat=False):
+        cfg = dataclasses.replace(
+            load_config(MICRO), prompts=PromptFile(path=str(file), repeat=repeat), iterations=iterations
+        )
+        with Run.open(directory, cfg) as run:
+            parts = []
+            for t in range(2, iterations + 1):
+                it = run.at(f"iter_{t}")
+                parts.append(it.records("prompts", prompts_of, cfg, None, it, t, of=Prompt))
+        return [[prompt.id for prompt in part] for part in parts]
+
+    assert dealt(tmp_path / "run", 3) == [["p0", "p1", "p2", "p3"], ["p4", "p5", "p6"]]
+    with pytest.raises(ValueError, match="earlier iterations have had all of its 7 prompts"):
+        dealt(tmp_path / "run", 4)
+    file.write_text(file.read_text() + json.dumps({"id": "p7", "prompt": "One more?"}) + "\n")
+    assert dealt(tmp_path / "run", 4)[2] == ["p7"]
+    assert dealt(tmp_path / "again", 3, repeat=True) == [[f"p{i}" for i in range(8)]] * 2
+
+
+def test_new_prompts_are_never_held_out_ones_nor_those_of_earlier_iterations(tmp_path, monkeypatch):
+    excluded = []
+    monkeypatch.setattr(self_rewarding, "new_prompts", lambda *args, **named: excluded.append(args[4]) or [])
+    micro = load_config(MICRO)
+    held_out = lambda: [Prompt.of("h", "Held out?")]  # noqa: E731
+    cfg = dataclasses.replace(micro, seed_data=dataclasses.replace(micro.seed_data, held_out=held_out))
+    with Run.open(tmp_path / "run", micro) as run:
+        run.at("iter_2").records("prompts", lambda: [Prompt.of("a", "Asked before?")], of=Prompt)
+        self_rewarding.prompts_of(cfg, None, run.at("iter_3"), 3)
+        assert excluded == [{"Held out?", "Asked before?"}]
+        (tmp_path / "run" / "iter_2" / "prompts.jsonl").unlink()
+        with pytest.raises(RunError, match="the prompts of iteration 2 are gone"):
+            self_rewarding.prompts_of(cfg, None, run.at("iter_3"), 3)
+
+
+def test_without_sft_a_replaced_model_is_refused_too(tmp_path):
+    import tiny
+    from jaxsi import lm as lmlib
+    from jaxsi.methods.self_rewarding import PromptFile, self_rewarding
+
+    model = tmp_path / "model"
+    micro = load_config(MICRO)
+    eight_rows = dataclasses.replace(micro.dpo, train=dataclasses.replace(micro.dpo.train, batch_size=8))
+    cfg = dataclasses.replace(
+        micro, model=str(model), sft=None, dpo=eight_rows, prompts=PromptFile(path="none"), evaluate=None, iterations=1
+    )
+    lmlib.export(tiny.make_lm("1x8x1"), model, dtype="float32")
+    with Run.open(tmp_path / "run", cfg) as run:
+        first = self_rewarding(cfg, run)
+    stored = json.loads((tmp_path / "run" / "iter_0" / "model.json").read_text())
+    assert stored == {"path": str(model), "fingerprint": first.fingerprint}
+    lmlib.export(tiny.make_lm("1x8x1", seed=1), tmp_path / "other", dtype="float32")
+    (tmp_path / "other" / "model.safetensors").replace(model / "model.safetensors")
+    with Run.open(tmp_path / "run", cfg) as run, pytest.raises(StaleRecordsError, match="this run began with"):
+        self_rewarding(cfg, run)
+
+
+def test_held_out_prompts_of_a_file_are_left_out(tmp_path):
+    from jaxsi.methods.self_rewarding import PromptFile, SeedData, prompts_of
+
+    file = tmp_path / "prompts.jsonl"
+    file.write_text("".join(json.dumps({"id": f"p{i}", "prompt": f"Question {i}?"}) + "\n" for i in range(3)))
+    data = SeedData(ift=list, held_out=lambda: [Prompt.of("h", "question  1?")])
+    cfg = load_config(MICRO)
+    with Run.open(tmp_path / "run", cfg) as run:
+        cfg = dataclasses.replace(cfg, seed_data=data, prompts=PromptFile(path=str(file)))
+        assert [prompt.id for prompt in prompts_of(cfg, None, run.at("iter_2"), 2)] == ["p0", "p2"]
+
+
+def test_no_agreeing_judgment_is_an_error(tmp_path):
+    from jaxsi.methods.self_rewarding import agreeing
+
+    cfg = load_config(MICRO)
+    with Run.open(tmp_path / "run", cfg) as run, pytest.raises(ValueError, match="so there is no EFT; train the judge"):
+        agreeing(cfg, run.at("iter_1"), [], [], [])
+
+
+@pytest.mark.parametrize("share", [0.0, 1.1])
+def test_values_out_of_range_are_refused_with_the_config(share):
+    from jaxsi.methods.self_rewarding import PairConfig, SeedData
+
+    with pytest.raises(ValueError, match="max_share is"):
+        SeedData(ift=list, max_share=share)
+    with pytest.raises(ValueError, match="length_control is"):
+        PairConfig(length_control=0.5 + share)
+    with pytest.raises(ValueError, match="min_gap -1"):
+        PairConfig(min_gap=-1.0)

@@ -1,0 +1,133 @@
+"""Scores: against the softmax written out, and the same whatever else is in the batch."""
+
+import jax
+import numpy as np
+import pytest
+
+import tiny
+from jaxsi.model import decoder
+from jaxsi.runs.records import Prompt
+from jaxsi.sampling import scoring
+from jaxsi.text.chat import render_prompt, render_response
+from jaxsi.training import batches as data
+
+RNG = np.random.default_rng(0)
+PREFIXES = [RNG.integers(6, tiny.ENTRIES, n).tolist() for n in (1, 3, 9, 14, 5, 2)]
+CONTINUATIONS = [RNG.integers(6, tiny.ENTRIES, n).tolist() for n in (12, 1, 4, 17, 7, 0)]
+
+
+@pytest.fixture(scope="module")
+def scored() -> list[np.ndarray]:
+    return scoring.score_ids(tiny.make_lm(), PREFIXES, CONTINUATIONS)
+
+
+def test_against_the_softmax_written_out(scored: list[np.ndarray]) -> None:
+    lm = tiny.make_lm()
+    for prefix, continuation, logps in zip(PREFIXES, CONTINUATIONS, scored, strict=True):
+        row = np.zeros((1, 32), np.int32)  # one shape for all; what comes after changes nothing
+        row[0, : len(prefix) + len(continuation)] = prefix + continuation
+        logits = np.asarray(lm.logits(row), np.float64)[0]
+        table = (
+            logits
+            - np.log(np.exp(logits - logits.max(-1, keepdims=True)).sum(-1, keepdims=True))
+            - logits.max(-1, keepdims=True)
+        )
+        expected = [table[len(prefix) + i - 1, token] for i, token in enumerate(continuation)]
+        assert logps.dtype == np.float32 and logps.shape == (len(continuation),)
+        np.testing.assert_allclose(logps, expected, atol=1e-4, rtol=1e-5)
+
+
+def test_batch_mates_order_and_length_change_nothing(scored: list[np.ndarray]) -> None:
+    lm = tiny.make_lm()
+    order = [3, 5, 0, 2, 4, 1]
+    shuffled = scoring.score_ids(lm, [PREFIXES[i] for i in order], [CONTINUATIONS[i] for i in order], batch_size=32)
+    for place, i in enumerate(order):
+        np.testing.assert_array_equal(shuffled[place], scored[i])  # the same program: bit for bit
+    alone = scoring.score_ids(lm, PREFIXES, CONTINUATIONS, batch_size=2)  # other mates, other shapes
+    longer = scoring.score_ids(lm, [*PREFIXES, [7] * 40], [*CONTINUATIONS, [8] * 20])[:-1]  # the bucket of 64
+    for other in (alone, longer):
+        assert max(np.abs(a - b).max() for a, b in zip(other[:5], scored[:5], strict=True)) < 1e-5
+
+
+def test_packed_padded_and_alone_agree(scored: list[np.ndarray]) -> None:
+    sequences = [data.encode(p, c) for p, c in zip(PREFIXES[:5], CONTINUATIONS[:5], strict=True)]
+    lm = tiny.make_lm()
+    program = jax.jit(
+        lambda weights, batch: decoder.sequence_logps(
+            weights, lm.config, batch.tokens_BT, batch.positions_BT, batch.segments_BT, dtype=np.float32
+        )
+    )
+    found: dict[str, list[float]] = {}
+    for name, arrange, length in (("packed", data.packed, 64), ("padded", data.padded, 64)):
+        batches = arrange(sequences, length, 8, lm.mesh, epochs=1, seed=0)
+        batch = batches[0]
+        assert len(batches) == 1 and (np.asarray(batch.segments_BT).max() > 1) == (name == "packed")
+        logps, tokens, segments = (
+            np.asarray(x) for x in (program(lm.weights, batch), batch.tokens_BT, batch.segments_BT)
+        )
+        mask = tiny.counted(batch)
+        for row, segment in {(r, segments[r, t]) for r, t in np.argwhere(segments > 0).tolist()}:
+            here = (segments[row] == segment) & mask[row]
+            i = next(i for i, c in enumerate(CONTINUATIONS[:5]) if c == tokens[row, here].tolist())
+            np.testing.assert_allclose(logps[row, here], scored[i], atol=1e-5)
+            found.setdefault(name, []).append(i)
+    assert all(sorted(which) == [0, 1, 2, 3, 4] for which in found.values()) and len(found) == 2
+
+
+def test_sums_of_records_and_of_texts() -> None:
+    lm = tiny.make_lm()
+    prompt = Prompt.of("a", "loop tree")
+    ids = [50, 51, 52]  # not what its own text encodes to, and cut off
+    record = tiny.response(prompt, 0, ids, stopped=False)
+    sums = scoring.score(lm, [prompt, "loop tree"], [record, "sun moon"])
+    prefix = render_prompt(lm.tokenizer, prompt.messages)
+    ended = render_response(lm.tokenizer, "sun moon")
+    assert ended[-1] == lm.tokenizer.eos_id
+    expected = scoring.score_ids(lm, [prefix, prefix], [ids, ended])
+    assert sums.dtype == np.float32
+    np.testing.assert_allclose(sums, [e.sum() for e in expected], rtol=1e-6)
+    assert scoring.score(lm, [], []).shape == (0,)
+
+
+@pytest.mark.parametrize(
+    ("prefixes", "continuations", "message"),
+    [
+        ([[1]], [[2], [3]], "1 prefixes and 2 continuations"),
+        ([[]], [[2]], "a prefix of 0 tokens"),
+        ([[1] * 200], [[2] * 57], "a text of 257: .* at most 256"),
+    ],
+)
+def test_errors(prefixes: list, continuations: list, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        scoring.score_ids(tiny.make_lm(), prefixes, continuations)
+
+
+def test_no_array_of_all_logits_is_made() -> None:
+    """The largest buffer of logits is a tile, also where [B, T, V] would be many times that."""
+    lm = tiny.make_lm()
+    B, T = 128, 512
+    tokens = jax.ShapeDtypeStruct((B, T), np.int32)
+    lengths = jax.ShapeDtypeStruct((B,), np.int32)
+    lowered = scoring.score_batch.lower(
+        lm.weights, tokens, lengths, config=lm.config, dtype=np.dtype("float32"), mesh=lm.mesh
+    )
+    text = lowered.as_text()
+    assert f"{B}x{T}x{tiny.ENTRIES}xf32" not in text and f"x{tiny.ENTRIES}xf32" in text
+
+
+@pytest.mark.parametrize("longest", [1, 3])
+def test_choices_after_a_prefix_are_scored_as_if_alone(longest: int) -> None:
+    lm = tiny.make_lm()
+    rng = np.random.default_rng(0)
+    draw = lambda n: rng.integers(6, tiny.ENTRIES, n).tolist()  # noqa: E731
+    prefixes = [draw(n) for n in (3, 20, 7, 40, 9)]
+    choices = [[draw(rng.integers(1, longest + 1)) for _ in range(4)] for _ in prefixes]
+    logps = scoring.score_choices(lm, prefixes, choices, batch_size=2)
+    flat = [prefix for prefix in prefixes for _ in range(4)]
+    alone = scoring.score_continuations(lm, flat, [end for ends in choices for end in ends])
+    np.testing.assert_allclose(logps, alone.reshape(5, 4), atol=1e-5)
+
+
+def test_choices_must_be_equally_many() -> None:
+    with pytest.raises(ValueError, match="give G to each"):
+        scoring.score_choices(tiny.make_lm(), [[1], [2]], [[[3]], [[3], [4]]])

@@ -1,0 +1,94 @@
+"""What SRT's evaluation compares: the response in a draft, and re-ranking at the price of refining."""
+
+import dataclasses
+from types import SimpleNamespace
+
+import pytest
+
+import tiny
+from jaxsi.runs.records import Critique, Prompt, Response
+from jaxsi.toyworld.critic import TEMPLATE
+from jaxsi.toyworld.evaluate_refinement import RefinedEvaluation, text_of, written
+
+PROMPTS = [Prompt.of("p", "Reverse: cat red dog"), Prompt.of("q", "Sort A to Z: pie axe cat")]
+WORDS = SimpleNamespace(tokenizer=SimpleNamespace(encode_text=str.split))
+AT_ONCE = SimpleNamespace(records=lambda name, make, *args, of: make(*args))
+
+
+def said(prompt: Prompt, sample: int, text: str, tokens: int = 1) -> Response:
+    return dataclasses.replace(tiny.response(prompt, sample, [5] * tokens), text=text)
+
+
+def read(response: Response, text: str, score: float | None = None) -> Critique:
+    return Critique(
+        id=response.id, prompt_id=response.prompt_id, weaknesses=None, suggestions=None, score=score, improved=None,
+        text=text, finish_reason="stop", fingerprint="f", template="t",
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("text", "response"),
+    [
+        ("dog red cat.\nJudge:", "dog red cat."),
+        ("dog red cat.", "dog red cat."),
+        ("Judge: red.", "Judge: red."),
+        ("\nJudge:", ""),
+    ],
+)
+def test_a_response_is_what_stands_before_its_feedback(text, response):
+    assert text_of(said(PROMPTS[0], 0, text), TEMPLATE) == response
+
+
+def test_a_refined_response_has_the_place_of_its_draft():
+    lm, draft = tiny.make_lm(), said(PROMPTS[0], 3, "dog red\nJudge:")
+    made = written(lm, draft, "dog red cat.", TEMPLATE)
+    assert (made.id, made.sample, made.text, made.fingerprint) == (draft.id, 3, "dog red cat.", lm.fingerprint)
+
+
+def reranked(drafts, critiques, many, scores, by_prompt=(50.0, 50.0)):
+    """``many`` are the drafts that are sampled again, ``scores`` what the model gives them; and how many were asked."""
+    asked = []
+
+    def draft(count, prompts, name):
+        asked.append((count, [prompt.id for prompt in prompts]))
+        return many
+
+    criticise = lambda responses: [read(r, "x", scores[r.id]) for r in responses]  # noqa: E731
+    evaluation = RefinedEvaluation(num_prompts=2, reranked_prompts=2)
+    figures = evaluation.reranked(
+        WORDS, PROMPTS, drafts, critiques, list(by_prompt), draft, criticise, AT_ONCE, TEMPLATE
+    )
+    return figures, asked
+
+
+@pytest.mark.parametrize(
+    ("tokens", "texts", "count"),
+    [
+        (1, ["a Answer: b c d e f", "a Answer: b c d e f"], 4),  # (1 + 7) / (1 + 1)
+        (4, ["a b c Answer: d e f", "a b c Answer: d e f"], 2),  # 11 / 7 = 1.6
+        (2, ["a Answer: b c d", "a b c Answer: d e f"], 2),  # (2 + 6) / (2 + 2), exactly 2
+        (2, ["a Answer: b c d e", "a b c Answer: d e f"], 3),  # a little more than 2
+        (5, ["a b", ""], 2),  # nothing was refined: still two, or there is nothing to choose
+    ],
+)
+def test_the_price_of_refining_buys_this_many_drafts(tokens, texts, count):
+    drafts = [said(p, 0, "x", tokens) for p in PROMPTS]
+    critiques = [read(d, text) for d, text in zip(drafts, texts, strict=True)]
+    many = [said(p, 0, "dog red cat.") for p in PROMPTS]
+    figures, asked = reranked(drafts, critiques, many, dict.fromkeys((r.id for r in many), 1.0))
+    assert asked == [(count, ["p", "q"])] and figures["samples"] == count
+
+
+def test_the_best_by_the_models_own_score_is_graded_exactly():
+    drafts = [said(p, 0, "x") for p in PROMPTS]
+    many = [
+        said(PROMPTS[0], 0, "dog red.\nJudge:"),
+        said(PROMPTS[0], 1, "dog red cat.\nJudge:"),  # the best by score: 100
+        said(PROMPTS[0], 2, "cat.\nJudge:"),  # the same score, but later
+        said(PROMPTS[1], 0, "cat.\nJudge:"),  # no score
+        said(PROMPTS[1], 1, "axe cat pie\nJudge:"),  # 90
+    ]
+    scores = {"p#0": 3.0, "p#1": 8.0, "p#2": 8.0, "q#0": None, "q#1": 0.0}
+    figures, _ = reranked(drafts, [read(d, "a") for d in drafts], many, scores, by_prompt=(90.0, 50.0))
+    assert figures["quality"]["mean"] == pytest.approx((100 + 90) / 2)
+    assert figures["refined_is_better_by"][0] == pytest.approx(((90 - 100) + (50 - 90)) / 2)

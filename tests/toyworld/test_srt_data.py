@@ -1,0 +1,63 @@
+"""The embedded world's prompts for SRT and its control arms: exact scores, and a coin in the direction's place."""
+
+import dataclasses
+
+import pytest
+from hypothesis import given, settings, strategies as st
+
+import tiny
+from jaxsi.runs.records import PreferencePair, Prompt
+from jaxsi.toyworld import world
+from jaxsi.toyworld.critic import TEMPLATE
+from jaxsi.toyworld.srt_data import by_coin, exact_scores, srt_prompts
+
+PAIRS = [dataclasses.replace(p, chosen_score=9.0 - i % 3, rejected_score=i % 4) for i, p in
+         enumerate(tiny.preference_pairs(40))]  # fmt: skip
+
+
+def many(n: int) -> list[PreferencePair]:
+    return [dataclasses.replace(PAIRS[i % len(PAIRS)], id=f"p{i}") for i in range(n)]
+
+
+def sides(pair: PreferencePair) -> list[tuple]:
+    return sorted([(pair.chosen.id, pair.chosen_score), (pair.rejected.id, pair.rejected_score)])
+
+
+@settings(max_examples=15, deadline=None)
+@given(seed=st.integers(0, 2**32))
+def test_a_coin_turns_pairs_round_and_keeps_each_score_with_its_response(seed):
+    turned = by_coin(PAIRS, seed)
+    assert len(turned) == len(PAIRS) and turned == by_coin(PAIRS, seed)
+    for before, after in zip(PAIRS, turned, strict=True):
+        assert (after.id, after.messages) == (before.id, before.messages)
+        assert sides(after) == sides(before)
+        assert after.chosen in (before.chosen, before.rejected) and after.chosen != after.rejected
+
+
+def test_the_coin_is_fair_for_every_seed_and_not_the_same():
+    pairs = many(4000)
+    kept = [[a.chosen is b.chosen for a, b in zip(pairs, by_coin(pairs, seed), strict=True)] for seed in range(3)]
+    assert [sum(k) / len(k) for k in kept] == pytest.approx([0.5] * 3, abs=0.04)
+    for a, b in ((0, 1), (0, 2), (1, 2)):
+        assert sum(x == y for x, y in zip(kept[a], kept[b], strict=True)) / 4000 == pytest.approx(0.5, abs=0.04)
+
+
+def test_scores_are_exact_and_leave_the_marker_out():
+    prompt, other = Prompt.of("p", "Reverse: cat red dog"), Prompt.of("q", "Tell me a story")
+    texts = {
+        "dog red cat.": 10.0,
+        "dog red cat.\nJudge:": 10.0,
+        "dog red cat\nJudge:": 9.0,
+        "Sure thing: dog red cat\nJudge:": 8.0,
+        "dog red.\nJudge:": 2 + 8 * 2 / 3,
+        "\nJudge:": 0.0,
+    }
+    drafts = [dataclasses.replace(tiny.response(prompt, i, [5]), text=text) for i, text in enumerate(texts)]
+    drafts.append(dataclasses.replace(tiny.response(other, 0, [5]), text="Once.\nJudge:"))
+    assert exact_scores([prompt, other], drafts, TEMPLATE) == [*map(pytest.approx, texts.values()), None]
+
+
+def test_the_prompts_are_instructions_none_of_them_held_out():
+    prompts = srt_prompts()
+    assert len({prompt.id for prompt in prompts}) == len(prompts) > 1000
+    assert all(world.parse(prompt.text) and not world.is_held_out(prompt.text) for prompt in prompts)

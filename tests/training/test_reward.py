@@ -1,0 +1,148 @@
+"""Reward models: the scalar head, the last token, PIT's gap and its zero point."""
+
+import dataclasses
+from pathlib import Path
+from typing import ClassVar
+
+import jax
+import numpy as np
+import pytest
+
+import tiny
+from jaxsi import lm as lmlib
+from jaxsi.model.decoder import ModelError, Remat
+from jaxsi.runs.run import Run
+from jaxsi.sampling import generate
+from jaxsi.stages import gap
+from jaxsi.stages.pairs import Preference
+from jaxsi.training import batches, reward
+from jaxsi.training.optim import OptimConfig
+from jaxsi.training.reward import BRADLEY_TERRY, GAP, RewardError
+from jaxsi.training.train import TrainConfig, TrainingError
+
+X = ({"role": "user", "content": "Reverse: cat red axe"},)
+PREFERENCES = [
+    Preference(f"p{i}", ({"role": "user", "content": f"Reverse: {a} red {b}"},), f"{b} red {a}.", f"{a} {a}")
+    for i, (a, b) in enumerate([("cat", "axe"), ("dog", "pie"), ("cow", "jam"), ("pig", "saw"), ("fox", "egg")] * 2)
+]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Config:
+    seed: int = 0
+    RESUMABLE: ClassVar[frozenset[str]] = frozenset()
+
+
+def train_config(**changes) -> TrainConfig:
+    config = TrainConfig(
+        optim=OptimConfig(learning_rate=1e-2), batch_size=8, max_length=64, min_length=16, epochs=4, remat="none",
+        dtype="float32", log_every=1,
+    )  # fmt: skip
+    return dataclasses.replace(config, **changes)
+
+
+def groups(lm):
+    return [gap.gap_group(lm.tokenizer, p, "{prompt}") for p in PREFERENCES]
+
+
+def scored(mesh: str = "1x1x1"):
+    """A reward model whose head is not zero."""
+    lm = reward.with_scalar_head(tiny.make_lm(mesh))
+    head = np.random.default_rng(0).normal(size=lm.config.embed_dim).astype(np.float32)
+    placed = jax.device_put(head, lm.weights["score"].sharding)
+    return lm.replace(lm.weights | {"score": placed})
+
+
+def test_the_reward_is_the_head_on_the_last_hidden_state() -> None:
+    from jaxsi.model import decoder as model
+
+    lm = scored()
+    sequences = [reward.reward_sequence(lm.tokenizer, p.messages, p.chosen) for p in PREFERENCES[:3]]
+    for sequence, got in zip(sequences, reward.rewards(lm, sequences), strict=True):
+        hidden = model.hidden_states(lm.weights, lm.config, sequence.tokens[None])[0, -1]
+        np.testing.assert_allclose(got, hidden @ lm.weights["score"], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("mesh", ["1x1x1", "2x2x2", "1x8x1"])
+def test_rewards_know_neither_padding_nor_batch_mates(mesh: str) -> None:
+    lm = scored(mesh)
+    rows = [s for group in groups(lm)[:5] for s in group]
+    assert len({len(s.tokens) for s in rows}) > 1
+    together = reward.rewards(lm, rows, batch_size=64)
+    np.testing.assert_allclose(reward.rewards(lm, rows[::-1], batch_size=8)[::-1], together, atol=2e-5)
+    np.testing.assert_allclose(reward.rewards(scored(), rows, batch_size=4), together, atol=2e-5)
+
+
+def test_an_end_of_turn_inside_the_prompt_is_not_the_last_token() -> None:
+    lm = scored()
+    short = gap.gap_sequence(lm.tokenizer, X, "axe red cat.", "cat.", "{prompt}")
+    changed = batches.Sequence_(short.tokens.copy(), short.loss_mask)
+    changed.tokens[-2] += 1  # behind every end of turn but the last
+    first, second = reward.rewards(lm, [short, changed])
+    assert first != second
+
+
+@pytest.mark.parametrize("mesh", ["1x1x1", "2x2x2", "1x8x1"])
+@pytest.mark.parametrize(("remat", "accumulate"), [("none", 1), ("full", 2)])
+def test_the_loss_begins_at_five_ln_two(tmp_path: Path, mesh: str, remat: Remat, accumulate: int) -> None:
+    if mesh == "1x8x1" and accumulate == 2:
+        accumulate = 1
+    lm = tiny.make_lm(mesh)
+    config = train_config(max_steps=1, remat=remat, accumulate=accumulate)
+    with Run.open(tmp_path, Config()) as run:
+        reward.train_reward(lm, groups(lm), GAP, config, run.at("gap"))
+        line = (tmp_path / "gap" / "train.jsonl").read_text()
+    import json
+
+    assert json.loads(line)["loss"] == pytest.approx(5 * np.log(2), abs=1e-6)
+    assert json.loads(line)["wl>lw"] == 0.5
+
+
+def test_a_planted_preference_is_learnt_and_kept(tmp_path: Path) -> None:
+    lm = tiny.make_lm()
+    with Run.open(tmp_path, Config()) as run:
+        gap_rm = reward.train_reward(lm, groups(lm), GAP, train_config(epochs=8), run.at("gap"))
+        again = reward.train_reward(lm, groups(lm), GAP, train_config(epochs=8), run.at("gap"))
+        pair = [gap.reward_group(lm.tokenizer, p) for p in PREFERENCES]
+        plain = reward.train_reward(lm, pair, BRADLEY_TERRY, train_config(epochs=8), run.at("policy"))
+    assert again.fingerprint == gap_rm.fingerprint
+    shares = reward.inequalities(gap_rm, groups(lm), GAP)
+    assert set(shares) == {"wl>ww", "wl>ll", "wl>lw", "ww>lw", "ll>lw", "mean"} and min(shares.values()) > 0.7
+    assert reward.inequalities(plain, pair, BRADLEY_TERRY)["mean"] == 1.0
+    loaded = lmlib.load(tmp_path / "gap" / "checkpoint", tiny.mesh(), "float32")
+    assert loaded.config.scalar_head
+    rows = [s for group in groups(lm) for s in group]
+    np.testing.assert_array_equal(reward.rewards(loaded, rows), reward.rewards(gap_rm, rows))
+
+
+def test_an_unchanged_reference_gains_nothing() -> None:
+    lm = scored()
+    items = [(p.messages, text, p.rejected) for p in PREFERENCES[:4] for text in (p.rejected, p.chosen)]
+    gains = gap.gains(lm, items, "{prompt}")
+    assert (gains[::2] == 0).all() and (gains[1::2] != 0).all()
+    gap_N, zero_N = gap.gaps(lm, items, "{prompt}")
+    np.testing.assert_allclose(gap_N - zero_N, gains)
+
+
+def test_a_reward_model_goes_to_hugging_face_and_back(tmp_path: Path) -> None:
+    lm = scored("2x2x2")
+    lmlib.export(lm, tmp_path / "model", dtype="float32")
+    loaded = lmlib.load(tmp_path / "model", tiny.mesh(), "float32")
+    assert loaded.config == lm.config and loaded.fingerprint == lm.fingerprint
+
+
+def test_bad_rewards_and_models_are_errors(tmp_path: Path) -> None:
+    lm = scored()
+    sequence = reward.reward_sequence(lm.tokenizer, X, "axe.")
+    with pytest.raises(RewardError, match="has no scalar head"):
+        reward.rewards(tiny.make_lm(), [sequence])
+    with pytest.raises(ModelError, match="scalar head"):
+        generate.generate(lm, ["Reverse: cat"], max_new_tokens=4)
+    broken = lm.replace(lm.weights | {"score": lm.weights["score"] * np.nan})
+    with pytest.raises(RewardError, match="the reward of text 0 is nan"):
+        reward.rewards(broken, [sequence])
+    long = batches.Sequence_(np.ones(999, np.int32), np.ones(999, bool))
+    with pytest.raises(RewardError, match="999 tokens, the reward model 256 positions"):
+        reward.rewards(lm, [long])
+    with Run.open(tmp_path, Config()) as run, pytest.raises(TrainingError, match="none of 10 groups fits"):
+        reward.train_reward(lm, groups(lm), GAP, train_config(max_length=8), run.at("gap"))

@@ -20,7 +20,7 @@ from jaxsi.cli.stored import Mesh, mesh_for
 from jaxsi.model.mesh import MeshError
 from jaxsi.runs.config_file import load_config
 from jaxsi.runs.records import Judgment, RecordError, Response, read_jsonl, write_jsonl
-from jaxsi.sampling.generate import generate
+from jaxsi.sampling import generate
 from jaxsi.stages import judge as feedback
 from jaxsi.stages.prompts import load_rubric
 from jaxsi.toyworld.evaluate import ToyEvaluation

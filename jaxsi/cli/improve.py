@@ -1,7 +1,6 @@
-"""``jaxsi improve``: a model's responses, improved at inference time round by round, in a folder that resumes."""
+"""``jaxsi improve``: improves a model's responses at inference time, round by round, in a folder that resumes."""
 
 import dataclasses
-import hashlib
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -9,8 +8,9 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, TypeVar
 
 import tyro
 
+from jaxsi.cli.arguments import Dtype, Model, Out
 from jaxsi.cli.command import Report, UsageError, parse
-from jaxsi.cli.models import Dtype, Model, Out
+from jaxsi.cli.output_file import digest
 from jaxsi.cli.stored import Mesh, mesh_for, stored_config, stored_value
 from jaxsi.cli.tables import rounds_table
 
@@ -23,11 +23,11 @@ if TYPE_CHECKING:
 Value = TypeVar("Value")
 
 FILES = """OUT becomes a folder: round_0/responses.jsonl, round_1/responses.jsonl, ... with one line per prompt
-(response, outcome, score, quality, feedback), and summary.json. The same command again goes on where it was killed;
---rounds may be raised. Prompts and responses that do not fit in the context are counted as "too long"."""
+(response, outcome, score, quality, feedback), and summary.json. If the command is killed, run it again: it goes on from
+there. --rounds may be raised. Prompts and responses that do not fit in the context are counted as "too long"."""
 
-SRT = f"""Lets a model that SRT trained go on after its own response with feedback and a refined response, which is
-accepted where the model's own score of it, in a call of its own, is higher than that of the response before.
+SRT = f"""A model that SRT trained continues its own response with feedback and a refined response. In a separate call
+the model scores both, and the refined response is accepted if its score is higher.
 
 {FILES}
 
@@ -35,16 +35,16 @@ Examples:
   jaxsi improve srt runs/srt --prompts prompts.jsonl -o improved --rounds 2
   jaxsi improve srt runs/srt --prompts toy.jsonl -o improved --grade toy --max-new-tokens 24"""
 
-SEFT = f"""Lets SEFT's adaptive reviser label each response of MODEL: on "no revise" it is kept byte for byte, else it
-is revised.
+SEFT = f"""SEFT's adaptive reviser labels each response of MODEL. A response with the label "no revise" stays byte for
+byte; any other is revised.
 
 {FILES}
 
 Examples:
   jaxsi improve seft runs/seft --reviser runs/seft/reviser/checkpoint --prompts prompts.jsonl -o improved --rounds 2"""
 
-PIT = f"""Lets PIT's improver improve each response of MODEL. With --gap-rm a new response is accepted only where the
-gap reward model sees a gain of more than --delta over the response before; without it, always.
+PIT = f"""PIT's improver improves each response of MODEL. With --gap-rm a new response is accepted only if the gap
+reward model sees a gain of more than --delta over the previous response; without --gap-rm it is always accepted.
 
 {FILES}
 
@@ -52,8 +52,8 @@ Examples:
   jaxsi improve pit MODEL --improver runs/pit --gap-rm runs/pit/gap_reward/checkpoint --prompts prompts.jsonl -o OUT
   jaxsi improve pit MODEL --improver runs/pit --prompts prompts.jsonl -o improved --temperature 0.4"""
 
-REFINE = f"""Self-Refine: MODEL is asked for feedback on its response, then for a response that follows it, until the
-feedback says that nothing is to be improved.
+REFINE = f"""Self-Refine: MODEL is asked for feedback on its response, then for a response that follows the feedback,
+until the feedback says that nothing needs to be improved.
 
 {FILES}
 
@@ -77,11 +77,11 @@ class Common:
     prompts: Path
     """JSONL (or .json, .gz) file of prompts."""
     out: Out
-    """A folder for the responses of every round; one that this command began before goes on."""
+    """A folder for the responses of every round. If this command began it before, it goes on there."""
     rounds: int = 1
     """Rounds of improvement after the first response."""
     temperature: float = 0.7
-    """Of the drafts and of what replaces them; 0 is greedy."""
+    """Temperature of the drafts and of the responses that replace them; 0 is greedy."""
     top_p: float = 0.9
     top_k: int = 0
     """0 is off."""
@@ -91,25 +91,25 @@ class Common:
     max_prompts: int | None = None
     """Only the first prompts of the file."""
     batch_size: int = 64
-    """Rows in flight at a time."""
+    """Rows generated at the same time."""
     grade: Literal["toy"] | None = None
     """Measure quality by the exact grader of the embedded world, 0 to 100."""
     judge: str | None = None
-    """Measure quality by this model's mean score; it decides nothing."""
+    """Measure quality by this model's mean score. It does not decide which responses are accepted."""
     mesh: Mesh = Mesh()
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Judging:
     rubric: str | None = None
-    """Of every judge: a shipped rubric's name, or a text file with {prompt} and {response} in it; default: the run's
-    own where the judge is in a run that has one, else self_rewarding_judge."""
+    """The rubric of every judge: the name of a shipped rubric, or a text file that contains {prompt} and {response}.
+    Default: the rubric of the judge's run if it has one, else self_rewarding_judge."""
     judgments: int = 3
     """Judgments of each response; the score is the mean of the valid ones."""
     judge_tokens: int = 256
     """Most new tokens of a judgment."""
     expected: bool = False
-    """Score by the expectation over the score strings in place of the number that was written."""
+    """Score by the expectation over all possible scores instead of the number that the judge wrote."""
 
 
 Shared = Annotated[Common, tyro.conf.arg(name="")]
@@ -121,10 +121,9 @@ class Srt:
     common: Shared
     judging: Judges = Judging()
     template: Path | None = None
-    """JSON file with the fields of a CritiqueTemplate; default: the run's own where MODEL is in an SRT run, else the
-    paper's."""
+    """JSON file with the fields of a CritiqueTemplate. Default: the template of MODEL's SRT run, else the paper's."""
     feedback_tokens: int | None = None
-    """Most new tokens of feedback and refined response together; default: as in MODEL's SRT run, else 1024."""
+    """Most new tokens of feedback and refined response together. Default: as in MODEL's SRT run, else 1024."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -132,9 +131,10 @@ class Seft:
     common: Shared
     judging: Judges = Judging()
     reviser: str
-    """The adaptive reviser: RUN/reviser/checkpoint of a SEFT run, or any model that was trained as one."""
+    """The adaptive reviser: RUN/reviser/checkpoint of a SEFT run, or any model that was trained as a reviser."""
     template: Path | None = None
-    """JSON file with the fields of a ReviserTemplate; default: that of the reviser's run, else the shipped one."""
+    """JSON file with the fields of a ReviserTemplate. Default: the template of the reviser's run, else the shipped
+    one."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -142,13 +142,13 @@ class Pit:
     common: Shared
     judging: Judges = Judging()
     improver: str
-    """PIT's improver: a PIT run, or any model that was trained as one."""
+    """PIT's improver: a PIT run, or any model that was trained as an improver."""
     gap_rm: str | None = None
-    """The gap reward model: RUN/gap_reward/checkpoint of a PIT run; without one, every new response is accepted."""
+    """The gap reward model: RUN/gap_reward/checkpoint of a PIT run. Without it every new response is accepted."""
     delta: float = 0.0
-    """The least gain, above which a response is accepted."""
+    """A response is accepted if its gain is larger than this."""
     request: Path | None = None
-    """Text file with the request to improve; default: that of the improver's run, else the shipped one."""
+    """Text file with the request to improve. Default: the request of the improver's run, else the shipped one."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -156,11 +156,11 @@ class Refine:
     common: Shared
     judging: Judges = Judging()
     critic: str | None = None
-    """The model that writes the feedback; default: MODEL."""
+    """The model that writes the feedback. Default: MODEL."""
     template: Path | None = None
-    """JSON file with "feedback", "refine" and "enough"; default: the shipped requests."""
+    """JSON file with "feedback", "refine" and "enough". Default: the shipped requests."""
     feedback_tokens: int | None = None
-    """Most new tokens of feedback; default: --max-new-tokens."""
+    """Most new tokens of feedback. Default: --max-new-tokens."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -168,11 +168,11 @@ class Best:
     common: Shared
     judging: Judges = Judging()
     num_samples: int = 4
-    """Samples of a round, at least 2; round r takes the best of r times as many."""
+    """Samples added by each round, at least 2; round r takes the best of r times as many."""
     critic: str | None = None
-    """The model that judges the samples; default: MODEL."""
+    """The model that judges the samples. Default: MODEL."""
     reward_rm: str | None = None
-    """Rank by this reward model r(x, y) in the judge's place: RUN/policy_reward/checkpoint of a PIT run, or a Hugging
+    """Rank by this reward model r(x, y) instead of a judge: RUN/policy_reward/checkpoint of a PIT run, or a Hugging
     Face sequence classifier with one label."""
 
 
@@ -180,7 +180,7 @@ def srt(argv: list[str]) -> Report:
     """Refines by the model's own feedback."""
     args = parse(Srt, argv, "jaxsi improve srt", SRT)
     from jaxsi.stages.critique import CritiqueConfig
-    from jaxsi.stages.improve import rounds as improvement
+    from jaxsi.stages.improve.srt import srt
     from jaxsi.stages.prompts.critique import CritiqueTemplate, load_critique_template
 
     work = Work(args.common, args.judging)
@@ -190,33 +190,33 @@ def srt(argv: list[str]) -> Report:
     tokens = cfg.max_new_tokens if args.feedback_tokens is None else args.feedback_tokens
     cfg = dataclasses.replace(cfg, max_new_tokens=tokens, batch_size=args.common.batch_size)
     lm = work.writer("model", args.common.model, max(tokens, args.common.max_new_tokens))
-    method = improvement.srt(lm, work.sampling(), template, cfg)
+    method = srt(lm, work.sampling(), template, cfg)
     return work.carry_out("srt", method, template=template, critique=cfg)
 
 
 def seft(argv: list[str]) -> Report:
     """Keeps or revises by a reviser."""
     args = parse(Seft, argv, "jaxsi improve seft", SEFT)
-    from jaxsi.stages.improve import rounds as improvement
+    from jaxsi.stages.improve.seft import seft
     from jaxsi.stages.prompts.reviser import ReviserTemplate, load_reviser_template
     from jaxsi.stages.reviser import ReviseConfig
 
     work, tokens = Work(args.common, args.judging), args.common.max_new_tokens
     sampling = work.sampling()
     run = _run_of(args.reviser, "jaxsi.methods.seft.Config")
-    own = None if run is None else run["reviser"]["template"]
-    template = _template(ReviserTemplate, args.template, own, load_reviser_template)
+    stored = None if run is None else run["reviser"]["template"]
+    template = _template(ReviserTemplate, args.template, stored, load_reviser_template)
     cfg = ReviseConfig(
         temperature=sampling.temperature, top_p=sampling.top_p, max_new_tokens=tokens, batch_size=sampling.batch_size
     )
     lm, reviser = work.writer("model", args.common.model, tokens), work.writer("reviser", args.reviser, tokens)
-    return work.carry_out("seft", improvement.seft(lm, sampling, reviser, template, cfg), template=template)
+    return work.carry_out("seft", seft(lm, sampling, reviser, template, cfg), template=template)
 
 
 def pit(argv: list[str]) -> Report:
     """Improves by an improver."""
     args = parse(Pit, argv, "jaxsi improve pit", PIT)
-    from jaxsi.stages.improve import rounds as improvement
+    from jaxsi.stages.improve.pit import pit
     from jaxsi.stages.prompts import load_template
 
     work, tokens = Work(args.common, args.judging), args.common.max_new_tokens
@@ -226,14 +226,14 @@ def pit(argv: list[str]) -> Report:
         request = _text(args.request, "--request").removesuffix("\n")
     lm, improver = work.writer("model", args.common.model, tokens), work.writer("improver", args.improver, tokens)
     gap_lm = None if args.gap_rm is None else work.loaded("gap_rm", args.gap_rm)
-    method = improvement.pit(lm, work.sampling(), improver, request, gap_lm=gap_lm, delta=args.delta)
+    method = pit(lm, work.sampling(), improver, request, gap_lm=gap_lm, delta=args.delta)
     return work.carry_out("pit", method, request=request, delta=args.delta)
 
 
 def refine(argv: list[str]) -> Report:
-    """Refines by feedback that the model is asked for."""
+    """Refines by asking the model for feedback."""
     args = parse(Refine, argv, "jaxsi improve self-refine", REFINE)
-    from jaxsi.stages.improve import rounds as improvement
+    from jaxsi.stages.improve.self_refine import self_refine
     from jaxsi.stages.prompts.self_refine import SelfRefineTemplate, load_self_refine_template
 
     work = Work(args.common, args.judging)
@@ -243,36 +243,36 @@ def refine(argv: list[str]) -> Report:
     template = _template(SelfRefineTemplate, args.template, None, load_self_refine_template)
     lm = work.writer("model", path, sampling.max_new_tokens)
     critic = work.writer("critic", path if args.critic is None else args.critic, tokens)
-    method = improvement.self_refine(lm, sampling, template, critic, cfg)
+    method = self_refine(lm, sampling, template, critic, cfg)
     return work.carry_out("self-refine", method, template=template, feedback=cfg)
 
 
 def best(argv: list[str]) -> Report:
     """Takes the best of several samples."""
     args = parse(Best, argv, "jaxsi improve best-of-n", BEST)
-    from jaxsi.stages.improve import best_of_n as reranking
+    from jaxsi.stages.improve.best_of_n import best_of_n, rewarded
 
     if args.critic is not None and args.reward_rm is not None:
         raise UsageError("--critic and --reward-rm both rank the samples; give one of the two")
     if args.num_samples < 2:
-        raise UsageError(f"--num-samples {args.num_samples}; the best of at least 2 samples is taken")
+        raise UsageError(f"--num-samples {args.num_samples}: give at least 2, to take the best of")
     work, path = Work(args.common, args.judging), args.common.model
     sampling = work.sampling(args.num_samples)
     lm = work.writer("model", path, sampling.max_new_tokens)
     if args.reward_rm is not None:
-        scorer = reranking.rewarded(work.loaded("reward_rm", args.reward_rm), lm, sampling.batch_size)
+        scorer = rewarded(work.loaded("reward_rm", args.reward_rm), lm, sampling.batch_size)
     else:
         scorer = work.judge("critic", path if args.critic is None else args.critic)
-    return work.carry_out("best-of-n", reranking.best_of_n(lm, sampling, scorer))
+    return work.carry_out("best-of-n", best_of_n(lm, sampling, scorer))
 
 
-# -------------------------------------------------------------------------------------------------- what all five share
+# --------------------------------------------------------------------------------------- the parts that all five share
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Settings:
-    """What decides a folder of responses, in its config.json: the same command goes on in it, another is refused.
-    ``prompts`` is a digest of their contents; ``models`` are fingerprints; ``iterations`` are the rounds."""
+    """Everything that the responses in a folder depend on. It is the folder's config, so only the same command may go
+    on there. ``prompts`` is a digest; ``models`` are fingerprints; ``iterations`` is the number of rounds."""
 
     method: str
     prompts: str
@@ -293,7 +293,7 @@ class Work:
         from jaxsi.runs.records import read_prompts
 
         if args.rounds < 0:
-            raise UsageError(f"--rounds {args.rounds}; at least 0")
+            raise UsageError(f"--rounds {args.rounds}: give at least 0")
         if args.grade is not None and args.judge is not None:
             raise UsageError("--grade and --judge both measure quality; give one of the two")
         if args.out.is_file():
@@ -310,19 +310,24 @@ class Work:
         """How responses are sampled."""
         from jaxsi.sampling.generate import SamplingConfig
 
-        a = self.args
+        args = self.args
         try:
-            made = SamplingConfig(
-                num_samples=num_samples, temperature=a.temperature, top_p=a.top_p, top_k=a.top_k,
-                max_new_tokens=a.max_new_tokens, batch_size=a.batch_size, dtype=a.dtype,
-            )  # fmt: skip
+            config = SamplingConfig(
+                num_samples=num_samples,
+                temperature=args.temperature,
+                top_p=args.top_p,
+                top_k=args.top_k,
+                max_new_tokens=args.max_new_tokens,
+                batch_size=args.batch_size,
+                dtype=args.dtype,
+            )
         except ValueError as error:
             raise UsageError(str(error)) from error
-        self.settings["sampling"] = made
-        return made
+        self.settings["sampling"] = config
+        return config
 
     def loaded(self, role: str, path: str) -> "LM":
-        """The model of a role; one of several roles is loaded once."""
+        """The model of a role. A model with several roles is loaded once."""
         from jaxsi.lm import load
 
         if path not in self._models:
@@ -331,36 +336,39 @@ class Work:
         return self._models[path]
 
     def writer(self, role: str, path: str, max_new_tokens: int) -> "LM":
-        """`loaded`, of a model that writes. Raises: UsageError for a reward model, or one with no room for a prompt."""
+        """`loaded`, for a model that writes text. Raises: UsageError: if it is a reward model, or if ``max_new_tokens``
+        leaves no room for a prompt."""
         lm = self.loaded(role, path)
         if lm.config.scalar_head:
-            raise UsageError(f"{path} is a reward model, which writes no text; as {role} give a language model")
+            raise UsageError(f"{path} is a reward model, which writes no text; give a language model as the {role}")
         if max_new_tokens >= lm.config.max_positions:
             raise UsageError(
-                f"{path} has {lm.config.max_positions} positions, and {max_new_tokens} new tokens are allowed, which "
-                "leaves no room for a prompt; lower --max-new-tokens, --feedback-tokens or --judge-tokens"
+                f"{path} has {lm.config.max_positions} positions; with {max_new_tokens} new tokens that leaves no room "
+                "for a prompt; lower --max-new-tokens, --feedback-tokens or --judge-tokens"
             )
         return lm
 
     def judge(self, role: str, path: str) -> "Scorer":
-        """Scores of a judge by the command's rubric."""
+        """A judge that scores by the command's rubric."""
         from jaxsi.stages.improve.best_of_n import judged
         from jaxsi.stages.judge import JudgeConfig
 
-        of = self.judging
+        judging = self.judging
         try:
             cfg = JudgeConfig(
-                num_samples=of.judgments, max_new_tokens=of.judge_tokens, expected=of.expected,
+                num_samples=judging.judgments,
+                max_new_tokens=judging.judge_tokens,
+                expected=judging.expected,
                 batch_size=self.args.batch_size,
-            )  # fmt: skip
+            )
         except ValueError as error:
             raise UsageError(str(error)) from error
-        rubric = _rubric(of.rubric, path)
+        rubric = _rubric(judging.rubric, path)
         self.settings[f"{role}_rubric"], self.settings["judging"] = rubric, cfg
-        return judged(self.writer(role, path, of.judge_tokens), rubric, cfg)
+        return judged(self.writer(role, path, judging.judge_tokens), rubric, cfg)
 
     def carry_out(self, name: str, method: "Method", **settings: Any) -> Report:
-        """All rounds, and what came of each."""
+        """Runs all rounds, and reports the figures of each."""
         from jaxsi.runs.records import Improvement
         from jaxsi.runs.run import Run
         from jaxsi.stages.improve.rounds import improve, round_statistics
@@ -369,21 +377,22 @@ class Work:
         if self.args.grade == "toy":
             grade, self.settings["grade"] = _exact, "toy"
         config = Settings(
-            method=name, prompts=_digest(self.prompts),
-            models={role: lm.fingerprint for role, lm in self._roles.items()}, settings=self.settings | settings,
-            iterations=self.args.rounds, seed=self.args.seed,
-        )  # fmt: skip
+            method=name,
+            prompts=digest(self.prompts, "prompts"),
+            models={role: lm.fingerprint for role, lm in self._roles.items()},
+            settings=self.settings | settings,
+            iterations=self.args.rounds,
+            seed=self.args.seed,
+        )
         with Run.open(self.args.out, config) as run:
 
             def keep(number: int, items: Sequence[Any], stage: Callable[[Sequence[Any]], Any]) -> list[Improvement]:
                 return run.at(f"round_{number}").sharded("responses", items, stage, of=Improvement)
 
-            rounds = improve(
-                self.prompts, method, rounds=self.args.rounds, seed=self.args.seed, grade=grade, keep=keep
-            )  # fmt: skip
+            rounds = improve(self.prompts, method, rounds=self.args.rounds, seed=self.args.seed, grade=grade, keep=keep)
             lines = [
-                {"iteration": r, **round_statistics(made), "seconds": run.at(f"round_{r}").seconds()}
-                for r, made in enumerate(rounds)
+                {"iteration": r, **round_statistics(records), "seconds": run.at(f"round_{r}").seconds()}
+                for r, records in enumerate(rounds)
             ]
             run.update_summary({"status": "complete", "method": name, "base": lines[0], "iterations": lines[1:]})
         value = {"out": str(self.args.out), "method": name, "prompts": len(self.prompts), "rounds": lines}
@@ -410,25 +419,19 @@ def _check_world(path: Path, prompts: Sequence["Prompt"]) -> None:
             )
 
 
-def _digest(prompts: Sequence["Prompt"]) -> str:
-    from jaxsi.runs.records import to_json
-
-    rows = json.dumps([to_json(prompt) for prompt in prompts])
-    return f"{len(prompts)} prompts, {hashlib.sha256(rows.encode()).hexdigest()[:16]}"
-
-
 def _run_of(model: str, config: str) -> dict[str, Any] | None:
-    """The config of the run that a model is in (also one of its other checkpoints), where it is of that type."""
+    """The config of the run that contains a model, or another checkpoint such as RUN/reviser/checkpoint; None if it is
+    not of the type ``config``."""
     places = [model, *map(str, list(Path(model).parents)[:2])]
     found = next((stored for place in places if (stored := stored_config(place)) is not None), None)
     return found if found is not None and found["__type__"] == config else None
 
 
 def _template(
-    cls: type[Value], file: Path | None, own: dict[str, Any] | None, default: Callable[[], Value]
-) -> Value:  # fmt: skip
-    """The template of a file, else that of a run, else the default."""
-    value = own if file is None else _object(file)
+    cls: type[Value], file: Path | None, stored: dict[str, Any] | None, default: Callable[[], Value]
+) -> Value:
+    """The template in a file, else the stored one of a run, else the default."""
+    value = stored if file is None else _object(file)
     if value is None:
         return default()
     fields = {name: tuple(item) if isinstance(item, list) else item for name, item in value.items()}
@@ -442,22 +445,22 @@ def _object(file: Path) -> dict[str, Any]:
     try:
         value = json.loads(_text(file, "--template"))
     except ValueError as error:
-        raise UsageError(f"--template {file} is broken JSON: {error}") from error
+        raise UsageError(f"--template {file} is broken JSON: {error}; give a JSON object") from error
     if not isinstance(value, dict):
         raise UsageError(f"--template {file} holds {value!r:.80}; give a JSON object of the template's fields")
     return value
 
 
-def _rubric(given: str | None, judge: str) -> Any:
+def _rubric(name: str | None, judge: str) -> Any:
     from jaxsi.stages.prompts import Rubric, load_rubric
 
-    if given is None:
+    if name is None:
         run = _run_of(judge, "jaxsi.methods.self_rewarding.Config")
         return load_rubric() if run is None else _template(Rubric, None, run["rubric"], load_rubric)
-    path = Path(given)
+    path = Path(name)
     if path.is_file():
         return Rubric(name=path.stem, template=_text(path, "--rubric").removesuffix("\n"))
-    return load_rubric(given)
+    return load_rubric(name)
 
 
 def _text(path: Path, flag: str) -> str:

@@ -4,6 +4,7 @@ import dataclasses
 import importlib
 import json
 import os
+import pkgutil
 import subprocess
 import sys
 from pathlib import Path
@@ -12,16 +13,14 @@ import pytest
 
 import tiny
 from jaxsi import lm as lmlib
-from jaxsi.cli import main as cli, models
+from jaxsi.cli import generate, judge, output_file
 from jaxsi.cli.command import UsageError
-from jaxsi.cli.main import main
+from jaxsi.cli.main import COMMANDS, MISTAKES, main
 from jaxsi.cli.run import _full_flag, configure, field_flags
 from jaxsi.cli.stored import Mesh, mesh_for
 from jaxsi.model.mesh import MeshError
 from jaxsi.runs.config_file import load_config
 from jaxsi.runs.records import Judgment, RecordError, Response, read_jsonl, write_jsonl
-from jaxsi.sampling import generate
-from jaxsi.stages import judge as feedback
 from jaxsi.stages.prompts import load_rubric
 from jaxsi.toyworld.evaluate import ToyEvaluation
 
@@ -281,7 +280,7 @@ def test_generate_judge_and_export(finished, world, tmp_path, capsys):
         (["run", str(TOY), "--max-prompts", "4"], "give --prompts FILE as well"),
         (["run", str(TOY), "--prompts", "x.jsonl", "--max-prompts", "0"], "it is at least 1"),
         (["generate", "model"], "--prompts"),
-        (["generate", "model", "--prompts", "x.jsonl", "-o", "absent/out.jsonl"], "there is no folder absent"),
+        (["generate", "model", "--prompts", "x.jsonl", "-o", "absent/out.jsonl"], "the folder absent does not exist"),
         (["bench", "methods", "--seeds", "0"], "at least 1 seed"),
         (["bench", "methods", "--arms", "magic"], "arms of method, control, exact"),
     ],
@@ -298,7 +297,7 @@ def test_a_wrong_command_line_ends_with_2(argv, said, capsys):
 def test_no_command_shows_what_there_is(capsys):
     code, out, _ = called(capsys)
     assert code == 2
-    assert all(name in out for name in cli.COMMANDS)
+    assert all(name in out for name in COMMANDS)
     code, out, _ = called(capsys, "eval", "--help")
     assert code == 0
     assert "eval toy" in out
@@ -307,7 +306,7 @@ def test_no_command_shows_what_there_is(capsys):
     assert (code, out) == (0, "jaxsi 0.1.0\n")
 
 
-@pytest.mark.parametrize("name", cli.COMMANDS)
+@pytest.mark.parametrize("name", COMMANDS)
 def test_every_command_has_help_with_examples(name, capsys):
     code, out, _ = called(capsys, *name.split(), "--help")
     assert code == 0
@@ -322,10 +321,10 @@ def test_commands_of_a_model_take_a_mesh(name, capsys):
     assert all(f"--mesh.{axis}" in out for axis in ("data", "fsdp", "tensor"))
 
 
-def test_what_the_batch_size_changes_is_said(capsys):
+def test_generate_help_says_what_batch_size_changes(capsys):
     _, out, _ = called(capsys, "generate", "--help")
-    said = " ".join(out.replace("│", " ").split())
-    assert "does not change the responses in float32, in bfloat16 they are the same in distribution only" in said
+    text = " ".join(out.replace("│", " ").split())
+    assert "In float32 it does not change the responses; in bfloat16 it changes them, but not their distribution" in text
 
 
 def test_the_mesh_of_a_model(tmp_path):
@@ -344,38 +343,39 @@ def test_the_rubric_of_a_model(tmp_path):
     (tmp_path / "journal.jsonl").touch()
     own = dataclasses.asdict(load_config(TOY).rubric)
     (tmp_path / "config.json").write_text(json.dumps({"rubric": own}))
-    assert models._rubric(None, f"{tmp_path}@2") == load_config(TOY).rubric
+    assert judge._rubric(None, f"{tmp_path}@2") == load_config(TOY).rubric
     (tmp_path / "config.json").write_text(json.dumps({"critic_prompts": 8}))  # a method without a judge
-    assert models._rubric(None, str(tmp_path)) == load_rubric()
-    assert models._rubric(None, "somewhere") == load_rubric()
+    assert judge._rubric(None, str(tmp_path)) == load_rubric()
+    assert judge._rubric(None, "somewhere") == load_rubric()
 
 
-def interrupted_in_the_second_part(monkeypatch, module, name):
-    """Counts the calls of a function of a module; the second one of all is interrupted."""
-    calls, whole = [], getattr(module, name)
+def interrupt_second_call(monkeypatch, name):
+    """Interrupts the second call of a function; returns a list that grows by one with each call."""
+    calls, original = [], pkgutil.resolve_name(name)
 
     def call(*args, **options):
         calls.append(name)
         if len(calls) == 2:
             raise KeyboardInterrupt
-        return whole(*args, **options)
+        return original(*args, **options)
 
-    monkeypatch.setattr(module, name, call)
+    monkeypatch.setattr(name, call)
     return calls
 
 
-def in_parts(monkeypatch, size=1):
-    monkeypatch.setattr(models, "CHUNK", size)
-    monkeypatch.setattr(models, "mesh_for", lambda model, given: tiny.mesh())  # eight devices compile for longer
+def set_part_size(monkeypatch, size):
+    monkeypatch.setattr(output_file, "CHUNK", size)
+    for command in (generate, judge):  # on one device: programs for eight take longer to compile
+        monkeypatch.setattr(command, "mesh_for", lambda *_: tiny.mesh())
 
 
 def test_generate_goes_on_where_it_was_interrupted(world, tmp_path, capsys, monkeypatch):
-    in_parts(monkeypatch)
+    set_part_size(monkeypatch, 1)
     asked = ["generate", world / "model", "--prompts", world / "prompts.jsonl", "--max-new-tokens", 4]
     asked += ["--dtype", "float32", "--num-samples", 2, "--batch-size", 2]
     whole, out = tmp_path / "whole.jsonl", tmp_path / "out.jsonl"
     value = json_of(capsys, *asked, "-o", whole)
-    calls = interrupted_in_the_second_part(monkeypatch, generate, "generate")
+    calls = interrupt_second_call(monkeypatch, "jaxsi.sampling.generate.generate")
     code, _, err = called(capsys, *asked, "-o", out)
     assert code == 130
     assert "what is finished is kept" in err
@@ -396,7 +396,7 @@ def test_generate_goes_on_where_it_was_interrupted(world, tmp_path, capsys, monk
 
 
 def test_judge_goes_on_where_it_was_interrupted(world, tmp_path, capsys, monkeypatch):
-    in_parts(monkeypatch, size=2)
+    set_part_size(monkeypatch, 2)
     prompts, responses = world / "prompts.jsonl", tmp_path / "responses.jsonl"
     made = [tiny_response(f"p{i}", sample) for i in range(3) for sample in range(2)]
     write_jsonl(responses, made)
@@ -404,7 +404,7 @@ def test_judge_goes_on_where_it_was_interrupted(world, tmp_path, capsys, monkeyp
     asked += ["--max-new-tokens", 4, "--num-samples", 1, "--expected", "--rubric", world / "rubric.txt"]
     whole, out = tmp_path / "whole.jsonl", tmp_path / "out.jsonl"
     json_of(capsys, *asked, "-o", whole)
-    calls = interrupted_in_the_second_part(monkeypatch, feedback, "judge")
+    calls = interrupt_second_call(monkeypatch, "jaxsi.stages.judge.judge")
     assert called(capsys, *asked, "-o", out)[0] == 130
     write_jsonl(responses, made[:5])
     _, _, err = called(capsys, *asked, "-o", out)
@@ -499,7 +499,7 @@ def caused(error, cause):
 
 
 def test_the_mistakes_are_names_of_errors():
-    for name in cli.MISTAKES:
+    for name in MISTAKES:
         module, _, kind = name.rpartition(".")
         found = getattr(importlib.import_module(module), kind)
         assert f"{found.__module__}.{found.__qualname__}" == name and issubclass(found, Exception)

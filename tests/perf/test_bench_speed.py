@@ -9,7 +9,7 @@ import pytest
 
 import tiny
 from jaxsi import lm as lmlib
-from jaxsi.cli import speed
+from jaxsi.cli import bench
 from jaxsi.cli.main import main
 from jaxsi.perf import bench_speed, machine_rates
 from jaxsi.perf.bench_speed import TrainWork
@@ -212,7 +212,7 @@ def folder(tmp_path_factory):
 def test_commands_print_one_object_or_a_table(
     name, options, figure, folder, known_ceilings, monkeypatch, capsys
 ) -> None:
-    monkeypatch.setattr(speed, "mesh_for", lambda *_: tiny.mesh())
+    monkeypatch.setattr(bench, "mesh_for", lambda *_: tiny.mesh())
     command = ["bench", name, str(folder), "--dtype", "float32", "--reps", "1", *options.split()]
     assert main([*command, "--json"]) == 0
     value = json.loads(capsys.readouterr().out)
@@ -231,10 +231,10 @@ def test_commands_print_one_object_or_a_table(
         (["generate", "s", "--judge", "4:3"], "give N:K:RUBRIC"),
         (["generate", "s", "--stop-lengths", "48"], "give lognormal"),
         (["generate", "s", "--prompt-length", "9:3"], "give LOW:HIGH"),
-        (["generate", "s", "--reps", "0"], "each is at least 1"),
+        (["generate", "s", "--reps", "0"], "each must be at least 1"),
         (["generate", "s", "--against", "hf", "--hf-compile"], "add --hf-cache static"),
         (["score", "s", "--length", "1"], "2 tokens"),
-        (["train", "s", "--objective", "dpo", "--batch", "3"], "give an even number"),
+        (["train", "s", "--objective", "dpo", "--batch", "3"], "needs an even --batch"),
     ],
 )
 def test_wrong_command_lines(argv, said, capsys) -> None:

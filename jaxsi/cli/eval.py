@@ -1,10 +1,9 @@
-"""``jaxsi eval``: measure a model outside the run that made it."""
+"""``jaxsi eval``: measures a model outside of the run that trained it."""
 
 import dataclasses
-from typing import Annotated, Any
+from typing import Any
 
-import tyro
-
+from jaxsi.cli.arguments import Model
 from jaxsi.cli.command import Report, parse
 from jaxsi.cli.stored import Mesh, mesh_for, stored_config, stored_value
 from jaxsi.cli.tables import figures_table
@@ -12,7 +11,7 @@ from jaxsi.cli.tables import figures_table
 DESCRIPTION = """Exact quality on the held-out instructions of the embedded world, and how well the model judges its own
 responses.
 
-Of a model in a run this is measured with the settings of that run and gives the figures of its summary.json.
+A model in a run is measured with the settings of that run, and the figures are those of its summary.json.
 
 Examples:
   jaxsi eval toy runs/toy@2
@@ -21,9 +20,9 @@ Examples:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Toy:
-    model: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="MODEL")]
+    model: Model
     dtype: str | None = None
-    """The run's own, or float32."""
+    """Default: the dtype of MODEL's run, else float32."""
     mesh: Mesh = Mesh()
 
 
@@ -41,16 +40,15 @@ def toy(argv: list[str]) -> Report:
     stored: dict[str, Any] | None = stored_config(args.model)
     if stored is not None:
         dtype = stored["sampling"]["dtype"]
-    if stored is not None and {"rubric", "judge"} <= set(stored):  # of the methods, only one has a judge
+    if stored is not None and {"rubric", "judge"} <= set(stored):  # only one of the methods has a judge
         rubric, judge = stored_value(Rubric, stored["rubric"]), stored_value(JudgeConfig, stored["judge"])
-        measured = stored["evaluate"]
-        if isinstance(measured, dict) and measured["__type__"].endswith(".ToyEvaluation"):
-            evaluation = stored_value(ToyEvaluation, measured)
+        stored_evaluation = stored["evaluate"]
+        if isinstance(stored_evaluation, dict) and stored_evaluation["__type__"].endswith(".ToyEvaluation"):
+            evaluation = stored_value(ToyEvaluation, stored_evaluation)
     lm = load(args.model, mesh_for(args.model, args.mesh), args.dtype or dtype, weights_dtype="float32")
     figures = evaluation.measure(lm, rubric, judge)
     value = {"model": args.model, "fingerprint": lm.fingerprint, **figures}
     low, high = figures["quality"]["ci95"]
-    shown = {name: figure for name, figure in value.items() if name != "by_prompt"}
-    return Report(
-        value, figures_table(shown | {"quality": f"{figures['quality']['mean']:.2f} ({low:.2f} to {high:.2f})"})
-    )
+    row = {name: figure for name, figure in value.items() if name != "by_prompt"}
+    row["quality"] = f"{figures['quality']['mean']:.2f} ({low:.2f} to {high:.2f})"
+    return Report(value, figures_table(row))

@@ -1,0 +1,121 @@
+"""``jaxsi judge``: lets a model judge a file of responses."""
+
+import dataclasses
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from jaxsi.cli.arguments import Dtype, Model, Out
+from jaxsi.cli.command import Report, UsageError, parse
+from jaxsi.cli.output_file import Parts, check_out, digest, write_in_parts
+from jaxsi.cli.stored import Mesh, mesh_for, stored_config, stored_value
+from jaxsi.cli.tables import figures_table
+
+DESCRIPTION = """Lets MODEL judge responses (a file that `jaxsi generate` wrote): a justification and a score, several
+times for each response. Finished parts wait in OUT.shards/ until OUT is complete. If the command is killed, run it
+again: it goes on from there.
+
+Examples:
+  jaxsi judge runs/toy@3 --responses responses.jsonl --prompts prompts.jsonl -o judgments.jsonl
+  jaxsi judge MODEL --responses responses.jsonl --prompts prompts.jsonl -o judgments.jsonl --expected"""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Judge:
+    model: Model
+    responses: Path
+    """Responses in the format of `jaxsi generate`."""
+    prompts: Path
+    """The prompts that they answer."""
+    out: Out
+    """The judgments, one JSON object per line."""
+    rubric: str | None = None
+    """The name of a shipped rubric, or a text file that contains {prompt} and {response}. Default: the rubric of
+    MODEL's run if it has one, else self_rewarding_judge."""
+    num_samples: int = 3
+    """Judgments of each response; the score is the mean of the valid ones."""
+    temperature: float = 0.7
+    top_p: float = 0.9
+    max_new_tokens: int = 256
+    expected: bool = False
+    """Score by the expectation over all possible scores instead of the number that the judge wrote."""
+    seed: int = 0
+    dtype: Dtype = "bfloat16"
+    mesh: Mesh = Mesh()
+
+
+def judge(argv: list[str]) -> Report:
+    """Judges responses."""
+    args = parse(Judge, argv, "jaxsi judge", DESCRIPTION)
+    check_out(args.out)
+    import jax
+
+    from jaxsi.lm import load
+    from jaxsi.runs.records import Judgment, RecordError, Response, read_jsonl, read_prompts
+    from jaxsi.stages.judge import judge as judge_responses, judgment_statistics
+
+    config = _judge_config(args)
+    prompts = read_prompts(args.prompts)
+    responses = read_jsonl(args.responses, Response)
+    known = {prompt.id for prompt in prompts}
+    for line, response in enumerate(responses, start=1):
+        if response.prompt_id not in known:
+            raise RecordError(
+                args.responses, line, f"prompt {response.prompt_id!r} is not in {args.prompts}; give the file it is in"
+            )
+    if not responses:
+        raise RecordError(args.responses, None, "no responses in this file; jaxsi generate writes them")
+    rubric = _rubric(args.rubric, args.model)
+    lm = load(args.model, mesh_for(args.model, args.mesh), args.dtype)
+    start = time.monotonic()
+    parts = Parts(
+        prompts=digest(prompts, "records"),
+        responses=digest(responses, "records"),
+        model=lm.fingerprint,
+        settings={"rubric": rubric, "judge": config, "dtype": args.dtype},
+        seed=args.seed,
+    )
+
+    def judge_part(part: Sequence[Response]) -> list[Judgment]:
+        return judge_responses(lm, prompts, part, rubric, config, jax.random.key(args.seed))
+
+    judgments = write_in_parts(args.out, parts, responses, judge_part, Judgment)
+    statistics = judgment_statistics(judgments, low=rubric.low, high=rubric.high)
+    seconds = round(time.monotonic() - start, 3)
+    value = {"out": str(args.out), "rubric": rubric.name, **statistics, "seconds": seconds}
+    if statistics["unscored"] == len(judgments):
+        value["warning"] = (
+            "no score could be read: this model writes no scores under this rubric; try --expected, which reads "
+            "probabilities, or raise --max-new-tokens"
+        )
+    return Report(value, figures_table({name: figure for name, figure in value.items() if name != "histogram"}))
+
+
+def _judge_config(args: Judge) -> Any:
+    from jaxsi.stages.judge import JudgeConfig
+
+    try:
+        return JudgeConfig(
+            num_samples=args.num_samples,
+            temperature=args.temperature,
+            top_p=args.top_p,
+            max_new_tokens=args.max_new_tokens,
+            expected=args.expected,
+        )
+    except ValueError as error:
+        raise UsageError(str(error)) from error
+
+
+def _rubric(name: str | None, model: str) -> Any:
+    from jaxsi.stages.prompts import Rubric, load_rubric
+
+    if name is None:
+        stored = stored_config(model)
+        if stored is None or "rubric" not in stored:  # not every method has a judge
+            return load_rubric()
+        return stored_value(Rubric, stored["rubric"])
+    path = Path(name)
+    if path.is_file():
+        return Rubric(name=path.stem, template=path.read_text(encoding="utf-8").removesuffix("\n"))
+    return load_rubric(name)

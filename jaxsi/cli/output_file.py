@@ -1,0 +1,80 @@
+"""An output file that is computed in parts: a command that was killed goes on after its last complete part."""
+
+import dataclasses
+import hashlib
+import json
+import shutil
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any, ClassVar, TypeVar
+
+from jaxsi.cli.command import UsageError
+from jaxsi.runs.progress import processes
+
+CHUNK = 256  # items in a part: the most that a kill can lose
+Record = TypeVar("Record")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Parts:
+    """Everything that the contents of an output file depend on. It is the config of the folder that holds the finished
+    parts, so only the same command may go on there. ``prompts`` and ``responses`` are digests, ``model`` is a
+    fingerprint."""
+
+    prompts: str
+    responses: str | None
+    model: str
+    settings: dict[str, Any]
+    seed: int
+
+    RESUMABLE: ClassVar[frozenset[str]] = frozenset({"settings.batch_size"})
+
+
+def check_out(out: Path) -> None:
+    """Checks before the work, not after it, that ``out`` can be written. Raises: UsageError."""
+    if not out.parent.is_dir():
+        raise UsageError(f"--out {out}: the folder {out.parent} does not exist; create it first")
+    if out.is_dir():
+        raise UsageError(f"--out {out} is a folder; give the name of a file")
+
+
+def digest(records: Sequence[Any], noun: str) -> str:
+    """A short text that changes when a record does: "3 prompts, 0123456789abcdef"."""
+    from jaxsi.runs.records import to_json
+
+    rows = json.dumps([to_json(record) for record in records])
+    return f"{len(records)} {noun}, {hashlib.sha256(rows.encode()).hexdigest()[:16]}"
+
+
+def write_in_parts(
+    out: Path,
+    parts: Parts,
+    items: Sequence[Any],
+    stage: Callable[[Sequence[Any]], Iterable[Record]],
+    record_type: type[Record],
+) -> list[Record]:
+    """Applies ``stage`` to all items, CHUNK at a time, and writes the records to ``out``. Finished parts wait in the
+    folder OUT.shards, which is removed when ``out`` is complete.
+
+    Raises: RunConfigError: if OUT.shards belongs to a command with other settings.
+    """
+    from jaxsi.runs.config_snapshot import RunConfigError
+    from jaxsi.runs.records import write_jsonl
+    from jaxsi.runs.run import Run
+
+    folder = out.with_name(f"{out.name}.shards")
+    try:
+        run = Run.open(folder, parts)
+    except RunConfigError as error:
+        raise RunConfigError(
+            f"{folder} holds parts of {out.name} from a command with other settings (only settings.batch_size may "
+            "change); give the stored settings, give another --out, or delete that folder. Stored -> given:",
+            error.differences,
+        ) from None
+    with run:
+        records = run.at("parts").sharded("records", items, stage, of=record_type, shard_size=CHUNK)
+        if processes()[0] == 0:
+            write_jsonl(out, records)
+    if processes()[0] == 0:
+        shutil.rmtree(folder)
+    return records

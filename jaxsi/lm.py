@@ -18,17 +18,20 @@ from jaxsi.hf import export as hf_export, weights as hf
 from jaxsi.model import decoder, mesh as meshlib
 from jaxsi.model.decoder import ModelConfig, Weights
 from jaxsi.runs import checkpoint
+from jaxsi.runs.errors import InputError
 from jaxsi.text.tokenizer import Tokenizer, load_tokenizer
 
 _log = logging.getLogger(__name__)
 
 
-class LoadError(ValueError):
+class LoadError(InputError, ValueError):
     """A MODEL argument that names nothing loadable."""
 
 
 class HubError(LoadError):
     """A hub name that the hub did not give: the name may be wrong, or the network away for a while."""
+
+    transient = True
 
 
 @dataclasses.dataclass(frozen=True, eq=False, kw_only=True)

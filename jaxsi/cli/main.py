@@ -13,6 +13,7 @@ from jaxsi import __version__
 from jaxsi.cli import compile_cache, distributed
 from jaxsi.cli.command import EVERY_COMMAND, Report, UsageError
 from jaxsi.runs import preemption
+from jaxsi.runs.errors import InputError
 from jaxsi.runs.progress import processes
 
 # command -> (module, function, what it does). Nothing is imported before its command is asked for.
@@ -46,15 +47,6 @@ MODEL is a Hugging Face folder or hub name, a jaxsi checkpoint, a run directory 
 RUN_DIR@t (iteration t)."""
 
 FAILURE, USAGE, STOPPED, INTERRUPTED = 1, 2, 75, 130
-
-# Mistakes in what was given: the same command fails again, so no launcher may repeat it. By name, since nothing is
-# imported before it is needed, and exactly: lm.HubError, a LoadError, may pass.
-MISTAKES = {
-    "jaxsi.cli.preflight.PreflightError", "jaxsi.runs.config_snapshot.RunConfigError",
-    "jaxsi.runs.config_file.ConfigFileError", "jaxsi.hf.config.HFError", "jaxsi.lm.LoadError",
-    "jaxsi.model.mesh.MeshError", "jaxsi.model.decoder.ModelError",
-    "jaxsi.runs.records.RecordError", "jaxsi.text.tokenizer.TokenizerError",
-}  # fmt: skip
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -95,7 +87,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if debug:
             traceback.print_exc()
         print(f"jaxsi: {distributed.of_processes()}error: {_told(error)}", file=sys.stderr)
-        return distributed.leave(USAGE if _is_mistake(error) else FAILURE)
+        return distributed.leave(_exit_code(error))
 
 
 def _carry_out(name: str, argv: list[str], joining: distributed.Options | None, as_json: bool) -> int:
@@ -146,11 +138,13 @@ def _overview(commands: dict[str, tuple[str, str, str]]) -> str:
     )
 
 
-def _is_mistake(error: Exception) -> bool:
-    """Whether the same command is bound to fail again. What a disk refuses may pass, but for a file that is missing."""
+def _exit_code(error: Exception) -> int:
+    """USAGE if the same command is bound to fail again, else FAILURE. A disk error may pass, but not a missing file."""
+    if isinstance(error, UsageError):
+        return USAGE
     disk = isinstance(error.__cause__, OSError) and not isinstance(error.__cause__, FileNotFoundError)
-    mistake = f"{type(error).__module__}.{type(error).__qualname__}" in MISTAKES
-    return isinstance(error, UsageError) or (mistake and not disk)
+    wrong_input = isinstance(error, InputError) and not error.transient
+    return USAGE if wrong_input and not disk else FAILURE
 
 
 def _told(error: Exception) -> str:

@@ -9,6 +9,7 @@ from jaxsi.hf import weights
 from jaxsi.methods.self_rewarding import Config as SelfRewarding
 from jaxsi.model import decoder, mesh as meshlib
 from jaxsi.runs.config_snapshot import parts_of
+from jaxsi.runs.errors import InputError
 from jaxsi.runs.records import Prompt, RecordError, read_jsonl, read_prompts
 from jaxsi.sampling.generate import SamplingConfig
 from jaxsi.stages.critique import CritiqueConfig
@@ -21,7 +22,7 @@ from jaxsi.training.rl import RLConfig
 from jaxsi.training.train import TrainConfig
 
 
-class PreflightError(ValueError):
+class PreflightError(InputError, ValueError):
     """Settings that the model has no room for."""
 
 

@@ -13,11 +13,12 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 
 from jaxsi.model.decoder import ModelConfig, Rope
+from jaxsi.runs.errors import InputError
 
 MAX_JSON_BYTES = 64 * 2**20  # an index of a few thousand tensors takes a few hundred kB
 
 
-class HFError(ValueError):
+class HFError(InputError, ValueError):
     """A Hugging Face folder that cannot be read or written; the message names file, key or tensor, value and fix."""
 
 

@@ -22,13 +22,14 @@ from jax.sharding import Mesh
 from jaxsi.model import lm_head, mesh as meshlib
 from jaxsi.model.attention import attend_causally
 from jaxsi.model.cpu_matmul import PRODUCT, multiply
+from jaxsi.runs.errors import InputError
 
 Weights = dict[str, Any]
 Remat = Literal["none", "products", "full"]
 NO_WINDOW = 2**30  # a window longer than any text: full attention
 
 
-class ModelError(ValueError):
+class ModelError(InputError, ValueError):
     """A model configuration that the decoder cannot run."""
 
 

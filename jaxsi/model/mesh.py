@@ -12,6 +12,8 @@ import jax
 import numpy as np
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
+from jaxsi.runs.errors import InputError
+
 AXES = ("data", "fsdp", "tensor")
 
 Rules = Mapping[str, str | tuple[str, ...] | None]
@@ -32,7 +34,7 @@ TRAINING_RULES: Rules = {
 SAMPLING_RULES: Rules = {**TRAINING_RULES, "embed": None}
 
 
-class MeshError(ValueError):
+class MeshError(InputError, ValueError):
     """A mesh that does not fit the devices, the model or the batch."""
 
 

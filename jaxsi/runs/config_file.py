@@ -5,8 +5,10 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from jaxsi.runs.errors import InputError
 
-class ConfigFileError(ValueError):
+
+class ConfigFileError(InputError, ValueError):
     """A file that is no config; the message names it and what is missing."""
 
 

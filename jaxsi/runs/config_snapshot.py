@@ -10,12 +10,14 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from jaxsi.runs.errors import InputError
+
 
 class RunError(Exception):
     """A run directory that cannot be used or written; the message says what is kept and what to do."""
 
 
-class RunConfigError(RunError):
+class RunConfigError(RunError, InputError):
     """The directory holds a run of another config; `differences` are lines "field: stored -> given"."""
 
     def __init__(self, message: str, differences: Sequence[str] = ()):

@@ -18,12 +18,14 @@ from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
+from jaxsi.runs.errors import InputError
+
 Message = dict[str, str]  # {"role": "system" | "user" | "assistant", "content": text}
 FinishReason = Literal["stop", "length"]
 ROLES = ("system", "user", "assistant")
 
 
-class RecordError(Exception):
+class RecordError(InputError):
     """A file of records or prompts that cannot be read or written; `str()` is "path:line: reason"."""
 
     def __init__(self, path: Path | str, line: int | None, reason: str):

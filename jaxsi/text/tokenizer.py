@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+from jaxsi.runs.errors import InputError
 from jaxsi.text import chat
 from jaxsi.text.sentencepiece_model import BPE, CONTROL, MODEL_TYPE, ROLE_FIELDS, USER_DEFINED, SentencePieceModel
 
@@ -22,7 +23,7 @@ _KEPT_FILES = (
 )
 
 
-class TokenizerError(ValueError):
+class TokenizerError(InputError, ValueError):
     """A tokenizer cannot be loaded or used: names the path, what is wrong, and the fix."""
 
     def __init__(self, path: Path, reason: str, fix: str):

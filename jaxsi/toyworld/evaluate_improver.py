@@ -8,7 +8,7 @@ from jaxsi.runs import metrics
 from jaxsi.runs.records import Response, Revision
 from jaxsi.runs.run import Scope
 from jaxsi.stages.gap import gains, gap_group
-from jaxsi.stages.improve.pit import improve
+from jaxsi.stages.improve.pit import improve_once
 from jaxsi.stages.pairs import preferences
 from jaxsi.toyworld import careless, world
 from jaxsi.toyworld.evaluate import ToyEvaluation, quality
@@ -37,7 +37,7 @@ class ImprovedEvaluation:
         def improved() -> list[Revision]:
             settings = {"temperature": sampled.temperature, "top_p": sampled.top_p, "batch_size": 512}
             key = sampled.key
-            return improve(
+            return improve_once(
                 lm, prompts, drafts, config.request, key, max_new_tokens=sampled.max_new_tokens, **settings
             )  # fmt: skip
 

@@ -10,7 +10,7 @@ from jaxsi.cli import improve as command
 from jaxsi.cli.main import main
 from jaxsi.runs.config_snapshot import describe_config
 from jaxsi.runs.records import Improvement, read_jsonl
-from jaxsi.stages.improve import rounds
+from jaxsi.stages.improve import rounds, self_refine
 from jaxsi.toyworld import careless, critic, reviser, seed, world
 from jaxsi.training import reward
 
@@ -87,7 +87,7 @@ def test_every_method_writes_its_rounds(capsys, folder, tmp_path, method, option
 
 def test_a_folder_goes_on_and_computes_nothing_twice(capsys, folder, tmp_path, monkeypatch):
     drafts, improved = [], []
-    real_draft, real_round = rounds.draft_round, rounds.self_refine_round
+    real_draft, real_round = rounds.draft_round, self_refine.self_refine_round
 
     def draft(lm, prompts, *rest, **names):
         drafts.extend(p.id for p in prompts)
@@ -99,10 +99,10 @@ def test_a_folder_goes_on_and_computes_nothing_twice(capsys, folder, tmp_path, m
             raise KeyboardInterrupt
         improved.append([past[-1].round for _, past in items])
         made = real_round(lm, items, *rest, **names)
-        return [rounds.step(past, "accepted", 1.0, response=past[-1].response) for _, past in items] or made
+        return [rounds.next_record(past, "accepted", 1.0, response=past[-1].response) for _, past in items] or made
 
     monkeypatch.setattr(rounds, "draft_round", draft)
-    monkeypatch.setattr(rounds, "self_refine_round", round)
+    monkeypatch.setattr(self_refine, "self_refine_round", round)
     out = tmp_path / "out"
     words = ("self-refine", "--template", "refine.json", "-o", out)
     code, _, err = called(capsys, folder, *words, "--rounds", "2")

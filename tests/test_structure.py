@@ -253,32 +253,67 @@ def test_what_is_imported_is_declared():
     assert used - set(sys.stdlib_module_names) - {"jaxsi"} <= declared
 
 
-def readme_commands() -> list[list[str]]:
-    """The `jaxsi …` commands of the README's code blocks, arguments split as a shell does."""
-    readme = ROOT / "README.md"
-    text = readme.read_text(encoding="utf-8") if readme.exists() else ""
-    blocks = re.findall(r"```(?:bash|sh|console|shell)?\n(.*?)```", text, re.DOTALL)
-    lines = [line for block in blocks for line in block.replace("\\\n", " ").splitlines()]
-    parts = [part.strip() for line in lines for part in re.split(r"&&|;|\|", line.partition(" #")[0])]
-    commands = [re.sub(r"^(?:\S*/)?(?:python3? -m )?jaxsi ", "jaxsi ", part) for part in parts]
-    return [shlex.split(command)[1:] for command in commands if command.startswith("jaxsi ")]
+def documented_commands() -> list[list[str]]:
+    """The `jaxsi …` commands of the code blocks in README.md and docs/, arguments split as a shell does."""
+    commands: dict[str, list[str]] = {}
+    for page in (ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))):
+        text = page.read_text(encoding="utf-8") if page.exists() else ""
+        blocks = re.findall(r"^```(\w*)\n(.*?)^```$", text, re.DOTALL | re.MULTILINE)
+        shell = [block for language, block in blocks if language in ("", "bash", "sh", "console", "shell")]
+        lines = [line for block in shell for line in block.replace("\\\n", " ").splitlines()]
+        parts = [part.strip() for line in lines for part in re.split(r"&&|;|\|", line.partition(" #")[0])]
+        for part in parts:
+            command = re.sub(r"^(?:\S*/)?(?:python3? -m )?jaxsi ", "jaxsi ", part)
+            if command.startswith("jaxsi "):
+                commands[command] = shlex.split(command)[1:]
+    return list(commands.values())
 
 
-@pytest.mark.parametrize("command", readme_commands(), ids=" ".join)
-def test_the_commands_of_the_readme_parse(command):
+@pytest.mark.parametrize("command", documented_commands(), ids=" ".join)
+def test_documented_commands_parse(command):
     from jaxsi.cli.main import COMMANDS
 
     name = next((name for name in COMMANDS if command[: len(name.split())] == name.split()), None)
     assert name, f"there is no command {command[:2]}"
     rest = [word for word in command[len(name.split()) :] if word not in ("--json", "--debug", "--help")]
+    if name == "launch local":
+        rest, launched = rest[: rest.index("--")], rest[rest.index("--") + 1 :]
+        test_documented_commands_parse(launched)
     if name == "run":
+        from jaxsi.cli.distributed import take_options
         from jaxsi.cli.run import _split, configure
 
-        config, options, overrides = _split(rest)
-        assert config is not None and (ROOT / config).is_file(), f"{config} is no config of this repository"
+        config, options, overrides = _split(take_options(rest)[1])
+        assert config is not None and (ROOT / config).is_file(), f"{config} is not a config of this repository"
         configure(ROOT / config, overrides, options.prompts, options.max_prompts)
+    elif name == "plan":
+        from jaxsi.perf.topologies import topology
+
+        assert (ROOT / rest[0]).is_file(), f"{rest[0]} is not a config of this repository"
+        topology(rest[rest.index("--topology") + 1])
     elif "--help" not in command:
         import tyro
 
         module = importlib.import_module(COMMANDS[name][0])
         tyro.cli(getattr(module, COMMANDS[name][1].capitalize()), args=rest)
+
+
+LINK = re.compile(r"\[[^\]]*\]\(([^)#\s]*)#?([^)\s]*)\)")
+
+
+PAGES = ["README.md", "launch/README.md", *sorted(str(p.relative_to(ROOT)) for p in (ROOT / "docs").rglob("*.md"))]
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_links_between_pages_lead_somewhere(page):
+    text = re.sub(r"^```.*?^```$", "", (ROOT / page).read_text(encoding="utf-8"), flags=re.DOTALL | re.MULTILINE)
+    for target, anchor in LINK.findall(text):
+        if target.startswith("https://"):
+            continue
+        path = (ROOT / page).parent / target if target else ROOT / page
+        assert path.exists(), f"{page} links to {target}, which does not exist"
+        if anchor:
+            other = path.read_text(encoding="utf-8")
+            titles = re.findall(r"^#+ (.*)$", other, re.MULTILINE)
+            known = {re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in titles}
+            assert anchor in known | set(re.findall(r'id="([^"]+)"', other)), f"{page}: {target} has no part {anchor}"

@@ -2,17 +2,19 @@
 
     XLA_CLIENT_MEM_FRACTION=0.9 jaxsi run configs/pit/llama3_8b_hh_8xh100.py
 
-Hardware: 8 GPUs with 80 GB each (pip install "jaxsi[cuda12]"); mesh fsdp 8. 8B float32 weights are 4.0 GB a GPU,
-gradients as much and moments twice that. Tightest: the samples of round 1, with four models (16.1 GB: the policy after
-RL, the gap reward model, the SFT improver and round 0's), the weights and moments in training (12.0), bfloat16 weights
-to sample with, whole on each GPU (16.1), and the keys and values of 64 rows of at most 2,560 tokens (21.5): 65.7 GB a
-GPU, more than the three quarters of the memory that JAX takes by itself (`jaxsi plan configs/pit/llama3_8b_hh_8xh100.py
---topology h100:8`). Expectation: never run by this project at this size. The paper trained PaLM 2 (Bison); reports of
-it have improved responses preferred to the originals by 7.2 to 33.59 points over all its data sets and judges, and
-without one of the two rounds hardly any gain (0.0 and 1.7 against 13.0 points).
+Hardware: 8 GPUs with 80 GB each (pip install "jaxsi[cuda12]"). Mesh: fsdp 8. On each GPU 8B float32 weights take 4.0
+GB, gradients as much, and moments twice that. The tightest moment is sampling in round 1: four models (16.1 GB: the
+policy after RL, the gap reward model, the SFT improver and round 0's), the weights and moments in training (12.0),
+bfloat16 weights to sample with, whole on each GPU (16.1), and the keys and values of 64 rows of at most 2,560 tokens
+(21.5). Together that is 65.7 GB per GPU, more than the three quarters of the memory that JAX takes by default (`jaxsi
+plan configs/pit/llama3_8b_hh_8xh100.py --topology h100:8`).
 
-From what could be read of the paper (arXiv 2310.00898): HH-RLHF as data, its preferences in three equal parts; round 0
-from both responses of a preference, round 1 from samples of the policy after RL; the KL to the SFT model; temperatures
+Expectation: unknown, because this project has not run this size. The paper trained PaLM 2 (Bison). Reports of it say
+that improved responses were preferred to the originals by 7.2 to 33.59 points over all its data sets and judges, and
+that without one of the two rounds there was hardly any gain (0.0 and 1.7 against 13.0 points).
+
+From what could be read of the paper (arXiv 2310.00898): HH-RLHF as data; its preferences in three equal parts; round 0
+from both responses of a preference; round 1 from samples of the policy after RL; the KL to the SFT model; temperatures
 of 0.4 to 0.6 to improve with, best 0.4 (`jaxsi improve pit ... --temperature 0.4`).
 
 Its hyper-parameters could not be read, so all others are chosen here: the model; pairs of at most 4,000 characters with
@@ -32,7 +34,7 @@ from jaxsi.training.train import TrainConfig
 
 
 def short_pairs() -> list[RankedResponses]:
-    """The pairs that mostly fit in 2,048 tokens with one response as reference; training drops and counts the rest."""
+    """Pairs that mostly fit in 2,048 tokens with one response as reference; training drops and counts the others."""
 
     def characters(ranked: RankedResponses) -> int:
         return sum(len(message["content"]) for message in ranked.messages) + max(map(len, ranked.responses))

@@ -2,14 +2,17 @@
 
     XLA_CLIENT_MEM_FRACTION=0.92 jaxsi run configs/pit/qwen3_4b_1xh200.py
 
-Hardware: one GPU with 141 GB and 64 GB of host memory for the moments (pip install "jaxsi[cuda12]"). Tightest: the
-samples of round 1, with four models and the weights in training as float32 (80.4 GB), bfloat16 weights to sample with
-(8.0) and the keys and values of 64 rows of at most 2,560 tokens (24.2): 113 GB, more than the three quarters of the
-memory that JAX takes by itself (`jaxsi plan configs/pit/qwen3_4b_1xh200.py --topology h200`). Expectation: never run by
-this project at this size. The paper trained PaLM 2 (Bison); what reports of it have is in llama3_8b_hh_8xh100.py.
+Hardware: one GPU with 141 GB, and 64 GB of host memory for the moments (pip install "jaxsi[cuda12]"). The tightest
+moment is sampling in round 1: four models and the weights in training as float32 (80.4 GB), bfloat16 weights to sample
+with (8.0), and the keys and values of 64 rows of at most 2,560 tokens (24.2). Together that is 113 GB, more than the
+three quarters of the memory that JAX takes by default (`jaxsi plan configs/pit/qwen3_4b_1xh200.py --topology h200`).
 
-All of it is that config's, which says what is known of the paper and what was chosen, but the model, the micro-batches,
-where the moments are kept and the steps of RL: 64 prompts of 4 responses in place of 128, in four updates.
+Expectation: unknown, because this project has not run this size. The paper trained PaLM 2 (Bison);
+llama3_8b_hh_8xh100.py has the numbers that reports of it give.
+
+That config says what is known of the paper and what was chosen here. These differ from it: the model, the
+micro-batches, the place of the moments, and the steps of RL, which have 64 prompts of 4 responses in place of 128, in
+four updates.
 """
 
 import dataclasses
@@ -34,7 +37,7 @@ def in_fours(train: TrainConfig) -> TrainConfig:
 
 
 def smaller(rl: RLConfig) -> RLConfig:
-    """Steps of half the prompts, in updates of as many rows as are sampled at a time."""
+    """Steps of half the prompts; an update has as many rows as are sampled at a time."""
     return dataclasses.replace(rl, optim=offloaded(rl.optim), prompts_per_step=64, batch_size=64, accumulate=16)
 
 

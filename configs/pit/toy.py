@@ -2,7 +2,7 @@
 
     jaxsi run configs/pit/toy.py
 
-Hardware: 2 CPU cores, 3 GB of memory, about 3 minutes. Expected: exact quality of the improved responses from
+Hardware: 2 CPU cores, 3 GB of memory, about 3 minutes. Expected: exact quality of the improved responses rises from
 about 71 to about 86.
 """
 

@@ -2,8 +2,8 @@
 
     jaxsi bench methods --methods pit --ablations
 
-Hardware and time of toy.py for each arm. Expected: less quality with one round left out than with both, as reported of
-the paper; of PPO nothing is reported.
+Hardware and time: those of toy.py for each arm. Expected: one round alone gives less quality than both, as reports of
+the paper say. They say nothing about PPO.
 """
 
 import dataclasses

@@ -2,7 +2,7 @@
 
     jaxsi run configs/pit/toy_exact.py
 
-As toy.py in everything but the rewards of the two rounds, hardware and time included. Expected: at least the gain of
+Only the rewards of the two rounds differ from toy.py. Hardware and time are the same. Expected: at least the gain of
 toy.py.
 """
 

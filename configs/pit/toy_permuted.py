@@ -1,9 +1,9 @@
-"""A control arm of the embedded world: the gap rewards, dealt out again at random within each batch.
+"""A control arm of the embedded world: the gap rewards, shuffled within each batch.
 
     jaxsi run configs/pit/toy_permuted.py
 
-As toy.py in everything but the rewards of the two rounds, hardware and time included. Expected: no gain over
-iteration 0.
+Only the rewards of the two rounds differ from toy.py. Hardware and time are the same. Expected: no gain over iteration
+0.
 """
 
 import dataclasses

@@ -2,15 +2,16 @@
 
     jaxsi run configs/seft/llama3_70b_v5p128.py --distributed --run-dir DIR_ON_A_SHARED_FILE_SYSTEM
 
-Hardware: 64 TPU v5p chips (95 GB each) in one slice, the command started once on every host; mesh fsdp 8 x tensor 8.
-71B float32 weights are 4.4 GB a chip, gradients as much and moments twice that, bfloat16 weights to sample with 17.6
-GB. Tightest: the reviser reads held-out responses, with the base model, reviser and policy (13.2 GB), the sampling
-weights of the last two (35.3) and the keys and values of 32 rows of 3,072 tokens (4.0): 52.5 GB a chip; SFT, a step of
-which compiles to 36.5 GB for v5p:4x4x4, is at 49.7. Expectation: never run by this project at this size, and the
-paper's text and numbers were not to be had.
+Hardware: 64 TPU v5p chips (95 GB each) in one slice; start the command once on every host. Mesh: fsdp 8 x tensor 8. On
+each chip 71B float32 weights take 4.4 GB, gradients as much, and moments twice that; bfloat16 weights to sample with
+take 17.6 GB. The tightest moment is the reviser's reading of held-out responses: base model, reviser and policy (13.2
+GB), the sampling weights of the last two (35.3), and the keys and values of 32 rows of 3,072 tokens (4.0). Together
+that is 52.5 GB per chip. SFT, a step of which compiles to 36.5 GB for v5p:4x4x4, needs 49.7.
 
-All of it is nectar_8b_8xh100.py's, which says what the paper's summaries have and what was chosen, but the model and
-the mesh. Pin the models' revisions as NAME@REVISION.
+Expectation: unknown. This project has not run this size, and could not read the paper's text and numbers.
+
+Only the model and the mesh differ from nectar_8b_8xh100.py, which says what summaries of the paper have and what was
+chosen here. Pin the models' revisions as NAME@REVISION.
 """
 
 import dataclasses

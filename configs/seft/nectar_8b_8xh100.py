@@ -2,16 +2,17 @@
 
     jaxsi run configs/seft/nectar_8b_8xh100.py
 
-Hardware: 8 GPUs with 80 GB each (pip install "jaxsi[cuda12]"); mesh fsdp 8. 8B float32 weights are 4.0 GB a GPU,
-gradients as much and moments twice that; bfloat16 weights to sample with are whole on each, 16.1 GB. Tightest: the
-reviser reads held-out responses, with the base model, reviser and policy (12.0 GB), the sampling weights of the last
-two (32.1) and the keys and values of 32 rows of 3,072 tokens (12.9): 57.1 GB a GPU. Expectation: never run by this
-project at this size, and the paper's text and numbers were not to be had.
+Hardware: 8 GPUs with 80 GB each (pip install "jaxsi[cuda12]"). Mesh: fsdp 8. On each GPU 8B float32 weights take 4.0
+GB, gradients as much, and moments twice that; bfloat16 weights to sample with are whole on each, 16.1 GB. The tightest
+moment is the reviser's reading of held-out responses: base model, reviser and policy (12.0 GB), the sampling weights of
+the last two (32.1), and the keys and values of 32 rows of 3,072 tokens (12.9). Together that is 57.1 GB per GPU.
+
+Expectation: unknown. This project has not run this size, and could not read the paper's text and numbers.
 
 Summaries of the paper name the data sets. Everything else is chosen here: the model; the first 10,000 rows of Nectar,
 whose seven ranked responses make six pairs each; a reviser at 2e-5 (cosine, 3 % warm-up), 3 epochs, lengths up to
-2,048; a policy at 1e-5, one epoch a round of 15,000 prompts, one internal and three external rounds; drafts at
-temperature 1; 500 held-out prompts decide when to stop. Pin the models' revisions as NAME@REVISION.
+2,048; a policy at 1e-5, one epoch for each round of 15,000 prompts, one internal and three external rounds; drafts at
+temperature 1; 500 held-out prompts that decide when to stop. Pin the models' revisions as NAME@REVISION.
 """
 
 from jaxsi.methods.seft import Config, ReviserConfig, Round
@@ -30,7 +31,7 @@ def rankings() -> list[RankedResponses]:
 
 
 def ultrafeedback_prompts() -> list[Prompt]:
-    """The instructions without their completions; equal ones once."""
+    """The instructions without their responses; each text once."""
     by_text = {ranked.messages[-1]["content"]: ranked for ranked in datasets.ultrafeedback()}
     return [Prompt(id=ranked.id, messages=ranked.messages) for ranked in by_text.values()]
 
@@ -41,7 +42,7 @@ def unlabelled_prompts() -> list[Prompt]:
 
 
 def stopping_prompts() -> list[Prompt]:
-    """500 others."""
+    """500 other prompts."""
     return ultrafeedback_prompts()[:500]
 
 

@@ -2,12 +2,14 @@
 
     XLA_CLIENT_MEM_FRACTION=0.95 jaxsi run configs/seft/qwen3_0p6b_1gpu.py
 
-Hardware: one GPU with 24 GB (pip install "jaxsi[cuda12]"). Tightest: SFT from the second round on, with the base model,
-reviser and policy as float32 (7.2 GB), the weights and moments in training (7.2), their gradients and a micro-batch's
-(4.8) and what 4 rows of 2,048 tokens keep (0.5): 19.5 GB, more than the three quarters of the memory that JAX takes by
-itself. Expectation: never run by this project at this size, and the paper's text and numbers were not to be had.
+Hardware: one GPU with 24 GB (pip install "jaxsi[cuda12]"). The tightest moment is SFT from the second round on: base
+model, reviser and policy as float32 (7.2 GB), the weights and moments in training (7.2), their gradients and a
+micro-batch's (4.8), and what 4 rows of 2,048 tokens keep (0.5). Together that is 19.5 GB, more than the three quarters
+of the memory that JAX takes by default.
 
-All of it is qwen3_4b_1xh200.py's but the model and how many rows are sampled or scored at a time.
+Expectation: unknown. This project has not run this size, and could not read the paper's text and numbers.
+
+Only the model and the rows that are sampled or scored at a time differ from qwen3_4b_1xh200.py.
 """
 
 import dataclasses

@@ -2,14 +2,15 @@
 
     XLA_CLIENT_MEM_FRACTION=0.95 jaxsi run configs/seft/qwen3_4b_1xh200.py
 
-Hardware: one GPU with 141 GB (pip install "jaxsi[cuda12]"). Tightest: SFT from the second round on, with the base
+Hardware: one GPU with 141 GB (pip install "jaxsi[cuda12]"). The tightest moment is SFT from the second round on: base
 model, reviser and policy as float32 (48.3 GB), the weights and moments in training (48.3), their gradients and a
-micro-batch's (32.2) and what 4 rows of 2,048 tokens keep (1.5): 130 GB, more than the three quarters of the memory that
-JAX takes by itself. Expectation: never run by this project at this size, and the paper's text and numbers were not to
-be had.
+micro-batch's (32.2), and what 4 rows of 2,048 tokens keep (1.5). Together that is 130 GB, more than the three quarters
+of the memory that JAX takes by default.
 
-All of it is nectar_8b_8xh100.py's, which says what the paper's summaries have and what was chosen, but the model and
-how many rows are sampled and trained on at a time.
+Expectation: unknown. This project has not run this size, and could not read the paper's text and numbers.
+
+Only the model and the rows that are sampled and trained on at a time differ from nectar_8b_8xh100.py, which says what
+summaries of the paper have and what was chosen here.
 """
 
 import dataclasses

@@ -2,7 +2,7 @@
 
     jaxsi run configs/seft/toy.py
 
-Hardware: 2 CPU cores, 3 GB of memory, about 2 minutes. Expected: exact quality of the policy's responses from
+Hardware: 2 CPU cores, 3 GB of memory, about 2 minutes. Expected: exact quality of the policy's responses rises from
 about 64 to about 81.
 """
 

@@ -1,12 +1,12 @@
-"""The embedded world: what SEFT's parts are worth, each arm as toy.py but for one thing.
+"""The embedded world: what SEFT's parts are worth. Each arm differs from toy.py by one thing.
 
     jaxsi bench methods --methods seft --ablations
 
-always revise: no draft is kept. internal only, external only: one kind of round for all of them. half, double the
-prompts: with as many training steps.
+The arms. always revise: the reviser keeps no draft. internal only, external only: all rounds are of one kind. half the
+prompts, double the prompts: with the same number of training steps.
 
-Hardware and time of toy.py for each arm. Expected, from summaries of the paper: the first is worse
-on good drafts, internal then external evolution is better than either, and more prompts are better.
+Hardware and time: those of toy.py for each arm. Expected, from summaries of the paper: revising always is worse on good
+drafts; internal, then external evolution is better than either alone; more prompts are better.
 """
 
 import dataclasses

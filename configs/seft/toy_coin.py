@@ -1,8 +1,8 @@
-"""A control arm of the embedded world: a fair coin says which response of each pair the reviser takes for the better.
+"""A control arm of the embedded world: a fair coin says which response of each pair the reviser takes as the better.
 
     jaxsi run configs/seft/toy_coin.py
 
-As toy.py in everything but the ranks of the reviser's data, hardware and time included. Expected: no gain; what
+Only the ranks of the reviser's data differ from toy.py. Hardware and time are the same. Expected: no gain; this is what
 evolution does without a signal.
 """
 

@@ -2,8 +2,9 @@
 
     jaxsi run configs/seft/toy_exact.py
 
-As toy.py, but the drafts are chosen by their grades, and one without the full grade becomes the correct response.
-Hardware and time as toy.py. Expected: at least the gain of toy.py; what evolution does with a perfect reviser.
+As toy.py, except that the drafts are chosen by their grades, and a draft without the full grade becomes the correct
+response. Hardware and time are the same. Expected: at least the gain of toy.py; this is what evolution does with a
+perfect reviser.
 """
 
 import dataclasses

@@ -2,12 +2,14 @@
 
     jaxsi run configs/self_rewarding/llama2_70b_v5p128.py --distributed --run-dir DIR_ON_A_SHARED_FILE_SYSTEM
 
-Hardware: 64 TPU v5p chips (95 GB each) in one slice, the command started once on every host; mesh fsdp 16 x tensor 4.
-69B float32 weights are 4.3 GB a chip, gradients as much and moments twice that, bfloat16 weights to sample with 34.5
-GB. Tightest: early stopping, with M_0, M_{t-1} and two checkpoints (17.2 GB), the training state (12.9), sampling
-weights and the keys and values of 32 rows of 2,048 tokens (5.4): 70 GB a chip; DPO, a step of which compiles to 32.2 GB
-for v5p:4x4x4, is at 45. Expectation: never run by this project at this size. The paper reports, on AlpacaEval 2.0, 9.94
-% wins of M_1 over GPT-4 Turbo, 15.38 % of M_2 and 20.44 % of M_3.
+Hardware: 64 TPU v5p chips (95 GB each) in one slice; start the command once on every host. Mesh: fsdp 16 x tensor 4. On
+each chip 69B float32 weights take 4.3 GB, gradients as much, and moments twice that; bfloat16 weights to sample with
+take 34.5 GB. The tightest moment is early stopping: M_0, M_{t-1} and two checkpoints (17.2 GB), the training state
+(12.9), sampling weights, and the keys and values of 32 rows of 2,048 tokens (5.4). Together that is 70 GB per chip.
+DPO, a step of which compiles to 32.2 GB for v5p:4x4x4, needs 45.
+
+Expectation: this project has not run this size. The paper reports, on AlpacaEval 2.0, 9.94 % wins over GPT-4 Turbo for
+M_1, 15.38 % for M_2 and 20.44 % for M_3.
 
 From the paper (arXiv 2401.10020v3): IFT of 3,200 Open Assistant first turns; EFT from its ranked replies; SFT at 5.5e-6
 to 1.1e-6 (cosine), batch 16; new prompts by Llama-2-Chat-70B, 8 shots (6 + 2), T 0.6, p 0.9; N = 4 candidates at T 0.7,
@@ -15,10 +17,12 @@ p 0.9; K = 3 judgments; DPO with beta 0.1 at 1e-6 to 1e-7, batch 16; every 200 s
 whether to stop.
 
 Not stated there, and chosen here: one epoch, no warm-up; lengths (4,096 tokens of context, 1,024 of a response, 512 of
-a judgment); the judge's temperature (0.7, p 0.9, as its open re-implementations); the number of prompts (8,000: the
-paper got 3,964 and 6,942 pairs); filter thresholds (Self-Instruct's). Other than there: no dropout (the paper: 0.1);
-Claude 2, which compared checkpoints with the AlpacaEval prompt, is replaced by M_{t-1} with the method's own rubric
-(`early_stop.judging` takes another); batch 16 of SFT is 16 packed rows. Pin the models' revisions as NAME@REVISION.
+a judgment); the judge's temperature (0.7, p 0.9, as in open re-implementations); the number of prompts (8,000; the
+paper got 3,964 and 6,942 pairs); the filters' thresholds (Self-Instruct's).
+
+Different from the paper: no dropout (the paper: 0.1). Claude 2 compared checkpoints there, with the AlpacaEval prompt;
+here M_{t-1} does, with the method's own rubric (`early_stop.judging` takes another function). SFT's batch of 16 is 16
+packed rows. Pin the models' revisions as NAME@REVISION.
 """
 
 from jaxsi.methods.self_rewarding import Config, EarlyStop, SeedData
@@ -38,7 +42,7 @@ def ift() -> list[SFTExample]:
 
 
 def rankings() -> list[RankedResponses]:
-    """The other first turns, with all their ranked replies: no prompt of IFT is among them."""
+    """The first turns that are not in IFT, with all their ranked replies."""
     taken = {example.messages[-1]["content"] for example in ift()}
     return [ranked for ranked in datasets.oasst_rankings() if ranked.messages[-1]["content"] not in taken]
 

@@ -2,15 +2,17 @@
 
     jaxsi run configs/self_rewarding/llama3_8b_v5e64.py --distributed --run-dir DIR_ON_A_SHARED_FILE_SYSTEM
 
-Hardware: 64 TPU v5e chips (8 x 8, 16 GiB each), the command started once on every host; mesh fsdp 16 x tensor 4. 8B
-float32 weights are 0.5 GB a chip, gradients as much and moments twice that, bfloat16 weights to sample with 4.0 GB.
-Tightest: early stopping, with M_0, M_{t-1} and two checkpoints (2.0 GB), the training state (1.5), sampling weights and
-the keys and values of 32 rows of 2,048 tokens (2.1): 9.7 of 17.2 GB a chip; DPO, a step of which compiles to 5.3 GB for
-v5e:8x8, is at 6.8. Expectation: never run by this project at this size; the paper has no 8B, and others found that
-plain self-rewarding stalls at 7B and 8B (arXiv 2410.12735).
+Hardware: 64 TPU v5e chips (8 x 8, 16 GiB each); start the command once on every host. Mesh: fsdp 16 x tensor 4. On each
+chip 8B float32 weights take 0.5 GB, gradients as much, and moments twice that; bfloat16 weights to sample with take 4.0
+GB. The tightest moment is early stopping: M_0, M_{t-1} and two checkpoints (2.0 GB), the training state (1.5), sampling
+weights, and the keys and values of 32 rows of 2,048 tokens (2.1). Together that is 9.7 of 17.2 GB per chip. DPO, a step
+of which compiles to 5.3 GB for v5e:8x8, needs 6.8.
 
-All of it is llama2_70b_v5p128.py's, hyper-parameters included, but the model, the instruct model that writes new
-prompts, and the mesh. Pin the models' revisions as NAME@REVISION.
+Expectation: unknown, because this project has not run this size. The paper has no 8B, and others found that plain
+self-rewarding stalls at 7B and 8B (arXiv 2410.12735).
+
+Three things differ from llama2_70b_v5p128.py: the model, the instruct model that writes new prompts, and the mesh. The
+hyper-parameters are the same. Pin the models' revisions as NAME@REVISION.
 """
 
 import dataclasses

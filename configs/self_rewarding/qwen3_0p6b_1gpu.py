@@ -2,13 +2,16 @@
 
     jaxsi run configs/self_rewarding/qwen3_0p6b_1gpu.py --prompts prompts.jsonl
 
-Hardware: one GPU with 24 GB or more (pip install "jaxsi[cuda12]"). Tightest: DPO, with M_1 and M_2 as float32 (4.8 GB),
-the weights and moments in training (7.2), their gradients and a micro-batch's (4.8) and what 4 rows of 2,048 tokens
-keep (0.5): 17.2 GB. Expectation: not measured on this model yet; the paper's gains are those of a 70B model, and small
-models gain less. The given model is M_1: no SFT, and no human data. Half of the prompts make M_2, the other half M_3.
+Hardware: one GPU with 24 GB or more (pip install "jaxsi[cuda12]"). The tightest moment is DPO: M_1 and M_2 as float32
+(4.8 GB), the weights and moments in training (7.2), their gradients and a micro-batch's (4.8), and what 4 rows of 2,048
+tokens keep (0.5). Together that is 17.2 GB.
 
-`--model FOLDER` takes any instruct model. A model that writes no verdicts is judged by the expectation over the score
-strings (`judge.expected`), which is also what this config does: with a model this small it leaves far fewer ties.
+Expectation: not measured on this model yet. The paper's gains are those of a 70B model, and small models gain less.
+
+The given model is M_1, so neither SFT nor human data is needed. Half of the prompts make M_2, the other half M_3.
+
+`--model FOLDER` takes any instruct model. A model that writes no verdicts can be judged by the expectation over the
+score strings (`judge.expected`). This config does so too: with a model this small it leaves far fewer ties.
 """
 
 from jaxsi.methods.self_rewarding import Config, PromptFile

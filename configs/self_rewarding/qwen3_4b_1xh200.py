@@ -2,12 +2,13 @@
 
     XLA_CLIENT_MEM_FRACTION=0.95 jaxsi run configs/self_rewarding/qwen3_4b_1xh200.py --prompts prompts.jsonl
 
-Hardware: one GPU with 141 GB (pip install "jaxsi[cuda12]"). Tightest: DPO, with M_1 and M_2 as float32 (32.2 GB), the
-weights and moments in training (48.3), their gradients and a micro-batch's (32.2) and what 4 rows of 2,048 tokens keep
-(1.5): 114 GB, more than the three quarters of the memory that JAX takes by itself. Expectation: never run by this
-project at this size; the paper's gains are those of a 70B model.
+Hardware: one GPU with 141 GB (pip install "jaxsi[cuda12]"). The tightest moment is DPO: M_1 and M_2 as float32 (32.2
+GB), the weights and moments in training (48.3), their gradients and a micro-batch's (32.2), and what 4 rows of 2,048
+tokens keep (1.5). Together that is 114 GB, more than the three quarters of the memory that JAX takes by default.
 
-All of it is qwen3_0p6b_1gpu.py's but the model, which judges by parsed scores as the paper's does, and the rows that
+Expectation: unknown, because this project has not run this size. The paper's gains are those of a 70B model.
+
+Three things differ from qwen3_0p6b_1gpu.py: the model, its judging by parsed scores, as in the paper, and the rows that
 are sampled at a time. `--model FOLDER` takes any instruct model of 4B.
 """
 

@@ -2,8 +2,8 @@
 
     jaxsi run configs/self_rewarding/toy_exact.py
 
-As toy.py in everything but the judge, hardware and time included. Expected: at least the gain of toy.py; what the loop
-does with a perfect judge.
+Only the judge differs from toy.py. Hardware and time are the same. Expected: at least the gain of toy.py; this is what
+the loop does with a perfect judge.
 """
 
 import dataclasses

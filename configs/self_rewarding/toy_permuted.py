@@ -1,8 +1,9 @@
-"""A control arm of the embedded world: the model's own scores, dealt out again at random within each prompt.
+"""A control arm of the embedded world: the model's own scores, shuffled within each prompt.
 
     jaxsi run configs/self_rewarding/toy_permuted.py
 
-As toy.py in everything but the judge, hardware and time included. Expected: no gain; what a loop without a signal does.
+Only the judge differs from toy.py. Hardware and time are the same. Expected: no gain; this is what a loop without a
+signal does.
 """
 
 import dataclasses

@@ -2,16 +2,18 @@
 
     jaxsi run configs/spin/tulu2_7b_v5e64.py --distributed --run-dir DIR_ON_A_SHARED_FILE_SYSTEM
 
-Hardware: 64 TPU v5e chips (8 x 8, 16 GiB each), the command started once on every host; mesh fsdp 16 x tensor 4. 6.7B
-float32 weights are 0.4 GB a chip, gradients as much and moments twice that. Tightest: sampling, with M_{t-1} (0.4 GB),
-its bfloat16 weights (3.4) and the keys and values of 32 rows of 1,024 tokens (4.3): 8.1 of 17.2 GB a chip; DPO, a step
-of which compiles to 4.9 GB for v5e:8x8, is at 5.3. Expectation: never run by this project at this size. The paper
-reports for a Mistral 7B, over two to four iterations, an average on the Open LLM Leaderboard from 58.14 to 63.16.
+Hardware: 64 TPU v5e chips (8 x 8, 16 GiB each); start the command once on every host. Mesh: fsdp 16 x tensor 4. On each
+chip 6.7B float32 weights take 0.4 GB, gradients as much, and moments twice that. The tightest moment is sampling:
+M_{t-1} (0.4 GB), its bfloat16 weights (3.4), and the keys and values of 32 rows of 1,024 tokens (4.3). Together that is
+8.1 of 17.2 GB per chip. DPO, a step of which compiles to 4.9 GB for v5e:8x8, needs 5.3.
+
+Expectation: this project has not run this size. The paper reports for a Mistral 7B, over two to four iterations, that
+the average on the Open LLM Leaderboard rises from 58.14 to 63.16.
 
 From the paper (arXiv 2401.01335) and its code: an SFT model on 50,000 of its own SFT examples; batch 64, 5e-7 in the
-first two iterations after 10 % of warm-up, linear decay, beta 0.1, 1,024 tokens, bfloat16. Other than there: model and
-data (the paper: zephyr-7b-sft-full on UltraChat), AdamW in RMSProp's place, 2 epochs, pairs of the newest opponent
-alone, temperature 1. Pin the model's revision as NAME@REVISION.
+first two iterations after 10 % of warm-up, linear decay, beta 0.1, 1,024 tokens, bfloat16. Different from the paper:
+the model and the data (the paper: zephyr-7b-sft-full on UltraChat), AdamW in RMSProp's place, 2 epochs, pairs of only
+the newest opponent, temperature 1. Pin the model's revision as NAME@REVISION.
 """
 
 import random
@@ -26,7 +28,7 @@ from jaxsi.training.train import DPOConfig, TrainConfig
 
 
 def demonstrations() -> list[SFTExample]:
-    """50,000 of the mixture's first and only turns at random, that mostly fit in 512 tokens each."""
+    """50,000 random single-turn examples of the mixture, which mostly fit in 512 tokens each."""
     short = [
         example
         for example in datasets.tulu2_mixture()

@@ -2,14 +2,16 @@
 
     XLA_CLIENT_MEM_FRACTION=0.95 jaxsi run configs/srt/qwen3_0p6b_1gpu.py
 
-Hardware: one GPU with 24 GB (pip install "jaxsi[cuda12]"); no endpoint and no key. Tightest: the critic, with its
-weights twice (12.3 GB: as loaded and as sampled from), the base model likewise (3.6) and the keys and values of 16 rows
-of 6,144 tokens (3.6): 19.5 GB; DPO, with the base model and M_self as float32 (4.8), the weights and moments in
-training (7.2), gradients (4.8) and what 2 rows of 4,096 tokens keep (0.5), is at 17.2. Expectation: never run by this
-project at this size, and the critic is weak: what a 3B teaches a 0.6B is for you to see.
+Hardware: one GPU with 24 GB (pip install "jaxsi[cuda12]"); it needs neither an endpoint nor a key. The tightest moment
+is the critic: its weights twice (12.3 GB: as loaded and as sampled from), the base model likewise (3.6), and the keys
+and values of 16 rows of 6,144 tokens (3.6). Together that is 19.5 GB. DPO needs 17.2: the base model and M_self as
+float32 (4.8), the weights and moments in training (7.2), gradients (4.8), and what 2 rows of 4,096 tokens keep (0.5).
 
-All of it is qwen3_4b_1xh200.py's but the models and the lengths: 4,096 tokens of a draft, feedback and refinement.
-`--model FOLDER` takes another model; the critic's is named below.
+Expectation: unknown, because this project has not run this size. The critic is weak: you will see what a 3B can teach a
+0.6B.
+
+Only the models and the lengths differ from qwen3_4b_1xh200.py: draft, feedback and refinement have 4,096 tokens
+together. `--model FOLDER` takes another model; the critic's is named below.
 """
 
 import dataclasses
@@ -22,7 +24,7 @@ from jaxsi.training.train import TrainConfig
 
 
 def small(train: TrainConfig) -> TrainConfig:
-    """A row or pair at a time, of at most 4,096 tokens."""
+    """One row or pair of at most 4,096 tokens at a time."""
     return dataclasses.replace(train, accumulate=train.batch_size, max_length=4096)
 
 

@@ -2,15 +2,18 @@
 
     XLA_CLIENT_MEM_FRACTION=0.95 jaxsi run configs/srt/qwen3_4b_1xh200.py
 
-Hardware: one GPU with 141 GB (pip install "jaxsi[cuda12]"); no endpoint and no key. Tightest: DPO, with the base model
-and M_self as float32 (32.2 GB), the weights and moments in training (48.3), their gradients and a micro-batch's (32.2)
-and what 4 rows of 8,192 tokens keep (6.0): 119 GB, more than the three quarters of the memory that JAX takes by itself.
-The critic takes 59.1 GB beside the base model's 24.1, and is gone before training. Expectation: never run by this
-project at this size, and the paper's critic is far stronger than this one: what a 14B teaches a 4B is for you to see.
+Hardware: one GPU with 141 GB (pip install "jaxsi[cuda12]"); it needs neither an endpoint nor a key. The tightest moment
+is DPO: the base model and M_self as float32 (32.2 GB), the weights and moments in training (48.3), their gradients and
+a micro-batch's (32.2), and what 4 rows of 8,192 tokens keep (6.0). Together that is 119 GB, more than the three
+quarters of the memory that JAX takes by default. The critic takes 59.1 GB beside the base model's 24.1, and is gone
+before training.
 
-From tulu2_7b_8xh100.py, and so the paper: the data, temperatures, learning rates, epochs, batch and beta. Chosen here:
-the models; a fifth of the prompts (5,000 and 15,000; the paper's win rates rise with more), and the warm-up for them.
-`--model FOLDER` takes another model; the critic's is named below.
+Expectation: unknown, because this project has not run this size. The paper's critic is far stronger than this one: you
+will see what a 14B can teach a 4B.
+
+From tulu2_7b_8xh100.py, and so from the paper: the data, temperatures, learning rates, epochs, batch and beta. Chosen
+here: the models; a fifth of the prompts (5,000 and 15,000; the paper's win rates rise with more), and the warm-up for
+them. `--model FOLDER` takes another model; the critic's is named below.
 """
 
 import dataclasses
@@ -29,7 +32,7 @@ def paper() -> Config:
 
 
 def instructions() -> list[Prompt]:
-    """20,000 of the paper's."""
+    """20,000 of the paper's instructions."""
     prompts = paper().prompts
     assert callable(prompts)
     return prompts()[:20_000]

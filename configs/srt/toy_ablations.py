@@ -1,9 +1,9 @@
-"""What the paper's Table 6 takes out of the feedback, on the embedded world: stage 1 alone, each part left out in turn.
+"""Parts of the feedback left out in turn (the paper's Table 6), on the embedded world; stage 1 alone.
 
     jaxsi bench methods --methods srt --ablations
 
-Hardware of toy.py; an arm is its first stage. Expected: each part left out costs quality, as in the paper, where a 13B
-lost 5.1 points of AlpacaEval without feedback, and 4.5 where it learnt from the refinements alone.
+Hardware: that of toy.py; each arm is a first stage. Expected: each part left out costs quality, as in the paper. There
+a 13B lost 5.1 points of AlpacaEval without feedback, and 4.5 if it learnt only from the refinements.
 """
 
 import dataclasses

@@ -1,8 +1,8 @@
-"""A control arm of the embedded world: the direction of every stage-2 pair by a fair coin.
+"""A control arm of the embedded world: a fair coin decides the direction of every stage-2 pair.
 
     jaxsi run configs/srt/toy_coin.py
 
-As toy.py in everything but the pairs' direction, hardware and time included. Expected: no gain over iteration 0.
+Only the direction of the pairs differs from toy.py. Hardware and time are the same. Expected: no gain over iteration 0.
 """
 
 import dataclasses

@@ -2,7 +2,7 @@
 
     jaxsi run configs/srt/toy_exact.py
 
-As toy.py in everything but these scores, hardware and time included. Expected: at least the gain of toy.py.
+Only these scores differ from toy.py. Hardware and time are the same. Expected: at least the gain of toy.py.
 """
 
 import dataclasses

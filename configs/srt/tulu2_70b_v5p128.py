@@ -2,16 +2,19 @@
 
     OPENAI_API_KEY=... jaxsi run configs/srt/tulu2_70b_v5p128.py --distributed --run-dir DIR_ON_A_SHARED_FILE_SYSTEM
 
-Hardware: 64 TPU v5p chips (95 GB each) in one slice, the command started once on every host (pip install
-"jaxsi[tpu,endpoint]"); mesh fsdp 16 x tensor 4. 69B float32 weights are 4.3 GB a chip, gradients as much and moments
-twice that. Tightest: DPO, a step of which, with pairs of 8,192 tokens, compiles to 49.1 GB for v5p:4x4x4, beside the
-base model and M_self (8.6): 57.8 GB a chip; sampling, with bfloat16 weights (34.5) and the keys and values of 16 rows
-of up to 8,192 tokens (10.7), is at 53.8. The critic costs what it does in tulu2_7b_8xh100.py. Expectation: never run by
-this project at this size. The paper reports for its 70B, on AlpacaEval 2.0 against GPT-4 Turbo, 9.6 % wins before, 20.2
-% after stage 1 and 25.8 % after stage 2, and an average over four benchmarks of 70.4, 74.1 and 75.1.
+Hardware: 64 TPU v5p chips (95 GB each) in one slice; start the command once on every host (pip install
+"jaxsi[tpu,endpoint]"). Mesh: fsdp 16 x tensor 4. On each chip 69B float32 weights take 4.3 GB, gradients as much, and
+moments twice that. The tightest moment is DPO: a step with pairs of 8,192 tokens, which compiles to 49.1 GB for
+v5p:4x4x4, beside the base model and M_self (8.6). Together that is 57.8 GB per chip. Sampling, with bfloat16 weights
+(34.5) and the keys and values of 16 rows of up to 8,192 tokens (10.7), needs 53.8. The critic costs what it does in
+tulu2_7b_8xh100.py.
 
-All of it is tulu2_7b_8xh100.py's, hyper-parameters included, but the model and the mesh. Other than in the paper, where
-the 7B drafts for every size: here the 70B writes them itself.
+Expectation: this project has not run this size. The paper reports for its 70B, on AlpacaEval 2.0 against GPT-4 Turbo,
+9.6 % wins before, 20.2 % after stage 1 and 25.8 % after stage 2, and an average over four benchmarks of 70.4, 74.1 and
+75.1.
+
+Only the model and the mesh differ from tulu2_7b_8xh100.py; the hyper-parameters are the same. Unlike the paper, where
+the 7B writes the drafts for every size, the 70B writes them itself.
 """
 
 import dataclasses

@@ -2,13 +2,15 @@
 
     OPENAI_API_KEY=... jaxsi run configs/srt/tulu2_7b_8xh100.py
 
-Hardware: 8 GPUs with 80 GB each (pip install "jaxsi[cuda12,endpoint]"); mesh fsdp 8. 7B float32 weights are 3.4 GB a
-GPU, gradients as much and moments twice that. Tightest: sampling, with the base model and M_self (6.7 GB), the bfloat16
-weights, whole on each GPU (13.5), and the keys and values of 16 rows of 4,096 tokens (34.4): 54.6 GB a GPU. The critic
-is asked 50,000 times at most; at the prices below we expect some 1,500 dollars, and it is not asked further where that
-may come to more than 2,500. Expectation: never run by this project at this size. The paper reports for its 7B, on
-AlpacaEval against text-davinci-003, 73.9 % wins before, 84.6 % after stage 1 and 85.3 % after stage 2, and an average
-over four benchmarks of 50.7, 54.4 and 53.4.
+Hardware: 8 GPUs with 80 GB each (pip install "jaxsi[cuda12,endpoint]"). Mesh: fsdp 8. On each GPU 7B float32 weights
+take 3.4 GB, gradients as much, and moments twice that. The tightest moment is sampling: the base model and M_self (6.7
+GB), the bfloat16 weights, whole on each GPU (13.5), and the keys and values of 16 rows of 4,096 tokens (34.4). Together
+that is 54.6 GB per GPU. The critic is asked at most 50,000 times. At the prices below we expect some 1,500 dollars; it
+is not asked again once that could come to more than 2,500.
+
+Expectation: this project has not run this size. The paper reports for its 7B, on AlpacaEval against text-davinci-003,
+73.9 % wins before, 84.6 % after stage 1 and 85.3 % after stage 2, and an average over four benchmarks of 50.7, 54.4 and
+53.4.
 
 From the paper (arXiv 2406.07168): the model; the critic gpt-4-1106-preview at temperature 0 with 2,048 new tokens;
 25,000 single-turn instructions of the Tulu 2 mixture for stage 1 and 75,000 others for stage 2; drafts at temperature
@@ -16,11 +18,11 @@ From the paper (arXiv 2406.07168): the model; the critic gpt-4-1106-preview at t
 for 1 epoch, beta 0.01, from 5e-7 with the same schedule.
 
 Not stated there, and chosen here: which instructions (a random sample, of at most 4,000 characters so that draft,
-feedback and refinement fit in the context); top-p 1; 1,024 tokens of a draft; AdamW without weight decay; stage 2's
-batch (32) and length (8,192); bfloat16 computation; the schedule's end at 0, and warm-up in steps, of the 22,000
-examples and 63,000 pairs that the paper kept. Prices are a million tokens' when the paper was written. Any server that
-speaks the protocol can be the critic: its address and model are ``base_url`` and ``model`` below. Pin the model's
-revision as NAME@REVISION.
+feedback and refinement fit in the context); top-p 1; 1,024 tokens for a draft; AdamW without weight decay; stage 2's
+batch (32) and length (8,192); bfloat16 computation; a schedule that ends at 0; and the warm-up in steps, for the 22,000
+examples and 63,000 pairs that the paper kept. The prices are those for a million tokens when the paper was written. Any
+server that speaks the protocol can be the critic: ``base_url`` and ``model`` below are its address and model. Pin the
+model's revision as NAME@REVISION.
 """
 
 import random
@@ -37,7 +39,7 @@ from jaxsi.training.train import DPOConfig, TrainConfig
 
 
 def single_turn_instructions() -> list[Prompt]:
-    """100,000 different first and only user turns of the mixture, at random."""
+    """100,000 different instructions from single-turn examples of the mixture, at random."""
     turns = [example.messages[0]["content"] for example in datasets.tulu2_mixture() if len(example.messages) == 1]
     texts = list(dict.fromkeys(turn for turn in turns if turn.strip() and len(turn) <= 4000))
     chosen = random.Random(0).sample(texts, 100_000)

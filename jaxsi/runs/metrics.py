@@ -1,6 +1,7 @@
-"""Statistics of scores, in NumPy: a judge's agreement with the truth, rank correlations, bootstrap intervals, tables.
+"""Statistics of scores: a judge's agreement with the truth, rank correlation, bootstrap intervals, and text tables.
 
-An absent figure is None, never a number: of no pairs, of constant scores, of texts without a verdict.
+A figure that is not defined is None, never a number: for example an agreement over no pairs, or a correlation with
+constant scores.
 """
 
 import math
@@ -16,7 +17,7 @@ _CELLS = 4_000_000  # numbers drawn at a time: bounds the memory of a bootstrap
 
 @dataclass(frozen=True, kw_only=True)
 class PairwiseAgreement:
-    """How often scores order two responses to a prompt as the truth does, among pairs that the truth does not tie.
+    """How often scores order two responses to a prompt as the truth does. Pairs that the truth ties do not count.
 
     `agreement` counts a pair with equal scores as half right; `strict_agreement` leaves such pairs out.
     """
@@ -30,9 +31,10 @@ class PairwiseAgreement:
 def pairwise_agreement(
     scores: Sequence[float | None], truths: Sequence[float], groups: Sequence[Any]
 ) -> PairwiseAgreement:
-    """The agreement over the pairs within each group; rows whose score is None are in no pair.
+    """The agreement over the pairs within each group, without the rows whose score is None.
 
-    Args: scores, truths, groups: one entry per response, all of one length; groups are prompt ids.
+    Args:
+      scores, truths, groups: one entry per response, all of the same length; groups are prompt ids.
     """
     _check_lengths(scores=scores, truths=truths, groups=groups)
     rows_of: dict[Any, list[int]] = {}
@@ -41,15 +43,14 @@ def pairwise_agreement(
             rows_of.setdefault(group, []).append(row)
     right = wrong = tied = 0
     for rows in rows_of.values():
-        ours = np.array([scores[row] for row in rows], dtype=np.float64)
-        theirs = np.array([truths[row] for row in rows], dtype=np.float64)
-        _check_finite(scores=ours, truths=theirs)
+        score_N = np.array([scores[row] for row in rows], dtype=np.float64)
+        truth_N = np.array([truths[row] for row in rows], dtype=np.float64)
+        _check_finite(scores=score_N, truths=truth_N)
         first, second = np.triu_indices(len(rows), k=1)
-        product = np.sign(ours[first] - ours[second]) * np.sign(theirs[first] - theirs[second])
-        counts = theirs[first] != theirs[second]
+        product = np.sign(score_N[first] - score_N[second]) * np.sign(truth_N[first] - truth_N[second])
         right += int((product > 0).sum())
         wrong += int((product < 0).sum())
-        tied += int((counts & (product == 0)).sum())
+        tied += int(((truth_N[first] != truth_N[second]) & (product == 0)).sum())
     count, strict_count = right + wrong + tied, right + wrong
     return PairwiseAgreement(
         agreement=(right + tied / 2) / count if count else None,
@@ -60,29 +61,20 @@ def pairwise_agreement(
 
 
 def spearman(a: ArrayLike, b: ArrayLike) -> float | None:
-    """Spearman's rho of two arrays [N], ties at their mean rank; None where one of them is constant."""
+    """Spearman's rho of two arrays [N], with ties at their mean rank; None if one of the arrays is constant.
+
+    Not `scipy.stats.spearmanr`: its last bit differs from this one, and stored runs and published tables hold these.
+    """
+    from scipy.stats import rankdata  # takes a second to import
+
     a, b = _paired(a, b)
-    ranks_a, ranks_b = _ranks(a) - (len(a) + 1) / 2, _ranks(b) - (len(b) + 1) / 2
+    ranks_a, ranks_b = rankdata(a) - (len(a) + 1) / 2, rankdata(b) - (len(b) + 1) / 2
     norm = math.sqrt(float(ranks_a @ ranks_a) * float(ranks_b @ ranks_b))
     return float(ranks_a @ ranks_b) / norm if norm > 0 else None
 
 
-def kendall(a: ArrayLike, b: ArrayLike) -> float | None:
-    """Kendall's tau-b of two arrays [N]; None where one of them is constant."""
-    a, b = _paired(a, b)
-    concordance, untied_a, untied_b = 0.0, 0, 0
-    for row in range(len(a) - 1):
-        sign_a, sign_b = np.sign(a[row + 1 :] - a[row]), np.sign(b[row + 1 :] - b[row])
-        concordance += float(sign_a @ sign_b)
-        untied_a += np.count_nonzero(sign_a)
-        untied_b += np.count_nonzero(sign_b)
-    return concordance / math.sqrt(untied_a * untied_b) if untied_a and untied_b else None
-
-
-def mean_ci(
-    values: ArrayLike, *, samples: int = 10_000, seed: int = 0, level: float = 0.95
-) -> tuple[float, float, float]:
-    """(mean, low, high): the percentile bootstrap over prompts of values [prompts] or [prompts, samples of each]."""
+def mean_ci(values: ArrayLike, *, samples: int = 10_000, seed: int = 0) -> tuple[float, float, float]:
+    """(mean, low, high): the 95 % bootstrap interval over prompts of values [prompts] or [prompts, samples]."""
     values = np.asarray(values, dtype=np.float64)
     _check_finite(values=values)
     if values.ndim not in (1, 2) or values.size == 0:
@@ -90,66 +82,31 @@ def mean_ci(
     per_prompt = values if values.ndim == 1 else values.mean(axis=1)
     draws = _draws(np.random.default_rng(seed), len(per_prompt), samples)
     means = np.concatenate([counts @ per_prompt for counts in draws]) / len(per_prompt)
-    return float(per_prompt.mean()), *_interval(means, level)
+    return float(per_prompt.mean()), *_interval(means)
 
 
-def paired_bootstrap(
-    a: ArrayLike,
-    b: ArrayLike,
-    *,
-    clusters: Sequence[Any] | None = None,
-    samples: int = 10_000,
-    seed: int = 0,
-    level: float = 0.95,
-) -> tuple[float, float, float]:
-    """(mean of a - b, low, high) of a, b [seeds, prompts], paired entry by entry; [prompts] counts as one seed.
+def paired_bootstrap(a: ArrayLike, b: ArrayLike, *, samples: int = 10_000, seed: int = 0) -> tuple[float, float, float]:
+    """(mean of a - b, low, high): the 95 % bootstrap interval of a, b [seeds, prompts], paired entry by entry.
+    [prompts] counts as one seed.
 
-    Run seeds and prompts are drawn with replacement, independently: the interval covers both who ran and what was
-    asked. `clusters` has a label per prompt; prompts with the same label are drawn together (several answers to one
-    prompt, say).
+    Run seeds and prompts are drawn with replacement, independently, so the interval covers the choice of both.
     """
     a, b = np.atleast_2d(np.asarray(a, dtype=np.float64)), np.atleast_2d(np.asarray(b, dtype=np.float64))
     _check_finite(a=a, b=b)
     if a.shape != b.shape or a.ndim != 2 or a.size == 0:
-        raise ValueError(f"a has shape {a.shape} and b {b.shape}; both must be the same [seeds, prompts], not empty")
+        raise ValueError(f"a has shape {a.shape} and b {b.shape}; give both the same [seeds, prompts], not empty")
     difference = a - b
-    labels = list(range(a.shape[1])) if clusters is None else list(clusters)
-    if len(labels) != a.shape[1]:
-        raise ValueError(f"{len(labels)} cluster labels for {a.shape[1]} prompts; give one label per prompt")
-    number = {label: index for index, label in enumerate(dict.fromkeys(labels))}
-    member = np.zeros((a.shape[1], len(number)))
-    member[np.arange(a.shape[1]), [number[label] for label in labels]] = 1
-    sums, sizes = difference @ member, member.sum(axis=0)  # [seeds, clusters], [clusters]
+    seeds, prompts = difference.shape
     rng = np.random.default_rng(seed)
     means = []
-    for drawn in _draws(rng, len(number), samples):
-        drawn_seeds = rng.multinomial(len(a), np.full(len(a), 1 / len(a)), size=len(drawn))
-        means.append(((drawn @ sums.T) * drawn_seeds).sum(axis=1) / (drawn @ sizes * len(a)))
-    return float(difference.mean()), *_interval(np.concatenate(means), level)
-
-
-def histogram(scores: Sequence[float | None]) -> dict[str, int]:
-    """{score: how many}, ascending, then "invalid" for None; e.g. {"0": 3, "2.5": 1, "invalid": 2}."""
-    valid = sorted(score for score in scores if score is not None)
-    counts: dict[str, int] = {}
-    for score in valid:
-        label = f"{score:.6g}"
-        counts[label] = counts.get(label, 0) + 1
-    invalid = len(scores) - len(valid)
-    return counts | ({"invalid": invalid} if invalid else {})
-
-
-def entropy(scores: Sequence[float | None]) -> float | None:
-    """Entropy in nats of the valid scores: 0 where the judge always says the same; None without any."""
-    counts = np.array(list(histogram([score for score in scores if score is not None]).values()), dtype=np.float64)
-    if counts.size == 0:
-        return None
-    shares = counts / counts.sum()
-    return float(-(shares * np.log(shares)).sum()) + 0.0
+    for drawn in _draws(rng, prompts, samples):
+        drawn_seeds = rng.multinomial(seeds, np.full(seeds, 1 / seeds), size=len(drawn))
+        means.append(((drawn @ difference.T) * drawn_seeds).sum(axis=1) / (prompts * seeds))
+    return float(difference.mean()), *_interval(np.concatenate(means))
 
 
 def table(rows: Sequence[Mapping[str, Any]], columns: Sequence[str] | None = None) -> str:
-    """Rows as an aligned text table, numbers to the right, None as "-"; `columns` are by default those of all rows."""
+    """Rows as an aligned text table: numbers to the right, None as "-", by default the columns of all rows."""
     names = list(dict.fromkeys(name for row in rows for name in row)) if columns is None else list(columns)
     if not names:
         return ""
@@ -174,27 +131,21 @@ def _cell(value: Any) -> str:
 
 
 def _draws(rng: np.random.Generator, size: int, samples: int) -> Iterator[np.ndarray]:
-    """How often each of `size` things is drawn, [some samples, size] at a time; `samples` rows in all."""
+    """How often each of `size` things is drawn, as blocks [rows, size] that have `samples` rows together."""
     rows = max(1, _CELLS // size)
     for start in range(0, samples, rows):
         yield rng.multinomial(size, np.full(size, 1 / size), size=min(rows, samples - start)).astype(np.float64)
 
 
-def _interval(values: np.ndarray, level: float) -> tuple[float, float]:
-    low, high = np.quantile(values, [(1 - level) / 2, (1 + level) / 2])
+def _interval(values: np.ndarray) -> tuple[float, float]:
+    low, high = np.quantile(values, [(1 - 0.95) / 2, (1 + 0.95) / 2])  # not 0.025: its last bit differs
     return float(low), float(high)
-
-
-def _ranks(values: np.ndarray) -> np.ndarray:
-    _, inverse, counts = np.unique(values, return_inverse=True, return_counts=True)
-    last = np.cumsum(counts)
-    return (last - (counts - 1) / 2)[inverse]
 
 
 def _paired(a: ArrayLike, b: ArrayLike) -> tuple[np.ndarray, np.ndarray]:
     first, second = np.asarray(a, dtype=np.float64), np.asarray(b, dtype=np.float64)
     if first.ndim != 1 or first.shape != second.shape:
-        raise ValueError(f"shapes are {first.shape} and {second.shape}; give two arrays [N] of one length")
+        raise ValueError(f"shapes are {first.shape} and {second.shape}; give two arrays [N] of the same length")
     _check_finite(a=first, b=second)
     return first, second
 
@@ -209,14 +160,14 @@ def _check_finite(**arrays: np.ndarray) -> None:
     for name, array in arrays.items():
         if not np.isfinite(array).all():
             bad = array[~np.isfinite(array)][0]
-            raise ValueError(f"{name} hold {bad}; every figure must be finite, an absent score is None")
+            raise ValueError(f"{name} hold {bad}; give finite numbers, and None for a score that is absent")
 
 
 def edit_distance(a: Sequence[Any], b: Sequence[Any]) -> int:
-    """Insertions, deletions and replacements that make ``b`` of ``a`` (Levenshtein 1966)."""
+    """The fewest insertions, deletions and replacements that turn ``a`` into ``b`` (Levenshtein 1966)."""
     row = list(range(len(b) + 1))
     for i, x in enumerate(a, start=1):
-        before, row[0] = row[0], i
+        diagonal, row[0] = row[0], i
         for j, y in enumerate(b, start=1):
-            before, row[j] = row[j], min(row[j] + 1, row[j - 1] + 1, before + (x != y))
+            diagonal, row[j] = row[j], min(row[j] + 1, row[j - 1] + 1, diagonal + (x != y))
     return row[-1]

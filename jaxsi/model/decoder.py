@@ -4,8 +4,8 @@ Dimension letters, used as suffixes of names and in einsums:
   B batch · T tokens (queries) · S keys (cache length) · V vocabulary · D embed · H heads · K kv heads
   G heads per kv head · C head dim · F mlp · L layers
 
-The canonical tree of weights stacks the layers on a leading axis L, so that training scans over them. ``unstack`` turns
-it into a list of layers for sampling: a scan would copy the weights and the cache at every decoded token.
+The canonical tree of weights stacks the layers on a leading axis L, so that training scans over them. Sampling
+takes a list of layers instead: a scan would copy the weights and the cache at every decoded token.
 """
 
 import dataclasses
@@ -214,12 +214,6 @@ def decoder(config: ModelConfig, weights: Weights) -> Decoder:
     graph, state = nnx.split(module)
     nnx.replace_by_pure_dict(state, weights)
     return nnx.merge(graph, state)
-
-
-def unstack(weights: Weights, num_layers: int) -> Weights:
-    """Stacked layers -> list of layers."""
-    layers = weights["layers"]
-    return weights | {"layers": [jax.tree.map(lambda w: w[i], layers) for i in range(num_layers)]}  # noqa: B023
 
 
 # ---------------------------------------------------------------------------------------------------------------- parts

@@ -109,12 +109,6 @@ def read_meta(directory: Path | str) -> dict[str, Any]:
     return _read_manifest(Path(directory))["meta"]
 
 
-def read_leaves(directory: Path | str) -> dict[str, jax.ShapeDtypeStruct]:
-    """{"weights/a/0": shape and dtype} of every leaf saved, without reading one."""
-    leaves = _read_manifest(Path(directory))["leaves"]
-    return {name: jax.ShapeDtypeStruct(tuple(leaf["shape"]), _dtype(leaf["dtype"])) for name, leaf in leaves.items()}
-
-
 def is_complete(directory: Path | str) -> bool:
     """Whether a save has finished and all its files are there in full length (for their content: `verify`)."""
     path = Path(directory)
@@ -184,11 +178,8 @@ def _description(leaf: Any) -> dict[str, Any]:
     return {"shape": list(leaf.shape), "dtype": str(leaf.dtype)}
 
 
-def _dtype(name: str) -> Any:
-    if match := re.fullmatch(r"key<(\w+)>", name):
-        implementations = {"fry": "threefry2x32", "rbg": "rbg", "urbg": "unsafe_rbg"}
-        return jax.eval_shape(lambda: jax.random.key(0, impl=implementations[match[1]])).dtype
-    return jax.numpy.dtype(name)
+def _is_floating(dtype: str) -> bool:
+    return not dtype.startswith("key<") and jax.numpy.issubdtype(jax.numpy.dtype(dtype), np.floating)
 
 
 def _check_leaf(path: Path, saved: dict[str, Any], name: str, leaf: Any, cast: bool) -> None:
@@ -197,7 +188,7 @@ def _check_leaf(path: Path, saved: dict[str, Any], name: str, leaf: Any, cast: b
         shown = ", ".join(near[:3])
         raise CheckpointError(path, f"it has no leaf {name!r}", f"it has {len(saved)} leaves, such as {shown}")
     wanted = _description(leaf)
-    if cast and all(jax.numpy.issubdtype(_dtype(x["dtype"]), np.floating) for x in (wanted, saved[name])):
+    if cast and _is_floating(wanted["dtype"]) and _is_floating(saved[name]["dtype"]):
         wanted["dtype"] = saved[name]["dtype"]
     if wanted != saved[name]:
         has = f"{saved[name]['dtype']}{saved[name]['shape']}"

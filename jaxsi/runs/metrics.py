@@ -19,13 +19,11 @@ _CELLS = 4_000_000  # numbers drawn at a time: bounds the memory of a bootstrap
 class PairwiseAgreement:
     """How often scores order two responses to a prompt as the truth does. Pairs that the truth ties do not count.
 
-    `agreement` counts a pair with equal scores as half right; `strict_agreement` leaves such pairs out.
+    A pair with equal scores counts as half right.
     """
 
     agreement: float | None
     count: int
-    strict_agreement: float | None
-    strict_count: int
 
 
 def pairwise_agreement(
@@ -51,13 +49,8 @@ def pairwise_agreement(
         right += int((product > 0).sum())
         wrong += int((product < 0).sum())
         tied += int(((truth_N[first] != truth_N[second]) & (product == 0)).sum())
-    count, strict_count = right + wrong + tied, right + wrong
-    return PairwiseAgreement(
-        agreement=(right + tied / 2) / count if count else None,
-        count=count,
-        strict_agreement=right / strict_count if strict_count else None,
-        strict_count=strict_count,
-    )
+    count = right + wrong + tied
+    return PairwiseAgreement(agreement=(right + tied / 2) / count if count else None, count=count)
 
 
 def spearman(a: ArrayLike, b: ArrayLike) -> float | None:
@@ -105,9 +98,9 @@ def paired_bootstrap(a: ArrayLike, b: ArrayLike, *, samples: int = 10_000, seed:
     return float(difference.mean()), *_interval(np.concatenate(means))
 
 
-def table(rows: Sequence[Mapping[str, Any]], columns: Sequence[str] | None = None) -> str:
-    """Rows as an aligned text table: numbers to the right, None as "-", by default the columns of all rows."""
-    names = list(dict.fromkeys(name for row in rows for name in row)) if columns is None else list(columns)
+def table(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Rows as an aligned text table: numbers to the right, None as "-", the columns of all rows."""
+    names = list(dict.fromkeys(name for row in rows for name in row))
     if not names:
         return ""
     cells = [names, *([_cell(row.get(name)) for name in names] for row in rows)]

@@ -149,11 +149,6 @@ class Improvement:
     feedback: str | None
     tokens: int
 
-    @property
-    def accepted(self) -> bool:
-        """Whether the response is new in this round."""
-        return self.outcome == "accepted"
-
 
 @dataclass(frozen=True, kw_only=True)
 class PreferencePair:

@@ -13,6 +13,11 @@ from jaxsi.sampling import decoding
 from tests.model.test_decoder import CONFIGS, full_hidden, tokens, weights_of
 
 
+def unstack(weights: decoder.Weights, num_layers: int) -> decoder.Weights:
+    layers = [jax.tree.map(lambda leaf, i=i: leaf[i], weights["layers"]) for i in range(num_layers)]
+    return weights | {"layers": layers}
+
+
 @pytest.mark.parametrize("name", CONFIGS)
 def test_cached_decode_is_the_full_forward(name: str) -> None:
     """Ragged prompts, right-padded; then eight tokens one at a time, against one pass over each whole row."""
@@ -22,7 +27,7 @@ def test_cached_decode_is_the_full_forward(name: str) -> None:
     expected = [full_hidden(config, row) for row in rows]
     prompts = np.stack([np.pad(row[0, :n], (0, T - n)) for row, n in zip(rows, lengths, strict=True)])
 
-    split = decoder.unstack(weights, config.num_layers)
+    split = unstack(weights, config.num_layers)
     prefill = jax.jit(functools.partial(decoding.prefill, config=config, dtype=jnp.float32))
     decode = jax.jit(functools.partial(decoding.decode, config=config, dtype=jnp.float32))
     positions = np.broadcast_to(np.arange(T, dtype=np.int32), prompts.shape)
@@ -51,7 +56,7 @@ def test_more_tokens_behind_a_cache_are_the_full_forward(name: str) -> None:
     weights, held, more = weights_of(config), np.asarray([6, 3, 1], np.int32), np.asarray([4, 0, 2], np.int32)
     rows = [tokens(1, n + m, seed=int(n)) for n, m in zip(held, more, strict=True)]
     pad = lambda parts, length: np.stack([np.pad(x, (0, length - len(x))) for x in parts])  # noqa: E731
-    split = decoder.unstack(weights, config.num_layers)
+    split = unstack(weights, config.num_layers)
     positions = np.broadcast_to(np.arange(T, dtype=np.int32), (3, T))
     _, cache = decoding.prefill(
         split, config, pad([row[0, :n] for row, n in zip(rows, held, strict=True)], T),

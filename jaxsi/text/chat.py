@@ -1,232 +1,13 @@
-"""Messages to token ids: chat templates rendered once, text from outside never read as a control token.
+"""Conversations to token ids, by a tokenizer and its chat template; text from outside never becomes a control id."""
 
-A chat template is a Jinja program that writes control strings (`<|im_start|>`, `</s>`) around the messages. Tokenising
-what it wrote would turn the same strings inside a *message* into control ids too. So control strings inside a message
-are hidden behind sentinels before rendering, and afterwards the text is put together from parts: `int` for a control id
-the template wrote, `str` for text, whatever it says. A conversation without such strings takes the direct way, so its
-ids are exactly those of `transformers`' `apply_chat_template`.
-"""
-
-import datetime
-import functools
-import importlib.resources
-import json
 import re
-import secrets
-import threading
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
-
-import jinja2
-import jinja2.ext
-import jinja2.nodes
-import jinja2.sandbox
 
 from jaxsi.runs.records import Response
+from jaxsi.text.chat_template import PROBE, ChatTemplateError, render_text
+from jaxsi.text.tokenizer import Tokenizer
 
-if TYPE_CHECKING:
-    from jaxsi.text.tokenizer import Tokenizer
-
-DEFAULT_TEMPLATE_NAME = "jaxsi-plain"
-FIRST_RENDER_SECONDS = 10.0
-MAX_REPEATED_CHARACTERS = 1_000_000
-_PROBE = "xyzzy"
 _ROLE = re.compile(r"[A-Za-z0-9_-]+")
-# The secret keeps a message from forging a marker; the private-use characters keep templates from touching one.
-_OPEN, _CLOSE = f"\ue000{secrets.token_hex(8)}:", "\ue001"
-
-
-def secret_name(number: int) -> str:
-    """A string no text from outside can contain."""
-    return f"{_OPEN}c{number}{_CLOSE}"
-
-
-class ChatTemplateError(ValueError):
-    """A chat template, or a conversation it was given, cannot be rendered."""
-
-
-def default_template(adds_bos: bool) -> str:
-    """The template `jaxsi-plain` of base models that bring none; it starts with a BOS where the tokenizer adds one.
-
-    Role names stand on lines of their own: a prompt that ended in a space would be a different token from the one
-    every word in running text starts with.
-    """
-    body = importlib.resources.files("jaxsi.text").joinpath("plain_chat.jinja").read_text(encoding="utf-8")
-    return ("{{- bos_token -}}\n" if adds_bos else "") + body.rstrip("\n")
-
-
-class ControlStrings:
-    """The strings a tokenizer reads as control tokens, and how to keep them out of text from outside.
-
-    Args:
-        ids: control string -> token id.
-        control_ids: the ids that count as control; an `<unk>` string is kept out of texts, its id is not control.
-    """
-
-    def __init__(self, ids: Mapping[str, int], control_ids: frozenset[int]):
-        self.ids = dict(ids)
-        self.control_ids = control_ids
-        longest_first = sorted(self.ids, key=len, reverse=True)
-        alternatives = "|".join(map(re.escape, longest_first)) or "(?!)"
-        self.pattern = re.compile(alternatives)
-        self._marked = re.compile(f"{_OPEN}(\\d+){_CLOSE}|({alternatives})")
-        self._heads = {s[:n] for s in self.ids for n in range(1, len(s)) if s[:n].strip()}
-        self._tails = {s[-n:] for s in self.ids for n in range(1, len(s)) if s[-n:].strip()}
-        self._longest = max(map(len, self.ids), default=1)
-        self._joined = "\0".join(self.ids)
-
-    def count(self, text: str) -> int:
-        """How many control ids the control strings in `text` stand for."""
-        return sum(self.ids[match.group()] in self.control_ids for match in self.pattern.finditer(text))
-
-    def hide(self, text: str, hidden: list[str]) -> str:
-        """`text` with its control strings replaced by sentinels; what they stand for is appended to `hidden`.
-
-        A piece of a control string at an edge of the text (or as the whole text) is hidden too: together with what
-        the template writes next to it, it could become a whole one.
-        """
-
-        def sentinel(piece: str) -> str:
-            hidden.append(piece)
-            return f"{_OPEN}{len(hidden) - 1}{_CLOSE}"
-
-        if len(text) < self._longest and text in self._joined and text.strip():
-            return sentinel(text)
-        spans = [match.span() for match in self.pattern.finditer(text)]
-        if start := self._edge(text, self._tails, front=True):
-            spans.insert(0, (0, start))
-        if end := self._edge(text, self._heads, front=False):
-            spans.append((len(text) - end, len(text)))
-        if not spans:
-            return text
-        written, position = "", 0
-        for start, end in sorted(spans):
-            if end <= position:  # inside the span before
-                continue
-            start = max(start, position)
-            written += text[position:start] + sentinel(text[start:end])
-            position = end
-        return written + text[position:]
-
-    def _edge(self, text: str, pieces: set[str], *, front: bool) -> int:
-        for n in range(min(self._longest - 1, len(text)), 0, -1):
-            if (text[:n] if front else text[-n:]) in pieces:
-                return n
-        return 0
-
-    def parts(self, rendered: str, hidden: Sequence[str]) -> list[str | int]:
-        """A rendered text as control ids (`int`) and text (`str`, sentinels resolved)."""
-        parts: list[str | int] = []
-        text, position = "", 0
-        for match in self._marked.finditer(rendered):
-            text += rendered[position : match.start()]
-            position = match.end()
-            if match.group(1) is not None:
-                text += hidden[int(match.group(1))]
-                continue
-            parts += [text] if text else []
-            parts.append(self.ids[match.group(2)])
-            text = ""
-        text += rendered[position:]
-        parts += [text] if text else []
-        if any(isinstance(part, str) and (_OPEN in part) for part in parts):
-            raise ChatTemplateError(
-                "the chat template cut a message in the middle of a control string it contains; remove the control "
-                "string from the message, or use a template that does not slice message contents"
-            )
-        return parts
-
-
-class _GenerationBlock(jinja2.ext.Extension):
-    """`{% generation %} … {% endgeneration %}`, by which some templates mark the assistant's text: no effect here."""
-
-    tags = {"generation"}  # noqa: RUF012 - the set Jinja asks for
-
-    def parse(self, parser: Any) -> Any:
-        line = next(parser.stream).lineno
-        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
-        return jinja2.nodes.Scope(body, lineno=line)
-
-
-class _Sandbox(jinja2.sandbox.ImmutableSandboxedEnvironment):
-    intercepted_binops = frozenset({"*", "**"})
-
-    def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
-        if operator == "**":
-            raise jinja2.exceptions.SecurityError("** is not allowed in a chat template")
-        for sequence, times in ((left, right), (right, left)):
-            repeats = isinstance(sequence, (str, list, tuple)) and isinstance(times, int)
-            if repeats and len(sequence) * times > MAX_REPEATED_CHARACTERS:
-                raise jinja2.exceptions.SecurityError(f"repeats a text beyond {MAX_REPEATED_CHARACTERS} characters")
-        return left * right
-
-
-def _raise_exception(message: str) -> None:
-    raise jinja2.exceptions.TemplateError(message)
-
-
-def _to_json(value: Any, ensure_ascii=False, indent=None, separators=None, sort_keys=False) -> str:
-    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
-
-
-@functools.cache
-def _today() -> datetime.datetime:
-    # Once per process: two prompts of a run must not differ because midnight passed between them.
-    return datetime.datetime.now()
-
-
-_GLOBALS: dict[str, Any] = {
-    "raise_exception": _raise_exception,
-    "strftime_now": lambda pattern: _today().strftime(pattern),
-}
-
-
-@functools.lru_cache(maxsize=32)
-def compile_template(template: str) -> "_TimedTemplate":
-    """The compiled template, in the environment `transformers` gives its templates, with tighter limits."""
-    environment = _Sandbox(trim_blocks=True, lstrip_blocks=True, extensions=[_GenerationBlock, jinja2.ext.loopcontrols])
-    environment.filters["tojson"] = _to_json
-    environment.globals.update(_GLOBALS)
-    try:
-        compiled = environment.from_string(template)
-    except jinja2.TemplateSyntaxError as error:
-        raise ChatTemplateError(
-            f"the chat template does not parse: line {error.lineno}: {error.message}; fix it in chat_template.jinja or "
-            'in "chat_template" of tokenizer_config.json'
-        ) from error
-    return _TimedTemplate(compiled)
-
-
-class _TimedTemplate:
-    """A template whose first rendering is given up after `FIRST_RENDER_SECONDS`: nested loops can run for ever."""
-
-    def __init__(self, template: jinja2.Template):
-        self._template = template
-        self._proven = False
-
-    def render(self, **variables: Any) -> str:
-        if self._proven:
-            return self._template.render(**variables)
-        outcome: list[Any] = []
-
-        def first() -> None:
-            try:
-                outcome.append(self._template.render(**variables))
-            except BaseException as error:  # handed to the caller's thread
-                outcome.append(error)
-
-        thread = threading.Thread(target=first, daemon=True)
-        thread.start()
-        thread.join(FIRST_RENDER_SECONDS)
-        if not outcome:
-            raise ChatTemplateError(
-                f"the chat template did not finish within {FIRST_RENDER_SECONDS:g} s (limit on its first rendering); "
-                "take the template from a source you trust"
-            )
-        if isinstance(outcome[0], BaseException):
-            raise outcome[0]
-        self._proven = True
-        return outcome[0]
 
 
 def _checked(messages: Sequence[Mapping[str, str]]) -> list[dict[str, str]]:
@@ -240,7 +21,9 @@ def _checked(messages: Sequence[Mapping[str, str]]) -> list[dict[str, str]]:
             )
         role, content = message["role"], message["content"]
         if not _ROLE.fullmatch(role):
-            raise ChatTemplateError(f"message {index} has the role {role[:40]!r}; a role is letters, digits, _ and -")
+            raise ChatTemplateError(
+                f"message {index} has the role {role[:40]!r}; a role consists of letters, digits, _ and -"
+            )
         try:
             content.encode("utf-8")
         except UnicodeEncodeError as error:
@@ -252,116 +35,47 @@ def _checked(messages: Sequence[Mapping[str, str]]) -> list[dict[str, str]]:
     return checked
 
 
-def render_text(
-    template: str, messages: Sequence[Mapping[str, str]], names: Mapping[str, str], *, add_generation_prompt: bool
-) -> str:
-    """What the template writes for `messages`; `names` are its special-token variables such as `bos_token`.
-
-    Raises ChatTemplateError naming the first message the template refuses, with the template's own words.
-    """
-    compiled = compile_template(template)
-    variables = {**names, "tools": None, "documents": None, "add_generation_prompt": add_generation_prompt}
-    try:
-        return compiled.render(messages=messages, **variables)
-    except ChatTemplateError:
-        raise
-    except Exception as error:  # a template is a program: anything it raises is its refusal
-        index = _first_refused(compiled, messages, variables)
-        role, content = messages[index]["role"], re.sub(f"{_OPEN}\\d+{_CLOSE}", "…", messages[index]["content"])
-        raise ChatTemplateError(
-            f"the chat template refuses the conversation at message {index} of {len(messages)} ({role}: "
-            f"{content[:60]!r}): {error}; the roles are {', '.join(message['role'] for message in messages)}. "
-            "Change the messages, or the model's chat template"
-        ) from error
-
-
-def _first_refused(compiled: _TimedTemplate, messages: Sequence[Mapping[str, str]], variables: dict[str, Any]) -> int:
-    for end in range(1, len(messages)):
-        try:
-            compiled.render(messages=messages[:end], **variables)
-        except Exception:  # any refusal of the shorter conversation places the fault
-            return end - 1
-    return len(messages) - 1
-
-
-def written_strings(template: str, names: Mapping[str, str]) -> str:
-    """What the template writes around a plain exchange: shows which added tokens mark turns; "" where it refuses."""
-    exchange = [{"role": role, "content": _PROBE} for role in ("user", "assistant", "user")]
-    try:
-        return render_text(template, exchange, names, add_generation_prompt=False)
-    except ChatTemplateError:
-        return ""
-
-
-class AssistantTurn:
-    """How a template closes the assistant's turn, found by rendering one exchange.
-
-    Attributes: `end_of_turn` the id that ends a response; `closing` the text from the response's end through the
-    end-of-turn; `controls` how many control strings follow the response (0: the template writes none, and the
-    tokenizer's eos is appended); `prompt` the rendered prompt of the exchange.
-    """
-
-    def __init__(self, template: str, names: Mapping[str, str], controls: ControlStrings, eos_id: int | None):
-        question = [{"role": "user", "content": _PROBE}]
-        answered = [*question, {"role": "assistant", "content": _PROBE}]
-        self.prompt = render_text(template, question, names, add_generation_prompt=True)
-        whole = render_text(template, answered, names, add_generation_prompt=False)
-        if _PROBE not in whole[whole.find(_PROBE) + len(_PROBE) :]:
-            raise ChatTemplateError("the chat template leaves out the assistant's message; it cannot be trained with")
-        tail = whole[whole.rfind(_PROBE) + len(_PROBE) :]
-        matches = [m for m in controls.pattern.finditer(tail) if controls.ids[m.group()] in controls.control_ids]
-        self.controls = len(matches)
-        if matches:
-            self.end_of_turn = controls.ids[matches[0].group()]
-            self.closing = tail[: matches[0].end()]
-            return
-        if eos_id is None:
-            raise ChatTemplateError(
-                "the chat template ends the assistant's turn with no special token and the tokenizer has no eos_token, "
-                'so a response could never stop; set "eos_token" in tokenizer_config.json'
-            )
-        self.end_of_turn, self.closing = eos_id, ""
-
-
-def _encode(tokenizer: "Tokenizer", rendered: str, hidden: Sequence[str]) -> list[int]:
+def _encode(tokenizer: Tokenizer, rendered: str, hidden: Sequence[str]) -> list[int]:
     controls = tokenizer.controls
     if not hidden:
         ids = tokenizer.encode_trusted(rendered)
-        # A normaliser may turn honest-looking text (full-width brackets) into a control string: then go by parts.
+        # A normaliser may turn harmless text (full-width brackets) into a control string. Then encode by parts.
         if sum(token in controls.control_ids for token in ids) == controls.count(rendered):
             return ids
     return tokenizer.encode_parts(controls.parts(rendered, hidden))
 
 
-def _hide(tokenizer: "Tokenizer", messages: list[dict[str, str]]) -> tuple[list[dict[str, str]], list[str]]:
+def _hide(tokenizer: Tokenizer, messages: list[dict[str, str]]) -> tuple[list[dict[str, str]], list[str]]:
     hidden: list[str] = []
     safe = [{"role": m["role"], "content": tokenizer.controls.hide(m["content"], hidden)} for m in messages]
     return safe, hidden
 
 
 def render_prompt(
-    tokenizer: "Tokenizer", messages: Sequence[Mapping[str, str]], *, add_generation_prompt: bool = True
+    tokenizer: Tokenizer, messages: Sequence[Mapping[str, str]], *, add_generation_prompt: bool = True
 ) -> list[int]:
-    """Token ids of a conversation: those of `apply_chat_template(tokenize=True)`, except that a control string inside
-    a message is plain text.
+    """Token ids of a conversation.
 
-    Raises ChatTemplateError: a malformed message, or one the template refuses.
+    They equal `apply_chat_template(tokenize=True)`, except that a control string inside a message is plain text.
+
+    Raises:
+      ChatTemplateError: if a message is malformed, or the template refuses it.
     """
     safe, hidden = _hide(tokenizer, _checked(messages))
     rendered = render_text(tokenizer.chat_template, safe, tokenizer.names, add_generation_prompt=add_generation_prompt)
     return _encode(tokenizer, rendered, hidden)
 
 
-def render_response(tokenizer: "Tokenizer", text: str) -> list[int]:
+def render_response(tokenizer: Tokenizer, text: str) -> list[int]:
     """Token ids of an assistant turn after its generation prompt, ending in exactly one end-of-turn id.
 
-    `render_prompt(messages) + render_response(text)` is `apply_chat_template` of the whole conversation up to what the
-    template writes after the end-of-turn, unless a token of the latter spans the border (a text that starts with a
-    newline): then the prompt's own tokens stand, as they do for the sampler. For text that was sampled use the sampled
-    ids, never this.
+    `render_prompt(messages) + render_response(text)` equals `apply_chat_template` of the whole conversation, cut after
+    the end of the turn. The exception is a token that spans the border between prompt and response (the text starts
+    with a newline): then the prompt keeps its own tokens, as it does when the model samples. For sampled text use the
+    sampled ids, never this function.
     """
     turn = tokenizer.assistant_turn
-    messages = _checked([{"role": "user", "content": _PROBE}, {"role": "assistant", "content": text}])
+    messages = _checked([{"role": "user", "content": PROBE}, {"role": "assistant", "content": text}])
     safe, hidden = _hide(tokenizer, messages)
     whole = render_text(tokenizer.chat_template, safe, tokenizer.names, add_generation_prompt=False)
     if turn.controls:
@@ -370,20 +84,21 @@ def render_response(tokenizer: "Tokenizer", text: str) -> list[int]:
         whole = whole[: matches[-turn.controls].end()]
     ending = [] if turn.controls else [turn.end_of_turn]
     if not whole.startswith(turn.prompt):
-        # The template writes a finished turn unlike the start of a new one (a reasoning model drops its reasoning):
-        # what follows the generation prompt is then the text itself.
+        # The template writes a finished turn unlike the start of a new one (a reasoning model drops its reasoning).
+        # Then the text itself follows the generation prompt.
         return _encode(tokenizer, safe[-1]["content"] + turn.closing, hidden) + ending
     ids, prompt_ids = _encode(tokenizer, whole, hidden), tokenizer.turn_prompt_ids
-    if ids[: len(prompt_ids)] != prompt_ids:  # a token spans the border; the sampler meets the prompt's own tokens
+    if ids[: len(prompt_ids)] != prompt_ids:  # a token spans the border; the sampler sees the prompt's own tokens
         return _encode(tokenizer, whole[len(turn.prompt) :], hidden) + ending
     return ids[len(prompt_ids) :] + ending
 
 
-def marker_ids(tokenizer: "Tokenizer", text: str) -> tuple[int, ...]:
-    """The token ids of a line that begins with ``text``, as a response holds them.
+def marker_ids(tokenizer: Tokenizer, text: str) -> tuple[int, ...]:
+    """The token ids of a line that begins with ``text``, as a response contains them.
 
-    Raises: ValueError where the line break before it and its first characters are one token: such a marker cannot be
-      seen to end a response.
+    Raises:
+      ValueError: if the line break before it and its first characters form one token: then the sampler cannot see that
+        the marker ends a response.
     """
     before, whole = tokenizer.encode_text("x\n"), tokenizer.encode_text(f"x\n{text}")
     if not text or whole[: len(before)] != before:
@@ -391,8 +106,8 @@ def marker_ids(tokenizer: "Tokenizer", text: str) -> tuple[int, ...]:
     return tuple(whole[len(before) :])
 
 
-def written_response(tokenizer: "Tokenizer", id: str, prompt_id: str, text: str) -> Response:
-    """A text that no model sampled, as a response: a person's demonstration, say. It ends the turn and has no logps."""
+def written_response(tokenizer: Tokenizer, id: str, prompt_id: str, text: str) -> Response:
+    """A text that no model sampled (a person's demonstration, say) as a response. It ends the turn and has no logps."""
     return Response(
         id=id,
         prompt_id=prompt_id,

@@ -1,4 +1,4 @@
-"""The one place that imports TensorFlow, which comes with tensorflow-text; the accelerators are JAX's alone."""
+"""The one place that imports TensorFlow, which comes with tensorflow-text. It leaves the accelerators to JAX."""
 
 import contextlib
 import functools
@@ -14,17 +14,18 @@ from typing import Any
 def load() -> tuple[Any, Any]:
     """(tensorflow, tensorflow_text), imported at the first call.
 
-    Raises: ImportError where there is no wheel of tensorflow-text for the platform.
+    Raises:
+      ImportError: if tensorflow-text has no wheel for the platform.
     """
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     with _banners_dropped(), warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of TensorFlow's own imports; nothing here can act on them
+        warnings.simplefilter("ignore")  # they come from TensorFlow's own imports; nothing here can act on them
         import tensorflow as tf
 
         for kind in ("GPU", "TPU"):
             try:
                 tf.config.set_visible_devices([], kind)
-            except RuntimeError:  # the application ran TensorFlow before: its choice of devices stands
+            except RuntimeError:  # the application used TensorFlow before: its choice of devices stands
                 if tf.config.get_visible_devices(kind):
                     warnings.warn(f"TensorFlow already uses the {kind}; it will compete with JAX", stacklevel=2)
         import tensorflow_text
@@ -33,19 +34,21 @@ def load() -> tuple[Any, Any]:
 
 @contextlib.contextmanager
 def _banners_dropped() -> Iterator[None]:
-    """Drops what the libraries write to stderr while they load: before their logging starts, no level holds it back.
-    Where loading fails, it is shown."""
+    """Drops what the libraries write to stderr while they load; if loading fails, shows it after all.
+
+    A log level cannot do this: the libraries write before their logging starts.
+    """
     sys.stderr.flush()
-    kept = os.dup(2)
+    stderr = os.dup(2)
     with tempfile.TemporaryFile() as banners:
         os.dup2(banners.fileno(), 2)
         try:
             yield
         except BaseException:
-            os.dup2(kept, 2)
+            os.dup2(stderr, 2)
             banners.seek(0)
             os.write(2, banners.read())
             raise
         finally:
-            os.dup2(kept, 2)
-            os.close(kept)
+            os.dup2(stderr, 2)
+            os.close(stderr)

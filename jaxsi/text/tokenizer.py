@@ -13,7 +13,15 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from jaxsi.runs.errors import InputError
-from jaxsi.text import chat
+from jaxsi.text.chat_template import (
+    DEFAULT_TEMPLATE_NAME,
+    AssistantTurn,
+    ControlStrings,
+    compile_template,
+    default_template,
+    secret_name,
+    written_strings,
+)
 from jaxsi.text.sentencepiece_model import BPE, CONTROL, MODEL_TYPE, ROLE_FIELDS, USER_DEFINED, SentencePieceModel
 
 SPECIAL_NAMES = ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token", "mask_token")
@@ -78,25 +86,25 @@ class Tokenizer:
         pad_id, unk_id = vocabulary.id_of("pad_token"), vocabulary.id_of("unk_token")
         self.pad_id = next((token for token in (pad_id, self.eos_id) if token is not None), 0)
         own = vocabulary.chat_template
-        self.template_name = "tokenizer" if own is not None else chat.DEFAULT_TEMPLATE_NAME
-        self.chat_template = own if own is not None else chat.default_template(vocabulary.adds_bos)
+        self.template_name = "tokenizer" if own is not None else DEFAULT_TEMPLATE_NAME
+        self.chat_template = own if own is not None else default_template(vocabulary.adds_bos)
         self.names = {"bos_token": "", "eos_token": "", **vocabulary.names} if own is None else dict(vocabulary.names)
-        chat.compile_template(self.chat_template)  # a broken template is an error now, not at the first prompt
+        compile_template(self.chat_template)  # a broken template is an error now, not at the first prompt
         # Some fine-tunes add their turn markers without declaring them special: those the template writes are control.
-        written = chat.written_strings(self.chat_template, self.names)
+        written = written_strings(self.chat_template, self.names)
         markers = {text: token for text, token in vocabulary.added.items() if text in written}
         markers |= {text: token for text, token in vocabulary.added.items() if token in self._generation_eos}
         ids = {**vocabulary.special, **markers}
         role_ids = {self.bos_id, self.eos_id, pad_id}
         # An unknown character is no control: only the string "<unk>" is kept apart, its id is ordinary.
         self.control_ids = frozenset(token for token in ids.values() if token != unk_id or token in role_ids)
-        self.controls = chat.ControlStrings(ids, self.control_ids)
+        self.controls = ControlStrings(ids, self.control_ids)
         rule = json.dumps([self.chat_template, sorted(self.names.items()), vocabulary.adds_bos])
         self.template_hash = hashlib.sha256(rule.encode("utf-8")).hexdigest()[:16]
 
     @functools.cached_property
-    def assistant_turn(self) -> chat.AssistantTurn:
-        return chat.AssistantTurn(self.chat_template, self.names, self.controls, self.eos_id)
+    def assistant_turn(self) -> AssistantTurn:
+        return AssistantTurn(self.chat_template, self.names, self.controls, self.eos_id)
 
     @functools.cached_property
     def turn_prompt_ids(self) -> list[int]:
@@ -149,7 +157,7 @@ class Tokenizer:
         if "tokenizer_config.json" not in files:
             config = json.dumps(self._library.tokenizer_config(), indent=2, ensure_ascii=False)
             files["tokenizer_config.json"] = config.encode("utf-8")
-        if self.template_name == chat.DEFAULT_TEMPLATE_NAME:
+        if self.template_name == DEFAULT_TEMPLATE_NAME:
             files["chat_template.jinja"] = self.chat_template.encode("utf-8")
         for name, content in files.items():
             (folder / name).write_bytes(content)
@@ -168,7 +176,7 @@ class _Apart:
         import tokenizers
 
         spec = json.loads(backend.to_str())
-        renamed = {text: chat.secret_name(number) for number, text in enumerate(controls)}
+        renamed = {text: secret_name(number) for number, text in enumerate(controls)}
         original: dict[str, int] = {}
         for token in spec["added_tokens"]:
             token["content"] = renamed.get(token["content"], token["content"])
@@ -287,7 +295,7 @@ class SentencePieceLibrary:
             adds_bos="bos_token" in names and config.get("add_bos_token", True) is not False,
             chat_template=template,
         )
-        self._matched = chat.ControlStrings({**special, **self._extra}, frozenset())
+        self._matched = ControlStrings({**special, **self._extra}, frozenset())
         self._bpe = trainer.get(MODEL_TYPE, 1) == BPE
 
     @staticmethod
@@ -308,7 +316,7 @@ class SentencePieceLibrary:
             ids += processor.tokenize(part).numpy().tolist()
         return ids
 
-    def _split(self, text: str, matched: chat.ControlStrings) -> list[str | int]:
+    def _split(self, text: str, matched: ControlStrings) -> list[str | int]:
         return matched.parts(text, ())
 
     def encode(self, text: str) -> list[int]:
@@ -316,7 +324,7 @@ class SentencePieceLibrary:
 
     def encode_parts(self, parts: Sequence[str | int], controls: Mapping[str, int]) -> list[int]:
         # Added tokens that are no control keep their meaning in text; pieces that are lose it.
-        extra = chat.ControlStrings({t: n for t, n in self._extra.items() if t not in controls}, frozenset())
+        extra = ControlStrings({t: n for t, n in self._extra.items() if t not in controls}, frozenset())
         split: list[str | int] = []
         for part in parts:
             split += [part] if isinstance(part, int) else self._split(part, extra)
@@ -439,10 +447,13 @@ def _special_names(config: Mapping[str, Any]) -> dict[str, str]:
 
 
 def load_tokenizer(folder: str | Path) -> Tokenizer:
-    """The tokenizer of a model folder: tokenizer.json where there is one, else SentencePiece's tokenizer.model.
+    """The tokenizer of a model folder: its tokenizer.json, or else SentencePiece's tokenizer.model.
 
-    Raises TokenizerError (path, what is missing or corrupt, fix), chat.ChatTemplateError for a template that does not
-    parse. Code that a folder brings along is never run.
+    Code that the folder contains is never run.
+
+    Raises:
+      TokenizerError: if a file is missing or corrupt; names the path, the fault and the fix.
+      ChatTemplateError: if the chat template does not parse.
     """
     folder = Path(folder)
     if not folder.is_dir():

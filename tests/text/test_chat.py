@@ -6,8 +6,9 @@ import time
 import pytest
 from hypothesis import HealthCheck, given, settings, strategies as st
 
-from jaxsi.text import chat
-from jaxsi.text.chat import ChatTemplateError, render_prompt, render_response
+from jaxsi.text import chat_template
+from jaxsi.text.chat import render_prompt, render_response
+from jaxsi.text.chat_template import ChatTemplateError, compile_template, render_text
 from tests.text.test_tokenizer import FAMILIES, HF_FAMILIES, INJECTIONS, reference_of, tokenizer_of
 
 FUZZ = settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -227,16 +228,16 @@ def test_malformed_conversations(messages, message):
 
 
 def test_hostile_templates_end_in_an_error(monkeypatch):
-    monkeypatch.setattr(chat, "FIRST_RENDER_SECONDS", 0.2)
+    monkeypatch.setattr(chat_template, "FIRST_RENDER_SECONDS", 0.2)
     loops = "".join(f"{{% for a{n} in range(300) %}}" for n in range(3)) + "{% endfor %}" * 3
     with pytest.raises(ChatTemplateError, match=r"did not finish within 0\.2 s"):
-        chat.render_text(loops, [user("a")], {}, add_generation_prompt=True)
+        render_text(loops, [user("a")], {}, add_generation_prompt=True)
     with pytest.raises(ChatTemplateError, match="beyond 1000000 characters"):
-        chat.render_text("{{ 'a' * 10000000 }}", [user("a")], {}, add_generation_prompt=True)
+        render_text("{{ 'a' * 10000000 }}", [user("a")], {}, add_generation_prompt=True)
     with pytest.raises(ChatTemplateError, match="unsafe"):
-        chat.render_text("{{ ''.__class__.__mro__ }}", [user("a")], {}, add_generation_prompt=True)
+        render_text("{{ ''.__class__.__mro__ }}", [user("a")], {}, add_generation_prompt=True)
     with pytest.raises(ChatTemplateError, match="does not parse: line 1"):
-        chat.compile_template("{% for %}")
+        compile_template("{% for %}")
 
 
 def test_templates_with_generation_blocks_and_loop_controls():

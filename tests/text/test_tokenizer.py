@@ -13,8 +13,8 @@ import tokenizers as hf_tokenizers
 from hypothesis import HealthCheck, given, settings, strategies as st
 from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
-from jaxsi.text import chat
 from jaxsi.text.chat import render_prompt, render_response
+from jaxsi.text.chat_template import DEFAULT_TEMPLATE_NAME, ChatTemplateError
 from jaxsi.text.tokenizer import Tokenizer, TokenizerError, load_tokenizer
 from jaxsi.toyworld.careless import SHIPPED
 
@@ -228,7 +228,7 @@ def test_families_differ_in_what_they_should():
     assert tokenizer_of("chatml").pad_id != tokenizer_of("chatml").eos_id
     assert tokenizer_of("chatml_pad_eos").pad_id == tokenizer_of("chatml_pad_eos").eos_id
     assert tokenizer_of("chatml").bos_id is None
-    assert tokenizer_of("plain").template_name == chat.DEFAULT_TEMPLATE_NAME
+    assert tokenizer_of("plain").template_name == DEFAULT_TEMPLATE_NAME
     assert tokenizer_of("llama3").template_name == "tokenizer"
     hashes = [tokenizer_of(family).template_hash for family in ("llama3", "chatml", "gemma", "plain", "plain_no_bos")]
     assert len(set(hashes)) == 5
@@ -459,7 +459,7 @@ def test_sentencepiece_without_a_config(tmp_path):
     (folder / "tokenizer_config.json").unlink()
     tokenizer = load_tokenizer(folder)
     assert (tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id) == (1, 2, 2)
-    assert tokenizer.template_name == chat.DEFAULT_TEMPLATE_NAME
+    assert tokenizer.template_name == DEFAULT_TEMPLATE_NAME
     tokenizer.save(tmp_path / "saved")
     theirs = AutoTokenizer.from_pretrained(str(tmp_path / "saved"), local_files_only=True)
     messages = [{"role": "user", "content": "hello you"}]
@@ -598,7 +598,7 @@ def test_damaged_folders(tmp_path, damage, message):
 def test_missing_folder_and_broken_template(tmp_path):
     with pytest.raises(TokenizerError, match="nowhere: no such folder"):
         load_tokenizer(tmp_path / "nowhere")
-    with pytest.raises(chat.ChatTemplateError, match="does not parse: line 1"):
+    with pytest.raises(ChatTemplateError, match="does not parse: line 1"):
         load_tokenizer(build("chatml", tmp_path / "m", "{% if %}"))
 
 

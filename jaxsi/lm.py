@@ -5,6 +5,7 @@ import functools
 import hashlib
 import json
 import logging
+import weakref
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -60,14 +61,20 @@ class LM:
             raise ValueError(f"token_ids has shape {tokens_BT.shape} of {tokens_BT.dtype}; give [B, T] integers")
         return decoder.full_logits(self.weights, self.config, tokens_BT.astype(jnp.int32), jnp.dtype(self.dtype))
 
-    @functools.cached_property
+    @property
     def sampling_weights(self) -> Weights:
-        """Weights cast to ``dtype``, unstacked and laid out by the sampling rules: made once per stage."""
-        return for_sampling(self)
+        """Weights cast to ``dtype``, unstacked and laid out by the sampling rules. They are kept for the model that
+        sampled last, and for one model at a time."""
+        global _sampling
+        if _sampling is None or _sampling[0]() is not self:
+            _sampling = None  # first: the weights of two models may not fit
+            _sampling = weakref.ref(self, _forget_sampling_weights), for_sampling(self)
+        return _sampling[1]
 
-    def release(self) -> None:
-        """Lets the sampling weights go: they are made again at the next stage that samples from this model."""
-        self.__dict__.pop("sampling_weights", None)
+    @property
+    def template_hash(self) -> str:
+        """The hash of the chat template, which sampled records keep beside the fingerprint."""
+        return self.tokenizer.template_hash
 
     @functools.cached_property
     def fingerprint(self) -> str:
@@ -77,6 +84,29 @@ class LM:
         same in every dtype where it is stored in bfloat16, others where float32 is rounded to bfloat16 on the way.
         """
         return fingerprint(self.weights) if self.identity is None else self.identity
+
+
+_sampling: tuple[weakref.ref[LM], Weights] | None = None  # the model that sampled last, and its sampling weights
+
+
+def _forget_sampling_weights(model: weakref.ref[LM]) -> None:
+    global _sampling
+    if _sampling is not None and _sampling[0] is model:
+        _sampling = None
+
+
+def make_room() -> None:
+    """Frees the memory of what was loaded or laid out for sampling alone; training calls it before it begins. What is
+    needed again is made again."""
+    global _sampling
+    _sampling = None
+    borrowed.cache_clear()
+
+
+@functools.lru_cache(maxsize=1)
+def borrowed(model: str, dtype: Any, mesh: Mesh | None = None) -> LM:
+    """MODEL for sampling alone, such as a critic or a generator of prompts. One at a time stays, until `make_room`."""
+    return load(model, mesh, dtype)
 
 
 def for_sampling(lm: LM) -> Weights:

@@ -5,7 +5,7 @@ import gc
 import json
 import shutil
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -29,7 +29,6 @@ class Config:
     """The least that a run needs."""
 
     seed: int = 0
-    RESUMABLE: ClassVar[frozenset[str]] = frozenset()
 
 
 @pytest.fixture(scope="module")
@@ -267,28 +266,38 @@ def test_all_stop_ids_survive_a_checkpoint(tmp_path: Path) -> None:
     assert json.loads(written[0].read_text()) == json.loads(written[1].read_text())
 
 
-def test_the_sampling_weights_last_until_they_are_released() -> None:
-    model = tiny.make_lm()
-    first = model.sampling_weights
-    assert model.sampling_weights is first
-    model.release()
-    assert model.sampling_weights is not first
-    model.release()
-    model.release()  # nothing to let go is no error
+def live_bytes() -> int:
+    gc.collect()
+    return sum(x.nbytes for x in jax.live_arrays())
 
 
-def test_released_memory_is_free() -> None:
-    def live() -> int:
-        gc.collect()
-        return sum(x.nbytes for x in jax.live_arrays())
+def test_sampling_weights_are_those_of_one_model_at_a_time() -> None:
+    lmlib.make_room()
+    model, other = tiny.make_lm(dtype=jnp.bfloat16), tiny.make_lm(seed=1, dtype=jnp.bfloat16)
+    before, half = live_bytes(), sum(w.nbytes for w in jax.tree.leaves(model.weights)) // 2
+    for lm in (model, model, other):
+        assert lm.sampling_weights is lm.sampling_weights
+        assert live_bytes() == before + half
+    lmlib.make_room()
+    assert live_bytes() == before
+    lmlib.make_room()  # with nothing to free it is no error
 
-    model = tiny.make_lm(dtype=jnp.bfloat16)
-    before, own = live(), sum(w.nbytes for w in jax.tree.leaves(model.weights))
-    _ = model.sampling_weights
-    assert live() == before + own // 2
-    del _
-    model.release()
-    assert live() == before
+
+def test_sampling_weights_go_with_their_model() -> None:
+    lmlib.make_room()
+    before = live_bytes()
+    tiny.make_lm(dtype=jnp.bfloat16).sampling_weights  # noqa: B018
+    assert live_bytes() == before
+
+
+def test_borrowed_model_stays_until_there_has_to_be_room(tmp_path: Path) -> None:
+    for seed in (0, 1):
+        lmlib.export(tiny.make_lm(seed=seed), tmp_path / str(seed), dtype="float32")
+    first = lmlib.borrowed(str(tmp_path / "0"), "float32", tiny.mesh())
+    assert lmlib.borrowed(str(tmp_path / "0"), "float32", tiny.mesh()) is first
+    lmlib.make_room()
+    assert lmlib.borrowed(str(tmp_path / "0"), "float32", tiny.mesh()) is not first
+    assert lmlib.borrowed(str(tmp_path / "1"), "float32", tiny.mesh()).fingerprint != first.fingerprint
 
 
 def test_a_bfloat16_folder_has_one_fingerprint_in_every_dtype(tmp_path: Path) -> None:

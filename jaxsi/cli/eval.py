@@ -43,7 +43,7 @@ def toy(argv: list[str]) -> Report:
     if stored is not None and {"rubric", "judge"} <= set(stored):  # only one of the methods has a judge
         rubric, judge = stored_value(Rubric, stored["rubric"]), stored_value(JudgeConfig, stored["judge"])
         stored_evaluation = stored["evaluate"]
-        if isinstance(stored_evaluation, dict) and stored_evaluation["__type__"].endswith(".ToyEvaluation"):
+        if isinstance(stored_evaluation, dict) and stored_evaluation["__type__"].endswith("evals.toy.ToyEvaluation"):
             evaluation = stored_value(ToyEvaluation, stored_evaluation)
     lm = load(args.model, mesh_for(args.model, args.mesh), args.dtype or dtype, weights_dtype="float32")
     figures = evaluation.measure(lm, rubric, judge)

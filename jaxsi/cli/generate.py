@@ -50,8 +50,8 @@ def generate(argv: list[str]) -> Report:
     """Samples responses to a file of prompts."""
     args = parse(Generate, argv, "jaxsi generate", DESCRIPTION)
     check_out(args.out)
-    from jaxsi.cli.preflight import check_lengths
     from jaxsi.lm import load
+    from jaxsi.methods.preflight import check_lengths
     from jaxsi.runs.records import Prompt, Response, read_prompts
     from jaxsi.sampling.generate import SamplingConfig, generate as sample
 

@@ -4,7 +4,7 @@ import dataclasses
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
 import tyro
 
@@ -13,6 +13,7 @@ from jaxsi.cli.command import Report, UsageError, parse
 from jaxsi.cli.output_file import digest
 from jaxsi.cli.stored import Mesh, mesh_for, stored_config, stored_value
 from jaxsi.cli.tables import rounds_table
+from jaxsi.runs.config_snapshot import may_change, same_name, stored_as
 
 if TYPE_CHECKING:
     from jaxsi.lm import LM
@@ -184,7 +185,7 @@ def srt(argv: list[str]) -> Report:
     from jaxsi.stages.prompts.critique import CritiqueTemplate, load_critique_template
 
     work = Work(args.common, args.judging)
-    run = _run_of(args.common.model, "jaxsi.methods.srt.Config")
+    run = _run_of(args.common.model, "methods.srt.Config")
     template = _template(CritiqueTemplate, args.template, run and run["template"], load_critique_template)
     cfg = CritiqueConfig(max_new_tokens=1024) if run is None else stored_value(CritiqueConfig, run["critique"])
     tokens = cfg.max_new_tokens if args.feedback_tokens is None else args.feedback_tokens
@@ -203,7 +204,7 @@ def seft(argv: list[str]) -> Report:
 
     work, tokens = Work(args.common, args.judging), args.common.max_new_tokens
     sampling = work.sampling()
-    run = _run_of(args.reviser, "jaxsi.methods.seft.Config")
+    run = _run_of(args.reviser, "methods.seft.Config")
     stored = None if run is None else run["reviser"]["template"]
     template = _template(ReviserTemplate, args.template, stored, load_reviser_template)
     cfg = ReviseConfig(
@@ -220,7 +221,7 @@ def pit(argv: list[str]) -> Report:
     from jaxsi.stages.prompts import load_template
 
     work, tokens = Work(args.common, args.judging), args.common.max_new_tokens
-    run = _run_of(args.improver, "jaxsi.methods.pit.Config")
+    run = _run_of(args.improver, "methods.pit.Config")
     request = load_template("improve") if run is None else run["request"]
     if args.request is not None:
         request = _text(args.request, "--request").removesuffix("\n")
@@ -269,6 +270,7 @@ def best(argv: list[str]) -> Report:
 # --------------------------------------------------------------------------------------- the parts that all five share
 
 
+@stored_as("commands.improve.Settings")
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Settings:
     """Everything that the responses in a folder depend on. It is the folder's config, so only the same command may go
@@ -277,13 +279,11 @@ class Settings:
     method: str
     prompts: str
     models: dict[str, str]
-    settings: dict[str, Any]
+    settings: dict[str, Any] = dataclasses.field(
+        metadata=may_change(*(f"{part}.batch_size" for part in ("sampling", "critique", "feedback", "judging")))
+    )
     iterations: int
     seed: int
-
-    RESUMABLE: ClassVar[frozenset[str]] = frozenset(
-        f"settings.{part}.batch_size" for part in ("sampling", "critique", "feedback", "judging")
-    )
 
 
 class Work:
@@ -421,10 +421,10 @@ def _check_world(path: Path, prompts: Sequence["Prompt"]) -> None:
 
 def _run_of(model: str, config: str) -> dict[str, Any] | None:
     """The config of the run that contains a model, or another checkpoint such as RUN/reviser/checkpoint; None if it is
-    not of the type ``config``."""
+    not of the type with the stored id ``config``."""
     places = [model, *map(str, list(Path(model).parents)[:2])]
     found = next((stored for place in places if (stored := stored_config(place)) is not None), None)
-    return found if found is not None and found["__type__"] == config else None
+    return found if found is not None and same_name(found["__type__"], config) else None
 
 
 def _template(
@@ -455,7 +455,7 @@ def _rubric(name: str | None, judge: str) -> Any:
     from jaxsi.stages.prompts import Rubric, load_rubric
 
     if name is None:
-        run = _run_of(judge, "jaxsi.methods.self_rewarding.Config")
+        run = _run_of(judge, "methods.self_rewarding.Config")
         return load_rubric() if run is None else _template(Rubric, None, run["rubric"], load_rubric)
     path = Path(name)
     if path.is_file():

@@ -6,15 +6,17 @@ import json
 import shutil
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any, ClassVar, TypeVar
+from typing import Any, TypeVar
 
 from jaxsi.cli.command import UsageError
+from jaxsi.runs.config_snapshot import may_change, stored_as
 from jaxsi.runs.progress import processes
 
 CHUNK = 256  # items in a part: the most that a kill can lose
 Record = TypeVar("Record")
 
 
+@stored_as("commands.models.Parts")
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Parts:
     """Everything that the contents of an output file depend on. It is the config of the folder that holds the finished
@@ -24,10 +26,8 @@ class Parts:
     prompts: str
     responses: str | None
     model: str
-    settings: dict[str, Any]
+    settings: dict[str, Any] = dataclasses.field(metadata=may_change("batch_size"))
     seed: int
-
-    RESUMABLE: ClassVar[frozenset[str]] = frozenset({"settings.batch_size"})
 
 
 def check_out(out: Path) -> None:

@@ -2,7 +2,6 @@
 
 import argparse
 import dataclasses
-import json
 import time
 from pathlib import Path
 from typing import Any
@@ -43,25 +42,16 @@ def run(argv: list[str]) -> Report:
 
 
 def run_config(cfg: Any, directory: Path) -> Report:
-    """Runs ``cfg`` in ``directory``, where that is not done yet, and reports its summary."""
-    from jaxsi.cli.preflight import check
-    from jaxsi.methods import method_of
-    from jaxsi.runs.run import Run
+    """Runs ``cfg`` in ``directory``, unless that is done already, and reports its summary."""
+    from jaxsi.methods.start import finish
+    from jaxsi.runs.status import read_summary
 
     began = time.monotonic()
-    method = method_of(cfg)
-    if not _is_complete(directory, cfg):
-        # Before the directory exists: what is mended after an error here is no other config of a run.
-        check(cfg, directory)
-    with Run.open(directory, cfg) as opened:
-        finished = opened.complete
-        if not finished:
-            method(cfg, opened)
-        summary = opened.summary
-    seconds = round(time.monotonic() - began, 3)
-    head = f"{directory}: complete, nothing left to do" if finished else f"{directory}: complete after {seconds:.0f} s"
-    value = {"run_dir": str(directory), "already_complete": finished, "seconds": seconds, **summary}
-    return Report(value, f"{head}\n\n{iterations_table(summary)}")
+    nothing_left = finish(cfg, directory) is None
+    summary, seconds = read_summary(directory), round(time.monotonic() - began, 3)
+    state = "complete, nothing left to do" if nothing_left else f"complete after {seconds:.0f} s"
+    value = {"run_dir": str(directory), "already_complete": nothing_left, "seconds": seconds, **summary}
+    return Report(value, f"{directory}: {state}\n\n{iterations_table(summary)}")
 
 
 def configure(path: Path, overrides: list[str], prompts: str | None = None, max_prompts: int | None = None) -> Any:
@@ -147,14 +137,3 @@ def _with_prompts(cfg: Any, prompts: str | None, max_prompts: int | None) -> Any
     if not isinstance(cfg.prompts, PromptFile):
         raise UsageError("--max-prompts cuts a file, and this config makes its prompts: give --prompts FILE as well")
     return dataclasses.replace(cfg, prompts=dataclasses.replace(cfg.prompts, max_prompts=max_prompts))
-
-
-def _is_complete(directory: Path, cfg: Any) -> bool:
-    """Whether nothing is left to do of as many iterations as ``cfg`` has, where the method counts them."""
-    try:
-        status = json.loads((directory / "summary.json").read_text())["status"]
-        stored = json.loads((directory / "config.json").read_text())
-    except (OSError, ValueError, KeyError, TypeError):
-        return False
-    wanted = {field.name: getattr(cfg, field.name) for field in dataclasses.fields(cfg)}.get("iterations", 0)
-    return status == "complete" and stored.get("iterations", 0) >= wanted

@@ -1,4 +1,4 @@
-"""``jaxsi status``: what is done in a run directory."""
+"""``jaxsi status``: the finished and the remaining stages of a run directory."""
 
 import dataclasses
 from pathlib import Path
@@ -10,7 +10,7 @@ from jaxsi.cli.command import Report, parse
 from jaxsi.cli.tables import iterations_table
 from jaxsi.runs.metrics import table
 
-DESCRIPTION = """What is done in a run directory and what is left; a run that is going on is not disturbed.
+DESCRIPTION = """Shows the finished and the remaining stages of a run directory. It does not disturb a run in progress.
 
 Examples:
   jaxsi status runs/toy
@@ -24,16 +24,13 @@ class Status:
 
 def status(argv: list[str]) -> Report:
     """The state of a run."""
-    from jaxsi.runs import run
 
-    value = run.status(parse(Status, argv, "jaxsi status", DESCRIPTION).run_dir)
-    of = (
-        ""
-        if value["iterations"] is None
-        else f", {len(value['summary'].get('iterations', []))} of {value['iterations']} iterations"
-    )
-    live = "a process is at work on it" if value["live"] else "no process is at work on it"
-    head = f"{value['directory']}: {value['status']}{of}; {live}"
+    value = stored.status(parse(Status, argv, "jaxsi status", DESCRIPTION).run_dir)
+    progress = ""
+    if value["iterations"] is not None:
+        progress = f", {len(value['summary'].get('iterations', []))} of {value['iterations']} iterations"
+    live = "a process is working on it" if value["live"] else "no process is working on it"
+    head = f"{value['directory']}: {value['status']}{progress}; {live}"
     columns = ["scope", "stage", "state", "records", "shards", "seconds"]
     stages = table(value["stages"], columns) if value["stages"] else "no stage has begun"
     return Report(value, f"{head}\n\n{stages}\n\n{iterations_table(value['summary'])}")

@@ -29,8 +29,8 @@ def stored_config(model: str) -> dict[str, Any] | None:
 
 def stored_value(cls: type[Value], value: dict[str, Any]) -> Value:
     """A dataclass of plain values from its JSON in a run's config."""
-    fields = dataclasses.fields(cast(Any, cls))
-    return cls(**{field.name: value[field.name] for field in fields})
+    names = {field.name for field in dataclasses.fields(cast(Any, cls))} & value.keys()  # a newer field has its default
+    return cls(**{name: value[name] for name in names})
 
 
 def mesh_for(model: str, given: Mesh) -> Any:

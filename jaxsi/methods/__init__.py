@@ -1,11 +1,5 @@
-"""One file per method: its paper's algorithm box, its Config, and one function that is named like the file."""
+"""One file a method: its paper's algorithm box, its Config, and one function that reads like the box.
 
-import importlib
-from collections.abc import Callable
-from typing import Any
-
-
-def method_of(config: Any) -> Callable[..., Any]:
-    """The function of the method whose ``Config`` this is: it stands beside it, and is named like the module."""
-    name = type(config).__module__
-    return getattr(importlib.import_module(name), name.rpartition(".")[2])
+Beside them: ``start`` finds and runs the method of a config, ``lifecycle`` has what methods do around their
+iterations, ``preflight`` refuses what is bound to fail.
+"""

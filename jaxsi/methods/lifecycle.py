@@ -1,64 +1,92 @@
-"""What every method does around its iterations: begin with the model it was given, and say what came of each one."""
+"""What every method does around its iterations: it begins with the model it is given, keeps models, and reports."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
-from jaxsi.lm import LM, load
+from jaxsi.lm import LM, load, save_checkpoint
 from jaxsi.model import mesh as meshlib
-from jaxsi.model.mesh import MeshConfig
-from jaxsi.runs.run import Run, Scope
-from jaxsi.sampling.generate import StaleRecordsError
-from jaxsi.training.train import TrainConfig
+from jaxsi.runs import checkpoint
+from jaxsi.runs.config_snapshot import parts_of
+from jaxsi.runs.run import Run, Scope, StaleRecordsError
+from jaxsi.training import resume
+from jaxsi.training.rl import RLConfig
+from jaxsi.training.train import DPOConfig, TrainConfig
 
 
-def begin(run: Run, model: str, mesh: MeshConfig, dtype: str, *trainings: TrainConfig | None) -> LM:
-    """Loads M_0 with float32 weights, to sample in ``dtype``; a run goes on with the M_0 it began with.
+def begin(cfg: Any, run: Run) -> LM:
+    """Loads M_0 = ``cfg.model`` on ``cfg.mesh``, with float32 weights, to sample in ``cfg.sampling.dtype``.
 
-    Raises: MeshError where a batch of one of ``trainings`` does not divide among the devices. StaleRecordsError where
-      ``model`` has other weights than when the run began.
+    Raises: MeshError if a batch of a training in ``cfg`` does not divide among the devices. StaleRecordsError if the
+      model has other weights than when the run began.
     """
-    base = load(model, meshlib.make_mesh(mesh), dtype, weights_dtype="float32")
-    for training in trainings:
-        if training is not None:
-            training.check(base.mesh)
-    given = run.at("iter_0").value("model", lambda: {"path": model, "fingerprint": base.fingerprint})
-    if given["fingerprint"] != base.fingerprint:
+    base = load(cfg.model, meshlib.make_mesh(cfg.mesh), cfg.sampling.dtype, weights_dtype="float32")
+    for _, part in parts_of(cfg):
+        if isinstance(part, TrainConfig | RLConfig):
+            part.check(base.mesh)
+    first = run.at("iter_0").value("model", dict, {"path": cfg.model, "fingerprint": base.fingerprint})
+    if first["fingerprint"] != base.fingerprint:
         raise StaleRecordsError(
-            f"{model} now has the weights {base.fingerprint}, this run began with {given['fingerprint']}; give it "
+            f"{cfg.model} now has the weights {base.fingerprint}, this run began with {first['fingerprint']}; give it "
             "back the model it began with, or start a new run directory"
         )
     return base
 
 
+def keep(model: LM, it: Scope) -> LM:
+    """Makes a model that was not trained in ``it`` the checkpoint of ``it``; returns it."""
+    if not checkpoint.is_complete(it.path / "checkpoint" / "weights"):
+        save_checkpoint(model, it.path / "checkpoint", {"step": 0})
+    return model
+
+
+def carried_over(cfg: DPOConfig, model: LM, run: Run, t: int, first: int) -> dict[str, Any]:
+    """What the DPO of M_t takes over beside M_{t-1} = ``model``, by its config: the reference M_first, and the
+    optimizer of iteration t - 1, if that was trained by DPO too. These are arguments of ``train.dpo``."""
+    return {
+        "reference": resume.finished(model, run.at(f"iter_{first}")) if cfg.reference == "first" else None,
+        "state": run.at(f"iter_{t - 1}") if cfg.optimizer == "carry" and t - 1 > first else None,
+    }
+
+
 def report(
+    cfg: Any,
     run: Run,
     it: Scope,
     t: int | Literal["base"],
-    lm: LM,
-    figures: Mapping[str, Any],
-    *,
-    method: str,
-    semantics: Mapping[str, str],
+    model: LM,
+    *context: Any,
+    figures: Sequence[str] = (),
     **counts: Any,
-) -> None:
-    """Writes the line of M_t in summary.json, of what was measured (``figures``, of the method's evaluation) and
-    counted; that of the model as given, ``t`` = "base", stands beside the iterations."""
+) -> Mapping[str, Any]:
+    """Evaluates M_t and writes its line of summary.json; the line of the model as given, ``t`` = "base", stands beside
+    the iterations.
+
+    Args:
+      context: what ``cfg.evaluate(model, cfg, it, *context)`` needs beside the model.
+      figures: those of the evaluation that the line has in addition to what every method has.
+      counts: what else the line has, unless the evaluation has measured it.
+
+    Returns: all figures of the evaluation; none without ``cfg.evaluate``.
+    """
+    measured = it.value("evaluation", cfg.evaluate, model, cfg, it, *context) if cfg.evaluate is not None else {}
     line = {
         "iteration": t,
-        "quality": figures.get("quality"),
-        "greedy": figures.get("greedy"),
-        "judge_agreement": figures.get("judge_agreement"),
-        "parse_rate": figures.get("parse_rate"),
+        "quality": measured.get("quality"),
+        "greedy": measured.get("greedy"),
+        "judge_agreement": measured.get("judge_agreement"),
+        "parse_rate": measured.get("parse_rate"),
         "pairs": None,
         "ties": None,
         "alarms": None,
-        "mean_length": figures.get("mean_length"),
-        "fingerprint": lm.fingerprint,
+        "mean_length": measured.get("mean_length"),
+        "fingerprint": model.fingerprint,
         "seconds": it.seconds(),
-        **counts,
+        **{name: measured[name] for name in figures if name in measured},
     }
+    line |= {name: value for name, value in counts.items() if line.get(name) is None}
     if t == "base":
-        run.update_summary({"method": method, "semantics": dict(semantics), "base": line})
-        return
-    before = [entry for entry in run.summary.get("iterations", []) if entry["iteration"] < t]
-    run.update_summary({"method": method, "semantics": dict(semantics), "iterations": [*before, line]})
+        run.update_summary({"base": line})
+    else:
+        before = [entry for entry in run.summary.get("iterations", []) if entry["iteration"] < t]
+        run.update_summary({"iterations": [*before, line]})
+    return measured

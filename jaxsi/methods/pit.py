@@ -18,27 +18,27 @@ leaves a constant per x open), ``mix``, and all hyper-parameters.
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 import numpy as np
 
 from jaxsi.lm import LM
 from jaxsi.methods.lifecycle import begin, report
 from jaxsi.model.mesh import MeshConfig
-from jaxsi.runs import metrics
-from jaxsi.runs.records import Message, Prompt, RankedResponses, Response, SFTExample
+from jaxsi.runs.config_snapshot import stored_as
+from jaxsi.runs.records import Prompt, RankedResponses, Response, SFTExample
 from jaxsi.runs.run import Run, Scope
-from jaxsi.sampling.generate import SamplingConfig, check_sampled_by, generate
-from jaxsi.stages.gap import gap_group, gaps, reward_group
+from jaxsi.sampling.generate import SamplingConfig, sample
+from jaxsi.stages.gap import GapReward, gap_group, gaps, reward_group, with_room
 from jaxsi.stages.pairs import Preference, preferences
 from jaxsi.stages.prompts import ask_to_improve, load_template
-from jaxsi.text.chat import render_prompt, render_response
 from jaxsi.training import rl
-from jaxsi.training.reward import BRADLEY_TERRY, GAP, reward_sequence, rewards, train_reward
+from jaxsi.training.reward import BRADLEY_TERRY, GAP, RewardOf, train_reward
 from jaxsi.training.rl import RLConfig
 from jaxsi.training.train import TrainConfig, seed_of, sft
 
 
+@stored_as("methods.pit.Config")
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config:
     """Everything that decides a run. ``preferences`` gives human preferences; ``request`` asks for an improvement.
@@ -64,12 +64,6 @@ class Config:
     mesh: MeshConfig = MeshConfig()
     seed: int = 0
 
-    RESUMABLE: ClassVar[frozenset[str]] = frozenset(
-        {"sft.log_every", "reward.log_every", "rl.log_every", "policy_rl.log_every"}
-    )
-    ARM_FIELDS: ClassVar[frozenset[str]] = frozenset({"rounds", "mix", "rewarding"})
-    SHARED: ClassVar[tuple[str, ...]] = ("base", "policy", "iter_0", "gap_reward", "policy_reward", "policy_rl")
-
     def __post_init__(self) -> None:
         if min(self.rounds) < 0 or max(self.rounds) < 1:
             raise ValueError(f"rounds is {self.rounds}: steps of at least one of the two rounds, none below 0")
@@ -82,50 +76,52 @@ class Config:
 
 def pit(cfg: Config, run: Run) -> LM:
     """Runs, or goes on with, the whole method; returns the improver after the last round."""
-    base = begin(run, cfg.model, cfg.mesh, cfg.sampling.dtype, cfg.sft, cfg.reward)
-    cfg.rl.check(base.mesh)
-    cfg.policy_rl.check(base.mesh)
     start = run.at("iter_0")
-    data = start.records("preferences", cfg.preferences, of=RankedResponses)
-    pairs, counts = preferences(data)
-    start.value("preferences_counts", lambda: counts)
-    of_sft, of_rm, of_rl = split_in_three(pairs, seed_of(start, "split"))
-
-    prompts = with_room(base, [Prompt(id=pair.id, messages=pair.messages) for pair in of_rl], cfg)
-    start.value("too_long", lambda: len(of_rl) - len(prompts))
-
-    policy = sft(base, demonstrations(of_sft), cfg.sft, run.at("policy"))  # M_P^SFT
-    reward_groups = [reward_group(base.tokenizer, pair) for pair in of_rm]
-    policy_reward = train_reward(policy, reward_groups, BRADLEY_TERRY, cfg.reward, run.at("policy_reward"))  # r_P
-    policy_rl = cfg.learner(
-        policy, policy, prompts, policy_rewards(policy_reward, cfg), cfg.policy_rl, run.at("policy_rl")
-    )  # M_P^RL
-    del policy, policy_reward  # of no more use, and as large as the others
-
-    improver = sft(base, improvements(of_sft, cfg.request), cfg.sft, start)  # M_PIT^SFT
-    gap_groups = [gap_group(base.tokenizer, pair, cfg.request) for pair in of_rm]
-    gap_reward = train_reward(improver, gap_groups, GAP, cfg.reward, run.at("gap_reward"))  # r_gap
-    summarise(cfg, run, "base", run.at("base"), base, None, gap_reward)
-    del base
-    summarise(cfg, run, 0, start, improver, policy_rl, gap_reward)
+    pairs, counts = preferences(start.records("preferences", cfg.preferences, of=RankedResponses))  # D
+    start.value("preferences_counts", dict, counts)
+    parts = split_in_three(pairs, seed_of(start, "split"))
+    policy, improver, gap_reward, prompts = before_the_curriculum(cfg, run, *parts)  # A, B, M_P^RL
+    summarise(cfg, run, 0, improver, policy, gap_reward)
 
     model, t = improver, 0
-    sides = {pair.id: pair for pair in of_rl}
+    sides = {pair.id: pair for pair in parts[2]}
     given = [(x, sides[x.id].rejected) for x in prompts] + [(x, sides[x.id].chosen) for x in prompts]
-    for round, steps in enumerate(cfg.rounds):
+    for round, steps in enumerate(cfg.rounds):  # C
         if steps == 0:
             continue
         t += 1
         it = run.at(f"iter_{t}")
-        references = given if round == 0 else [*from_policy(cfg, policy_rl, prompts, it), *mixed_in(cfg, given, it)]
-        target = GapReward(cfg, gap_reward, references)
+        references = given if round == 0 else [*from_policy(cfg, policy, prompts, it), *mixed_in(cfg, given, it)]
+        reward = GapReward(gap_reward, references, cfg.request, cfg.rewarding, cfg.rl)
         config = dataclasses.replace(cfg.rl, steps=steps)
-        model = cfg.learner(model, improver, target.prompts, target, config, it, monitor=target.monitor)
-        counts = {"references": len(target.prompts), "left_out": target.left_out}
-        summarise(cfg, run, t, it, model, policy_rl, gap_reward, round=round, **counts)
+        model = cfg.learner(model, improver, reward.prompts, reward, config, it, monitor=reward.monitor)
+        counts = {"references": len(reward.prompts), "left_out": reward.left_out}
+        summarise(cfg, run, t, model, policy, gap_reward, round=round, **counts)
 
-    run.update_summary({"status": "complete"})
     return model
+
+
+def before_the_curriculum(
+    cfg: Config, run: Run, of_sft: Sequence[Preference], of_rm: Sequence[Preference], of_rl: Sequence[Preference]
+) -> tuple[LM, LM, LM, list[Prompt]]:
+    """A, B and the policy's part of C: M_P^RL, M_PIT^SFT, r_gap, and the prompts of D_RL. The other models, M_0 among
+    them, take memory for as long as this function runs."""
+    base = begin(cfg, run)
+    policy = sft(base, demonstrations(of_sft), cfg.sft, run.at("policy"))  # M_P^SFT
+    improver = sft(base, improvements(of_sft, cfg.request), cfg.sft, run.at("iter_0"))  # M_PIT^SFT
+
+    reward_groups = [reward_group(base.tokenizer, pair) for pair in of_rm]
+    policy_reward = train_reward(policy, reward_groups, BRADLEY_TERRY, cfg.reward, run.at("policy_reward"))  # r_P
+    gap_groups = [gap_group(base.tokenizer, pair, cfg.request) for pair in of_rm]
+    gap_reward = train_reward(improver, gap_groups, GAP, cfg.reward, run.at("gap_reward"))  # r_gap
+    summarise(cfg, run, "base", base, None, gap_reward)
+
+    longest = max(cfg.policy_rl.max_new_tokens, cfg.sampling.max_new_tokens)
+    prompts = with_room(base, [Prompt(id=pair.id, messages=pair.messages) for pair in of_rl], longest)
+    run.at("iter_0").value("too_long", int, len(of_rl) - len(prompts))
+    reward = RewardOf(policy_reward, cfg.policy_rl.rows_at_once)
+    policy = cfg.learner(policy, policy, prompts, reward, cfg.policy_rl, run.at("policy_rl"))  # M_P^RL
+    return policy, improver, gap_reward, prompts
 
 
 def split_in_three(pairs: Sequence[Preference], seed: int) -> list[list[Preference]]:
@@ -149,29 +145,11 @@ def improvements(pairs: Sequence[Preference], request: str) -> list[SFTExample]:
     ]
 
 
-def policy_rewards(lm: LM, cfg: Config) -> rl.Reward:
-    """r_P of each response."""
-
-    def reward(prompts: Sequence[Prompt], responses: Sequence[Response]) -> np.ndarray:
-        messages = {prompt.id: prompt.messages for prompt in prompts}
-        sequences = [reward_sequence(lm.tokenizer, messages[r.prompt_id], r) for r in responses]
-        return rewards(lm, sequences, batch_size=cfg.policy_rl.rows_at_once)
-
-    return reward
-
-
-def with_room(lm: LM, prompts: Sequence[Prompt], cfg: Config) -> list[Prompt]:
-    """The prompts after which the policy's context has room for a response."""
-    room = lm.config.max_positions - max(cfg.policy_rl.max_new_tokens, cfg.sampling.max_new_tokens)
-    return [prompt for prompt in prompts if len(render_prompt(lm.tokenizer, prompt.messages)) <= room]
-
-
 def from_policy(cfg: Config, policy: LM, prompts: Sequence[Prompt], it: Scope) -> list[tuple[Prompt, str]]:
-    """References y_ref ~ M_P^RL(. | x), empty where the token limit cut one off: it has no end to be compared with."""
-    sample = lambda part: generate(policy, part, key=it.key("references"), **cfg.sampling.settings)  # noqa: E731
-    sampled = it.sharded("references", prompts, sample, of=Response)
-    check_sampled_by(policy, sampled)
-    policy.release()
+    """References y_ref ~ M_P^RL(. | x), empty if the token limit cut one off: it has no end to be compared with."""
+    sampled = it.sharded(
+        "references", prompts, sample, policy, cfg.sampling, it.key("references"), of=Response, by=policy
+    )
     by_prompt = {r.prompt_id: r.text if r.finish_reason == "stop" else "" for r in sampled}
     return [(prompt, by_prompt[prompt.id]) for prompt in prompts]
 
@@ -183,68 +161,10 @@ def mixed_in(cfg: Config, given: Sequence[tuple[Prompt, str]], it: Scope) -> lis
     return [given[i] for i in chosen]
 
 
-class GapReward:
-    """r_gap(x, y, y_ref) - r_gap(x, y_ref, y_ref) of responses to the improver's ``prompts``, one for each reference.
-    Left out, and counted in ``left_out``: empty references, and those after which the context has no room for a
-    response, or for the reference itself as one."""
-
-    def __init__(self, cfg: Config, lm: LM, references: Sequence[tuple[Prompt, str]]):
-        self.cfg, self.lm, self.zero = cfg, lm, 0.0
-        self.of: dict[str, tuple[tuple[Message, ...], str]] = {}
-        self.prompts: list[Prompt] = []
-        for number, (prompt, reference) in enumerate(references):
-            id = f"{prompt.id}~{number}"
-            asked = Prompt(id=id, messages=ask_to_improve(prompt.messages, reference, cfg.request))
-            if reference.strip() and self.fits(asked, reference):
-                self.of[id] = prompt.messages, reference
-                self.prompts.append(asked)
-        self.left_out = len(references) - len(self.prompts)
-
-    def fits(self, asked: Prompt, reference: str) -> bool:
-        head = len(render_prompt(self.lm.tokenizer, asked.messages))
-        longest = max(self.cfg.rl.max_new_tokens, len(render_response(self.lm.tokenizer, reference)))
-        return head + longest <= self.lm.config.max_positions
-
-    def __call__(self, prompts: Sequence[Prompt], responses: Sequence[Response]) -> np.ndarray:
-        items = [(self.of[r.prompt_id][0], r, self.of[r.prompt_id][1]) for r in responses]
-        gap_N, zero_N = self.cfg.rewarding(self.lm, items, self.cfg.request, batch_size=self.cfg.rl.rows_at_once)
-        self.zero = float(np.mean(zero_N))
-        return gap_N - zero_N
-
-    def monitor(self, prompts: Sequence[Prompt], responses: Sequence[Response], gains: np.ndarray) -> dict[str, float]:
-        """How far the responses are from their references: what shows a learner that copies, pads or flatters."""
-        references = [self.of[response.prompt_id][1] for response in responses]
-        return {
-            "gained": float(np.mean(gains > 0)),
-            "gap_of_references": self.zero,
-            **change_from(references, responses),
-        }
-
-
-def change_from(references: Sequence[str], responses: Sequence[Response]) -> dict[str, float]:
-    """Share of exact copies, edit distance in words and length gap in characters, of responses against references."""
-    both = [
-        (reference.strip(), response.text.strip()) for reference, response in zip(references, responses, strict=True)
-    ]
-    return {
-        "copied": float(np.mean([a == b for a, b in both])),
-        "edit_distance": float(np.mean([metrics.edit_distance(a.split(), b.split()) for a, b in both])),
-        "length_gap": float(np.mean([len(b) - len(a) for a, b in both])),
-    }
-
-
 def summarise(
-    cfg: Config,
-    run: Run,
-    t: int | Literal["base"],
-    it: Scope,
-    model: LM,
-    policy: LM | None,
-    gap_reward: LM,
-    **counts: Any,
+    cfg: Config, run: Run, t: int | Literal["base"], model: LM, policy: LM | None, gap_reward: LM, **counts: Any
 ) -> None:
-    """Evaluates the improver of iteration t on the policy's responses (the base model on its own), writes its line."""
-    figures = it.value("evaluation", cfg.evaluate, model, cfg, it, policy, gap_reward) if cfg.evaluate else {}
-    semantics = {"init_from": "iteration t-1", "reference": "iteration 0", "data": "current", "optimizer": "reset"}
-    extra = {name: figures[name] for name in ("draft", "copied", "edit_distance", "inequalities") if name in figures}
-    report(run, it, t, model, figures, method="pit", semantics=semantics, **extra, **counts)
+    """Reports the improver of iteration t on the policy's responses (the base model on its own)."""
+    it = run.at("base" if t == "base" else f"iter_{t}")
+    figures = ("draft", "copied", "edit_distance", "inequalities")
+    report(cfg, run, it, t, model, policy, gap_reward, figures=figures, **counts)

@@ -21,23 +21,34 @@ likeliest whole string, the target of an internal round, the stopping rule, and 
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
-from jaxsi.lm import LM, load, save_checkpoint
-from jaxsi.methods.lifecycle import begin, report
+from jaxsi.lm import LM, borrowed, load
+from jaxsi.methods.lifecycle import begin, keep, report
 from jaxsi.model.mesh import MeshConfig
-from jaxsi.runs.checkpoint import is_complete
+from jaxsi.runs.config_snapshot import stored_as
 from jaxsi.runs.records import Prompt, RankedResponses, Response, Revision, SFTExample
-from jaxsi.runs.run import Run, RunError, Scope
-from jaxsi.sampling.generate import SamplingConfig, check_sampled_by, generate
-from jaxsi.stages import reviser as reviselib, reviser_data as data
+from jaxsi.runs.run import Run, Scope
+from jaxsi.sampling.generate import SamplingConfig, generate, sample
+from jaxsi.stages import reviser as revisers
+from jaxsi.stages.answers import answers, read_answers
 from jaxsi.stages.prompts.reviser import ReviserTemplate, load_reviser_template
 from jaxsi.stages.reviser import ReviseConfig
-from jaxsi.stages.reviser_data import LabelConfig, RevisionPair
+from jaxsi.stages.reviser_data import (
+    LabelConfig,
+    RevisionPair,
+    label_pairs,
+    label_statistics,
+    longest_text,
+    reviser_examples,
+    revision_pairs,
+    warm_up_examples,
+)
 from jaxsi.stages.self_instruct import PromptFile, next_part
 from jaxsi.training.train import TrainConfig, seed_of, sft
 
 
+@stored_as("methods.seft.ReviserConfig")
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ReviserConfig:
     """The reviser: ``rankings`` gives D_r, ``model`` its weights before phase A (None: those of the run's model),
@@ -53,9 +64,10 @@ class ReviserConfig:
     evaluate: Callable[..., dict[str, Any]] | None = None
 
 
+@stored_as("methods.seft.Round")
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Round:
-    """What an evolution round learns: ``target`` is ``revise.best_of_n``, ``revise.revise`` or another function of
+    """What an evolution round learns: ``target`` is ``reviser.best_of_n``, ``reviser.revise`` or another function of
     their signature; ``num_samples`` drafts to each prompt come from the model ``drafts`` (None: from the policy)."""
 
     target: Callable[..., list[Revision]]
@@ -67,6 +79,7 @@ class Round:
             raise ValueError(f"num_samples is {self.num_samples}; a round needs at least 1 draft to each prompt")
 
 
+@stored_as("methods.seft.Config")
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config:
     """Everything that decides a run. The first ``internal_rounds`` of ``iterations`` rounds are ``internal``, the
@@ -83,22 +96,14 @@ class Config:
     demonstrations: Callable[[], list[SFTExample]] | None = None
     start: TrainConfig | None = None
     sampling: SamplingConfig = SamplingConfig(temperature=1.0, top_p=1.0)
-    internal: Round = Round(target=reviselib.best_of_n, num_samples=4)
-    external: Round = Round(target=reviselib.revise)
+    internal: Round = Round(target=revisers.best_of_n, num_samples=4)
+    external: Round = Round(target=revisers.revise)
     internal_rounds: int = 1
     sft: TrainConfig
     evaluate: Callable[..., dict[str, Any]] | None = None
     mesh: MeshConfig = MeshConfig()
     iterations: int = 3
     seed: int = 0
-
-    RESUMABLE: ClassVar[frozenset[str]] = frozenset(
-        {"start.log_every", "sft.log_every", "reviser.warm_up.log_every", "reviser.adaptive.log_every"}
-    )
-    ARM_FIELDS: ClassVar[frozenset[str]] = frozenset(
-        {"prompts", "internal", "external", "internal_rounds", "sft", "iterations"}
-    )
-    SHARED: ClassVar[tuple[str, ...]] = ("base", "iter_0", "warm_reviser", "reviser")
 
     def __post_init__(self) -> None:
         if self.iterations < 1 or self.internal_rounds < 0:
@@ -111,124 +116,101 @@ class Config:
 
 def seft(cfg: Config, run: Run) -> LM:
     """Runs, or goes on with, the whole method; returns the policy after the last round."""
-    both = cfg.reviser.warm_up, cfg.reviser.adaptive
-    base = begin(run, cfg.model, cfg.mesh, cfg.sampling.dtype, cfg.start, cfg.sft, *both)
-    policy = first_policy(cfg, base, run.at("iter_0"))  # pi_0
-    reviser = adaptive_reviser(cfg, base, run)  # P_R
-    shares = [summarise(cfg, run, 0, run.at("iter_0"), policy, reviser)]
-    given = run.at("iter_0" if cfg.start is None else "base")  # the same model is measured once
-    summarise(cfg, run, "base", given, base, reviser)
+    base = begin(cfg, run)
+    policy = first_policy(cfg, base, run)  # pi_0
+    reviser = adaptive_reviser(cfg, base, run)  # A, B: P_R
+    shares = [summarise(cfg, run, 0, policy, reviser)]
+    summarise(cfg, run, "base", base, reviser)
 
-    for t in range(1, cfg.iterations + 1):
+    for t in range(1, cfg.iterations + 1):  # C
         it = run.at(f"iter_{t}")
         round = cfg.internal if t <= cfg.internal_rounds else cfg.external
-        source = policy if round.drafts is None else load(round.drafts, policy.mesh, cfg.sampling.dtype)
-        prompts = it.records("prompts", prompts_of, cfg, it, t, of=Prompt)
-        drafts = it.sharded("drafts", prompts, drafter(cfg, round, source, it), of=Response)  # y
-        check_sampled_by(source, drafts)
-        source.release()
-        del source  # where it is another model than the policy, all of it
-        revisions = it.sharded("revisions", prompts, chooser(cfg, round, reviser, drafts, it), of=Revision)  # l, y+
-        reviser.release()
-        counts = it.value("targets_counts", reviselib.revision_statistics, drafts, revisions, cfg.reviser.template)
-        targets = it.records("targets", reviselib.targets, prompts, revisions, of=SFTExample)
+        prompts, _ = it.counted("prompts", next_prompts, cfg, run, t, of=Prompt)  # x
+        drafts = drafts_of(cfg, round, policy, prompts, it)  # y
+        revisions = it.sharded(
+            "revisions", answers(prompts, drafts), read_answers, round.target, reviser, cfg.reviser.template,
+            cfg.reviser.writing, it.key("revisions"), of=Revision,
+        )  # l, y+  # fmt: skip
+        counts = it.value("targets_counts", revisers.revision_statistics, drafts, revisions, cfg.reviser.template)
+        targets = it.records("targets", revisers.targets, prompts, revisions, of=SFTExample)
         policy = sft(policy, targets, cfg.sft, it)  # pi_t
-        shares.append(summarise(cfg, run, t, it, policy, reviser, targets=len(targets), revisions=counts))
+        shares.append(summarise(cfg, run, t, policy, reviser, targets=len(targets), revisions=counts))
         if stops(shares):
             break
 
-    run.update_summary({"status": "complete", "rounds": len(shares) - 1, "stopped": stops(shares)})
+    run.update_summary({"rounds": len(shares) - 1, "stopped": stops(shares)})
     return policy
 
 
-def first_policy(cfg: Config, base: LM, it: Scope) -> LM:
+def first_policy(cfg: Config, base: LM, run: Run) -> LM:
     """pi_0: the model as given, or after SFT on demonstrations."""
-    if cfg.start is not None and cfg.demonstrations is not None:
-        return sft(base, it.records("demonstrations", cfg.demonstrations, of=SFTExample), cfg.start, it)
-    if not is_complete(it.path / "checkpoint" / "weights"):
-        save_checkpoint(base, it.path / "checkpoint", {"step": 0})
-    return base
+    it = run.at("iter_0")
+    if cfg.start is None or cfg.demonstrations is None:
+        return keep(base, it)
+    return sft(base, it.records("demonstrations", cfg.demonstrations, of=SFTExample), cfg.start, it)
 
 
 def adaptive_reviser(cfg: Config, base: LM, run: Run) -> LM:
     """Phases A and B: a warm-up reviser on (x, y_l) -> y_h, then one that says first how much it will change."""
-    of, template = cfg.reviser, cfg.reviser.template
-    if of.model is not None:
-        base = load(of.model, base.mesh, cfg.sampling.dtype, weights_dtype="float32")
+    reviser, template = cfg.reviser, cfg.reviser.template
+    start = base if reviser.model is None else load(reviser.model, base.mesh, base.dtype, weights_dtype="float32")
     it = run.at("warm_reviser")
-    pairs = it.records("pairs", pairs_of, cfg, base, it, of=RevisionPair)  # D_r
-    warm = sft(base, data.warm_up_examples(pairs, template), of.warm_up, it)
+    rankings = it.records("rankings", reviser.rankings, of=RankedResponses)
+    pairs, _ = it.counted("pairs", fitting_pairs, cfg, start, rankings, of=RevisionPair)  # D_r
+    warm = sft(start, warm_up_examples(pairs, template), reviser.warm_up, it)
 
     it = run.at("reviser")
-    labelled = it.records("labels", data.label_pairs, warm, pairs, template, of.labels, of=RevisionPair)
-    counts = it.value("labels_counts", data.label_statistics, labelled, template)
-    examples = data.reviser_examples(labelled, template, of.labels.mix, seed_of(it, "mix"))
-    reviser = sft(warm, examples, of.adaptive, it)
-    figures = it.value("evaluation", of.evaluate, reviser, cfg, it) if of.evaluate is not None else {}
+    labelled = it.records("labels", label_pairs, warm, pairs, template, reviser.labels, of=RevisionPair)
+    counts = it.value("labels_counts", label_statistics, labelled, template)
+    examples = reviser_examples(labelled, template, reviser.labels.mix, seed_of(it, "mix"))
+    adaptive = sft(warm, examples, reviser.adaptive, it)
+    figures = it.value("evaluation", reviser.evaluate, adaptive, cfg, it) if reviser.evaluate is not None else {}
     run.update_summary({"reviser": {"labels": counts, **figures, "seconds": it.seconds()}})
-    return reviser
+    return adaptive
 
 
-def pairs_of(cfg: Config, base: LM, it: Scope) -> list[RevisionPair]:
-    """D_r, without what is empty, equal or too long for the models and for training."""
-    longest = min(base.config.max_positions, cfg.reviser.warm_up.max_length, cfg.reviser.adaptive.max_length)
+def fitting_pairs(
+    cfg: Config, start: LM, rankings: Sequence[RankedResponses]
+) -> tuple[list[RevisionPair], dict[str, int]]:
+    """D_r, without what is empty, equal or too long for the models and for training; and the counts."""
+    longest = min(start.config.max_positions, cfg.reviser.warm_up.max_length, cfg.reviser.adaptive.max_length)
 
     def fits(pair: RevisionPair) -> bool:
-        return data.longest_text(base.tokenizer, pair, cfg.reviser.template) <= longest
+        return longest_text(start.tokenizer, pair, cfg.reviser.template) <= longest
 
-    pairs, counts = data.revision_pairs(it.records("rankings", cfg.reviser.rankings, of=RankedResponses), fits)
-    it.value("pairs_counts", lambda: counts)
+    pairs, counts = revision_pairs(rankings, fits)
     if not any(pair.gap for pair in pairs):
         raise ValueError(
             f"the rankings give no pair of a better and a worse response ({counts}), so there is nothing to learn to "
             "revise; look at the counts, or raise max_length"
         )
-    return pairs
+    return pairs, counts
 
 
-def absent(t: int) -> list[Prompt]:
-    """In place of a stage that an earlier round has done."""
-    raise RunError(f"the prompts of iteration {t} are gone; put iter_{t}/prompts.jsonl back, or begin a new run")
-
-
-def prompts_of(cfg: Config, it: Scope, t: int) -> list[Prompt]:
-    """An equal part of the prompts that no round has had, none of them held out."""
-    earlier = [p for s in range(1, t) for p in it.run.at(f"iter_{s}").records("prompts", absent, s, of=Prompt)]
+def next_prompts(cfg: Config, run: Run, t: int) -> tuple[list[Prompt], dict[str, int]]:
+    """An equal part of the prompts that no round has had, none of them held out; and how many there are."""
+    earlier = [p for s in range(1, t) for p in run.at(f"iter_{s}").finished("prompts", of=Prompt)]
     held_out = frozenset(prompt.text for prompt in cfg.held_out()) if cfg.held_out is not None else frozenset[str]()
-    return next_part(cfg.prompts, earlier, cfg.iterations - t + 1, held_out)
+    prompts = next_part(cfg.prompts, earlier, cfg.iterations - t + 1, held_out)
+    return prompts, {"kept": len(prompts)}
 
 
-def drafter(cfg: Config, round: Round, source: LM, it: Scope) -> Callable[[Sequence[Prompt]], list[Response]]:
-    """The stage that samples the drafts."""
-    settings = cfg.sampling.settings | {"num_samples": round.num_samples}
-    return lambda prompts: generate(source, prompts, key=it.key("drafts"), **settings)
+def drafts_of(cfg: Config, round: Round, policy: LM, prompts: Sequence[Prompt], it: Scope) -> list[Response]:
+    """y: drafts of the policy, or of the model that the round takes them from."""
+    model = policy if round.drafts is None else borrowed(round.drafts, cfg.sampling.dtype, policy.mesh)
+    config = dataclasses.replace(cfg.sampling, num_samples=round.num_samples)
+    return it.sharded("drafts", prompts, sample, model, config, it.key("drafts"), of=Response, by=model)
 
 
-def chooser(
-    cfg: Config, round: Round, reviser: LM, drafts: Sequence[Response], it: Scope
-) -> Callable[[Sequence[Prompt]], list[Revision]]:
-    """The stage that makes targets of all drafts to each prompt."""
-    by_prompt: dict[str, list[Response]] = {}
-    for draft in drafts:
-        by_prompt.setdefault(draft.prompt_id, []).append(draft)
-
-    def choose(prompts: Sequence[Prompt]) -> list[Revision]:
-        part = [draft for prompt in prompts for draft in by_prompt[prompt.id]]
-        of = cfg.reviser
-        return round.target(reviser, prompts, part, of.template, of.writing, it.key("revisions"))
-
-    return choose
-
-
-def held_out_share(cfg: Config, policy: LM, reviser: LM, it: Scope) -> float | None:
+def held_out_share(cfg: Config, policy: LM, reviser: LM, run: Run) -> float | None:
     """The share of pi_t's responses to the held-out prompts that the reviser would keep."""
     assert cfg.held_out is not None
     prompts = cfg.held_out()
     settings = cfg.sampling.settings | {"num_samples": 1}
     # The same noise in every round: what changes is the policy.
-    responses = generate(policy, prompts, key=it.run.at("iter_0").key("held_out"), **settings)
-    labelled = reviselib.labelled_drafts(reviser, prompts, responses, cfg.reviser.template, cfg.reviser.writing)
-    return reviselib.keep_share(labelled, cfg.reviser.template)
+    responses = generate(policy, prompts, key=run.at("iter_0").key("held_out"), **settings)
+    labelled = revisers.labelled_drafts(reviser, prompts, responses, cfg.reviser.template, cfg.reviser.writing)
+    return revisers.keep_share(labelled, cfg.reviser.template)
 
 
 def stops(shares: Sequence[float | None]) -> bool:
@@ -237,14 +219,12 @@ def stops(shares: Sequence[float | None]) -> bool:
     return now is not None and before is not None and now <= before
 
 
-def summarise(
-    cfg: Config, run: Run, t: int | Literal["base"], it: Scope, policy: LM, reviser: LM, **counts: Any
-) -> float | None:
-    """Evaluates pi_t, writes its line of summary.json and gives its NO share on the held-out prompts."""
-    figures = it.value("evaluation", cfg.evaluate, policy, cfg, it, reviser) if cfg.evaluate is not None else {}
+def summarise(cfg: Config, run: Run, t: int | Literal["base"], policy: LM, reviser: LM, **counts: Any) -> float | None:
+    """Reports pi_t, and gives its NO share on the held-out prompts."""
+    # Without SFT on demonstrations pi_0 is the model as given, which is measured once.
+    it = run.at(f"iter_{t}" if t != "base" else "iter_0" if cfg.start is None else "base")
     share = None
     if cfg.held_out is not None and t != "base":
-        share = it.value("held_out_share", held_out_share, cfg, policy, reviser, it)
-    semantics = {"init_from": "pi_{t-1}", "reference": "none", "data": "current", "optimizer": "reset"}
-    report(run, it, t, policy, figures, method="seft", semantics=semantics, no_share=share, **counts)
+        share = it.value("held_out_share", held_out_share, cfg, policy, reviser, run)
+    report(cfg, run, it, t, policy, reviser, no_share=share, **counts)
     return share

@@ -16,25 +16,29 @@ step 0.
 """
 
 import dataclasses
+import functools
 from collections import Counter
-from collections.abc import Callable, Sequence
-from typing import Any, ClassVar
+from collections.abc import Callable
+from typing import Any
 
-from jaxsi.lm import LM, load, save_checkpoint
-from jaxsi.methods.lifecycle import begin, report
+from jaxsi.lm import LM, borrowed
+from jaxsi.methods.lifecycle import begin, carried_over, keep, report
 from jaxsi.model.mesh import MeshConfig
-from jaxsi.runs.checkpoint import is_complete
+from jaxsi.runs.config_snapshot import stored_as
 from jaxsi.runs.records import Judgment, PreferencePair, Prompt, RankedResponses, Response, SFTExample
-from jaxsi.runs.run import Run, RunError, Scope
-from jaxsi.sampling.generate import SamplingConfig, check_sampled_by, generate
-from jaxsi.stages import judge as feedback, pairs as pairlib
+from jaxsi.runs.run import Run, Scope
+from jaxsi.sampling.generate import SamplingConfig, generate, sample
+from jaxsi.stages import judge as judges
+from jaxsi.stages.answers import answers, read_answers
 from jaxsi.stages.datasets import as_responses, eft_examples
-from jaxsi.stages.judge import JudgeConfig, judgment_statistics
+from jaxsi.stages.judge import JudgeConfig, check_judge, compare, judgment_statistics
+from jaxsi.stages.pairs import best_and_worst, pair_statistics
 from jaxsi.stages.prompts import Rubric, load_rubric
 from jaxsi.stages.self_instruct import PromptFile, SelfInstruct, new_prompts, next_part
 from jaxsi.training.train import DPOConfig, TrainConfig, dpo, seed_of, sft
 
 
+@stored_as("methods.self_rewarding.SeedData")
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SeedData:
     """Human data: ``ift`` gives demonstrations; ``rankings``, where given, the ranked responses that EFT is made from,
@@ -50,6 +54,7 @@ class SeedData:
             raise ValueError(f"max_share is {self.max_share}; it lies in (0, 1]")
 
 
+@stored_as("methods.self_rewarding.PairConfig")
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PairConfig:
     """``length_control`` is Meta-Rewarding's rho (0: off); pairs with a smaller score gap than ``min_gap`` are left
@@ -65,21 +70,23 @@ class PairConfig:
             raise ValueError(f"length_control is {self.length_control} (in [0, 0.5)), min_gap {self.min_gap} (>= 0)")
 
 
+@stored_as("methods.self_rewarding.EarlyStop")
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class EarlyStop:
     """Every ``dpo.train.checkpoint_every`` steps the win rate over the previous checkpoint on held-out ``prompts``
     decides: training stops when it is not above one half. ``judging`` scores both sides, with M_{t-1} as its model."""
 
     prompts: Callable[[], list[Prompt]]
-    judging: Callable[..., list[Judgment]] = feedback.judge
+    judging: Callable[..., list[Judgment]] = judges.judge
 
 
+@stored_as("methods.self_rewarding.Config")
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config:
     """Everything that decides a run. ``sft`` None: the given model is M_1, for those who bring an instruct model and
     prompts.
 
-    ``judging`` is the judge stage, ``feedback.judge`` or another function of its signature (the control arms are).
+    ``judging`` is the judge stage, ``judge.judge`` or another function of its signature (the control arms are).
     ``evaluate(lm, config, scope)`` gives the figures of an iteration's summary.
     """
 
@@ -89,7 +96,7 @@ class Config:
     sampling: SamplingConfig = SamplingConfig()
     judge: JudgeConfig = JudgeConfig()
     rubric: Rubric = load_rubric()
-    judging: Callable[..., list[Judgment]] = feedback.judge
+    judging: Callable[..., list[Judgment]] = judges.judge
     pairs: PairConfig = PairConfig()
     sft: TrainConfig | None
     dpo: DPOConfig
@@ -98,10 +105,6 @@ class Config:
     mesh: MeshConfig = MeshConfig()
     iterations: int = 3
     seed: int = 0
-
-    RESUMABLE: ClassVar[frozenset[str]] = frozenset({"sft.log_every", "dpo.train.log_every"})
-    ARM_FIELDS: ClassVar[frozenset[str]] = frozenset({"judging"})
-    SHARED: ClassVar[tuple[str, ...]] = ("iter_0", "sft_baseline", "iter_1")
 
     def __post_init__(self) -> None:
         if self.iterations < 1:
@@ -114,166 +117,121 @@ class Config:
 
 def self_rewarding(cfg: Config, run: Run) -> LM:
     """Runs, or goes on with, the whole method; returns M_T."""
-    base = begin(run, cfg.model, cfg.mesh, cfg.sampling.dtype, cfg.sft, cfg.dpo.train)  # M_0
-
-    it = run.at("iter_1")
-    model = first_model(cfg, base, run, it)  # M_1
-    summarise(cfg, run, it, model, 1, {})
+    base = begin(cfg, run)  # M_0
+    model = first_model(cfg, base, run)  # M_1
 
     for t in range(2, cfg.iterations + 1):
         it = run.at(f"iter_{t}")  # all that makes M_t, and its checkpoint
-        prompts = it.records("prompts", prompts_of, cfg, base, it, t, of=Prompt)
-        base.release()  # it may have written them
-        candidates = it.sharded("candidates", prompts, sampler(cfg, model, it), of=Response)
-        check_sampled_by(model, candidates)
-        judgments = it.sharded("judgments", prompts, judger(cfg, model, candidates, it), of=Judgment)
-        pairs = it.records("pairs", best_and_worst, cfg, candidates, judgments, prompts, of=PreferencePair)
-        counts = it.value("pairs_counts", pair_counts, cfg, candidates, judgments, prompts)
-        model = dpo(model, pairs, cfg.dpo, it, better=stopper(cfg, model, it))  # M_t
-        summarise(cfg, run, it, model, t, counts)
+        prompts, _ = it.counted("prompts", next_prompts, cfg, base, run, t, of=Prompt)  # x
+        candidates = it.sharded(
+            "candidates", prompts, sample, model, cfg.sampling, it.key("candidates"), of=Response, by=model
+        )  # y
+        judgments = it.sharded(
+            "judgments", answers(prompts, candidates), read_answers, cfg.judging, model, cfg.rubric, cfg.judge,
+            it.key("judge"), of=Judgment,
+        )  # r  # fmt: skip
+        pairs, counts = it.counted("pairs", paired, cfg, candidates, judgments, prompts, of=PreferencePair)
+        better = None if cfg.early_stop is None else functools.partial(is_better, cfg, cfg.early_stop, model, it)
+        model = dpo(model, pairs, cfg.dpo, it, better=better, **carried_over(cfg.dpo, model, run, t, first=1))  # M_t
+        summarise(cfg, run, it, t, model, counts)
 
-    run.update_summary({"status": "complete"})
     return model
 
 
-def absent(t: int) -> list[Prompt]:
-    """In place of a stage that an earlier iteration has done."""
-    raise RunError(f"the prompts of iteration {t} are gone; put iter_{t}/prompts.jsonl back, or begin a new run")
-
-
-def first_model(cfg: Config, base: LM, run: Run, it: Scope) -> LM:
-    """M_1 = SFT(M_0, IFT + EFT)."""
+def first_model(cfg: Config, base: LM, run: Run) -> LM:
+    """M_1 = SFT(M_0, IFT + EFT), or the model as given."""
+    it = run.at("iter_1")
     if cfg.sft is None or cfg.seed_data is None:
-        if not is_complete(it.path / "checkpoint" / "weights"):
-            save_checkpoint(base, it.path / "checkpoint", {"step": 0})
-        return base
-    ift = it.records("ift", cfg.seed_data.ift, of=SFTExample)
-    if cfg.seed_data.rankings is None:
-        return sft(base, ift, cfg.sft, it)
-    baseline = sft(base, ift, cfg.sft, run.at("sft_baseline"))  # the judge that writes EFT, trained on IFT alone
-    ranked = it.records("rankings", cfg.seed_data.rankings, of=RankedResponses)
-    prompts, responses = as_responses(ranked)
+        model = keep(base, it)
+    else:
+        ift = it.records("ift", cfg.seed_data.ift, of=SFTExample)
+        eft = [] if cfg.seed_data.rankings is None else evaluation_examples(cfg, cfg.seed_data, cfg.sft, base, run, ift)
+        model = sft(base, [*ift, *eft], cfg.sft, it)
+    summarise(cfg, run, it, 1, model, {})
+    return model
+
+
+def evaluation_examples(
+    cfg: Config, data: SeedData, training: TrainConfig, base: LM, run: Run, ift: list[SFTExample]
+) -> list[SFTExample]:
+    """EFT: what a judge trained on IFT alone wrote where it ordered responses as people did, no score dominating."""
+    assert data.rankings is not None
+    it = run.at("iter_1")
+    baseline = sft(base, ift, training, run.at("sft_baseline"))
+    ranked = it.records("rankings", data.rankings, of=RankedResponses)
     judged = it.sharded(
-        "eft_judgments", prompts, judger(cfg, baseline, responses, it, "eft", feedback.judge), of=Judgment
-    )
-    eft = it.records("eft", agreeing, cfg, it, ranked, judged, ift, of=SFTExample)
-    return sft(base, [*ift, *eft], cfg.sft, it)
+        "eft_judgments", answers(*as_responses(ranked)), read_answers, judges.judge, baseline, cfg.rubric, cfg.judge,
+        it.key("eft"), of=Judgment,
+    )  # fmt: skip
+    seed = seed_of(it, "eft")
+    eft, _ = it.counted("eft", agreeing, ranked, judged, cfg.rubric, data.max_share, seed, ift, of=SFTExample)
+    return eft
 
 
 def agreeing(
-    cfg: Config, it: Scope, ranked: list[RankedResponses], judged: list[Judgment], ift: list[SFTExample]
-) -> list[SFTExample]:
-    """EFT: what the judge wrote where it ordered responses as people did, no score dominating."""
-    assert cfg.seed_data is not None
-    seed = seed_of(it, "eft")
-    examples, counts = eft_examples(ranked, judged, cfg.rubric, max_share=cfg.seed_data.max_share, seed=seed, ift=ift)
-    it.value("eft_counts", lambda: counts)
-    if not examples:
+    ranked: list[RankedResponses],
+    judged: list[Judgment],
+    rubric: Rubric,
+    max_share: float,
+    seed: int,
+    ift: list[SFTExample],
+) -> tuple[list[SFTExample], dict[str, float]]:
+    """EFT and its counts; an error if no judgment agrees with people."""
+    eft, counts = eft_examples(ranked, judged, rubric, max_share=max_share, seed=seed, ift=ift)
+    if not eft:
         raise ValueError(
             f"no judgment of the {len(ranked)} ranked prompts agrees with people ({counts}), so there is no EFT; train "
             "the judge of M_0 first, or leave the rankings out in a new run directory"
         )
-    return examples
+    return eft, counts
 
 
-def prompts_of(cfg: Config, generator: LM, it: Scope, t: int) -> list[Prompt]:
-    """The new prompts of iteration t: generated, or the next part of the file, of what no iteration has had."""
-    earlier = [p for s in range(2, t) for p in it.run.at(f"iter_{s}").records("prompts", absent, s, of=Prompt)]
+def next_prompts(cfg: Config, base: LM, run: Run, t: int) -> tuple[list[Prompt], dict[str, int]]:
+    """The prompts of iteration t, new to the run: generated by M_0 or another model, or the next part of a file."""
+    earlier = [p for s in range(2, t) for p in run.at(f"iter_{s}").finished("prompts", of=Prompt)]
     held_out = cfg.seed_data.held_out if cfg.seed_data is not None else None
     texts = frozenset(prompt.text for prompt in held_out()) if held_out is not None else frozenset[str]()
-    if isinstance(cfg.prompts, PromptFile):
-        return next_part(cfg.prompts, earlier, cfg.iterations - t + 1, texts)
-    if cfg.prompts.generator is not None:
-        generator = load(cfg.prompts.generator, generator.mesh, cfg.sampling.dtype)
-    assert cfg.seed_data is not None
-    ift = it.run.at("iter_1").records("ift", cfg.seed_data.ift, of=SFTExample)
+    if not isinstance(cfg.prompts, SelfInstruct):
+        prompts = next_part(cfg.prompts, earlier, cfg.iterations - t + 1, texts)
+        return prompts, {"kept": len(prompts)}
+    made_by = cfg.prompts.generator
+    generator = base if made_by is None else borrowed(made_by, cfg.sampling.dtype, base.mesh)
+    ift = run.at("iter_1").finished("ift", of=SFTExample)
     seeds = [Prompt(id=example.id, messages=example.messages) for example in ift]
+    known, key = texts | {prompt.text for prompt in earlier}, run.at(f"iter_{t}").key("prompts")
     counts: Counter[str] = Counter()
-    known = texts | {prompt.text for prompt in earlier}
-    made = new_prompts(generator, seeds, cfg.prompts, it.key("prompts"), known, prefix=f"iter{t}", counts=counts)
-    it.value("prompts_counts", lambda: dict(counts))
-    return made
+    prompts = new_prompts(generator, seeds, cfg.prompts, key, known, prefix=f"iter{t}", counts=counts)
+    return prompts, dict(counts)
 
 
-def sampler(cfg: Config, model: LM, it: Scope) -> Callable[[Sequence[Prompt]], list[Response]]:
-    """The stage that samples N candidates to each prompt."""
-    return lambda prompts: generate(model, prompts, key=it.key("candidates"), **cfg.sampling.settings)
-
-
-def judger(
-    cfg: Config,
-    model: LM,
-    responses: Sequence[Response],
-    it: Scope,
-    name: str = "judge",
-    judging: Callable[..., list[Judgment]] | None = None,
-) -> Callable[[Sequence[Prompt]], list[Judgment]]:
-    """The stage that judges all responses to each prompt, K times each."""
-    by_prompt: dict[str, list[Response]] = {}
-    for response in responses:
-        by_prompt.setdefault(response.prompt_id, []).append(response)
-    judging = judging or cfg.judging
-
-    def judge_part(prompts: Sequence[Prompt]) -> list[Judgment]:
-        part = [response for prompt in prompts for response in by_prompt[prompt.id]]
-        return judging(model, prompts, part, cfg.rubric, cfg.judge, it.key(name))
-
-    return judge_part
-
-
-def best_and_worst(cfg: Config, *records: list[Any]) -> list[PreferencePair]:
-    """(x, y_w, y_l) of each prompt whose best and worst scores differ, of candidates, judgments, prompts."""
-    return paired(cfg, *records)[0]
-
-
-def pair_counts(cfg: Config, *records: list[Any]) -> dict[str, Any]:
-    """What became of candidates, judgments, prompts, in numbers; an error where hardly a judgment parsed."""
-    chosen, counts = paired(cfg, *records)
-    judge = judgment_statistics(records[1], low=cfg.rubric.low, high=cfg.rubric.high)
-    feedback.check_judge(judge, cfg.judge)
-    return counts | pairlib.pair_statistics(chosen) | {"judge": judge}
-
-
-def paired(cfg: Config, *records: list[Any]) -> tuple[list[PreferencePair], dict[str, int]]:
-    """Pairs and counts by the config's rules."""
-    return pairlib.best_and_worst(
-        *records, length_control=cfg.pairs.length_control, min_gap=cfg.pairs.min_gap,
+def paired(
+    cfg: Config, candidates: list[Response], judgments: list[Judgment], prompts: list[Prompt]
+) -> tuple[list[PreferencePair], dict[str, Any]]:
+    """(x, y_w, y_l) of each prompt whose best and worst scores differ, and what became of the others; an error if
+    hardly a judgment parsed."""
+    statistics = judgment_statistics(judgments, low=cfg.rubric.low, high=cfg.rubric.high)
+    check_judge(statistics, cfg.judge)
+    pairs, counts = best_and_worst(
+        candidates, judgments, prompts, length_control=cfg.pairs.length_control, min_gap=cfg.pairs.min_gap,
         reject_cut_off=cfg.pairs.cut_off, choose_cut_off=cfg.pairs.cut_off,
     )  # fmt: skip
+    return pairs, counts | pair_statistics(pairs) | {"judge": statistics}
 
 
-def stopper(cfg: Config, judge_model: LM, it: Scope) -> Callable[[LM, LM], bool] | None:
-    """The paper's early stopping: is the newest checkpoint better than the one before?"""
-    if cfg.early_stop is None:
-        return None
-    stop = cfg.early_stop
+def is_better(cfg: Config, stop: EarlyStop, judge_model: LM, it: Scope, now: LM, previous: LM) -> bool:
+    """The paper's early stopping: whether the newest checkpoint wins against the one before."""
     prompts, settings = stop.prompts(), cfg.sampling.settings | {"num_samples": 1}
-
-    def better(now: LM, previous: LM) -> bool:
-        sides = []
-        for lm in (now, previous):
-            sides.append(generate(lm, prompts, key=it.key("early_stop"), **settings))
-            lm.release()
-        judged = [
-            stop.judging(judge_model, prompts, side, cfg.rubric, cfg.judge, it.key("early_stop", "judge"))
-            for side in sides
-        ]
-        judge_model.release()
-        win_rate = feedback.compare(*judged).win_rate
-        return win_rate is not None and win_rate > 0.5
-
-    return better
+    sides = [generate(lm, prompts, key=it.key("early_stop"), **settings) for lm in (now, previous)]
+    key = it.key("early_stop", "judge")
+    judged = [stop.judging(judge_model, prompts, side, cfg.rubric, cfg.judge, key) for side in sides]
+    win_rate = compare(*judged).win_rate
+    return win_rate is not None and win_rate > 0.5
 
 
-def summarise(cfg: Config, run: Run, it: Scope, model: LM, t: int, counts: dict[str, Any]) -> None:
-    """Evaluates M_t and writes its line of summary.json; M_1 has no counts of pairs."""
-    figures = it.value("evaluation", cfg.evaluate, model, cfg, it) if cfg.evaluate is not None else {}
-    baseline = run.at("sft_baseline").seconds() if t == 1 else {}
+def summarise(cfg: Config, run: Run, it: Scope, t: int, model: LM, counts: dict[str, Any]) -> None:
+    """Reports M_t; M_1 has no counts of pairs."""
     judged = counts.get("judge", {})
-    semantics = {"init_from": "M_{t-1}", "reference": "M_{t-1}", "data": "current", "optimizer": "reset"}
     report(
-        run, it, t, model, figures, method="self_rewarding", semantics=semantics,
-        parse_rate=figures.get("parse_rate", judged.get("parse_rate")), pairs=counts.get("pairs"),
+        cfg, run, it, t, model, parse_rate=judged.get("parse_rate"), pairs=counts.get("pairs"),
         ties=counts.get("ties"), alarms=judged.get("alarms"),
-        seconds=it.seconds() | {f"baseline_{name}": seconds for name, seconds in baseline.items()},
     )  # fmt: skip

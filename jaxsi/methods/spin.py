@@ -14,19 +14,20 @@ the synthetic data of the iteration before into later ones.
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from typing import Any, ClassVar
+from typing import Any
 
-from jaxsi.lm import LM, save_checkpoint
-from jaxsi.methods.lifecycle import begin, report
+from jaxsi.lm import LM
+from jaxsi.methods.lifecycle import begin, carried_over, keep, report
 from jaxsi.model.mesh import MeshConfig
-from jaxsi.runs.checkpoint import is_complete
+from jaxsi.runs.config_snapshot import stored_as
 from jaxsi.runs.records import PreferencePair, Prompt, Response, SFTExample
-from jaxsi.runs.run import Run, Scope
-from jaxsi.sampling.generate import SamplingConfig, check_sampled_by, generate
+from jaxsi.runs.run import Run
+from jaxsi.sampling.generate import SamplingConfig, sample
 from jaxsi.text.chat import written_response
 from jaxsi.training.train import DPOConfig, dpo
 
 
+@stored_as("methods.spin.Config")
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config:
     """Everything that decides a run. ``demonstrations`` gives people's responses; ``evaluate(lm, config, scope)`` the
@@ -41,10 +42,6 @@ class Config:
     iterations: int = 2
     seed: int = 0
 
-    RESUMABLE: ClassVar[frozenset[str]] = frozenset({"dpo.train.log_every"})
-    ARM_FIELDS: ClassVar[frozenset[str]] = frozenset()
-    SHARED: ClassVar[tuple[str, ...]] = ()
-
     def __post_init__(self) -> None:
         if self.iterations < 1 or self.sampling.num_samples != 1:
             raise ValueError(
@@ -56,28 +53,21 @@ class Config:
 def spin(cfg: Config, run: Run) -> LM:
     """Runs, or goes on with, the whole method; returns M_T."""
     it = run.at("iter_0")
-    model = begin(run, cfg.model, cfg.mesh, cfg.sampling.dtype, cfg.dpo.train)  # M_0
-    if not is_complete(it.path / "checkpoint" / "weights"):
-        save_checkpoint(model, it.path / "checkpoint", {"step": 0})
-    summarise(cfg, run, it, model, 0)
-    demonstrations = it.records("demonstrations", cfg.demonstrations, of=SFTExample)
+    model = keep(begin(cfg, run), it)  # M_0
+    report(cfg, run, it, 0, model)
+    demonstrations = it.records("demonstrations", cfg.demonstrations, of=SFTExample)  # (x, y)
     prompts = [Prompt(id=example.id, messages=example.messages) for example in demonstrations]
 
     for t in range(1, cfg.iterations + 1):
         it = run.at(f"iter_{t}")
-        responses = it.sharded("responses", prompts, sampler(cfg, model, it), of=Response)  # y'
-        check_sampled_by(model, responses)
+        responses = it.sharded(
+            "responses", prompts, sample, model, cfg.sampling, it.key("responses"), of=Response, by=model
+        )  # y'
         pairs = it.records("pairs", against_demonstrations, model, demonstrations, responses, of=PreferencePair)
-        model = dpo(model, pairs, cfg.dpo, it)  # M_t
-        summarise(cfg, run, it, model, t, pairs=len(pairs), ties=len(demonstrations) - len(pairs))
+        model = dpo(model, pairs, cfg.dpo, it, **carried_over(cfg.dpo, model, run, t, first=0))  # M_t
+        report(cfg, run, it, t, model, pairs=len(pairs), ties=len(demonstrations) - len(pairs))
 
-    run.update_summary({"status": "complete"})
     return model
-
-
-def sampler(cfg: Config, model: LM, it: Scope) -> Callable[[Sequence[Prompt]], list[Response]]:
-    """The stage that samples the opponent of each demonstration."""
-    return lambda prompts: generate(model, prompts, key=it.key("responses"), **cfg.sampling.settings)
 
 
 def against_demonstrations(
@@ -101,10 +91,3 @@ def against_demonstrations(
                 )
             )
     return pairs
-
-
-def summarise(cfg: Config, run: Run, it: Scope, model: LM, t: int, **counts: Any) -> None:
-    """Evaluates M_t and writes its line of summary.json."""
-    figures = it.value("evaluation", cfg.evaluate, model, cfg, it) if cfg.evaluate is not None else {}
-    semantics = {"init_from": "M_{t-1}", "reference": "M_{t-1}", "data": "current", "optimizer": "reset"}
-    report(run, it, t, model, figures, method="spin", semantics=semantics, **counts)

@@ -12,6 +12,7 @@ import jax
 import numpy as np
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
+from jaxsi.runs.config_snapshot import stored_as
 from jaxsi.runs.errors import InputError
 
 AXES = ("data", "fsdp", "tensor")
@@ -38,6 +39,7 @@ class MeshError(InputError, ValueError):
     """A mesh that does not fit the devices, the model or the batch."""
 
 
+@stored_as("mesh.MeshConfig")
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class MeshConfig:
     """Sizes of the mesh axes; -1 for at most one of them takes all the devices that are left."""

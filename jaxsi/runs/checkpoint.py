@@ -3,8 +3,8 @@
     DIR/weights/ optimizer/ …   one Orbax checkpointable per top-level entry: a flat dict {"weights/a/0": array}
     DIR/jaxsi.json              the manifest, written last: meta, shape and dtype of each leaf, sha256 of each file
 
-A directory without a manifest is an interrupted save. Orbax itself loads a flipped bit without a word, hence the
-digests. With several hosts every process calls these functions, on one shared file system.
+A directory without a manifest is an interrupted save. Orbax itself does not notice a flipped bit, hence the digests.
+With several hosts every process calls these functions, on one shared file system.
 """
 
 import concurrent.futures
@@ -28,7 +28,7 @@ from jaxsi.runs.records import write_atomically
 FORMAT = 1
 MANIFEST = "jaxsi.json"
 _ORBAX_UNFINISHED = ".orbax-checkpoint-tmp"
-_ORBAX_RESERVED = frozenset({"metrics"})  # names that Orbax gives to a handler of its own
+_ORBAX_RESERVED = frozenset({"metrics"})  # Orbax uses this name for a handler of its own
 
 _WIDE = frozenset({"float64", "int64", "uint64", "complex128"})
 
@@ -36,7 +36,7 @@ _log = logging.getLogger("jaxsi")
 
 
 class CheckpointError(Exception):
-    """A checkpoint that cannot be written, is absent, damaged, or does not fit; `str()` is "path: reason; fix"."""
+    """A checkpoint is absent, damaged, does not fit or cannot be written; `str()` is "path: reason; fix"."""
 
     def __init__(self, path: Path | str, reason: str, fix: str):
         super().__init__(f"{path}: {reason}; {fix}")
@@ -47,9 +47,10 @@ def save(directory: Path | str, tree: Any, meta: dict[str, Any]) -> None:
     """Writes the arrays of `tree` (any pytree with named entries: dicts, lists, optax states) and `meta` (JSON values).
 
     Returns when everything is on disk; before that the directory does not count as a checkpoint. An interrupted save or
-    a damaged checkpoint in its place is replaced. Raises: CheckpointError where the directory already holds a sound
-    checkpoint or something else, where a leaf is not an array, or where the disk refuses; earlier checkpoints are not
-    touched.
+    a damaged checkpoint in its place is replaced.
+
+    Raises: CheckpointError: if the directory already holds a sound checkpoint or something else, if a leaf is not an
+      array, or if the disk fails. Earlier checkpoints are not touched.
     """
     path = Path(directory).absolute()
     groups = _groups(path, tree)
@@ -77,11 +78,13 @@ def restore(directory: Path | str, abstract: Any, *, cast: bool = False) -> Any:
     """The arrays of a checkpoint in the structure of `abstract`, a pytree of jax.ShapeDtypeStruct with shardings (or of
     arrays).
 
-    `abstract` may be a part of what was saved, say {"weights": …}: only the files of its top-level entries are read.
-    Any mesh will do; a leaf without sharding goes to the first local device. Digests are verified first. ``cast``:
-    floating-point leaves come in the dtype of `abstract`, each rounded on the host as it is read, so that the devices
-    never hold the stored one.
-    Raises: CheckpointError, naming the leaf that is missing or has another shape or dtype, or the file that is damaged.
+    `abstract` may be a part of the saved tree, such as {"weights": …}: only the files of its top-level entries are
+    read. It may use any mesh; a leaf without sharding goes to the first local device. Digests are verified first.
+    ``cast``: floating-point leaves are returned in the dtype of `abstract`. Each is rounded on the host as it is read,
+    so the devices never hold the stored dtype.
+
+    Raises: CheckpointError: if a leaf is missing or has another shape or dtype, or if a file is damaged; it names the
+      leaf or the file.
     """
     path = Path(directory).absolute()
     manifest = _read_manifest(path)
@@ -97,20 +100,21 @@ def restore(directory: Path | str, abstract: Any, *, cast: bool = False) -> Any:
         loaded = ocp.load_checkpointables(path, {name: _targets(group) for name, group in groups.items()})
     arrays = {name: array for group in loaded.values() for name, array in group.items()}
     for name, array in arrays.items():
-        if _description(array) != _description(wanted := groups[name.split("/")[0]][name]):  # Orbax says no word
-            reason = f"leaf {name!r} came as {array.dtype}{array.shape}, asked for was {wanted.dtype}{wanted.shape}"
+        leaf = groups[name.split("/")[0]][name]
+        if _description(array) != _description(leaf):  # Orbax does not check this
+            reason = f"leaf {name!r} came as {array.dtype}{array.shape}, but {leaf.dtype}{leaf.shape} was requested"
             raise CheckpointError(path, reason, "restore it in a dtype that this platform has")
     names = [_name(key) for key, _ in jax.tree_util.tree_flatten_with_path(abstract)[0]]
     return jax.tree_util.tree_unflatten(jax.tree_util.tree_structure(abstract), [arrays[name] for name in names])
 
 
 def read_meta(directory: Path | str) -> dict[str, Any]:
-    """The `meta` that was saved. Raises: CheckpointError where there is no complete checkpoint."""
+    """The `meta` that was saved. Raises: CheckpointError: if there is no complete checkpoint."""
     return _read_manifest(Path(directory))["meta"]
 
 
 def is_complete(directory: Path | str) -> bool:
-    """Whether a save has finished and all its files are there in full length (for their content: `verify`)."""
+    """Whether a save has finished and all its files have their full length (`verify` also checks their content)."""
     path = Path(directory)
     try:
         return not _misfits(path, _read_manifest(path)["files"])
@@ -119,7 +123,7 @@ def is_complete(directory: Path | str) -> bool:
 
 
 def verify(directory: Path | str) -> None:
-    """Reads every file of a checkpoint. Raises: CheckpointError naming the first that is missing or altered."""
+    """Reads every file of a checkpoint. Raises: CheckpointError: if one is missing or altered; it names the first."""
     path = Path(directory)
     _verify(path, _read_manifest(path), None)
 
@@ -127,7 +131,7 @@ def verify(directory: Path | str) -> None:
 def latest(directory: Path | str) -> Path | None:
     """The newest sound checkpoint among the sub-folders that end in a number (step_100, iter_2), or None.
 
-    An interrupted save or a damaged checkpoint is passed over, with a warning in the log.
+    It skips interrupted saves and damaged checkpoints, with a warning in the log.
     """
     root = Path(directory)
     numbered = [(re.search(r"\d+$", step.name), step) for step in (root.iterdir() if root.is_dir() else [])]
@@ -136,7 +140,7 @@ def latest(directory: Path | str) -> Path | None:
         try:
             verify(step)
         except CheckpointError as error:
-            _log.warning("passed over: %s", error)
+            _log.warning("skipped: %s", error)
         else:
             return step
     return None
@@ -156,19 +160,21 @@ def _groups(path: Path, tree: Any) -> dict[str, dict[str, Any]]:
         name = _name(key)
         if not isinstance(leaf, jax.Array | np.ndarray | np.generic | jax.ShapeDtypeStruct):
             reason = f"leaf {name!r} is {leaf!r:.80} of type {type(leaf).__name__}, not an array"
-            raise CheckpointError(path, reason, "pass numbers of Python in `meta`")
+            raise CheckpointError(path, reason, "put Python numbers into `meta`")
         if 0 in leaf.shape:
             raise CheckpointError(path, f"leaf {name!r} of shape {leaf.shape} is empty", "leave it out")
-        # without jax_enable_x64 Orbax would round these without a word
+        # Without jax_enable_x64 Orbax would silently round these.
         if str(leaf.dtype) in _WIDE and jax.dtypes.canonicalize_dtype(leaf.dtype) != leaf.dtype:
             raise CheckpointError(path, f"leaf {name!r} is {leaf.dtype}, and jax_enable_x64 is off", "use 32 bits")
         group = groups.setdefault(name.split("/")[0], {})
         if name in group:
-            raise CheckpointError(path, f"two leaves are named {name!r}", "use no / in the keys of the tree")
-        group[name] = np.asarray(leaf) if isinstance(leaf, np.generic) else leaf  # Orbax takes no NumPy scalars
+            raise CheckpointError(path, f"two leaves are named {name!r}", "remove / from the keys of the tree")
+        group[name] = np.asarray(leaf) if isinstance(leaf, np.generic) else leaf  # Orbax rejects NumPy scalars
     for group_name in groups:
         if not re.fullmatch(r"[\w-]+", group_name) or group_name in _ORBAX_RESERVED:
-            raise CheckpointError(path, f"top-level entry {group_name!r} names no folder", "use letters, digits, _, -")
+            raise CheckpointError(
+                path, f"top-level entry {group_name!r} cannot name a folder", "use letters, digits, _, -"
+            )
     if not groups:
         raise CheckpointError(path, "the tree has no leaves", 'pass arrays, as in {"weights": weights}')
     return groups
@@ -187,12 +193,12 @@ def _check_leaf(path: Path, saved: dict[str, Any], name: str, leaf: Any, cast: b
         near = [other for other in saved if other.split("/")[-1] == name.split("/")[-1]] or list(saved)
         shown = ", ".join(near[:3])
         raise CheckpointError(path, f"it has no leaf {name!r}", f"it has {len(saved)} leaves, such as {shown}")
-    wanted = _description(leaf)
-    if cast and _is_floating(wanted["dtype"]) and _is_floating(saved[name]["dtype"]):
-        wanted["dtype"] = saved[name]["dtype"]
-    if wanted != saved[name]:
-        has = f"{saved[name]['dtype']}{saved[name]['shape']}"
-        reason = f"leaf {name!r} is {has} there and {wanted['dtype']}{wanted['shape']} is wanted"
+    target = _description(leaf)
+    if cast and _is_floating(target["dtype"]) and _is_floating(saved[name]["dtype"]):
+        target["dtype"] = saved[name]["dtype"]
+    if target != saved[name]:
+        stored = f"{saved[name]['dtype']}{saved[name]['shape']}"
+        reason = f"leaf {name!r} is {stored}, but {target['dtype']}{target['shape']} was requested"
         raise CheckpointError(path, reason, "restore with the config it was saved with; cast or reshape afterwards")
 
 
@@ -213,7 +219,7 @@ def _check_meta(path: Path, meta: dict[str, Any]) -> None:
     except (TypeError, ValueError) as error:
         raise CheckpointError(path, f"meta cannot be written as JSON: {error}", "use numbers, texts, lists") from None
     if not same:
-        raise CheckpointError(path, f"meta {meta!r:.200} would come back as something else", "use lists and text keys")
+        raise CheckpointError(path, f"meta {meta!r:.200} does not survive JSON", "use lists and text keys")
 
 
 def _write_manifest(path: Path, content: dict[str, Any]) -> None:
@@ -223,21 +229,21 @@ def _write_manifest(path: Path, content: dict[str, Any]) -> None:
 
 
 def _read_manifest(path: Path) -> dict[str, Any]:
-    again = "use another checkpoint, or delete it so that it is made again"
+    fix = "use another checkpoint, or delete it so that it is made again"
     try:
         manifest = json.loads((path / MANIFEST).read_bytes())
         seal = manifest.pop("sha256")
     except FileNotFoundError:
         reason = "the save was interrupted (no jaxsi.json)" if path.is_dir() else "there is no such checkpoint"
-        raise CheckpointError(path, reason, again if path.is_dir() else "check the path") from None
+        raise CheckpointError(path, reason, fix if path.is_dir() else "check the path") from None
     except OSError as error:
-        raise CheckpointError(path, f"{MANIFEST} cannot be read: {error.strerror or error}", again) from None
+        raise CheckpointError(path, f"{MANIFEST} cannot be read: {error.strerror or error}", fix) from None
     except (ValueError, KeyError, AttributeError):
-        raise CheckpointError(path, f"{MANIFEST} is damaged", again) from None
+        raise CheckpointError(path, f"{MANIFEST} is damaged", fix) from None
     if seal != _seal(manifest):
-        raise CheckpointError(path, f"{MANIFEST} is damaged (its sha256 differs)", again)
+        raise CheckpointError(path, f"{MANIFEST} is damaged (its sha256 differs)", fix)
     if manifest["format"] != FORMAT:
-        reason = f"it is of format {manifest['format']}, this version reads {FORMAT}"
+        reason = f"it has format {manifest['format']}, this version reads {FORMAT}"
         raise CheckpointError(path, reason, "use the version of jaxsi that wrote it")
     return manifest
 
@@ -279,15 +285,15 @@ def _problems(path: Path, files: dict[str, Any]) -> list[str]:
 
 
 def _verify(path: Path, manifest: dict[str, Any], groups: Iterable[str] | None) -> None:
-    """Every process reads its share of the files (of the groups, or all) and all of them hear of a damaged one."""
-    own = [name for name in manifest["files"] if groups is None or name.split("/")[0] in groups or "/" not in name]
-    share = {name: manifest["files"][name] for name in own[jax.process_index() :: jax.process_count()]}
+    """Every process reads its share of the files (those of the groups, or all), and each learns of a damaged one."""
+    names = [name for name in manifest["files"] if groups is None or name.split("/")[0] in groups or "/" not in name]
+    share = {name: manifest["files"][name] for name in names[jax.process_index() :: jax.process_count()]}
     problems = _problems(path, share)
     if jax.process_count() > 1:
         from jax.experimental import multihost_utils
 
         damaged = int(np.sum(multihost_utils.process_allgather(np.asarray(len(problems)))))
-        problems = problems or ([f"{damaged} files are damaged, as other processes found"] if damaged else [])
+        problems = problems or ([f"other processes found {damaged} damaged files"] if damaged else [])
     if problems:
         fix = "use another checkpoint, or delete it so that it is made again"
         raise CheckpointError(path, problems[0], fix)
@@ -310,23 +316,23 @@ def _barrier(name: str) -> None:
 
 
 def _make_room(path: Path) -> None:
-    """Makes the parent folder and removes what an interrupted save left; a stranger's folder is never removed."""
+    """Makes the parent folder and removes the rest of an interrupted save. It never removes a foreign folder."""
     path.parent.mkdir(parents=True, exist_ok=True)
     if is_complete(path) and not _problems(path, _read_manifest(path)["files"]):
-        raise CheckpointError(path, "a sound checkpoint is there already", "save under another name or delete it")
+        raise CheckpointError(path, "it already holds a sound checkpoint", "save under another name or delete it")
     if path.exists() and any(path.iterdir()) and not any((path / n).exists() for n in (MANIFEST, "orbax.checkpoint")):
         raise CheckpointError(path, "the folder holds something that is not a checkpoint", "save under another name")
     _remove_unfinished(path)
 
 
 def _remove_unfinished(path: Path) -> None:
-    for left in [path, *path.parent.glob(f"{path.name}{_ORBAX_UNFINISHED}*")]:
-        shutil.rmtree(left, ignore_errors=True)
+    for folder in [path, *path.parent.glob(f"{path.name}{_ORBAX_UNFINISHED}*")]:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 @contextlib.contextmanager
 def _failing(path: Path, fix: str) -> Iterator[None]:
-    """Whatever Orbax or the disk raises, as a CheckpointError."""
+    """Turns every error of Orbax or the disk into a CheckpointError."""
     try:
         yield
     except CheckpointError:
@@ -338,7 +344,7 @@ def _failing(path: Path, fix: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Orbax raises in the caller what fails in its threads; their own log and print would be two more tracebacks."""
+    """Mutes the log and the tracebacks of Orbax's threads: Orbax also raises their errors in the caller."""
     absl = logging.getLogger("absl")
     before = threading.excepthook, absl.disabled
     threading.excepthook, absl.disabled = lambda arguments: None, True

@@ -1,16 +1,29 @@
-"""A method's config as JSON values, and the question whether a run may go on with another one.
+"""A config as JSON values, and whether a run may go on with another one.
 
-Configs are frozen dataclasses, nested, with callables as values: no string selects code. On disk a callable is its
-qualified name.
+Configs are frozen dataclasses, nested, with callables as values: no string selects code. On disk a class or a function
+of this package is its stored id, which stays when the code moves. A class or a function of the user is its module and
+name; a function also has a hash of its source, so that a changed judge is noticed as a changed number is.
 """
 
+import ast
 import dataclasses
+import functools
+import hashlib
+import inspect
 import os
-from collections.abc import Iterator, Sequence
+import re
+import textwrap
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from types import FunctionType
+from typing import Any, TypeVar
 
 from jaxsi.runs.errors import InputError
+
+Stored = TypeVar("Stored")
+
+_IDS: dict[Any, str] = {}
+_PACKAGE = __name__.partition(".")[0]
 
 
 class RunError(Exception):
@@ -25,37 +38,95 @@ class RunConfigError(RunError, InputError):
         self.differences = tuple(differences)
 
 
-def describe_config(value: Any, field: str = "config") -> Any:
-    """A config as JSON values: nested dataclasses as objects with "__type__", callables and types by qualified name.
+def stored_as(id: str) -> Callable[[Stored], Stored]:
+    """Gives a class or a function of this package the id under which run directories keep it.
 
-    Raises: RunConfigError naming the field whose value has no name that lasts (lambdas, local functions, objects).
+    Choose it once and never change it, also when the code is renamed or moved: a stored run with another id cannot go
+    on. Ids look like the module paths of the time when they were given.
+    """
+
+    def mark(value: Stored) -> Stored:
+        _IDS[value] = id
+        return value
+
+    return mark
+
+
+def may_change(*inside: str) -> dict[str, Any]:
+    """The `metadata` of a config's field that a resumed run may change, or of which it may change these parts."""
+    return {"may_change": inside or ("",)}
+
+
+# ---- description -----------------------------------------------------------------------------------------------------
+
+
+def describe_config(value: Any, field: str = "config") -> Any:
+    """A config as JSON values: dataclasses as objects with "__type__", classes and functions by their names.
+
+    A `functools.partial` is {"__partial__": function, "args": [...], "kwargs": {...}}.
+
+    Raises: RunConfigError naming a field whose value has no lasting name (a lambda, a local function, an object).
     """
     if value is None or isinstance(value, bool | int | float | str):
         return value
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         own = {f.name: describe_config(getattr(value, f.name), f"{field}.{f.name}") for f in dataclasses.fields(value)}
-        return {"__type__": _qualified_name(type(value), field), **own}
+        return {"__type__": _name(type(value), field), **own}
     if isinstance(value, os.PathLike):
         return os.fspath(value)
+    if isinstance(value, functools.partial):
+        return {
+            "__partial__": _name(value.func, field),
+            "args": describe_config(value.args, f"{field}.args"),
+            "kwargs": describe_config(value.keywords, f"{field}.kwargs"),
+        }
     if isinstance(value, list | tuple):
         return [describe_config(item, f"{field}[{index}]") for index, item in enumerate(value)]
     if isinstance(value, frozenset | set):
         return sorted((describe_config(item, field) for item in value), key=repr)
-    if isinstance(value, dict):
+    if isinstance(value, Mapping):
         return {str(key): describe_config(item, f"{field}.{key}") for key, item in value.items()}
-    return _qualified_name(value, field)
+    return _name(value, field)
 
 
-def _qualified_name(value: Any, field: str) -> str:
+def _name(value: Any, field: str) -> str:
+    """The stored id of a class or a function of this package; "module.name#hash of its source" of a user's function."""
     try:
+        if value in _IDS:
+            return _IDS[value]
         name = f"{value.__module__}.{value.__qualname__}"
-    except AttributeError:
+    except (AttributeError, TypeError):  # TypeError: not hashable
         name = ""
     if not name or "<" in name or hasattr(value, "__self__"):  # <lambda>, <locals>, bound methods
         raise RunConfigError(
-            f"{field} is {value!r:.200}, which a resumed run cannot compare; give a value or a function of a module"
+            f"{field} is {value!r:.200}, which a resumed run cannot compare; give a value, a function that a module or "
+            "the config file defines with def, or a functools.partial of one"
         )
-    return name
+    if name.startswith(f"{_PACKAGE}."):
+        raise RunConfigError(f"{field} is {name}, which has no stored id; write @stored_as(...) above its definition")
+    return f"{name}#{source_hash(value)}" if isinstance(value, FunctionType) else name
+
+
+def source_hash(function: FunctionType) -> str:
+    """16 hex digits of what a function does: its source without comments and layout, that of the functions of its
+    module that it calls, and the plain values of its module that it reads. "" if no source is to be had."""
+    digest = hashlib.sha256()
+    todo, seen = [function], {function}
+    while todo:
+        current = todo.pop(0)
+        try:
+            tree = ast.parse(textwrap.dedent(inspect.getsource(current)))
+        except (OSError, TypeError, SyntaxError):  # typed at a prompt, or a module that is no longer on disk
+            return ""
+        digest.update(ast.dump(tree).encode())
+        for name in sorted({node.id for node in ast.walk(tree) if isinstance(node, ast.Name)}):
+            value = current.__globals__.get(name)
+            if isinstance(value, FunctionType) and value.__module__ == function.__module__ and value not in seen:
+                seen.add(value)
+                todo.append(value)
+            elif isinstance(value, bool | int | float | str | bytes):
+                digest.update(f"{name}={value!r}".encode())
+    return digest.hexdigest()[:16]
 
 
 def parts_of(cfg: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -67,31 +138,75 @@ def parts_of(cfg: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
             yield from parts_of(value, f"{name}.")
 
 
-def check_config(path: Path, stored: dict[str, Any], given: dict[str, Any], resumable: frozenset[str]) -> None:
-    """Raises RunConfigError where `given` may not resume the run of `stored` (both of `describe_config`).
+# ---- comparison ------------------------------------------------------------------------------------------------------
 
-    Fields named in `resumable` (dotted; a name stands for all below it) may differ, and `iterations` may be raised.
+
+def check_config(path: Path, stored: dict[str, Any], config: Any) -> None:
+    """Raises RunConfigError if `config` may not resume the run in `path`, whose config.json is `stored`.
+
+    Fields marked with `may_change` may differ, and `iterations` may be raised. A field that the stored config lacks,
+    because it is newer than the run, counts as its default; so do the settings of what was a plain function then.
     """
-    old, new = _flat(stored), _flat(given)
+    old, new = _flat(stored), _flat(describe_config(config))
+    old = {f"{field}.__type__" if f"{field}.__type__" in new else field: value for field, value in old.items()}
+    defaults, free = _flat(_defaults(config)), _free(config)
     differences = []
     for field in dict.fromkeys([*old, *new]):
-        before, after = old.get(field, _ABSENT), new.get(field, _ABSENT)
-        parts = field.split(".")
-        if before == after or any(".".join(parts[:depth]) in resumable for depth in range(1, len(parts) + 1)):
+        before, after = old.get(field, defaults.get(field, _ABSENT)), new.get(field, _ABSENT)
+        if _same(before, after) or any(field == name or field.startswith(f"{name}.") for name in free):
             continue
         if field == "iterations" and isinstance(before, int) and isinstance(after, int) and after > before:
             continue
         differences.append(f"{field}: {_short(before)} -> {_short(after)}")
     if differences:
-        free = ", ".join(sorted(resumable)) or "nothing else"
+        names = ", ".join(free) or "nothing else"
         raise RunConfigError(
-            f"{path} holds a run of another config (on resume, iterations may be raised and {free} may change); "
+            f"{path} holds a run of another config (on resume, iterations may be raised and {names} may change); "
             "give the stored values or another directory. Stored -> given:",
             differences,
         )
 
 
+def same_name(stored: str, id: str) -> bool:
+    """Whether a name in a config.json is that of the class or function with this id. Runs of earlier versions have the
+    module path of their time in its place, and user functions without a hash."""
+    return stored == id or stored.removeprefix(f"{_PACKAGE}.") == id or ("#" in id and stored == id.partition("#")[0])
+
+
 _ABSENT = "(absent)"
+_NAME = re.compile(r"[A-Za-z_][\w.]*(#[0-9a-f]*)?")
+
+
+def _same(before: Any, after: Any) -> bool:
+    if before == after:
+        return True
+    names = isinstance(before, str) and isinstance(after, str) and _NAME.fullmatch(before) and _NAME.fullmatch(after)
+    return bool(names) and same_name(before, after)
+
+
+def _free(config: Any, prefix: str = "") -> list[str]:
+    """The dotted names of what a resumed run may change."""
+    names = []
+    for field in dataclasses.fields(config):
+        value, name = getattr(config, field.name), prefix + field.name
+        names += [f"{name}.{part}".rstrip(".") for part in field.metadata.get("may_change", ())]
+        if dataclasses.is_dataclass(value):
+            names += _free(value, f"{name}.")
+    return sorted(names)
+
+
+def _defaults(config: Any) -> dict[str, Any]:
+    """The described defaults of a config's fields, and of those of the configs inside it."""
+    described: dict[str, Any] = {}
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        inner = _defaults(value) if dataclasses.is_dataclass(value) else {}
+        if field.default is not dataclasses.MISSING:
+            default = describe_config(field.default, field.name)
+            described[field.name] = {**inner, **default} if isinstance(default, dict) else (inner or default)
+        elif inner:
+            described[field.name] = inner
+    return described
 
 
 def _flat(value: Any, prefix: str = "") -> dict[str, Any]:

@@ -98,9 +98,9 @@ def paired_bootstrap(a: ArrayLike, b: ArrayLike, *, samples: int = 10_000, seed:
     return float(difference.mean()), *_interval(np.concatenate(means))
 
 
-def table(rows: Sequence[Mapping[str, Any]]) -> str:
-    """Rows as an aligned text table: numbers to the right, None as "-", the columns of all rows."""
-    names = list(dict.fromkeys(name for row in rows for name in row))
+def table(rows: Sequence[Mapping[str, Any]], columns: Sequence[str] | None = None) -> str:
+    """Rows as an aligned text table: numbers to the right, None as "-". ``columns``: those of all rows, by default."""
+    names = list(columns if columns is not None else dict.fromkeys(name for row in rows for name in row))
     if not names:
         return ""
     cells = [names, *([_cell(row.get(name)) for name in names] for row in rows)]

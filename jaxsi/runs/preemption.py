@@ -1,5 +1,6 @@
-"""SIGTERM, by which schedulers announce that a machine goes: long work asks between its steps and stops where all is
-saved; anywhere else the command stops at once. Only the command line listens; importing the package changes nothing."""
+"""SIGTERM, by which schedulers announce that a machine will go away. Long work asks for it between its steps and stops
+once everything is saved; other work stops at once. Only the command line listens for it: importing does not.
+"""
 
 import contextlib
 import itertools
@@ -10,11 +11,12 @@ from typing import Any
 
 
 class Stopped(BaseException):
-    """SIGTERM has come; ``str()`` says what is kept. No error: as KeyboardInterrupt it is caught at the top alone."""
+    """SIGTERM has come; ``str()`` says what is kept. Like KeyboardInterrupt it is not an error, and only the top level
+    catches it."""
 
 
 class _Notice:
-    """Whether SIGTERM has come, and whether someone will ask."""
+    """Whether SIGTERM has come, and how many pieces of work will ask for it."""
 
     came = False
     asking = 0
@@ -23,8 +25,8 @@ class _Notice:
 
 @contextlib.contextmanager
 def noticed() -> Iterator[None]:
-    """Listens to SIGTERM: outside of ``polled`` it raises ``Stopped``, inside ``asked`` becomes true; a second one
-    raises in any case. Of several processes JAX listens itself, from the moment they have joined."""
+    """Listens for SIGTERM. Outside of ``polled`` it raises ``Stopped``; inside, ``asked`` becomes true. A second
+    SIGTERM always raises. With several processes JAX itself listens, from the moment they have joined."""
 
     def on_signal(number: int, frame: Any) -> None:
         before, _Notice.came = _Notice.came, True
@@ -41,7 +43,7 @@ def noticed() -> Iterator[None]:
 
 @contextlib.contextmanager
 def polled() -> Iterator[None]:
-    """Work that calls ``asked`` between its steps and stops itself."""
+    """Marks work that calls ``asked`` between its steps and stops itself."""
     _Notice.asking += 1
     try:
         yield
@@ -50,18 +52,18 @@ def polled() -> Iterator[None]:
 
 
 def check() -> None:
-    """Between two pieces of work, none of which ``polled``: raises ``Stopped`` where the command was told to stop. It
-    asks, so of several processes all make the same calls."""
+    """Call this between two pieces of work, outside of ``polled``. Raises: ``Stopped``: if SIGTERM has come. It calls
+    ``asked``, so all processes must make the same calls."""
     if not _Notice.asking and asked():
         raise Stopped("what is finished is kept")
 
 
 def asked() -> bool:
-    """Whether to save and stop now. Of several processes all are told at the same call, so all make the same calls."""
+    """Whether to save and stop now. It becomes true at the same call on all processes; all must make the same calls."""
     jax = sys.modules.get("jax")
     if not _Notice.came and jax is not None and jax.distributed.is_initialized():
         from jax.experimental import multihost_utils
 
-        # True at one number alone, the same on all processes, and never again: remembered here.
+        # True for one number only, the same on all processes, and never again. Hence it is stored.
         _Notice.came = multihost_utils.reached_preemption_sync_point(next(_Notice.polls))
     return _Notice.came

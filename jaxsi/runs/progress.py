@@ -1,4 +1,4 @@
-"""Progress of long work, with the time left: on a terminal a bar, in a log a line now and then; from process 0 only."""
+"""Progress of long work with the time left: a bar on a terminal, lines now and then in a log. Process 0 alone prints."""
 
 import contextlib
 import sys
@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 
 
 def processes() -> tuple[int, int]:
-    """(index of this process, how many there are): one, unless jax.distributed is initialised. Starts no backend."""
+    """(index of this process, number of processes): (0, 1) unless jax.distributed is initialised. Starts no backend."""
     jax = sys.modules.get("jax")
     if jax is None or not jax.distributed.is_initialized():
         return 0, 1
@@ -16,7 +16,8 @@ def processes() -> tuple[int, int]:
 
 @contextlib.contextmanager
 def progress(label: str, total: int) -> Iterator[Callable[[int, bool], None]]:
-    """Yields advance(items, worked): a bar on a terminal, else a line about every ten seconds, with the time left."""
+    """Yields advance(items, worked), which moves a bar on a terminal, or else prints a line about every ten seconds.
+    ``worked`` is false for items of an earlier run: they say nothing about the time left."""
     if processes()[0] != 0:
         yield lambda items, worked: None
     elif sys.stderr.isatty():
@@ -36,13 +37,13 @@ class _LogLines:
     def __init__(self, label: str, total: int):
         self.label, self.total = label, total
         self.done = self.worked = 0
-        self.start = self.said = time.monotonic()
+        self.start = self.last_line = time.monotonic()
 
     def __call__(self, items: int, worked: bool) -> None:
         now = time.monotonic()
         self.done += items
         self.worked += items if worked else 0
-        if now - self.said >= 10 and self.worked and self.done < self.total:
+        if now - self.last_line >= 10 and self.worked and self.done < self.total:
             left, seconds = divmod(round((now - self.start) / self.worked * (self.total - self.done)), 60)
             print(f"{self.label} {self.done}/{self.total}, {left}:{seconds:02d} left", file=sys.stderr, flush=True)
-            self.said = now
+            self.last_line = now

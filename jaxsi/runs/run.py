@@ -13,21 +13,20 @@ system; shard k is written by process k mod n, everything else by process 0.
 import contextlib
 import datetime
 import fcntl
-import hashlib
 import json
-import operator
 import os
 import shutil
 import time
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, ClassVar, Protocol, Self, TypeVar
+from typing import Any, Protocol, Self, TypeVar
 
 import numpy as np
 
 from jaxsi.runs import preemption
 from jaxsi.runs.config_snapshot import RunError, check_config, describe_config
+from jaxsi.runs.named_keys import fold
 from jaxsi.runs.progress import processes, progress
 from jaxsi.runs.records import RecordError, read_jsonl, write_atomically, write_jsonl
 
@@ -36,12 +35,24 @@ Item = TypeVar("Item")
 
 
 class RunConfig(Protocol):
-    """What a method's frozen `Config` has for a run: a seed, and the fields (dotted) that may differ on resume."""
-
-    RESUMABLE: ClassVar[frozenset[str]]
+    """What a frozen config needs to be that of a run: a seed, by which all keys of the run are named."""
 
     @property
     def seed(self) -> int: ...
+
+
+class Sampler(Protocol):
+    """What a model shows of itself to those who check records: see `Scope.sharded`."""
+
+    @property
+    def fingerprint(self) -> str: ...
+
+    @property
+    def template_hash(self) -> str: ...
+
+
+class StaleRecordsError(ValueError):
+    """Records on disk that another model made."""
 
 
 # ---- the run ---------------------------------------------------------------------------------------------------------
@@ -59,20 +70,22 @@ class Run:
     def open(directory: Path | str, config: RunConfig, *, resume: bool = True) -> "Run":
         """Makes the run directory, or takes up the run that is in it.
 
-        On resume only `config.RESUMABLE` fields may differ and `iterations` may be raised. With several hosts, call it
-        after jax.distributed is initialised. Raises: RunConfigError with the differences; RunError where another live
-        process holds the directory, where it holds something that is not a run, or, with resume=False, a run.
+        On resume only fields that their dataclass marks with `may_change` may differ, and `iterations` may be raised.
+        With several hosts, call it after jax.distributed is initialised.
+
+        Raises: RunConfigError with the differences. RunError if another live process holds the directory, if it holds
+          something that is not a run, or if it holds a run and ``resume`` is False.
         """
         path = Path(directory)
         given = describe_config(config)
         if not _is_writer():  # process 0 checks and writes; where it fails, jax.distributed ends the others
             _barrier(f"open {path.name}")
             return Run(path, config, None)
-        stored = _stored_config(path)
+        stored = stored_config(path)
         if stored is not None and not resume:
             raise RunError(f"{path} already holds a run; resume it, or give another directory")
         if stored is not None:
-            check_config(path, stored, given, config.RESUMABLE)
+            check_config(path, stored, config)
         with _disk(path):
             path.mkdir(parents=True, exist_ok=True)
             run = Run(path, config, _take_lock(path))
@@ -107,7 +120,7 @@ class Run:
     @property
     def summary(self) -> dict[str, Any]:
         """The content of summary.json."""
-        return _read_json(self.path / "summary.json")
+        return read_json(self.path / "summary.json")
 
     def update_summary(self, values: dict[str, Any]) -> None:
         """Replaces the given top-level keys of DIR/summary.json, atomically."""
@@ -123,7 +136,7 @@ class Run:
 
     def _write_summary(self, values: dict[str, Any]) -> None:
         path = self.path / "summary.json"
-        _write_json(path, {**(_read_json(path) if path.exists() else {}), **values})
+        _write_json(path, {**(read_json(path) if path.exists() else {}), **values})
 
     def journal(self, scope: str, stage: str, event: str, *, seconds: float = 0.0, records: int | None = None) -> None:
         """Adds a line to DIR/journal.jsonl (process 0)."""
@@ -155,20 +168,74 @@ class Scope:
             done(len(records))
         return records
 
+    def counted(
+        self,
+        name: str,
+        stage: Callable[..., tuple[Iterable[Record], Any]],
+        *args: Any,
+        of: type[Record],
+        **keywords: Any,
+    ) -> tuple[list[Record], Any]:
+        """What `stage(*args, **keywords)` returns: records, kept in <name>.jsonl, and a JSON value that counts what
+        became of its input, kept in <name>_counts.json. Both are read from there if both files exist."""
+        path, counts_path = self._file(name, ".jsonl"), self._file(f"{name}_counts", ".json")
+        there, counts_there = _agreed([path.exists(), counts_path.exists()])
+        if there and counts_there:
+            return self._reused(name, _read_stage(path, of)), read_json(counts_path)
+        with self._timed(name) as done:
+            made, value = stage(*args, **keywords)
+            records, counts = _checked_records(made, of, name), _plain(value, name)
+            if there:  # records that later stages may have used already are never written again
+                records = _read_stage(path, of)
+            else:
+                self._write(path, write_jsonl, path, records)
+            self._write(counts_path, _write_json, counts_path, counts)
+            done(len(records))
+        return records, counts
+
+    def finished(self, name: str, *, of: type[Record]) -> list[Record]:
+        """The records of a stage that this run has done earlier. Raises: RunError if their file is gone."""
+        path = self._file(name, ".jsonl")
+        if not _agreed([path.exists()])[0]:
+            raise RunError(f"{path} is gone, and later iterations need it; put it back, or begin a new run")
+        return self._reused(name, _read_stage(path, of))
+
     def sharded(
         self,
         name: str,
         items: Sequence[Item],
-        stage: Callable[[Sequence[Item]], Iterable[Record]],
-        *,
+        stage: Callable[..., Iterable[Record]],
+        *args: Any,
         of: type[Record],
+        by: Sampler | None = None,
         shard_size: int = 256,
     ) -> list[Record]:
-        """`list(stage(items))` in shards of `shard_size` items, each on disk once it is done, then one <name>.jsonl.
+        """`list(stage(items, *args))` in shards of `shard_size` items, each on disk once it is done, then one
+        <name>.jsonl.
 
         The stage must give for a shard what it gives for the same items in one piece: keys named by id, not by
         position.
+
+        Args:
+          by: the model that samples the records. Files outlive the model folder that they were made with, so all
+            records must have its fingerprint and its template.
+
+        Raises: StaleRecordsError if a record was sampled by another model than `by`.
         """
+        records = self._sharded(name, items, stage, args, of, shard_size)
+        if by is not None:
+            _check_sampled_by(by, records, self._file(name, ".jsonl"))
+        return records
+
+    def _sharded(
+        self,
+        name: str,
+        items: Sequence[Item],
+        stage: Callable[..., Iterable[Record]],
+        args: Sequence[Any],
+        of: type[Record],
+        shard_size: int,
+    ) -> list[Record]:
         if shard_size < 1:
             raise RunError(f"stage {name!r}: shard_size is {shard_size}, the least is 1")
         path, folder = self._file(name, ".jsonl"), self._file(name, ".shards")
@@ -188,7 +255,7 @@ class Scope:
                     if is_finished:
                         made = _read_stage(shard, of)
                     else:
-                        made = _checked_records(stage(part), of, name)
+                        made = _checked_records(stage(part, *args), of, name)
                         if number % count == index:
                             with _disk(shard):
                                 write_jsonl(shard, made)
@@ -207,13 +274,9 @@ class Scope:
         path = self._file(name, ".json")
         if _agreed([path.exists()])[0]:
             self.run.journal(self.name, name, "reused")
-            return _read_json(path)
+            return read_json(path)
         with self._timed(name) as done:
-            value = stage(*args)
-            try:
-                value = json.loads(json.dumps(value, allow_nan=False))  # tuples are lists from the first time on
-            except (TypeError, ValueError) as error:
-                raise RunError(f"stage {name!r} gave {value!r:.200}, which JSON cannot carry: {error}") from None
+            value = _plain(stage(*args), name)
             self._write(path, _write_json, path, value)
             done(None)
         return value
@@ -227,7 +290,7 @@ class Scope:
     def seconds(self) -> dict[str, float]:
         """{stage: seconds spent, less those of stages inside it}, over every time it was done in this scope."""
         total: dict[str, float] = {}
-        for entry in _read_journal(self.run.path):
+        for entry in read_journal(self.run.path):
             if entry["scope"] == self.name and entry["event"] == "done":
                 total[entry["stage"]] = round(total.get(entry["stage"], 0.0) + entry["seconds"], 3)
         return total
@@ -268,76 +331,14 @@ class Scope:
         _barrier(f"{self.name}/{path.name}")
 
 
-# ---- named keys ------------------------------------------------------------------------------------------------------
-
-
-def name_words(name: str | int) -> np.ndarray:
-    """The stable 64-bit hash of a name as two uint32 words; a number and its decimal text are two names."""
-    text = f"s:{name}" if isinstance(name, str) else f"i:{operator.index(name)}"
-    digest = hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest()
-    return np.frombuffer(digest[:8], dtype=">u4").astype(np.uint32)
-
-
-def fold(key: Any, *names: str | int) -> Any:
-    """`key` folded with names, one after the other: fold(fold(key, a), b) == fold(key, a, b); see `name_words`."""
-    import jax
-
-    for name in names:
-        for word in name_words(name):
-            key = jax.random.fold_in(key, word)
-    return key
-
-
-# ---- what `jaxsi status` says ----------------------------------------------------------------------------------------
-
-
-def status(directory: Path | str) -> dict[str, Any]:
-    """What is done in a run directory, without taking it up.
-
-    {"directory", "status", "live": a process holds it, "iterations": configured or None, "summary": summary.json,
-    "stages": [{"scope", "stage", "state", "records", "seconds", "shards": "3/12" or None}]}, stages in the order in
-    which they first started, each "done", "running", "interrupted" or "deleted". Raises: RunError where there is no
-    run.
-    """
-    path = Path(directory)
-    config = _stored_config(path)
-    if config is None:
-        raise RunError(f"{path} holds no run (there is no config.json in it); check the path")
-    live = _is_locked(path)
-    stages: dict[tuple[str, str], dict[str, Any]] = {}
-    for entry in _read_journal(path):
-        place = entry["scope"], entry["stage"]
-        new = {"scope": place[0], "stage": place[1], "state": "", "records": None, "seconds": 0.0, "shards": None}
-        row = stages.setdefault(place, new)
-        row["state"] = "done" if entry["event"] != "start" else ("running" if live else "interrupted")
-        row["records"] = entry["records"]
-        row["seconds"] = round(row["seconds"] + entry["seconds"], 3)
-    for (scope, stage), row in stages.items():
-        folder = path / scope / f"{stage}.shards"
-        if row["state"] != "done" and (folder / "plan.json").exists():
-            plan = _read_json(folder / "plan.json")
-            row["shards"] = f"{len(list(folder.glob('*.jsonl')))}/{-(-plan['items'] // plan['shard_size'])}"
-        if row["records"] is not None and not (path / scope / f"{stage}.jsonl").exists():
-            row["state"] = "deleted"
-    summary = _read_json(path / "summary.json") if (path / "summary.json").exists() else {"status": "running"}
-    return {
-        "directory": str(path),
-        "status": summary["status"],
-        "live": live,
-        "iterations": config.get("iterations"),
-        "stages": list(stages.values()),
-        "summary": summary,
-    }
-
-
 # ---- files -----------------------------------------------------------------------------------------------------------
 
 
-def _stored_config(path: Path) -> dict[str, Any] | None:
+def stored_config(path: Path) -> dict[str, Any] | None:
     if path.exists() and not path.is_dir():
         raise RunError(f"{path} is a file; a run needs a directory of its own")
     if (path / "config.json").exists():
-        return _read_json(path / "config.json")
+        return read_json(path / "config.json")
     strangers = [] if not path.exists() else sorted(p.name for p in path.iterdir() if not p.name.startswith("."))
     if strangers:
         raise RunError(f"{path} is not a run: it holds {', '.join(strangers[:5])} and no config.json; give another one")
@@ -361,7 +362,7 @@ def _write_json(path: Path, value: Any) -> None:
     write_atomically(path, [text.encode("utf-8", "backslashreplace")])
 
 
-def _read_json(path: Path) -> Any:
+def read_json(path: Path) -> Any:
     try:
         return json.loads(path.read_text("utf-8"))
     except OSError as error:
@@ -393,6 +394,24 @@ def _checked_records(made: Iterable[Record], of: type[Record], stage: str) -> li
     return records
 
 
+def _plain(value: Any, stage: str) -> Any:
+    """The value as JSON gives it back: tuples are lists from the first time on."""
+    try:
+        return json.loads(json.dumps(value, allow_nan=False))
+    except (TypeError, ValueError) as error:
+        raise RunError(f"stage {stage!r} gave {value!r:.200}, which JSON cannot carry: {error}") from None
+
+
+def _check_sampled_by(model: Sampler, records: Sequence[Any], path: Path) -> None:
+    for record in records:
+        if (record.fingerprint, record.template) != (model.fingerprint, model.template_hash):
+            raise StaleRecordsError(
+                f"{path}: record {record.id!r} was sampled by weights {record.fingerprint} with template "
+                f"{record.template}; this model has {model.fingerprint} and {model.template_hash}. Give the run back "
+                "its model, or start a new run directory"
+            )
+
+
 def _bytes_of(files: Sequence[Path]) -> Iterator[bytes]:
     for file in files:
         yield file.read_bytes()
@@ -401,7 +420,7 @@ def _bytes_of(files: Sequence[Path]) -> Iterator[bytes]:
 def _plan_shards(folder: Path, plan: dict[str, int]) -> None:
     """Shards cut otherwise are of no use: they go."""
     file = folder / "plan.json"
-    if not (file.exists() and _read_json(file) == plan):
+    if not (file.exists() and read_json(file) == plan):
         _remove(folder)
     if not folder.exists():
         folder.mkdir()
@@ -419,7 +438,7 @@ def _checked_name(name: str) -> str:
     return name
 
 
-def _read_journal(directory: Path) -> Iterator[dict[str, Any]]:
+def read_journal(directory: Path) -> Iterator[dict[str, Any]]:
     path = directory / "journal.jsonl"
     for line in path.read_bytes().split(b"\n") if path.exists() else []:
         with contextlib.suppress(ValueError):  # a line torn by a kill
@@ -445,7 +464,7 @@ def _take_lock(path: Path) -> int:
     return descriptor
 
 
-def _is_locked(path: Path) -> bool:
+def is_locked(path: Path) -> bool:
     try:
         with (path / ".lock").open("rb") as file:
             fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)

@@ -15,13 +15,15 @@ import numpy as np
 
 from jaxsi.lm import LM
 from jaxsi.model.kv_cache import KVCache
+from jaxsi.runs.config_snapshot import stored_as
+from jaxsi.runs.named_keys import name_words
 from jaxsi.runs.records import Prompt, Response
-from jaxsi.runs.run import name_words
 from jaxsi.sampling import engine
 from jaxsi.sampling.token_sampling import MAX_MARKER, MAX_STOPS, Settings
 from jaxsi.text.chat import marker_ids, render_prompt
 
 
+@stored_as("sampling.SamplingConfig")
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SamplingConfig:
     """How candidates are sampled; the defaults are the Self-Rewarding paper's. ``dtype`` of sampling, judging and
@@ -50,10 +52,6 @@ class SamplingConfig:
 
 class PromptTooLongError(ValueError):
     """A prompt that leaves no room for its response in the model's context."""
-
-
-class StaleRecordsError(ValueError):
-    """Records on disk that another model made."""
 
 
 def generate_ids(
@@ -220,13 +218,8 @@ def generate(
     ]
 
 
-def check_sampled_by(lm: LM, responses: Sequence[Response]) -> None:
-    """Raises StaleRecordsError where a response is of other weights or another chat template than ``lm``'s: a file of
-    records outlives the model folder that it was made with."""
-    for r in responses:
-        if (r.fingerprint, r.template) != (lm.fingerprint, lm.tokenizer.template_hash):
-            raise StaleRecordsError(
-                f"response {r.id!r} was sampled by weights {r.fingerprint} with template {r.template}; this model has "
-                f"{lm.fingerprint} and {lm.tokenizer.template_hash}: restore the model of this run, or start a new "
-                "run directory"
-            )
+def sample(
+    prompts: Sequence[Prompt], lm: LM, config: SamplingConfig, key: jax.Array, stop_text: str | None = None
+) -> list[Response]:
+    """``generate`` by a ``SamplingConfig``, as a stage for ``Scope.sharded``."""
+    return generate(lm, prompts, key=key, stop_text=stop_text, **config.settings)

@@ -5,14 +5,14 @@ behind an endpoint (`endpoint.EndpointCritic`), the embedded world's exact one, 
 writing after its own response (`continue_critique`). What does not parse is None and is dropped and counted later.
 """
 
-import functools
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import jax
 
-from jaxsi.lm import LM, load
+from jaxsi.lm import LM, borrowed
+from jaxsi.runs.config_snapshot import stored_as
 from jaxsi.runs.records import Critique, FinishReason, PreferencePair, Prompt, Response, SFTExample
 from jaxsi.sampling import generate
 from jaxsi.stages.prompts import question_text
@@ -23,6 +23,7 @@ from jaxsi.text.tokenizer import Tokenizer
 Critic = Callable[[Sequence[Prompt], Sequence[Response], CritiqueTemplate, jax.Array], list[Critique]]
 
 
+@stored_as("critique.CritiqueConfig")
 @dataclass(frozen=True, kw_only=True)
 class CritiqueConfig:
     """How a model critiques its own responses. The paper's temperature is 0."""
@@ -32,6 +33,7 @@ class CritiqueConfig:
     batch_size: int = 64
 
 
+@stored_as("critique.LocalCritic")
 @dataclass(frozen=True, kw_only=True)
 class LocalCritic:
     """A stronger model on this machine: ``model`` is anything that ``load`` takes, with all devices on fsdp."""
@@ -46,7 +48,7 @@ class LocalCritic:
         self, prompts: Sequence[Prompt], responses: Sequence[Response], template: CritiqueTemplate, key: jax.Array
     ) -> list[Critique]:
         """One critique of each response; where the request leaves no room for feedback, one without any part."""
-        lm = loaded(self.model, self.dtype)
+        lm = borrowed(self.model, self.dtype)
         requests = critic_requests(prompts, responses, template)
         room = lm.config.max_positions - self.max_new_tokens
         fitting = [p for p in requests if len(render_prompt(lm.tokenizer, p.messages)) <= room]
@@ -59,12 +61,6 @@ class LocalCritic:
             critique(response, *texts.get(response.id, ("", "length")), template, lm.fingerprint, lm.tokenizer)
             for response in responses
         ]  # fmt: skip
-
-
-@functools.lru_cache(maxsize=1)
-def loaded(model: str, dtype: str) -> LM:
-    """A critic's model, which stays for the next shard; ``loaded.cache_clear()`` lets it go."""
-    return load(model, dtype=dtype)
 
 
 def critic_requests(
@@ -171,6 +167,28 @@ def continue_critique(
         critique(draft, *texts.get(draft.id, ("", "length")), template, lm.fingerprint, lm.tokenizer)
         for draft in drafts
     ]
+
+
+@dataclass(frozen=True, kw_only=True)
+class OwnCritic:
+    """A model as the critic of its own marked responses: `continue_critique` in the form of a critic. With `score_only`
+    it ends before the improved response."""
+
+    lm: LM
+    config: CritiqueConfig
+    score_only: bool = False
+
+    def __call__(
+        self, prompts: Sequence[Prompt], responses: Sequence[Response], template: CritiqueTemplate, key: jax.Array
+    ) -> list[Critique]:
+        return continue_critique(self.lm, prompts, responses, template, self.config, key, score_only=self.score_only)
+
+
+def read_drafts(
+    drafts: Sequence[Response], critic: Critic, prompts: Sequence[Prompt], template: CritiqueTemplate, key: jax.Array
+) -> list[Critique]:
+    """The critiques of some drafts, as a stage for ``Scope.sharded``."""
+    return critic(prompts, drafts, template, key)
 
 
 # ----------------------------------------------------------------------------------------------------- filters and data

@@ -2,17 +2,21 @@
 section 3.3). It is the reward of a response in a conversation that shows the reference and asks for a better one.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
 from jaxsi.lm import LM
-from jaxsi.runs.records import Message, Response
+from jaxsi.runs import metrics
+from jaxsi.runs.config_snapshot import stored_as
+from jaxsi.runs.records import Message, Prompt, Response
 from jaxsi.stages.pairs import Preference
 from jaxsi.stages.prompts import ask_to_improve
+from jaxsi.text.chat import render_prompt, render_response
 from jaxsi.text.tokenizer import Tokenizer
 from jaxsi.training.batches import Sequence_
 from jaxsi.training.reward import reward_sequence, rewards
+from jaxsi.training.rl import RLConfig
 
 GAP_ORDER = ("wl", "ww", "ll", "lw")  # (y1, y2) of the four gaps g(y1, y2) that are compared: w better, l worse
 
@@ -42,6 +46,7 @@ def reward_group(tokenizer: Tokenizer, preference: Preference) -> tuple[Sequence
 Item = tuple[Sequence[Message], Response | str, str]  # messages, response, reference
 
 
+@stored_as("reward.gaps")
 def gaps(lm: LM, items: Sequence[Item], request: str, *, batch_size: int = 64) -> tuple[np.ndarray, np.ndarray]:
     """g(x, y, y_ref) and g(x, y_ref, y_ref), each [N] float32. The loss does not settle the zero point of g, and an
     unchanged reference is what no gap means: their difference is the gain of y over y_ref."""
@@ -65,3 +70,69 @@ def gains(lm: LM, items: Sequence[Item], request: str, *, batch_size: int = 64) 
 def _key(messages: Sequence[Message]) -> tuple[tuple[str, str], ...]:
     """A conversation as something that a dict can be keyed by."""
     return tuple((message["role"], message["content"]) for message in messages)
+
+
+def with_room(lm: LM, prompts: Sequence[Prompt], longest: int) -> list[Prompt]:
+    """The prompts after which the context of ``lm`` has room for ``longest`` tokens."""
+    room = lm.config.max_positions - longest
+    return [prompt for prompt in prompts if len(render_prompt(lm.tokenizer, prompt.messages)) <= room]
+
+
+class GapReward:
+    """r_gap(x, y, y_ref) - r_gap(x, y_ref, y_ref) of responses to the improver's ``prompts``, one for each reference.
+    Left out, and counted in ``left_out``: empty references, and those after which the context has no room for a
+    response, or for the reference itself as one."""
+
+    def __init__(
+        self,
+        lm: LM,
+        references: Sequence[tuple[Prompt, str]],
+        request: str,
+        rewarding: Callable[..., tuple[np.ndarray, np.ndarray]],
+        config: RLConfig,
+    ):
+        """Args: ``lm``, the gap reward model; ``rewarding``, ``gaps`` or a function in its place; ``config``, that of
+        the training, which knows the length of a response and how many rows go through a model together."""
+        self.lm, self.request, self.rewarding, self.config = lm, request, rewarding, config
+        self.zero = 0.0
+        self.items: dict[str, tuple[tuple[Message, ...], str]] = {}  # messages and reference of each prompt
+        self.prompts: list[Prompt] = []
+        for number, (prompt, reference) in enumerate(references):
+            id = f"{prompt.id}~{number}"
+            conversation = Prompt(id=id, messages=ask_to_improve(prompt.messages, reference, request))
+            if reference.strip() and self.fits(conversation, reference):
+                self.items[id] = prompt.messages, reference
+                self.prompts.append(conversation)
+        self.left_out = len(references) - len(self.prompts)
+
+    def fits(self, conversation: Prompt, reference: str) -> bool:
+        """Whether the context has room for a response, and for the reference as one."""
+        longest = max(self.config.max_new_tokens, len(render_response(self.lm.tokenizer, reference)))
+        return bool(with_room(self.lm, [conversation], longest))
+
+    def __call__(self, prompts: Sequence[Prompt], responses: Sequence[Response]) -> np.ndarray:
+        items = [(self.items[r.prompt_id][0], r, self.items[r.prompt_id][1]) for r in responses]
+        gap_N, zero_N = self.rewarding(self.lm, items, self.request, batch_size=self.config.rows_at_once)
+        self.zero = float(np.mean(zero_N))
+        return gap_N - zero_N
+
+    def monitor(self, prompts: Sequence[Prompt], responses: Sequence[Response], gains: np.ndarray) -> dict[str, float]:
+        """How far the responses are from their references: what shows a learner that copies, pads or flatters."""
+        references = [self.items[response.prompt_id][1] for response in responses]
+        return {
+            "gained": float(np.mean(gains > 0)),
+            "gap_of_references": self.zero,
+            **change_from(references, responses),
+        }
+
+
+def change_from(references: Sequence[str], responses: Sequence[Response]) -> dict[str, float]:
+    """Share of exact copies, edit distance in words and length gap in characters, of responses against references."""
+    both = [
+        (reference.strip(), response.text.strip()) for reference, response in zip(references, responses, strict=True)
+    ]
+    return {
+        "copied": float(np.mean([a == b for a, b in both])),
+        "edit_distance": float(np.mean([metrics.edit_distance(a.split(), b.split()) for a, b in both])),
+        "length_gap": float(np.mean([len(b) - len(a) for a, b in both])),
+    }

@@ -14,6 +14,7 @@ import jax
 import numpy as np
 
 from jaxsi.lm import LM
+from jaxsi.runs.config_snapshot import stored_as
 from jaxsi.runs.records import Judgment, Prompt, Response
 from jaxsi.sampling import generate, scoring
 from jaxsi.stages.prompts import Rubric, force_marker, question_text
@@ -30,6 +31,7 @@ PARSE_ALARM = 0.5
 _SPARE_TOKENS = 8
 
 
+@stored_as("feedback.JudgeConfig")
 @dataclass(frozen=True, kw_only=True)
 class JudgeConfig:
     """How each response is judged: K = `num_samples` justifications with their scores, averaged over the valid ones.
@@ -59,6 +61,7 @@ class JudgeConfig:
             raise ValueError(f"min_parse_rate is {self.min_parse_rate}; it lies in [0, 1]")
 
 
+@stored_as("feedback.judge")
 def judge(
     lm: LM,
     prompts: Sequence[Prompt],

@@ -13,6 +13,7 @@ import jax
 import numpy as np
 
 from jaxsi.lm import LM
+from jaxsi.runs.config_snapshot import stored_as
 from jaxsi.runs.records import Prompt, Response, Revision, SFTExample
 from jaxsi.sampling import generate, scoring
 from jaxsi.stages.prompts.reviser import ReviserTemplate
@@ -23,6 +24,7 @@ from jaxsi.text.tokenizer import Tokenizer
 _PROBES = ("the", "A", "1", '"', "#", "é")
 
 
+@stored_as("revise.ReviseConfig")
 @dataclass(frozen=True, kw_only=True)
 class ReviseConfig:
     """How a reviser writes the answers of drafts that it does not keep; its label is never sampled. ``batch_size`` rows
@@ -85,6 +87,7 @@ def label_probs(
     return [found.get(response.id) for response in responses]
 
 
+@stored_as("revise.revise")
 def revise(
     lm: LM,
     prompts: Sequence[Prompt],
@@ -107,6 +110,7 @@ def revise(
     return _revise(lm, prompts, responses, template, cfg, key, template.labels)
 
 
+@stored_as("revise.always_revise")
 def always_revise(
     lm: LM,
     prompts: Sequence[Prompt],
@@ -119,6 +123,7 @@ def always_revise(
     return _revise(lm, prompts, responses, template, cfg, key, (template.major, template.minor))
 
 
+@stored_as("revise.best_of_n")
 def best_of_n(
     lm: LM,
     prompts: Sequence[Prompt],

@@ -13,6 +13,7 @@ import numpy as np
 
 from jaxsi.lm import LM
 from jaxsi.runs import metrics
+from jaxsi.runs.config_snapshot import stored_as
 from jaxsi.runs.records import Message, RankedResponses, SFTExample
 from jaxsi.sampling import scoring
 from jaxsi.stages.pairs import check_rankings
@@ -86,12 +87,14 @@ def longest_text(tokenizer: Tokenizer, pair: RevisionPair, template: ReviserTemp
     return max(len(render_prompt(tokenizer, messages)) for messages in asked) + max(map(len, answers))
 
 
+@stored_as("revision_data.perplexities")
 def perplexities(lm: LM, pairs: Sequence[RevisionPair], template: ReviserTemplate, batch_size: int) -> list[float]:
     """exp(-(1/|y_h|) log P(y_h | x, y_l)) of each pair under the warm-up reviser: dear where the revision is hard."""
     requests = [render_prompt(lm.tokenizer, template.ask_warm_up(pair.messages, pair.response)) for pair in pairs]
     return np.exp(_mean_losses(lm, requests, pairs, batch_size)).tolist()
 
 
+@stored_as("revision_data.relative_perplexities")
 def relative_perplexities(
     lm: LM, pairs: Sequence[RevisionPair], template: ReviserTemplate, batch_size: int
 ) -> list[float]:
@@ -111,6 +114,7 @@ def _mean_losses(
     return np.asarray([-row.mean(dtype=np.float64) for row in logps])
 
 
+@stored_as("revision_data.by_price")
 def by_price(pairs: Sequence[RevisionPair], template: ReviserTemplate, threshold: float | None) -> list[RevisionPair]:
     """A rewrite where the price is above ``threshold`` (None: the median price), else a correction; pairs whose
     response is the target are kept."""
@@ -119,6 +123,7 @@ def by_price(pairs: Sequence[RevisionPair], template: ReviserTemplate, threshold
     return [replace(pair, label=template.no if not pair.gap else _label(template, pair.price, limit)) for pair in pairs]
 
 
+@stored_as("revision_data.by_gap")
 def by_gap(pairs: Sequence[RevisionPair], template: ReviserTemplate, threshold: float | None) -> list[RevisionPair]:
     """A rewrite where the target is more than ``threshold`` ranks better (None: 2, so that of Nectar's ranks 2 and 3
     are corrected, 4 to 7 rewritten), else a correction; pairs whose response is the target are kept."""
@@ -132,6 +137,7 @@ def _label(template: ReviserTemplate, value: float | None, limit: float | None) 
     return template.major if value > limit else template.minor
 
 
+@stored_as("revision_data.LabelConfig")
 @dataclass(frozen=True, kw_only=True)
 class LabelConfig:
     """How pairs are labelled: ``pricing`` is `perplexities` or `relative_perplexities`, ``labelling`` is `by_price` or

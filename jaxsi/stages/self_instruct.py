@@ -16,8 +16,9 @@ import jax
 import numpy as np
 
 from jaxsi.lm import LM
+from jaxsi.runs.config_snapshot import stored_as
+from jaxsi.runs.named_keys import fold
 from jaxsi.runs.records import Prompt, Response, read_prompts
-from jaxsi.runs.run import fold
 from jaxsi.sampling import generate
 from jaxsi.stages.prompts import parse_new_prompt, render_few_shot
 from jaxsi.text import tensorflow_text
@@ -37,6 +38,7 @@ class InstructError(RuntimeError):
     """Self-instruct gave no new prompt at all; the message counts why."""
 
 
+@stored_as("instruct.SelfInstruct")
 @dataclass(frozen=True, kw_only=True)
 class SelfInstruct:
     """How `num_prompts` new prompts are made. Lengths are in words; `blacklist` holds whole words or phrases, any case.
@@ -71,6 +73,7 @@ class SelfInstruct:
             raise ValueError(f"rouge_threshold is {self.rouge_threshold}; it lies in (0, 1]")
 
 
+@stored_as("instruct.PromptFile")
 @dataclass(frozen=True, kw_only=True)
 class PromptFile:
     """Prompts from a JSONL file, an equal part of it for each iteration (all of it, where `repeat`)."""

@@ -1,7 +1,7 @@
 """Annotators of the embedded world: demonstrations of mixed quality for SFT, and rankings with human-like slips.
 
 Each mistake is a mode: one decision with one definite alternative. A model taught on a mixture of modes samples good
-and bad responses to the same instruction, at top-p 0.9 too, where noise spread over many tokens would be cut off.
+and bad responses to the same instruction, even at top-p 0.9, which would cut off noise that is spread over many tokens.
 """
 
 import random
@@ -72,7 +72,7 @@ _ITEMS_OF_MODE: dict[str, Callable[[Task], Items]] = {
 
 
 def mode_items(task: Task, mode: str) -> Items:
-    """The items an annotator of `mode` writes for `task`; where a mistake has no effect they are the right ones."""
+    """The items an annotator of `mode` writes for `task`; if its mistake has no effect, they are the right ones."""
     return _ITEMS_OF_MODE[mode](task)
 
 
@@ -98,7 +98,7 @@ def demonstrate(task: Task, rng: random.Random) -> tuple[str, str]:
 
 
 def ift(n: int, seed: int) -> list[SFTExample]:
-    """`n` demonstrations of different instructions, none of them held out: the instruction data of M1."""
+    """`n` demonstrations of different training instructions: the instruction data of M1."""
     rng = random.Random(f"jaxsi/toyworld/ift/{seed}")
     examples = []
     for task in draw_tasks(n, rng, held_out=False):
@@ -108,8 +108,7 @@ def ift(n: int, seed: int) -> list[SFTExample]:
 
 
 def careful(n: int, seed: int) -> list[SFTExample]:
-    """`n` demonstrations of the careful annotator alone: the correct response to different instructions, none of them
-    held out."""
+    """`n` demonstrations of the careful annotator alone: the correct responses to different training instructions."""
     tasks = draw_tasks(n, random.Random(f"jaxsi/toyworld/careful/{seed}"), held_out=False)
     prompts = [(task, prompt_of(task)) for task in tasks]
     return [SFTExample(id=p.id, messages=p.messages, response=respond(task, "careful")) for task, p in prompts]
@@ -120,8 +119,8 @@ def rankings(
 ) -> list[RankedResponses]:
     """`n` instructions of one split, each with `per_prompt` different responses and human-like ranks (0 = best).
 
-    The ranks follow the exact grade, equal grades in random order; then, from best to worst, each one changes places
-    with its neighbour with probability `slip`. Raises ValueError where `per_prompt` is not 2 to 5.
+    The ranks follow the exact grade, with equal grades in random order. Then, from best to worst, each one changes
+    places with its neighbour with probability `slip`. Raises: ValueError: if `per_prompt` is not 2 to 5.
     """
     if not 2 <= per_prompt <= MAX_RANKED:
         raise ValueError(

@@ -1,4 +1,4 @@
-"""What the seed model reads before any run: demonstrations, worked verdicts, new instructions; nothing held out."""
+"""What the seed model is trained on: demonstrations, worked verdicts and new instructions, and nothing held out."""
 
 import random
 from collections.abc import Iterator
@@ -17,7 +17,7 @@ RUBRIC = Rubric(
     high=5,
 )
 
-DEMONSTRATIONS, VERDICTS = 0.45, 0.50  # shares of the documents; the rest are new instructions after eight examples
+DEMONSTRATIONS, VERDICTS = 0.45, 0.50  # shares of the documents; the others are new instructions after eight examples
 FEW_SHOT = 8
 STRANGE = 0.05  # share of judged responses that answer another task
 PERTURBED = 0.25  # share of judged responses with one item changed
@@ -58,7 +58,7 @@ def new_instruction_document(rng: random.Random) -> Document:
 
 
 def judged_response(task: Task, rng: random.Random) -> str:
-    """A response to be judged: an annotator's, or one of theirs with an item changed, or the answer to another task."""
+    """A response to be judged: an annotator's, one with an item changed, or the correct answer to another task."""
     choice, mode = rng.random(), draw_mode(rng)
     if choice < STRANGE:
         return respond(sample_train_task(rng), "careful")
@@ -84,7 +84,7 @@ def _ask(text: str) -> tuple[Message, ...]:
 
 
 def _perturb(items: Items, rng: random.Random) -> Items:
-    """`items` with one of them replaced, dropped, doubled or exchanged with another; never empty."""
+    """`items` with one item replaced, dropped, doubled or exchanged with another; never empty."""
     changed = list(items)
     place = rng.randrange(len(changed))
     kind = rng.choice(("replace", "double", "drop", "exchange") if len(changed) > 1 else ("replace", "double"))

@@ -1,7 +1,7 @@
 """The embedded world's exact critic: language feedback, a score and a better response, in the words of the world.
 
-It sees all that is wrong and mends the gravest of it, as a patient teacher does: one thing at a time. So what a model
-learns from it can be used again on its own result.
+It names every fault but mends only the gravest, as a patient teacher does. So what a model learns from it can be
+applied again to the result.
 """
 
 from collections import Counter
@@ -9,6 +9,7 @@ from collections.abc import Sequence
 
 import jax
 
+from jaxsi.runs.config_snapshot import stored_as
 from jaxsi.runs.records import Critique, Prompt, Response
 from jaxsi.stages.prompts.critique import CritiqueTemplate
 from jaxsi.toyworld.world import Task, grade_task, parse, response_items
@@ -18,7 +19,7 @@ TEMPLATE = CritiqueTemplate(
     request="Task: {prompt}\nAnswer: {response}\nCheck:",
     feedback="Judge:",
     weaknesses="Check:",
-    suggestions=" Write:",  # a space before the word: so it is one token, and not spelt
+    suggestions=" Write:",  # with the space the word is one token; without it, it would be spelt
     score=" Score: {score}",
     improved="Answer:",
     separator=" ",
@@ -27,13 +28,14 @@ TEMPLATE = CritiqueTemplate(
 )
 
 
+@stored_as("toyworld.critic.exact_critic")
 def exact_critic(
     prompts: Sequence[Prompt], responses: Sequence[Response], template: CritiqueTemplate, key: jax.Array
 ) -> list[Critique]:
-    """One critique of each response: what is wrong with it, the gravest first, which items to leave out or to write,
-    the exact grade rounded to the template's range, and the response with the gravest mended.
+    """One critique of each response: its faults, the gravest first; which items to drop or to add; the exact grade,
+    rounded to the template's range; and the response with its gravest fault mended.
 
-    A response to a prompt that is no instruction of the world has a critique without any part.
+    If the prompt is not an instruction of the world, all parts of the critique are missing.
     """
     tasks = {prompt.id: parse(prompt.text) for prompt in prompts}
     return [_critique(tasks[response.prompt_id], response, template) for response in responses]
@@ -64,13 +66,13 @@ def _critique(task: Task | None, response: Response, template: CritiqueTemplate)
 
 
 def weaknesses_of(task: Task, response: str) -> str:
-    """What is wrong, each a word that is one token, the gravest first: items too many (`repeats`) or missing (`items`)
-    or only out of order (`wrong`), talk (`style`), no period (`form`); or `good`."""
-    grade, given, expected = grade_task(task, response), Counter(response_items(response)), Counter(task.answer)
+    """The faults, the gravest first, each named by a word that is one token: too many items (`repeats`), missing items
+    (`items`), items only out of order (`wrong`), talk (`style`), a missing period (`form`); `good` without a fault."""
+    grade, written, expected = grade_task(task, response), Counter(response_items(response)), Counter(task.answer)
     found = {
-        "repeats": given - expected,
-        "items": expected - given,
-        "wrong": grade.content < 1 and given == expected,
+        "repeats": written - expected,
+        "items": expected - written,
+        "wrong": grade.content < 1 and written == expected,
         "style": talk_of(response),
         "form": not grade.period,
     }
@@ -79,14 +81,14 @@ def weaknesses_of(task: Task, response: str) -> str:
 
 def suggestions_of(task: Task, response: str) -> str:
     """What to do: `Drop red add bat`, or `good`."""
-    given, expected = Counter(response_items(response)), Counter(task.answer)
-    steps = [f"Drop {item}" for item in (given - expected).elements()]
-    steps += [f"add {item}" for item in (expected - given).elements()]
+    written, expected = Counter(response_items(response)), Counter(task.answer)
+    steps = [f"Drop {item}" for item in (written - expected).elements()]
+    steps += [f"add {item}" for item in (expected - written).elements()]
     return " ".join(steps or ["good"])
 
 
 def mended(task: Task, response: str) -> str:
-    """The response with the gravest of its flaws mended: its items, else its talk, else its missing period."""
+    """The response with its gravest fault mended: its items, else its talk, else its missing period."""
     grade, correct = grade_task(task, response), " ".join(task.answer)
     period = "." if grade.period else ""
     if grade.content < 1:
@@ -95,6 +97,6 @@ def mended(task: Task, response: str) -> str:
 
 
 def talk_of(response: str) -> str:
-    """What stands before the first item of a response."""
+    """The text before the first item of a response."""
     items = response_items(response)
     return response[: max(0, response.lower().find(items[0]))] if items else ""

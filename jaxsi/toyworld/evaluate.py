@@ -9,19 +9,22 @@ import numpy as np
 
 from jaxsi.lm import LM
 from jaxsi.runs import metrics
+from jaxsi.runs.config_snapshot import stored_as
+from jaxsi.runs.named_keys import fold
 from jaxsi.runs.records import Judgment, Prompt, Response
-from jaxsi.runs.run import Scope, fold
+from jaxsi.runs.run import Scope
 from jaxsi.sampling.generate import generate
-from jaxsi.stages import judge as feedback
+from jaxsi.stages import judge
 from jaxsi.stages.judge import JudgeConfig
 from jaxsi.stages.prompts import Rubric
 from jaxsi.toyworld import world
 
 
+@stored_as("evals.toy.ToyEvaluation")
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ToyEvaluation:
-    """What is measured. The noise of the samples is the same for every model (common random numbers), so that
-    differences between iterations are of the models."""
+    """What is measured. Every model is sampled with the same noise (common random numbers), so that differences between
+    iterations come from the models alone."""
 
     num_prompts: int = 500
     num_samples: int = 4
@@ -36,10 +39,10 @@ class ToyEvaluation:
         judgments = scope.records("eval_judgments", self.judge, lm, responses, config.rubric, config.judge, of=Judgment)
         return self.figures(responses, judgments, scope.records("eval_greedy", self.greedy, lm, of=Response))
 
-    def measure(self, lm: LM, rubric: Rubric, judge: JudgeConfig) -> dict[str, Any]:
-        """The same figures, of a model outside a run."""
+    def measure(self, lm: LM, rubric: Rubric, judging: JudgeConfig) -> dict[str, Any]:
+        """The same figures for a model outside a run."""
         responses = self.sample(lm)
-        return self.figures(responses, self.judge(lm, responses, rubric, judge), self.greedy(lm))
+        return self.figures(responses, self.judge(lm, responses, rubric, judging), self.greedy(lm))
 
     @property
     def key(self) -> jax.Array:
@@ -59,23 +62,23 @@ class ToyEvaluation:
         )
 
     def greedy(self, lm: LM) -> list[Response]:
-        """The likeliest response to each held-out instruction, token by token."""
+        """The greedy response to each held-out instruction."""
         prompts = world.evaluation_prompts(self.num_prompts)
         return generate(lm, prompts, temperature=0.0, max_new_tokens=self.max_new_tokens, key=self.key, batch_size=512)
 
-    def judge(self, lm: LM, responses: list[Response], rubric: Rubric, judge: JudgeConfig) -> list[Judgment]:
-        """The model's own verdicts on its responses to the first ``judged_prompts`` instructions."""
+    def judge(self, lm: LM, responses: list[Response], rubric: Rubric, judging: JudgeConfig) -> list[Judgment]:
+        """The model's own judgments of its responses to the first ``judged_prompts`` instructions."""
         prompts = world.evaluation_prompts(self.num_prompts)[: self.judged_prompts]
         ids = {prompt.id for prompt in prompts}
-        mine = [response for response in responses if response.prompt_id in ids]
-        return feedback.judge(lm, prompts, mine, rubric, judge, fold(self.key, "judge"))
+        judged = [response for response in responses if response.prompt_id in ids]
+        return judge.judge(lm, prompts, judged, rubric, judging, fold(self.key, "judge"))
 
     def figures(self, responses: list[Response], judgments: list[Judgment], greedy: list[Response]) -> dict[str, Any]:
-        """Quality, 0 to 100, with its interval over prompts, the best of the samples, and the judge's agreement."""
+        """Quality from 0 to 100 with its interval over prompts, the best of the samples, and the judge's agreement."""
         prompts = world.evaluation_prompts(self.num_prompts)
         graded, figures = quality(prompts, responses)
         valid = [score for j in judgments for score in j.scores if score is not None]
-        asked = sum(len(j.scores) for j in judgments)
+        total = sum(len(j.scores) for j in judgments)
         scored = [j for j in judgments if j.score is not None]
         agreement = metrics.pairwise_agreement(
             [j.score for j in scored], [graded[j.id] for j in scored], [j.prompt_id for j in scored]
@@ -84,13 +87,14 @@ class ToyEvaluation:
             "greedy": quality(prompts, greedy)[1]["quality"]["mean"],
             "judge_agreement": agreement.agreement,
             "judge_pairs": agreement.count,
-            "parse_rate": len(valid) / asked if asked else None,
+            "parse_rate": len(valid) / total if total else None,
         }
 
 
+@stored_as("evals.toy.ToyQuality")
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ToyQuality:
-    """The quality of a model alone, for methods without a judge; the samples are those of ``ToyEvaluation``."""
+    """Only the quality of a model, for methods without a judge; the samples are those of ``ToyEvaluation``."""
 
     num_prompts: int = 500
     num_samples: int = 4
@@ -103,9 +107,11 @@ class ToyQuality:
 
 
 def quality(prompts: Sequence[Prompt], responses: Sequence[Response]) -> tuple[dict[str, float], dict[str, Any]]:
-    """The exact grade, 0 to 100, of each response by its id, and the figures that every evaluation of the world has:
-    the mean with its interval over prompts, the best of each prompt's samples, lengths. Prompts have equally many
-    responses."""
+    """(The exact grade, 0 to 100, of each response by its id; the figures that every evaluation of the world has.)
+
+    The figures are the mean with its interval over prompts, the best of each prompt's samples, and lengths. All prompts
+    have the same number of responses.
+    """
     texts = {prompt.id: prompt.text for prompt in prompts}
     graded = {response.id: 10 * exact(texts[response.prompt_id], response.text) for response in responses}
     groups: dict[str, list[float]] = {prompt.id: [] for prompt in prompts}

@@ -5,6 +5,7 @@ from typing import Any
 
 from jaxsi.lm import LM
 from jaxsi.runs import metrics
+from jaxsi.runs.config_snapshot import stored_as
 from jaxsi.runs.records import Response, Revision
 from jaxsi.runs.run import Scope
 from jaxsi.stages.gap import gains, gap_group
@@ -15,10 +16,11 @@ from jaxsi.toyworld.evaluate import ToyEvaluation, quality
 from jaxsi.training.reward import GAP, inequalities
 
 
+@stored_as("evals.toy_improved.ImprovedEvaluation")
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ImprovedEvaluation:
-    """What is measured. Every iteration improves the same responses: those of the policy after RLHF, which is the one
-    that is deployed, with the noise of ``ToyEvaluation``."""
+    """What is measured. Every iteration improves the same responses: those of the policy after RLHF, the one that is
+    deployed, sampled with the noise of ``ToyEvaluation``."""
 
     num_prompts: int = 500
     num_samples: int = 4
@@ -26,7 +28,8 @@ class ImprovedEvaluation:
     preferences: int = 256
 
     def __call__(self, lm: LM, config: Any, scope: Scope, policy: LM | None, gap_reward: LM) -> dict[str, Any]:
-        """One iteration's figures, by the run's ``config.request``; without a policy of ``lm``'s own responses."""
+        """One iteration's figures, by the run's ``config.request``. If ``policy`` is None, those of ``lm``'s own
+        responses."""
         prompts = world.evaluation_prompts(self.num_prompts)
         sampled = ToyEvaluation(num_prompts=self.num_prompts, num_samples=self.num_samples)
         drafts = scope.records("eval_drafts", sampled.sample, policy or lm, of=Response)
@@ -58,19 +61,19 @@ class ImprovedEvaluation:
     def agreement(
         self, prompts: Any, drafts: Any, responses: Any, graded: dict[str, float], gap_reward: LM, request: str
     ) -> float | None:
-        """Share of pairs of responses, improved from one draft's place, that the gap reward orders as the grader: all
-        of a prompt's responses are compared over its first draft."""
-        chosen = {prompt.id: prompt.messages for prompt in prompts[: self.judged_prompts]}
+        """How often the gap reward orders two improved responses to one prompt as the grader does. The reference of
+        both is the prompt's first draft."""
+        messages = {prompt.id: prompt.messages for prompt in prompts[: self.judged_prompts]}
         first = {draft.prompt_id: draft.text for draft in reversed(drafts)}
-        mine = [response for response in responses if response.prompt_id in chosen]
-        items = [(chosen[r.prompt_id], r, first[r.prompt_id]) for r in mine]
+        judged = [response for response in responses if response.prompt_id in messages]
+        items = [(messages[r.prompt_id], r, first[r.prompt_id]) for r in judged]
         scores = gains(gap_reward, items, request, batch_size=256)
         return metrics.pairwise_agreement(
-            scores.tolist(), [graded[r.id] for r in mine], [r.prompt_id for r in mine]
+            scores.tolist(), [graded[r.id] for r in judged], [r.prompt_id for r in judged]
         ).agreement
 
     def orders(self, gap_reward: LM, request: str) -> dict[str, float]:
-        """How often the gap reward keeps each of the five inequalities, on held-out preferences without slips."""
+        """How often the gap reward satisfies each of the five inequalities, on held-out preferences without slips."""
         pairs, _ = preferences(careless.preferences(self.preferences, 9, least=1, held_out=True, slip=0.0))
         groups = [gap_group(gap_reward.tokenizer, pair, request) for pair in pairs]
         return dict(inequalities(gap_reward, groups, GAP, batch_size=256))

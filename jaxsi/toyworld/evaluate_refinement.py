@@ -1,4 +1,4 @@
-"""Exact quality of what an SRT model answers after its own feedback, on the held-out instructions."""
+"""Exact quality of an SRT model's refined responses to the held-out instructions."""
 
 import dataclasses
 from typing import Any
@@ -7,8 +7,10 @@ import numpy as np
 
 from jaxsi.lm import LM
 from jaxsi.runs import metrics
+from jaxsi.runs.config_snapshot import stored_as
+from jaxsi.runs.named_keys import fold
 from jaxsi.runs.records import Critique, Prompt, Response
-from jaxsi.runs.run import Scope, fold
+from jaxsi.runs.run import Scope
 from jaxsi.sampling.generate import generate
 from jaxsi.stages.critique import continue_critique, marked_response
 from jaxsi.stages.prompts.critique import CritiqueTemplate
@@ -16,18 +18,19 @@ from jaxsi.toyworld import world
 from jaxsi.toyworld.evaluate import ToyEvaluation, quality
 
 
+@stored_as("evals.toy_refined.RefinedEvaluation")
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RefinedEvaluation:
     """What is measured: drafts at temperature 0.7, then feedback and refinement at temperature 0, with the noise of
-    ``ToyEvaluation``. ``reranked_prompts``: as many are also answered by re-ranking."""
+    ``ToyEvaluation``. The first ``reranked_prompts`` prompts are also answered by re-ranking."""
 
     num_prompts: int = 500
     num_samples: int = 4
     reranked_prompts: int = 250
 
     def __call__(self, lm: LM, config: Any, scope: Scope, refine: bool) -> dict[str, Any]:
-        """One iteration's figures, by the run's ``config.template`` and ``config.critique``; of the first responses
-        alone where ``refine`` is False."""
+        """One iteration's figures, by the run's ``config.template`` and ``config.critique``. If ``refine`` is False,
+        only those of the first responses."""
         prompts = world.evaluation_prompts(self.num_prompts)
         sampled = ToyEvaluation(num_prompts=self.num_prompts, num_samples=self.num_samples)
         if not refine or config.refinement_only:
@@ -73,35 +76,37 @@ class RefinedEvaluation:
         self, lm: LM, prompts: Any, drafts: Any, critiques: Any, by_prompt: Any, draft: Any, criticise: Any,
         scope: Scope, template: CritiqueTemplate,
     ) -> dict[str, Any]:  # fmt: skip
-        """The best by the model's own score of as many drafts as cost what refining one costs, in generated tokens:
-        one draft with its feedback and refinement buys n drafts with a feedback through its score each. Of equal scores
-        the first."""
-        asked = prompts[: self.reranked_prompts]
+        """What re-ranking gives for the tokens that refining takes.
+
+        One draft with its feedback and refinement costs as many generated tokens as n drafts, each with feedback up to
+        its score. The draft with the highest of the model's own scores is chosen, the first one if scores are equal.
+        """
+        reranked = prompts[: self.reranked_prompts]
         draft_cost = np.mean([len(d.token_ids) for d in drafts])
         full = np.mean([len(lm.tokenizer.encode_text(c.text)) for c in critiques])
         short = np.mean([len(lm.tokenizer.encode_text(c.text.partition(template.improved)[0])) for c in critiques])
         count = max(2, int(np.ceil((draft_cost + full) / (draft_cost + short))))
-        many = scope.records("eval_reranked_drafts", draft, count, asked, "reranked", of=Response)
+        many = scope.records("eval_reranked_drafts", draft, count, reranked, "reranked", of=Response)
         scored = scope.records("eval_reranked_scores", criticise, many, of=Critique)
-        scores = {c.id: -np.inf if c.score is None else c.score for c in scored}  # a score of 0 is one
+        scores = {c.id: -np.inf if c.score is None else c.score for c in scored}  # a score of 0 counts as a score
         best: dict[str, Response] = {}
         for response in many:
-            held = best.get(response.prompt_id)
-            if held is None or scores[response.id] > scores[held.id]:
+            previous = best.get(response.prompt_id)
+            if previous is None or scores[response.id] > scores[previous.id]:
                 best[response.prompt_id] = response
         chosen = [dataclasses.replace(r, text=text_of(r, template)) for r in best.values()]
-        _, figures = quality(asked, chosen)
-        gain = np.asarray(by_prompt[: len(asked)]) - np.asarray(figures["by_prompt"])
+        _, figures = quality(reranked, chosen)
+        gain = np.asarray(by_prompt[: len(reranked)]) - np.asarray(figures["by_prompt"])
         return {"samples": count, "quality": figures["quality"], "refined_is_better_by": metrics.mean_ci(gain, seed=0)}
 
 
 def text_of(draft: Response, template: CritiqueTemplate) -> str:
-    """The response in a draft, without what begins its feedback."""
+    """The response in a draft, without the heading that begins its feedback."""
     body = template.unmarked(draft.text)
     return draft.text if body is None else body
 
 
 def written(lm: LM, draft: Response, text: str, template: CritiqueTemplate) -> Response:
     """The refined response in its draft's place."""
-    made = marked_response(lm.tokenizer, draft.id, draft.prompt_id, text, template, lm.fingerprint)
-    return dataclasses.replace(made, sample=draft.sample, text=text)
+    marked = marked_response(lm.tokenizer, draft.id, draft.prompt_id, text, template, lm.fingerprint)
+    return dataclasses.replace(marked, sample=draft.sample, text=text)

@@ -1,4 +1,4 @@
-"""What is claimed of each method on the embedded world, and whether the measured table holds it."""
+"""The claims about each method on the embedded world, and whether the measured table supports them."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -11,7 +11,7 @@ Row = Mapping[str, Any]  # an arm of the table
 
 
 class Claim(NamedTuple):
-    """A claim of a method, what was measured, and whether it held."""
+    """A claim about a method, the measurement, and whether the claim held."""
 
     method: str
     claim: str
@@ -20,7 +20,7 @@ class Claim(NamedTuple):
 
 
 def claims(rows: Sequence[Row]) -> list[Claim]:
-    """All claims that the arms at hand can be held against."""
+    """All claims that can be checked on the given arms."""
     found = []
     for method in dict.fromkeys(row["method"] for row in rows):
         arms = {row["arm"]: row for row in rows if row["method"] == method}
@@ -34,7 +34,7 @@ Found = Iterator[tuple[str, str, bool]]
 
 
 def _gains(arms: Mapping[str, Row]) -> Found:
-    """The method gains; its control, which knows nothing, does not."""
+    """The method gains; its control, which has no signal, does not."""
     own = arms[METHOD]["gain"]
     if own is None:
         return
@@ -49,22 +49,22 @@ def _gains(arms: Mapping[str, Row]) -> Found:
 
 def _orders(arms: Mapping[str, Row]) -> Found:
     """PIT: the gap reward model orders held-out pairs."""
-    of_seeds = [figures["inequalities"] for figures in arms[METHOD]["last"]]
-    means = [shares["mean"] for shares in of_seeds]
-    least = min(share for shares in of_seeds for share in shares.values())
+    by_seed = [figures["inequalities"] for figures in arms[METHOD]["last"]]
+    means = [shares["mean"] for shares in by_seed]
+    least = min(share for shares in by_seed for share in shares.values())
     claim = f"gap reward keeps the inequalities in {LEAST_MEAN:.0%} of held-out pairs on average, {LEAST_EACH:.0%} each"
     measured = f"{sum(means) / len(means):.1%} on average, the least {least:.1%}"
     yield claim, measured, min(means) >= LEAST_MEAN and least >= LEAST_EACH
 
 
 def _over_drafts(arms: Mapping[str, Row]) -> Found:
-    """PIT: what the improver makes of the policy's responses is better than they are."""
+    """PIT: the improved responses are better than the policy's own."""
     gain = arms[METHOD]["over_drafts"]
     yield "improved responses beat the policy's own", gain_text(gain), gain["ci95"][0] > 0
 
 
 def _both_rounds(arms: Mapping[str, Row]) -> Found:
-    """PIT: the curriculum is worth more than either of its rounds, with the seed that they have in common."""
+    """PIT: the whole curriculum beats each round alone, on the seed that they share."""
     for name in ("round 0 only", "round 1 only"):
         if name in arms:
             both, one = (arms[arm]["iterations"][-1]["quality_of_seeds"][0] for arm in (METHOD, name))

@@ -1,4 +1,4 @@
-"""The figure of ``jaxsi bench methods``: one panel a method, one line an arm, exact quality by iteration."""
+"""The figure of ``jaxsi bench methods``: a panel for each method, a line for each arm, exact quality by iteration."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -6,7 +6,7 @@ from typing import Any
 
 from jaxsi.toyworld.methods_claims import CONTROL, EXACT, METHOD
 
-# Okabe and Ito's colours, told apart by the colour-blind too; the marks differ as well.
+# Okabe and Ito's colours, which colour-blind people can tell apart too; the marks also differ.
 STYLES: dict[str, tuple[str, str, Any, str]] = {
     METHOD: ("#0072B2", "o", "-", "the method"),
     EXACT: ("#009E73", "s", "--", "exact grader in the judge's place"),
@@ -16,13 +16,13 @@ TITLES = {"self_rewarding": "Self-Rewarding", "srt": "SRT", "seft": "SEFT", "pit
 
 
 class PlotError(RuntimeError):
-    """matplotlib is not there."""
+    """matplotlib is not installed."""
 
 
 def plot(value: Mapping[str, Any], files: Sequence[Path]) -> None:
-    """Draws the table of ``bench_methods`` to each of ``files``, by their endings (.png, .svg).
+    """Draws the table of ``bench_methods`` into each of ``files``; the ending decides the format (.png, .svg).
 
-    Raises: PlotError without matplotlib.
+    Raises: PlotError: if matplotlib is not installed.
     """
     try:
         import matplotlib

@@ -1,7 +1,7 @@
 """Methods x arms x seeds on the embedded world, and whether what they gain is more than chance.
 
 An arm is a config of its method; the arm "method" is the method itself, the others change one thing. What arms of one
-seed have in common (``Config.SHARED``, where they differ in ``Config.ARM_FIELDS`` alone) is computed once.
+seed have in common (``IN_COMMON``) is computed once.
 """
 
 import dataclasses
@@ -17,12 +17,34 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from jaxsi.lm import load
-from jaxsi.methods import method_of
+from jaxsi.methods.start import carry_out, method_of
 from jaxsi.runs import metrics
 from jaxsi.runs.config_snapshot import describe_config
 from jaxsi.runs.records import write_atomically
 from jaxsi.runs.run import Run
 from jaxsi.toyworld.methods_claims import METHOD, claims, gain_text
+
+
+class InCommon(NamedTuple):
+    """What the arms of a method have in common: the folders ``shared``, if their configs differ in ``fields`` alone."""
+
+    fields: frozenset[str]
+    shared: tuple[str, ...]
+
+
+IN_COMMON = {
+    "self_rewarding": InCommon(frozenset({"judging"}), ("iter_0", "sft_baseline", "iter_1")),
+    "srt": InCommon(frozenset({"dpo", "scoring", "direction"}), ("base", "iter_0")),
+    "seft": InCommon(
+        frozenset({"prompts", "internal", "external", "internal_rounds", "sft", "iterations"}),
+        ("base", "iter_0", "warm_reviser", "reviser"),
+    ),
+    "pit": InCommon(
+        frozenset({"rounds", "mix", "rewarding"}),
+        ("base", "policy", "iter_0", "gap_reward", "policy_reward", "policy_rl"),
+    ),
+    "spin": InCommon(frozenset(), ()),
+}
 
 
 class BenchError(RuntimeError):
@@ -76,7 +98,7 @@ def _run(directory: Path, arm: Arm, seed: int, source: Arm | None, label: str, c
             return
         if source is not None:
             share(dataclasses.replace(source.config, seed=seed), _folder(directory, source, seed), cfg, run.path)
-        method_of(cfg)(cfg, run)
+        carry_out(cfg, run)
         run.update_summary({"commit": commit})
     print(f"{label}: {time.monotonic() - began:.0f} s", file=sys.stderr, flush=True)
 
@@ -96,15 +118,16 @@ def _fingerprint(model: str) -> str:
 
 
 def share(source: Any, done: Path, cfg: Any, folder: Path) -> None:
-    """Copies to a run's ``folder`` the scopes that its config has in common with the finished run of ``source``: none
-    where they differ in more than ARM_FIELDS. A scope appears under its name complete or not at all."""
+    """Copies to a run's ``folder`` the scopes that its config has in common with the finished run of ``source``, see
+    ``IN_COMMON``. A scope appears under its name complete or not at all."""
+    in_common = IN_COMMON[method_of(cfg).__name__]
     described = [describe_config(c) for c in (source, cfg)]
-    for name in type(cfg).ARM_FIELDS:
+    for name in in_common.fields:
         for fields in described:
             del fields[name]
     if described[0] != described[1]:
         return
-    for name in type(cfg).SHARED:
+    for name in in_common.shared:
         if (done / name).is_dir() and not (folder / name).exists():
             unfinished = folder / f".{name}.copy"
             shutil.rmtree(unfinished, ignore_errors=True)

@@ -1,4 +1,4 @@
-"""The embedded world's preferences for PIT, and what its control arms put in the gap reward's place."""
+"""The embedded world's preferences for PIT, and the rewards of its control arms."""
 
 import hashlib
 import random
@@ -7,21 +7,24 @@ from collections.abc import Sequence
 import numpy as np
 
 from jaxsi.lm import LM
+from jaxsi.runs.config_snapshot import stored_as
 from jaxsi.runs.records import RankedResponses, Response
 from jaxsi.stages import gap
 from jaxsi.stages.gap import Item
 from jaxsi.toyworld import careless, world
 
 
+@stored_as("toyworld.pit_data.pit_preferences")
 def pit_preferences() -> list[RankedResponses]:
-    """Two careless responses to each instruction, neither without a flaw, the better one first but for slips."""
+    """Two careless responses to each instruction, both with a flaw, the better one first except for slips."""
     return careless.preferences(3000, 4, least=1)
 
 
+@stored_as("toyworld.pit_data.permuted_gaps")
 def permuted_gaps(
     lm: LM, items: Sequence[Item], request: str, *, batch_size: int = 64
 ) -> tuple[np.ndarray, np.ndarray]:
-    """The gap rewards, dealt out again at random within the batch: rewards that say nothing."""
+    """The gap rewards, shuffled within the batch: rewards without a signal."""
     gap_N, zero_N = gap.gaps(lm, items, request, batch_size=batch_size)
     words = hashlib.sha256("\0".join(_text(response) for _, response, _ in items).encode()).hexdigest()
     order = list(range(len(items)))
@@ -29,8 +32,9 @@ def permuted_gaps(
     return (gap_N - zero_N)[order], np.zeros_like(zero_N)
 
 
+@stored_as("toyworld.pit_data.exact_gaps")
 def exact_gaps(lm: LM, items: Sequence[Item], request: str, *, batch_size: int = 64) -> tuple[np.ndarray, np.ndarray]:
-    """The exact grade of each response less that of its reference, in tenths of the whole scale."""
+    """The exact grade, 0 to 10, of each response minus that of its reference."""
     grades = [
         [world.grade(messages[-1]["content"], text) for text in (_text(response), reference)]
         for messages, response, reference in items

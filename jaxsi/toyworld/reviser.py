@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import jax
 
 from jaxsi.lm import LM, load
+from jaxsi.runs.config_snapshot import stored_as
 from jaxsi.runs.records import Prompt, RankedResponses, Response, Revision
 from jaxsi.sampling.generate import generate
 from jaxsi.stages.prompts.reviser import ReviserTemplate
@@ -23,9 +24,10 @@ TEMPLATE = ReviserTemplate(
 )
 
 
+@stored_as("toyworld.reviser.ranked_responses")
 def ranked_responses() -> list[RankedResponses]:
-    """What the reviser learns from: four responses of the policy itself to each of 3,072 instructions, ranked but for
-    slips. A reviser that knows nothing of their order writes as the policy does, and so moves it nowhere."""
+    """What the reviser learns from: four of the policy's own responses to each of 3,072 instructions, ranked by grade
+    except for slips. A reviser that ignores the order writes as the policy does, and so does not move it."""
     lm = load(careless.SHIPPED, dtype="float32")
     prompts = world.prompts(3072, seed=5, held_out=False)
     responses = generate(lm, prompts, num_samples=4, temperature=1.0, top_p=1.0, max_new_tokens=16, batch_size=512)
@@ -38,8 +40,8 @@ def ranked_responses() -> list[RankedResponses]:
 
 
 def rank_by_grade(prompt: Prompt, texts: Sequence[str], rng: random.Random) -> RankedResponses:
-    """Ranked by the exact grade, equal grades alike; with probability ``careless.SLIP`` the best and the worst of the
-    ranks change places."""
+    """Ranks by the exact grade; equal grades share a rank. With probability ``careless.SLIP`` the best and the worst
+    rank change places."""
     task = world.parse(prompt.text)
     assert task is not None
     grades = [world.grade_task(task, text).total for text in texts]
@@ -51,37 +53,43 @@ def rank_by_grade(prompt: Prompt, texts: Sequence[str], rng: random.Random) -> R
     return RankedResponses(id=prompt.id, messages=prompt.messages, responses=tuple(texts), ranks=tuple(ranks))
 
 
+@stored_as("toyworld.reviser.coin_ranked_responses")
 def coin_ranked_responses() -> list[RankedResponses]:
-    """The control arm's: the same responses, ranked at random."""
+    """Data of the control arm: the same responses, ranked at random."""
     return by_coin(ranked_responses())
 
 
 def by_coin(rankings: Sequence[RankedResponses]) -> list[RankedResponses]:
-    """The ranks of each prompt's responses dealt out at random, so that a fair coin decides the direction of a pair."""
+    """The ranks of each prompt's responses, shuffled: a fair coin decides the direction of each pair."""
     rng = random.Random("jaxsi/toyworld/reviser/coin")
     return [dataclasses.replace(r, ranks=tuple(rng.sample(r.ranks, len(r.ranks)))) for r in rankings]
 
 
+@stored_as("toyworld.reviser.unlabelled_prompts")
 def unlabelled_prompts() -> list[Prompt]:
     """New instructions for the policy's evolution."""
     return world.prompts(1800, seed=6, held_out=False)
 
 
+@stored_as("toyworld.reviser.half_prompts")
 def half_prompts() -> list[Prompt]:
-    """Half of them."""
+    """Half of the unlabelled prompts."""
     return unlabelled_prompts()[:900]
 
 
+@stored_as("toyworld.reviser.double_prompts")
 def double_prompts() -> list[Prompt]:
-    """Twice as many."""
+    """Twice as many unlabelled prompts."""
     return world.prompts(3600, seed=6, held_out=False)
 
 
+@stored_as("toyworld.reviser.stopping_prompts")
 def stopping_prompts() -> list[Prompt]:
-    """Instructions whose share of kept responses decides when evolution stops."""
+    """Held-out instructions; the share of responses to them that are kept decides when evolution stops."""
     return world.prompts(200, seed=7, held_out=True)
 
 
+@stored_as("toyworld.reviser.exact_revise")
 def exact_revise(
     lm: LM,
     prompts: Sequence[Prompt],
@@ -90,7 +98,7 @@ def exact_revise(
     cfg: ReviseConfig,
     key: jax.Array,
 ) -> list[Revision]:
-    """The arm with a perfect reviser: a draft of full grade is kept, any other becomes the correct response."""
+    """The arm with a perfect reviser: a draft with the full grade is kept, any other becomes the correct response."""
     tasks = {prompt.id: world.parse(prompt.text) for prompt in prompts}
     revisions = []
     for response in responses:
@@ -110,6 +118,7 @@ def exact_revise(
     return revisions
 
 
+@stored_as("toyworld.reviser.exact_best_of_n")
 def exact_best_of_n(
     lm: LM,
     prompts: Sequence[Prompt],
@@ -118,7 +127,7 @@ def exact_best_of_n(
     cfg: ReviseConfig,
     key: jax.Array,
 ) -> list[Revision]:
-    """The internal round of that arm: the draft of each prompt with the best grade, of equal ones the first."""
+    """The internal round of that arm: each prompt's draft with the best grade, the first one if grades are equal."""
     texts = {prompt.id: prompt.text for prompt in prompts}
     best: dict[str, tuple[float, Revision]] = {}
     for response in responses:
@@ -126,7 +135,9 @@ def exact_best_of_n(
         if grade is None:
             raise ValueError(f"prompt {response.prompt_id!r} is not an instruction of the embedded world")
         label = template.no if grade.total == 10 else template.minor
-        kept = Revision(id=response.id, prompt_id=response.prompt_id, label=label, label_probs=None, response=response)
-        if usable(kept) and grade.total > best.get(response.prompt_id, (-1.0, kept))[0]:
-            best[response.prompt_id] = grade.total, kept
+        revision = Revision(
+            id=response.id, prompt_id=response.prompt_id, label=label, label_probs=None, response=response
+        )
+        if usable(revision) and grade.total > best.get(response.prompt_id, (-1.0, revision))[0]:
+            best[response.prompt_id] = grade.total, revision
     return [best[prompt.id][1] for prompt in prompts if prompt.id in best]

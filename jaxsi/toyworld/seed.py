@@ -1,8 +1,8 @@
 """Makes the seed model of the embedded world: ``python -m jaxsi.toyworld.seed OUT``.
 
-A Llama-shaped model of about a million weights learns, from scratch, the documents of ``corpus.py``: demonstrations of
-mixed quality, worked verdicts, and new instructions. It is made once, offline (the shipped one took 40 minutes on two
-busy CPU cores), and a run begins with it.
+A Llama-shaped model of about a million weights learns the documents of ``corpus.py`` from scratch: demonstrations of
+mixed quality, worked verdicts, and new instructions. It is trained once, offline; the shipped one took 40 minutes on
+two busy CPU cores. The toy runs begin with it.
 """
 
 import concurrent.futures
@@ -19,16 +19,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxsi import lm as lmlib
-from jaxsi.lm import LM
-from jaxsi.model import decoder, mesh as meshlib
+from jaxsi.lm import LM, export
+from jaxsi.model import decoder
 from jaxsi.model.decoder import ModelConfig
-from jaxsi.model.mesh import MeshConfig
+from jaxsi.model.mesh import MeshConfig, make_mesh
 from jaxsi.text.chat import render_prompt, render_response
 from jaxsi.text.tokenizer import load_tokenizer
 from jaxsi.toyworld.corpus import pretraining_documents
 from jaxsi.toyworld.vocabulary import ENTRIES, build_tokenizer
-from jaxsi.training import batches as data, optim, train
+from jaxsi.training import batches, optim, train
 from jaxsi.training.optim import OptimConfig
 
 SHIPPED = Path(__file__).parent / "seed_model"
@@ -37,7 +36,7 @@ DOCUMENTS_PER_CHUNK = 16_384
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SeedConfig:
-    """The shipped seed is made with the defaults."""
+    """How the seed is trained; the shipped one with the defaults."""
 
     steps: int = 3000
     batch_size: int = 64
@@ -60,7 +59,7 @@ def make_seed(out: Path, config: SeedConfig) -> None:
     with tempfile.TemporaryDirectory() as folder:
         build_tokenizer(folder)
         tokenizer = load_tokenizer(folder)
-    mesh = meshlib.make_mesh(MeshConfig(data=-1, fsdp=1))
+    mesh = make_mesh(MeshConfig(data=-1, fsdp=1))
     start = LM(
         config=model_config(),
         weights=decoder.initialise(model_config(), mesh, jax.random.key(config.seed)),
@@ -84,27 +83,27 @@ def make_seed(out: Path, config: SeedConfig) -> None:
         if (step + 1) % 50 == 0:
             seconds = time.monotonic() - began
             left = seconds / (step + 1) * (config.steps - step - 1)
-            done = {"step": step + 1, "loss": round(float(metrics["loss"]), 4)}
-            print(json.dumps(done | {"seconds": round(seconds), "left": round(left)}), flush=True)
-    lmlib.export(start.replace(state.weights), out, dtype="bfloat16")
+            line = {"step": step + 1, "loss": round(float(metrics["loss"]), 4)}
+            print(json.dumps(line | {"seconds": round(seconds), "left": round(left)}), flush=True)
+    export(start.replace(state.weights), out, dtype="bfloat16")
 
 
 def _batches(lm: LM, config: SeedConfig) -> Iterator[Any]:
-    """Packed batches without end; the next chunk is made while the present one trains."""
+    """Endless packed batches; the next chunk is prepared while the present one trains."""
 
-    def chunk(number: int) -> data.Batches:
+    def chunk(number: int) -> batches.Batches:
         documents = pretraining_documents(DOCUMENTS_PER_CHUNK, seed=config.seed * 1_000_003 + number)
         sequences = [
-            data.encode(render_prompt(lm.tokenizer, messages), render_response(lm.tokenizer, response))
+            batches.encode(render_prompt(lm.tokenizer, messages), render_response(lm.tokenizer, response))
             for messages, response in documents
         ]
-        return data.packed(sequences, config.length, config.batch_size, lm.mesh, epochs=1, seed=number)
+        return batches.packed(sequences, config.length, config.batch_size, lm.mesh, epochs=1, seed=number)
 
     with concurrent.futures.ThreadPoolExecutor(1) as pool:
         following = pool.submit(chunk, 0)
         for number in itertools.count(1):
-            batches, following = following.result(), pool.submit(chunk, number)
-            yield from (batches[i] for i in range(len(batches) - 1))  # the last one is not full
+            current, following = following.result(), pool.submit(chunk, number)
+            yield from (current[i] for i in range(len(current) - 1))  # the last batch is not full
 
 
 if __name__ == "__main__":
@@ -112,7 +111,8 @@ if __name__ == "__main__":
 
     import tyro
 
-    # XLA runs elementwise work of one CPU device on one thread: a device for each core trains 1.4 times as fast.
+    # XLA runs the elementwise work of a CPU device on one thread. With a device for each core, training has 1.4 times
+    # the speed.
     jax.config.update("jax_num_cpu_devices", os.cpu_count())
 
     def main(out: tyro.conf.Positional[Path], config: SeedConfig = SeedConfig()) -> None:

@@ -1,10 +1,11 @@
-"""The embedded world's seed data, and the two judges of its control arms, as functions that a config can name."""
+"""The embedded world's seed data, and the judges of its two control arms, as functions that a config can name."""
 
 from collections.abc import Sequence
 
 import jax
 
 from jaxsi.lm import LM
+from jaxsi.runs.config_snapshot import stored_as
 from jaxsi.runs.records import Judgment, Prompt, RankedResponses, Response, SFTExample
 from jaxsi.stages import judge, pairs
 from jaxsi.stages.judge import JudgeConfig
@@ -12,27 +13,31 @@ from jaxsi.stages.prompts import Rubric
 from jaxsi.toyworld import annotators, world
 
 
+@stored_as("toyworld.seed_data.toy_ift")
 def toy_ift() -> list[SFTExample]:
     """Demonstrations of mixed quality."""
     return annotators.ift(256, 1)
 
 
+@stored_as("toyworld.seed_data.toy_demonstrations")
 def toy_demonstrations() -> list[SFTExample]:
     """Demonstrations without a mistake."""
     return annotators.careful(600, 3)
 
 
+@stored_as("toyworld.seed_data.toy_rankings")
 def toy_rankings() -> list[RankedResponses]:
-    """Responses in the order of human-like annotators, of which EFT is made."""
+    """Responses ranked by human-like annotators, from which EFT is made."""
     return annotators.rankings(128, 2)
 
 
+@stored_as("toyworld.seed_data.exact_judge")
 def exact_judge(
     lm: LM, prompts: Sequence[Prompt], responses: Sequence[Response], rubric: Rubric, cfg: JudgeConfig, key: jax.Array
 ) -> list[Judgment]:
-    """The arm with a perfect judge: the exact grade, halved to the rubric's 0 to 5, in place of the model's verdicts.
+    """The arm with a perfect judge: the exact grade, halved to the rubric's 0 to 5, in place of the model's judgments.
 
-    A response to a prompt that is no instruction of the world has no score.
+    If the prompt is not an instruction of the world, the response gets no score.
     """
     texts = {prompt.id: prompt.text for prompt in prompts}
     judgments = []
@@ -53,14 +58,16 @@ def exact_judge(
     return judgments
 
 
+@stored_as("toyworld.seed_data.permuted_judge")
 def permuted_judge(
     lm: LM, prompts: Sequence[Prompt], responses: Sequence[Response], rubric: Rubric, cfg: JudgeConfig, key: jax.Array
 ) -> list[Judgment]:
-    """The arm whose scores say nothing: the model's own verdicts, dealt out again at random within each prompt."""
+    """The arm without a signal: the model's own judgments, shuffled within each prompt."""
     judgments = judge.judge(lm, prompts, responses, rubric, cfg, key)
     return pairs.permuted_within_prompt(judgments, seed=str(jax.random.key_data(key).tolist()))
 
 
+@stored_as("toyworld.seed_data.toy_held_out")
 def toy_held_out() -> list[Prompt]:
-    """The instructions that the evaluation asks."""
+    """The held-out instructions of the evaluation."""
     return world.evaluation_prompts(500)

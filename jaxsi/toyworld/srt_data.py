@@ -1,30 +1,34 @@
-"""The embedded world's prompts for SRT, and what its control arms put in the model's place."""
+"""The embedded world's prompts for SRT, and the scores and directions of its control arms."""
 
 import random
 from collections.abc import Sequence
 from dataclasses import replace
 
+from jaxsi.runs.config_snapshot import stored_as
 from jaxsi.runs.records import PreferencePair, Prompt, Response
 from jaxsi.stages.prompts.critique import CritiqueTemplate
 from jaxsi.toyworld import world
 
 
+@stored_as("toyworld.srt_data.srt_prompts")
 def srt_prompts() -> list[Prompt]:
-    """Instructions, none held out: the critic's, then stage 2's."""
+    """Training instructions: the critic's, then stage 2's."""
     return world.prompts(11264, seed=5, held_out=False)
 
 
+@stored_as("toyworld.srt_data.exact_scores")
 def exact_scores(
     prompts: Sequence[Prompt], responses: Sequence[Response], template: CritiqueTemplate
 ) -> list[float | None]:
-    """The exact grades of responses that end where feedback begins; None for no instruction of the world."""
+    """The exact grades of responses that end where feedback begins; None if a prompt is not of the world."""
     texts = {prompt.id: prompt.text for prompt in prompts}
     grades = [world.grade(texts[r.prompt_id], template.unmarked(r.text) or r.text) for r in responses]
     return [None if grade is None else grade.total for grade in grades]
 
 
+@stored_as("toyworld.srt_data.by_coin")
 def by_coin(pairs: Sequence[PreferencePair], seed: int) -> list[PreferencePair]:
-    """Every pair's direction by a fair coin: preferences that say nothing. The scores stay with their responses."""
+    """A fair coin decides every pair's direction: preferences without a signal. Scores stay with their responses."""
     rng = random.Random(f"jaxsi/toyworld/coin/{seed}")
     return [
         pair if rng.random() < 0.5

@@ -1,7 +1,7 @@
 """The tokenizer of the embedded world: a small byte-fallback BPE in Llama 2 style, written as a Hugging Face folder.
 
-Every word of the world and every number of a response is one token, at the beginning of a text and after a space alike;
-any other text is spelt with characters, and bytes where a character is unknown.
+Every word of the world and every number of a response is one token, both at the beginning of a text and after a space.
+Any other text is spelt with characters, and with bytes if a character is unknown.
 """
 
 import json
@@ -24,9 +24,9 @@ PAD, BOS, END, USER, ASSISTANT, SYSTEM = SPECIAL_TOKENS = (
     "<|assistant|>",
     "<|system|>",
 )
-ENTRIES = 704  # a multiple of 64, so that any usual mesh divides it
+ENTRIES = 704  # a multiple of 64, which any usual mesh divides
 SPACE = "\u2581"
-# One token each, whatever stands beside them.
+# Each of these is always a token of its own.
 ISOLATED = r"""[\n.,:;!?"'()\[\]{}<>|/*=+-]"""
 CHAT_TEMPLATE = (
     "{{ bos_token }}{% for message in messages %}{{ '<|' + message['role'] + '|>' + message['content'] + '<|end|>' }}"
@@ -37,8 +37,8 @@ CHAT_TEMPLATE = (
 def build_tokenizer(folder: Path | str, seed: int = 0) -> None:
     """Writes `tokenizer.json`, `tokenizer_config.json`, `chat_template.jinja` to `folder`, the same bytes every time.
 
-    `seed` draws the documents the merges are learned from. `AutoTokenizer.from_pretrained` loads the folder.
-    The template writes the one `<s>` of a chat, encoding a text adds none; `<|end|>` ends a turn and is the EOS.
+    `seed` draws the documents from which the merges are learnt. `AutoTokenizer.from_pretrained` loads the folder.
+    The template writes the only `<s>` of a chat; encoding a text adds none. `<|end|>` ends a turn and is the EOS.
     """
     from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
@@ -94,13 +94,13 @@ def _learn_merges(
 
 
 def _training_texts(seed: int) -> Iterator[str]:
-    # The items come first and often, so that each is merged to one token before the entries are used up.
+    # The items come first and often, so that each becomes one token before the entries are used up.
     items = [*WORDS, *RESPONSE_NUMBERS]
     rng = random.Random(f"jaxsi/toyworld/vocabulary/{seed}")
     for _ in range(50):
         rng.shuffle(items)
         yield " ".join(items)
-    # Plain English, so that the merges fill the entries to the last one.
+    # Plain English, so that the merges fill all remaining entries.
     yield load_rubric().template
     for messages, response in pretraining_documents(2000, seed):
         yield from (message["content"] for message in messages)

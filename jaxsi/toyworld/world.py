@@ -1,4 +1,4 @@
-"""The embedded world: one-line instructions whose correct response is known, and the exact grade of any response.
+"""The embedded world: one-line instructions with a known correct response, and the exact grade of any response.
 
 Eight families of small text tasks over 48 words of four categories and the numbers 0 to 20:
 
@@ -11,8 +11,8 @@ Eight families of small text tasks over 48 words of four categories and the numb
     Drop repeats: cat red cat            cat red.
     Swap first and last: cat red axe     axe red cat.
 
-A correct, well-formed response is the items of the answer, separated by single spaces and closed by one period on the
-last item, and nothing else. Everything here is a pure function of its arguments.
+A correct, well-formed response is the items of the answer, separated by single spaces, with one period after the last
+item and nothing else. Everything here is a pure function of its arguments.
 """
 
 import hashlib
@@ -34,12 +34,12 @@ CATEGORY_OF: dict[str, str] = {word: category for category, words in CATEGORIES.
 MAX_NUMBER = 20  # in an instruction
 NUMBERS: tuple[str, ...] = tuple(str(number) for number in range(MAX_NUMBER + 1))
 ADDENDS: tuple[str, ...] = ("1", "2", "3")
-# Numbers a response may hold: the largest answer is 20 + 3, the annotators' wrong ones reach 24.
+# Numbers that a response may hold: the largest answer is 20 + 3, and the annotators' wrong ones reach 24.
 RESPONSE_NUMBERS: tuple[str, ...] = tuple(str(number) for number in range(MAX_NUMBER + 5))
 MIN_ITEMS, MAX_ITEMS = 3, 6
 HELD_OUT_SHARE = 10  # one instruction in ten is held out
 
-# Talk that may precede the items: taken off before the content is graded, and paid for with a point of form.
+# Talk that may precede the items. It is removed before the content is graded, and costs a point of form.
 TALK = (
     "sure thing",
     "sure",
@@ -58,9 +58,9 @@ Items = tuple[str, ...]
 
 @dataclass(frozen=True, kw_only=True)
 class Task:
-    """An instruction taken apart: `Task(family="filter", items=("cat", "red", "dog"), argument=("animals",))`.
+    """The parts of an instruction: `Task(family="filter", items=("cat", "red", "dog"), argument=("animals",))`.
 
-    `argument` holds what the instruction names beside the items: nothing, a category, an addend, or (old, new).
+    `argument` holds what the instruction names besides the items: nothing, a category, an addend, or (old, new).
     """
 
     family: str
@@ -75,10 +75,10 @@ class Task:
 
 @dataclass(frozen=True, kw_only=True)
 class Grade:
-    """The exact grade of a response. `total` = 8 * `content` + `period` + `only_answer`, and 0 without any item.
+    """The exact grade of a response. `total` = 8 * `content` + `period` + `only_answer`, or 0 without any item.
 
-    `right[i]` tells whether item i of the expected answer stands at place i of the response; `surplus` counts the items
-    of the response beyond the expected number; `content` = sum(right) / max(expected, given).
+    `right[i]` tells whether item i of the expected answer is item i of the response. `surplus` counts the items of the
+    response beyond the expected number. `content` = sum(right) / max(number expected, number written).
     """
 
     total: float
@@ -90,13 +90,13 @@ class Grade:
 
     @property
     def form(self) -> bool:
-        """Both points of form are earned."""
+        """Whether both points of form are earned."""
         return self.period and self.only_answer
 
 
 @dataclass(frozen=True, kw_only=True)
 class Family:
-    """One kind of instruction: its wording, its solution, what is drawn, and what is valid."""
+    """One kind of instruction: its wording, its solution, how it is drawn, and which tasks are valid."""
 
     wording: str  # {0}, {1}: the argument
     solve: Callable[[Items, Items], Items]
@@ -171,7 +171,7 @@ def _draw_replaced(rng: random.Random) -> tuple[Items, Items]:
 def _draw_repeated(rng: random.Random) -> tuple[Items, Items]:
     length = _draw_length(rng)
     words = rng.sample(WORDS, rng.randint(2, length - 1))
-    # The first word is never repeated: dropping every occurrence of the repeated ones must leave something.
+    # The first word is never repeated, so that dropping every occurrence of repeated words leaves something.
     items = words + [rng.choice(words[1:]) for _ in range(length - len(words))]
     rng.shuffle(items)
     return tuple(items), ()
@@ -239,12 +239,12 @@ _RESPONSE_ITEM = re.compile(r"(?<![^\W_])-\d+|[^\W_]+")
 
 
 def instruction(task: Task) -> str:
-    """The one line that asks for `task`; `parse` is its inverse."""
+    """The line that asks for `task`; `parse` is its inverse."""
     return f"{FAMILIES[task.family].wording.format(*task.argument)} {' '.join(task.items)}"
 
 
 def parse(instruction_text: str) -> Task | None:
-    """The task an instruction asks for; None for a text that is not, to the letter, one that `sample_task` can draw."""
+    """The task that an instruction asks for; None if the text is not exactly one that `sample_task` can draw."""
     for name, pattern in _PATTERNS.items():
         match = pattern.fullmatch(instruction_text)
         if match:
@@ -273,62 +273,62 @@ def _sample_of(family: str, rng: random.Random) -> Task:
 
 
 def response_items(response_text: str) -> Items:
-    """The items of a response as the grader reads them: talk taken off, case folded, anything else a separator."""
+    """The items of a response as the grader reads them: without talk, in lower case; anything else separates them."""
     content = _TALK_PREFIX.sub("", response_text, count=1) if _TALK_PREFIX.match(response_text) else response_text
     return tuple(_RESPONSE_ITEM.findall(content.casefold()))
 
 
 def grade(instruction_text: str, response_text: str) -> Grade | None:
-    """The exact grade, 0 to 10, of a response; None where `instruction_text` is not an instruction of this world.
+    """The exact grade, 0 to 10, of a response; None if `instruction_text` is not an instruction of this world.
 
-    total = 8 * content + period + only_answer, where
+    total = 8 * content + period + only_answer, with
 
-    * content: a known talk prefix (`TALK` before ":", "," or "!") is taken off; what is left is case-folded and read as
-      runs of letters and digits (a sign before a number belongs to it; commas, dashes and white space only separate);
-      content = places where that list equals the expected answer / the longer of the two lengths;
-    * period (1 point): the response holds exactly one period and, trailing white space aside, ends with it;
-    * only_answer (1 point): without that last period the response is words and numbers of the world, lower case,
+    * content: a known talk prefix (`TALK` before ":", "," or "!") is removed. The rest is case-folded and read as runs
+      of letters and digits; a sign before a number belongs to it; commas, dashes and white space only separate.
+      content = places in which that list equals the expected answer / the longer of the two lengths;
+    * period (1 point): the response has exactly one period and ends with it, apart from trailing white space;
+    * only_answer (1 point): apart from that period, the response is lower-case words and numbers of the world,
       separated by single spaces, with nothing before, between or after them.
 
-    A response without any item is graded 0, whatever its form.
+    A response without any item gets 0, whatever its form.
     """
     task = parse(instruction_text)
     return None if task is None else grade_task(task, response_text)
 
 
 def grade_task(task: Task, response_text: str) -> Grade:
-    """`grade` for an instruction already parsed."""
-    expected, given = task.answer, response_items(response_text)
-    right = tuple(i < len(given) and given[i] == item for i, item in enumerate(expected))
-    content = sum(right) / max(len(expected), len(given))
+    """`grade` for a parsed instruction."""
+    expected, written = task.answer, response_items(response_text)
+    right = tuple(i < len(written) and written[i] == item for i, item in enumerate(expected))
+    content = sum(right) / max(len(expected), len(written))
     period = response_text.count(".") == 1 and response_text.rstrip().endswith(".")
     only_answer = all(item in _LEXICON for item in response_text.removesuffix(".").split(" "))
     return Grade(
-        total=8 * content + period + only_answer if given else 0.0,
+        total=8 * content + period + only_answer if written else 0.0,
         content=content,
         period=period,
         only_answer=only_answer,
         right=right,
-        surplus=max(0, len(given) - len(expected)),
+        surplus=max(0, len(written) - len(expected)),
     )
 
 
 def points(grade: Grade) -> int:
     """The additive five-point score of the toy rubric: up to 4 by the share of right items (half up), 1 for form.
 
-    Half-up rounding of `total / 2` wherever form is good or nil. A form that is half good earns no point: the score is
-    then a function of what the verdict says, and "Sure thing: cat." stays behind "cat.".
+    This is `total / 2`, rounded half up, if both points of form are earned or none. One point of form alone earns
+    nothing here. So the score is a function of what the verdict says, and "Sure thing: cat." stays behind "cat.".
     """
     return int(4 * grade.content + 0.5) + grade.form
 
 
 def is_held_out(instruction_text: str) -> bool:
-    """Whether an instruction belongs to the held-out tenth, by the hash of its text alone."""
+    """Whether an instruction belongs to the held-out tenth; only the hash of its text decides."""
     return int.from_bytes(hashlib.sha256(instruction_text.encode()).digest()) % HELD_OUT_SHARE == 0
 
 
 def prompt_of(task: Task) -> Prompt:
-    """The prompt of a task; its id is made of the instruction's text, so equal instructions have equal ids."""
+    """The prompt of a task; its id comes from the instruction's text, so equal instructions have equal ids."""
     text = instruction(task)
     return Prompt.of(f"toy-{task.family}-{hashlib.sha256(text.encode()).hexdigest()[:12]}", text)
 
@@ -339,7 +339,7 @@ def evaluation_prompts(n: int) -> list[Prompt]:
 
 
 def tasks(n: int, seed: int, held_out: bool) -> list[Task]:
-    """`n` tasks with different instructions, all held out or all not, the families in turn."""
+    """`n` tasks with different instructions, all held out or all for training, the families in turn."""
     return draw_tasks(n, random.Random(f"jaxsi/toyworld/prompts/{seed}/{held_out}"), held_out)
 
 
@@ -356,5 +356,5 @@ def draw_tasks(n: int, rng: random.Random, held_out: bool) -> list[Task]:
 
 
 def prompts(n: int, seed: int, held_out: bool) -> list[Prompt]:
-    """`n` different prompts of one split, balanced over the families; the same for the same arguments."""
+    """`n` different prompts of one split, balanced over the families; equal arguments give equal prompts."""
     return [prompt_of(task) for task in tasks(n, seed, held_out)]

@@ -2,13 +2,17 @@
 
 The caller divides the sum by the count of the whole global batch, so that neither accumulation nor the number of
 devices changes the loss. Every pair loss takes the same ``PairLogps`` and ``beta``, so that a config names the
-function itself."""
+function itself. A loss with settings of its own is a frozen dataclass that is called like one, ``simpo(gamma=0.5)``:
+equal settings are one compiled program, a run directory keeps them, and the command line has them as flags."""
 
+import dataclasses
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
+
+from jaxsi.runs.config_snapshot import stored_as
 
 Loss = tuple[Float[Array, ""], Float[Array, ""]]
 PerPair = Float[Array, "B"]
@@ -42,24 +46,33 @@ def margin(p: PairLogps) -> PerPair:
     return (p.chosen_B - p.ref_chosen_B) - (p.rejected_B - p.ref_rejected_B)
 
 
+@stored_as("losses.dpo")
 def dpo(p: PairLogps, *, beta: float) -> Loss:
     """-log sigma(beta * margin) (Rafailov et al. 2023, equation 7)."""
     return _total(-jax.nn.log_sigmoid(beta * margin(p)), p.real_B)
 
 
-def dpo_smoothed(p: PairLogps, *, beta: float, label_smoothing: float = 0.1) -> Loss:
-    """DPO where a label is taken as wrong with probability e (cDPO, Mitchell 2023):
+@stored_as("losses.dpo_smoothed")
+@dataclasses.dataclass(frozen=True)
+class dpo_smoothed:
+    """DPO that takes a label as wrong with probability e = ``label_smoothing`` (cDPO, Mitchell 2023):
     -(1 - e) log sigma(beta * margin) - e log sigma(-beta * margin)."""
-    z_B = beta * margin(p)
-    loss_B = -(1 - label_smoothing) * jax.nn.log_sigmoid(z_B) - label_smoothing * jax.nn.log_sigmoid(-z_B)
-    return _total(loss_B, p.real_B)
+
+    label_smoothing: float = 0.1
+
+    def __call__(self, p: PairLogps, *, beta: float) -> Loss:
+        z_B = beta * margin(p)
+        wrong, right = -jax.nn.log_sigmoid(-z_B), -jax.nn.log_sigmoid(z_B)
+        return _total((1 - self.label_smoothing) * right + self.label_smoothing * wrong, p.real_B)
 
 
+@stored_as("losses.ipo")
 def ipo(p: PairLogps, *, beta: float) -> Loss:
     """(margin - 1 / (2 beta))^2 (Azar et al. 2023, equation 17)."""
     return _total(jnp.square(margin(p) - 1 / (2 * beta)), p.real_B)
 
 
+@stored_as("losses.hinge")
 def hinge(p: PairLogps, *, beta: float) -> Loss:
     """max(0, 1 - beta * margin) (SLiC-HF's hinge on DPO's margin; Liu et al. 2023)."""
     return _total(jax.nn.relu(1 - beta * margin(p)), p.real_B)
@@ -69,12 +82,19 @@ def _means(p: PairLogps) -> tuple[PerPair, PerPair]:
     return p.chosen_B / jnp.maximum(p.chosen_tokens_B, 1), p.rejected_B / jnp.maximum(p.rejected_tokens_B, 1)
 
 
-def simpo(p: PairLogps, *, beta: float, gamma: float = 1.0) -> Loss:
+@stored_as("losses.simpo")
+@dataclasses.dataclass(frozen=True)
+class simpo:
     """-log sigma(beta * (mean logp chosen - mean logp rejected) - gamma): no reference (Meng et al. 2024, eq. 6)."""
-    chosen_B, rejected_B = _means(p)
-    return _total(-jax.nn.log_sigmoid(beta * (chosen_B - rejected_B) - gamma), p.real_B)
+
+    gamma: float = 1.0
+
+    def __call__(self, p: PairLogps, *, beta: float) -> Loss:
+        chosen_B, rejected_B = _means(p)
+        return _total(-jax.nn.log_sigmoid(beta * (chosen_B - rejected_B) - self.gamma), p.real_B)
 
 
+@stored_as("losses.orpo")
 def orpo(p: PairLogps, *, beta: float) -> Loss:
     """Mean negative log-likelihood of the chosen response plus beta * -log sigma(log odds ratio), the odds being q /
     (1 - q) of q = exp(mean token logp) (Hong et al. 2024, equations 5 to 7, whose lambda is beta here)."""

@@ -5,19 +5,24 @@ from collections.abc import Callable
 
 import optax
 
+from jaxsi.runs.config_snapshot import stored_as
+
 Schedule = Callable[[float, float, int], optax.Schedule]  # (start, end, steps) -> learning rate by step
 
 
+@stored_as("optim.cosine")
 def cosine(start: float, end: float, steps: int) -> optax.Schedule:
     """From ``start`` to ``end`` along half a cosine."""
     return optax.cosine_decay_schedule(start, steps, alpha=end / start)
 
 
+@stored_as("optim.linear")
 def linear(start: float, end: float, steps: int) -> optax.Schedule:
     """From ``start`` to ``end`` along a line."""
     return optax.linear_schedule(start, end, steps)
 
 
+@stored_as("optim.OptimConfig")
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class OptimConfig:
     """AdamW. ``end_learning_rate`` None keeps the learning rate constant after the warm-up. ``offload`` keeps the

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import jax
+import jax.numpy as jnp
 
 from jaxsi import lm as lmlib
 from jaxsi.lm import LM
@@ -37,6 +38,13 @@ def resumed(start: Restored, folder: Path, step: int | None = None) -> Restored:
     abstract = jax.tree.map(_abstract, start)
     jax.tree.map(lambda x: x.delete(), start)  # first: a run that just fits in memory must be able to resume
     return checkpoint.restore(saved, abstract)
+
+
+def moments_of(scope: Scope, like: Restored) -> Restored:
+    """The optimizer's moments at the end of the training in ``scope``, laid out as ``like``. Raises: CheckpointError if
+    there are none."""
+    abstract = jax.tree.map(_abstract, {"moments": like, "step": jnp.int32(0)})
+    return checkpoint.restore(scope.path / "checkpoint" / "optimizer", abstract)["moments"]
 
 
 def compared(folder: Path) -> int:

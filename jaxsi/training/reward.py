@@ -17,7 +17,7 @@ from jax.sharding import Mesh
 from jaxsi.lm import LM
 from jaxsi.model import decoder, mesh as meshlib
 from jaxsi.model.decoder import ModelConfig, Remat, Weights
-from jaxsi.runs.records import Message, Response
+from jaxsi.runs.records import Message, Prompt, Response
 from jaxsi.runs.run import Scope
 from jaxsi.sampling.scoring import rows_on_mesh
 from jaxsi.text.chat import render_prompt, render_response
@@ -183,6 +183,19 @@ def rewards(lm: LM, sequences: Sequence[Sequence_], *, batch_size: int = 64) -> 
             "model again, with a lower learning rate"
         )
     return out
+
+
+class RewardOf(NamedTuple):
+    """The rewards of sampled responses by a reward model, as reinforcement learning asks for them: called with prompts
+    and responses, it returns [N] float32."""
+
+    lm: LM
+    batch_size: int
+
+    def __call__(self, prompts: Sequence[Prompt], responses: Sequence[Response]) -> np.ndarray:
+        messages = {prompt.id: prompt.messages for prompt in prompts}
+        sequences = [reward_sequence(self.lm.tokenizer, messages[r.prompt_id], r) for r in responses]
+        return rewards(self.lm, sequences, batch_size=self.batch_size)
 
 
 def inequalities(

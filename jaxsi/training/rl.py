@@ -21,16 +21,19 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
+from jaxsi import lm as lmlib
 from jaxsi.lm import LM, save_checkpoint, tokens_array
 from jaxsi.model import decoder, mesh as meshlib
 from jaxsi.model.decoder import ModelConfig, Remat, Weights
 from jaxsi.runs import preemption
+from jaxsi.runs.config_snapshot import may_change, stored_as
 from jaxsi.runs.progress import progress
 from jaxsi.runs.records import Prompt, Response
 from jaxsi.runs.run import Scope
 from jaxsi.sampling.generate import bucket, generate
 from jaxsi.text.chat import render_prompt
 from jaxsi.training import losses, optim, resume, train
+from jaxsi.training.advantages import gae, leave_one_out
 from jaxsi.training.optim import OptimConfig
 from jaxsi.training.reward import lm_config, with_scalar_head
 
@@ -43,6 +46,7 @@ class RLError(RuntimeError):
     """Reinforcement learning that cannot go on: too few prompts, or rewards that are not numbers."""
 
 
+@stored_as("rl.RLConfig")
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RLConfig:
     """How to reinforce. A step samples ``prompts_per_step`` x ``group_size`` responses and goes over them ``epochs``
@@ -65,7 +69,7 @@ class RLConfig:
     remat: Remat = "full"
     dtype: str = "bfloat16"
     checkpoint_every: int = 50
-    log_every: int = 1
+    log_every: int = dataclasses.field(default=1, metadata=may_change())
 
     def __post_init__(self) -> None:
         numbers = {name: value for name, value in vars(self).items() if type(value) is int}
@@ -139,43 +143,6 @@ class RolloutBatch(NamedTuple):
     def lengths_B(self) -> jax.Array:
         """The tokens of each row, padding behind them."""
         return jnp.sum(self.segments_BT, axis=1)
-
-
-# ----------------------------------------------------------------------------------------------------------- advantages
-
-
-def leave_one_out(returns_PG: np.ndarray) -> np.ndarray:
-    """Each return less the mean of its group's others [P, G]; NaN returns count for nothing and stay NaN. The
-    advantages of a group sum to 0. A group with one number gets 0."""
-    valid_PG = np.isfinite(returns_PG)
-    count_P1 = valid_PG.sum(axis=1, keepdims=True)
-    total_P1 = np.where(valid_PG, returns_PG, 0.0).sum(axis=1, keepdims=True)
-    others_PG = (total_P1 - returns_PG) / np.maximum(count_P1 - 1, 1)
-    return np.where(valid_PG, np.where(count_P1 > 1, returns_PG - others_PG, 0.0), np.nan)
-
-
-@functools.partial(jax.jit, static_argnames=("gamma", "lam"))
-def gae(
-    rewards_BT: jax.Array, values_BT: jax.Array, mask_BT: jax.Array, *, gamma: float, lam: float
-) -> tuple[jax.Array, jax.Array]:
-    """Advantages and returns [B, T] by generalised advantage estimation (Schulman et al. 2016, equation 16).
-
-    ``values_BT`` is the value of the text before each token; behind a row's last True in ``mask_BT`` the value is 0.
-    The True positions of a row are one run.
-    """
-    next_values_BT = jnp.where(jnp.roll(mask_BT, -1, axis=1), jnp.roll(values_BT, -1, axis=1), 0.0)
-    next_values_BT = next_values_BT.at[:, -1].set(0.0)
-    deltas_BT = jnp.where(mask_BT, rewards_BT + gamma * next_values_BT - values_BT, 0.0)
-
-    def back(later_B: jax.Array, inputs: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
-        delta_B, mask_B = inputs
-        advantage_B = jnp.where(mask_B, delta_B + gamma * lam * later_B, 0.0)
-        return advantage_B, advantage_B
-
-    start_B = jnp.zeros(rewards_BT.shape[0])
-    _, advantages_TB = jax.lax.scan(back, start_B, (deltas_BT.T, mask_BT.T), reverse=True)
-    advantages_BT = advantages_TB.T
-    return advantages_BT, jnp.where(mask_BT, advantages_BT + values_BT, 0.0)
 
 
 # --------------------------------------------------------------------------------------------------------------- losses
@@ -360,6 +327,7 @@ def minibatches(rows: int, config: RLConfig, seed: int, step: int) -> list[np.nd
 # ----------------------------------------------------------------------------------------------------- the two learners
 
 
+@stored_as("rl.rloo")
 def rloo(
     policy: LM,
     reference: LM,
@@ -387,6 +355,7 @@ def rloo(
     return _reinforce(policy, reference, None, prompts, reward, config, scope, with_advantages, 0.0, monitor)
 
 
+@stored_as("rl.ppo")
 def ppo(
     policy: LM,
     reference: LM,
@@ -450,7 +419,7 @@ def _reinforce(
     if (made := resume.finished(policy, scope)) is not None:
         return made
     config.check(policy.mesh)
-    policy.release()
+    lmlib.make_room()  # the memory of the stages that sampled
     learners = {"policy": policy} if value is None else {"policy": policy, "value": value}
     policy_loss = PolicyLoss(policy.config, policy.mesh, config.dtype, config.remat, config.clip)
     loss_of: dict[str, Any] = {"policy": policy_loss}
@@ -470,7 +439,7 @@ def _reinforce(
             now = dataclasses.replace(policy, weights=states["policy"].weights, identity=f"{scope.name} step {step}")
             chosen = prompts_of_step(prompts, step, config, seed)
             rollouts = roll_out(now, reference, chosen, reward, config, scope.key("rollouts", step), monitor)
-            now.release()
+            lmlib.make_room()
             batch = with_advantages(rollouts, states["value"].weights if value is not None else None)
             metrics: dict[str, Any] = dict(rollouts.metrics)
             rate = rates[step * per_step]

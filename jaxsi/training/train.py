@@ -4,7 +4,7 @@ import dataclasses
 import functools
 import hashlib
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -12,10 +12,12 @@ import numpy as np
 import optax
 from jax.sharding import Mesh
 
+from jaxsi import lm as lmlib
 from jaxsi.lm import LM
 from jaxsi.model import decoder, mesh as meshlib
 from jaxsi.model.decoder import ModelConfig, Remat, Weights
 from jaxsi.runs import preemption
+from jaxsi.runs.config_snapshot import may_change, stored_as
 from jaxsi.runs.progress import progress
 from jaxsi.runs.records import PreferencePair, SFTExample
 from jaxsi.runs.run import Scope
@@ -31,6 +33,7 @@ class TrainingError(RuntimeError):
     """Training that cannot go on: nothing to train on, or gradients that are not finite."""
 
 
+@stored_as("train.TrainConfig")
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TrainConfig:
     """How to train. ``batch_size`` is global, in rows (packed rows for SFT on CPU and TPU, pairs for DPO).
@@ -49,7 +52,7 @@ class TrainConfig:
     remat: Remat = "full"
     dtype: str = "bfloat16"
     checkpoint_every: int = 200
-    log_every: int = 10
+    log_every: int = dataclasses.field(default=10, metadata=may_change())
 
     def __post_init__(self) -> None:
         numbers = {name: value for name, value in vars(self).items() if type(value) is int}
@@ -71,19 +74,31 @@ class TrainConfig:
             )
 
 
+@stored_as("train.DPOConfig")
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DPOConfig:
     """Preference training: ``loss`` is a pair loss of losses.py. ``nll_coef`` weighs the likelihood of the chosen
-    response beside it (0 is the paper's DPO)."""
+    response beside it (0 is the paper's DPO).
+
+    In a method that goes round several times: ``reference``, M_{t-1} or the model before the first round;
+    ``optimizer``, whether a round begins with new moments or takes over those of the round before.
+    """
 
     train: TrainConfig
     loss: Callable[..., losses.Loss] = losses.dpo
     beta: float = 0.1
     nll_coef: float = 0.0
+    reference: Literal["previous", "first"] = "previous"
+    optimizer: Literal["reset", "carry"] = "reset"
 
     def __post_init__(self) -> None:
         if self.beta <= 0 or self.nll_coef < 0:
             raise ValueError(f"beta is {self.beta} (> 0) and nll_coef {self.nll_coef} (>= 0)")
+        for name, values in (("reference", ("previous", "first")), ("optimizer", ("reset", "carry"))):
+            if getattr(self, name) not in values:
+                raise ValueError(f"{name} is {getattr(self, name)!r}; it is one of {', '.join(values)}")
+        if isinstance(self.loss, type):
+            raise ValueError(f"loss is the class {self.loss.__name__}; give {self.loss.__name__}(), with its settings")
 
 
 class State(NamedTuple):
@@ -254,11 +269,13 @@ def fit(
     config: TrainConfig,
     scope: Scope,
     *,
+    state: Scope | None = None,
     better: Callable[[LM, LM], bool] | None = None,
 ) -> LM:
     """Trains, or takes up training where its last checkpoint left it, and saves the result as the scope's checkpoint.
 
     Args:
+      state: an earlier training of the same model, whose optimizer goes on.
       better: early stopping. Every ``checkpoint_every`` steps and at the end, ``better(now, previous)`` compares with
         the previous checkpoint (the first time, with ``lm``); training ends, with the previous weights, when it is
         False.
@@ -272,49 +289,58 @@ def fit(
     check_master(lm)
     # All at once: a rate read from the device at each step would wait for the step before.
     rates = np.asarray(jax.vmap(optim.schedule(config.optim, total))(jnp.arange(total)), np.float32)
-    lm.release()  # the memory of the stage that sampled from it
+    lmlib.make_room()  # the memory of the stages that sampled
     folder = scope.path / "resume"
-    state = resume.resumed(initial_state(lm.weights, config.optim), folder)
-    done = int(state.step)
+    fresh = initial_state(lm.weights, config.optim)
+    if state is not None:
+        fresh = fresh._replace(moments=resume.moments_of(state, fresh.moments))
+    current = resume.resumed(fresh, folder)
+    done = int(current.step)
     # What early stopping compares with, and goes back to: the model that it compared last.
     previous, previous_step = lm, resume.compared(folder) if better is not None else 0
     if previous_step:
-        state = resume.resumed(state, folder, previous_step)
-        previous, state = _snapshot(lm, state), resume.resumed(state, folder)
+        current = resume.resumed(current, folder, previous_step)
+        previous, current = _snapshot(lm, current), resume.resumed(current, folder)
     log = resume.Log(scope.path / "train.jsonl", done, total)
     with progress(f"{scope.name}/train", total) as advance, preemption.polled():
         advance(done, False)
         for step in range(done, total):
             if better is not None and step % config.checkpoint_every == 0 and step > previous_step:
-                now = _snapshot(lm, state)
-                if not better(now, previous):
+                now = _snapshot(lm, current)
+                if not _compared(better, now, previous):
                     break
                 previous, previous_step = now, step
                 if step > done:  # else it is kept: a stop came before its comparison
-                    resume.save_resume(folder, state, done=step, compared=step)
-            state, metrics = train_step(
-                state, batches[step], rates[step], loss=loss, optimizer=config.optim, accumulate=config.accumulate
+                    resume.save_resume(folder, current, done=step, compared=step)
+            current, metrics = train_step(
+                current, batches[step], rates[step], loss=loss, optimizer=config.optim, accumulate=config.accumulate
             )
             advance(1, True)
             steps, last = step + 1, step + 1 == total
             if steps % config.log_every == 0 or last:
                 log.write(steps, float(rates[step]), metrics)
-                check_skipped(state, steps, total, scope)
+                check_skipped(current, steps, total, scope)
             stopping = preemption.asked() and not last
             due = better is None and not last and steps % config.checkpoint_every == 0
             if stopping or due:
-                resume.save_resume(folder, state, done=steps, compared=previous_step)
+                resume.save_resume(folder, current, done=steps, compared=previous_step)
             if stopping:
                 raise preemption.Stopped(f"{scope.path}: training is kept up to step {steps} of {total}")
         else:
-            if better is not None and better(now := _snapshot(lm, state), previous):
+            if better is not None and _compared(better, now := _snapshot(lm, current), previous):
                 previous, previous_step = now, total
-    trained, steps = (lm.replace(state.weights), total) if better is None else (previous, previous_step)
+    trained, steps = (lm.replace(current.weights), total) if better is None else (previous, previous_step)
     # Moments of later steps than the weights' are of no use to anyone.
     resume.save_result(
-        trained, state if steps == total else None, scope, {"step": steps, "stopped_early": steps < total}
+        trained, current if steps == total else None, scope, {"step": steps, "stopped_early": steps < total}
     )
     return trained
+
+
+def _compared(better: Callable[[LM, LM], bool], now: LM, previous: LM) -> bool:
+    answer = better(now, previous)
+    lmlib.make_room()  # the memory of what was sampled for it
+    return answer
 
 
 def check_master(lm: LM) -> None:
@@ -364,9 +390,16 @@ def dpo(
     config: DPOConfig,
     scope: Scope,
     *,
+    reference: LM | None = None,
+    state: Scope | None = None,
     better: Callable[[LM, LM], bool] | None = None,
 ) -> LM:
-    """Preference training from ``lm``, which is also the reference; the result is also the scope's checkpoint."""
+    """Preference training from ``lm``; the result is also the scope's checkpoint.
+
+    Args:
+      reference: the model that the loss compares with, ``lm`` by default.
+      state, better: as in ``fit``.
+    """
     if (made := resume.finished(lm, scope)) is not None:
         return made
     train = config.train
@@ -380,14 +413,16 @@ def dpo(
             f"{train.max_length} tokens; look at the counts of the pairs stage, or raise max_length"
         )
     # The name says of which weights and which pairs: values of others are never taken for these.
-    refs = scope.value(f"ref_logps_{lm.fingerprint}_{_digest(encoded, train)}", reference_logps, lm, encoded, train)
+    reference = lm if reference is None else reference
+    name = f"ref_logps_{reference.fingerprint}_{_digest(encoded, train)}"
+    refs = scope.value(name, reference_logps, reference, encoded, train)
     with scope.timed("dpo"):
         seed = seed_of(scope, "dpo")
         batches = data.pair_batches(
             lm, encoded, refs, train.batch_size, epochs=train.epochs, seed=seed, min_length=train.min_length
         )
         loss = PairLoss(lm.config, lm.mesh, train.dtype, train.remat, config.loss, config.beta, config.nll_coef)
-        return fit(lm, batches, loss, train, scope, better=better)
+        return fit(lm, batches, loss, train, scope, state=state, better=better)
 
 
 def _digest(encoded: Sequence[tuple[Sequence_, Sequence_]], config: TrainConfig) -> str:

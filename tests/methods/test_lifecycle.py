@@ -2,17 +2,17 @@
 
 import dataclasses
 from pathlib import Path
-from typing import ClassVar
+from types import SimpleNamespace
 
 import pytest
 
 import tiny
 from jaxsi import lm as lmlib
-from jaxsi.methods.lifecycle import begin, report
+from jaxsi.methods.lifecycle import begin, keep, report
 from jaxsi.model.mesh import MeshConfig, MeshError
 from jaxsi.runs.records import Prompt
-from jaxsi.runs.run import Run
-from jaxsi.sampling.generate import StaleRecordsError
+from jaxsi.runs.run import Run, StaleRecordsError
+from jaxsi.sampling.generate import SamplingConfig
 from jaxsi.stages.self_instruct import PromptFile, read_source
 from jaxsi.training.optim import OptimConfig
 from jaxsi.training.train import TrainConfig
@@ -24,39 +24,65 @@ EIGHT = TrainConfig(optim=OptimConfig(learning_rate=1e-3), batch_size=8)
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config:
     seed: int = 0
-    RESUMABLE: ClassVar[frozenset[str]] = frozenset()
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Method:
+    model: str
+    first: TrainConfig | None
+    second: TrainConfig | None
+    mesh: MeshConfig = MESH
+    sampling: SamplingConfig = SamplingConfig()
+
+
+def config(model: Path, first: TrainConfig | None = None, second: TrainConfig | None = None) -> Method:
+    return Method(model=str(model), first=first, second=second)
 
 
 def test_a_run_goes_on_with_the_model_it_began_with(tmp_path: Path) -> None:
     model = tmp_path / "model"
     lmlib.export(tiny.make_lm(), model, dtype="float32")
     with Run.open(tmp_path / "run", Config()) as run:
-        first = begin(run, str(model), MESH, "bfloat16", EIGHT, None)
+        first = begin(config(model), run)
         assert str(first.weights["final_norm"].dtype) == "float32" and str(first.dtype) == "bfloat16"
-        assert begin(run, str(model), MESH, "float32").fingerprint == first.fingerprint
+        assert begin(config(model), run).fingerprint == first.fingerprint
         lmlib.export(tiny.make_lm(seed=1), tmp_path / "other", dtype="float32")
         (tmp_path / "other" / "model.safetensors").replace(model / "model.safetensors")
         with pytest.raises(StaleRecordsError, match="this run began with"):
-            begin(run, str(model), MESH, "float32")
+            begin(config(model), run)
 
 
 def test_a_batch_that_does_not_divide_is_refused_first(tmp_path: Path) -> None:
     lmlib.export(tiny.make_lm(), tmp_path / "model", dtype="float32")
     with Run.open(tmp_path / "run", Config()) as run, pytest.raises(MeshError, match="4 rows do not divide"):
-        begin(run, str(tmp_path / "model"), MESH, "float32", EIGHT, dataclasses.replace(EIGHT, batch_size=4))
+        begin(config(tmp_path / "model", EIGHT, dataclasses.replace(EIGHT, batch_size=4)), run)
 
 
 def test_the_summary_has_a_line_each_and_the_model_as_given_beside_them(tmp_path: Path) -> None:
-    lm, figures = tiny.make_lm(), {"quality": {"mean": 70.0, "ci95": [69.0, 71.0]}, "mean_length": 6.0}
+    lm, measured = tiny.make_lm(), {"quality": {"mean": 70.0, "ci95": [69.0, 71.0]}, "mean_length": 6.0, "moved": 0.5}
+    cfg = SimpleNamespace(evaluate=lambda lm, cfg, it, context: measured | {"context": context})
     with Run.open(tmp_path / "run", Config()) as run:
         for t in ("base", 0, 1):
-            report(run, run.at("x"), t, lm, figures, method="m", semantics={"data": "current"}, pairs=t, moved=0.5)
-        report(run, run.at("x"), 1, lm, {}, method="m", semantics={"data": "current"})
+            found = report(cfg, run, run.at(f"x{t}"), t, lm, "c", figures=("moved", "other"), pairs=t, mean_length=1.0)
+            assert found["context"] == "c"
+        assert report(SimpleNamespace(evaluate=None), run, run.at("y"), 1, lm) == {}
         summary = run.summary
     assert summary["base"]["quality"]["mean"] == 70.0 and summary["base"]["iteration"] == "base"
     assert [line["iteration"] for line in summary["iterations"]] == [0, 1]
     assert summary["iterations"][0]["pairs"] == 0 and summary["iterations"][0]["moved"] == 0.5
+    assert summary["iterations"][0]["mean_length"] == 6.0, "what was measured goes before what was counted"
     assert summary["iterations"][1]["quality"] is None and summary["iterations"][1]["fingerprint"] == lm.fingerprint
+
+
+def test_model_as_given_is_kept_once(tmp_path: Path) -> None:
+    lm = tiny.make_lm()
+    with Run.open(tmp_path / "run", Config()) as run:
+        assert keep(lm, run.at("iter_0")) is lm
+        saved = tmp_path / "run" / "iter_0" / "checkpoint" / "weights" / "jaxsi.json"
+        first = saved.stat().st_mtime_ns
+        keep(lm, run.at("iter_0"))
+        assert saved.stat().st_mtime_ns == first
+        assert lmlib.load(tmp_path / "run").fingerprint == lm.fingerprint
 
 
 def test_prompts_come_from_a_file_or_a_function(tmp_path: Path) -> None:

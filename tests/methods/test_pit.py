@@ -10,9 +10,10 @@ from hypothesis import given, settings, strategies as st
 
 import tiny
 from jaxsi.methods import pit
-from jaxsi.methods.pit import GapReward, change_from, split_in_three
+from jaxsi.methods.pit import split_in_three
 from jaxsi.runs.records import Prompt, Response
 from jaxsi.sampling.generate import SamplingConfig
+from jaxsi.stages.gap import GapReward, change_from, gaps
 from jaxsi.stages.pairs import Preference
 from jaxsi.text.chat import render_prompt, render_response
 from jaxsi.training import rl
@@ -33,6 +34,10 @@ RL = RLConfig(
 def config(**changes) -> pit.Config:
     values = {"model": "m", "preferences": list, "request": "{prompt} again:", "sft": TRAIN, "reward": TRAIN}
     return pit.Config(**values | {"policy_rl": RL, "rl": RL, "rounds": (3, 3)} | changes)
+
+
+def gap_reward(lm, references, rewarding=gaps) -> GapReward:
+    return GapReward(lm, references, "{prompt} again:", rewarding, RL)
 
 
 def said(prompt_id: str, text: str) -> Response:
@@ -91,7 +96,7 @@ def test_a_reward_is_the_gap_over_that_of_the_unchanged_reference():
 
     seen, lm = [], tiny.make_lm()
     prompts = [Prompt(id=f"p{i}", messages=X) for i in range(2)]
-    reward = GapReward(config(rewarding=rewarding), lm, [(prompts[0], "cat."), (prompts[1], " "), (prompts[1], "axe.")])
+    reward = gap_reward(lm, [(prompts[0], "cat."), (prompts[1], " "), (prompts[1], "axe.")], rewarding)
     assert [p.id for p in reward.prompts] == ["p0~0", "p1~2"] and reward.left_out == 1
     asked = {"role": "user", "content": "Reverse: cat red axe again:"}
     assert reward.prompts[1].messages == (*X, {"role": "assistant", "content": "axe."}, asked)
@@ -119,7 +124,7 @@ def test_a_reference_that_leaves_no_room_is_left_out_and_counted():
     )  # room for the reference once more, as its own response
     assert both < longest
     references = [(prompt, "cat " * n) for n in (1, both, both + 1, longest, longest + 1, 259)]
-    reward = GapReward(config(), with_scalar_head(lm), references)
+    reward = gap_reward(with_scalar_head(lm), references)
     assert [p.id for p in reward.prompts] == ["p~0", "p~1"] and reward.left_out == 4
     rollouts = rl.roll_out(lm, lm, reward.prompts, reward, RL, jax.random.key(0))
     assert np.isfinite(rollouts.rewards_B).all()
@@ -129,11 +134,11 @@ def test_a_reward_model_without_numbers_is_named():
     lm = tiny.make_lm()
     head = with_scalar_head(lm)
     broken = head.replace(head.weights | {"score": head.weights["score"] * np.nan})
-    reward = GapReward(config(), broken, [(Prompt(id="p", messages=X), "cat.")])
+    reward = gap_reward(broken, [(Prompt(id="p", messages=X), "cat.")])
     with pytest.raises(RewardError, match=r"the reward of text 0 is nan .*train the reward model again"):
         reward(reward.prompts, [said("p~0", "axe.")])
     nothing = lambda lm, items, request, *, batch_size: (np.full(len(items), np.nan), np.zeros(len(items)))  # noqa: E731
-    reward = GapReward(config(rewarding=nothing), head, [(Prompt(id="p", messages=X), "cat.")] * 2)
+    reward = gap_reward(head, [(Prompt(id="p", messages=X), "cat.")] * 2, nothing)
     with pytest.raises(RLError, match=r"4 of the rewards of 4 responses are not numbers .*'p~0'"):
         rl.roll_out(lm, lm, reward.prompts, reward, RL, jax.random.key(0))
 

@@ -1,34 +1,33 @@
-"""SEFT on the micro world: phases, rounds, the stopping rule, and what a run keeps when it is interrupted."""
+"""SEFT on the micro world: phases, rounds, the stopping rule, and what a finished run keeps."""
 
 import dataclasses
 import json
+import shutil
 from pathlib import Path
 
 import pytest
+from micro_runs import micro, micro_run
 
 from jaxsi.methods import seft as method
 from jaxsi.methods.seft import Config, Round, seft, stops
+from jaxsi.methods.start import carry_out
 from jaxsi.runs.config_file import load_config
 from jaxsi.runs.records import Prompt, RankedResponses, Response, Revision, SFTExample, read_jsonl
 from jaxsi.runs.run import Run
 from jaxsi.stages.reviser import always_revise, revise
+from jaxsi.toyworld.methods_table import IN_COMMON
 
-pytestmark = pytest.mark.xdist_group("finished run of SEFT")  # what it makes once, one worker makes
-
-MICRO = Path(__file__).parents[1] / "micro" / "seft.py"
+pytestmark = pytest.mark.xdist_group("seft")  # the worker of all tests of its finished run
 
 
 @pytest.fixture(scope="module")
 def cfg() -> Config:
-    return load_config(MICRO)
+    return load_config(micro("seft"))
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory, cfg) -> Path:
-    directory = tmp_path_factory.mktemp("seft") / "run"
-    with Run.open(directory, cfg) as run:
-        seft(cfg, run)
-    return directory
+def whole() -> Path:
+    return micro_run("seft").whole
 
 
 def read(directory: Path, name: str, of: type) -> list:
@@ -39,7 +38,8 @@ def value(path: Path):
     return json.loads(path.read_text())
 
 
-def test_the_summary_has_what_readers_expect(whole):
+@pytest.mark.slow
+def test_summary_has_what_readers_expect(whole):
     summary = value(whole / "summary.json")
     assert (summary["status"], summary["method"]) == ("complete", "seft")
     lines = summary["iterations"]
@@ -61,11 +61,13 @@ def test_the_summary_has_what_readers_expect(whole):
     }
 
 
+@pytest.mark.slow
 def test_each_model_of_a_run_has_a_checkpoint(whole):
     for scope in ("iter_0", "iter_1", "warm_reviser", "reviser"):
         assert (whole / scope / "checkpoint" / "weights" / "jaxsi.json").exists()
 
 
+@pytest.mark.slow
 def test_drafts_come_from_the_current_policy_and_revisions_from_the_reviser(whole):
     fingerprints = [line["fingerprint"] for line in value(whole / "summary.json")["iterations"]]
     reviser = value(whole / "reviser" / "checkpoint" / "weights" / "jaxsi.json")["meta"]["fingerprint"]
@@ -73,13 +75,14 @@ def test_drafts_come_from_the_current_policy_and_revisions_from_the_reviser(whol
         drafts = {r.id: r for r in read(whole, f"iter_{t}/drafts.jsonl", Response)}
         assert {draft.fingerprint for draft in drafts.values()} == {fingerprints[t - 1]}
         for revision in read(whole, f"iter_{t}/revisions.jsonl", Revision):
-            if revision.label == "good" or t == 1:  # kept, or chosen among the policy's own
+            if revision.label == "good" or t == 1:  # unchanged, or chosen among the policy's own
                 assert revision.response == drafts[revision.id]
             else:
                 assert revision.response.fingerprint == reviser
 
 
-def test_the_internal_round_takes_one_draft_of_each_prompt_and_no_prompt_comes_twice(whole, cfg):
+@pytest.mark.slow
+def test_internal_round_takes_one_draft_of_each_prompt_and_prompts_never_repeat(whole, cfg):
     first = read(whole, "iter_1/revisions.jsonl", Revision)
     assert len({r.prompt_id for r in first}) == len(first)
     drafts = read(whole, "iter_1/drafts.jsonl", Response)
@@ -92,6 +95,7 @@ def test_the_internal_round_takes_one_draft_of_each_prompt_and_no_prompt_comes_t
     assert not {p.text for p in cfg.held_out()} & {p.text for p in cfg.prompts()}
 
 
+@pytest.mark.slow
 def test_targets_are_the_usable_revisions(whole):
     targets = {e.id: e for e in read(whole, "iter_1/targets.jsonl", SFTExample)}
     for revision in read(whole, "iter_1/revisions.jsonl", Revision):
@@ -101,45 +105,45 @@ def test_targets_are_the_usable_revisions(whole):
             assert revision.id not in targets
 
 
-def test_a_finished_run_is_taken_up_without_any_work(whole, cfg, monkeypatch):
-    for stage in ("generate", "begin"):
-        assert hasattr(method, stage)
-    monkeypatch.setattr(method, "generate", None)
-    before = (whole / "summary.json").read_text()
-    with Run.open(whole, cfg) as run:
+@pytest.mark.slow
+def test_method_on_a_finished_run_does_no_work(whole, tmp_path, cfg, monkeypatch):
+    for stage in ("generate", "sample"):
+        monkeypatch.setattr(method, stage, None)
+    directory = shutil.copytree(whole, tmp_path / "run")
+    with Run.open(directory, cfg) as run:
         seft(cfg, run)
-    assert (whole / "summary.json").read_text() == before
+    assert (directory / "summary.json").read_text() == (whole / "summary.json").read_text()
 
 
 @pytest.mark.parametrize(
     ("shares", "expected"),
     [([0.3], False), ([0.3, 0.4], False), ([0.3, 0.4, 0.4], True), ([0.5, 0.4], True), ([None, None], False)],
 )
-def test_evolution_stops_where_the_share_no_longer_rises(shares, expected):
+def test_evolution_stops_when_the_share_no_longer_rises(shares, expected):
     assert stops(shares) is expected
 
 
 def shares_of(monkeypatch, shares):
-    monkeypatch.setattr(method, "held_out_share", lambda cfg, policy, reviser, it: shares[it.name])
+    values = iter(shares)
+    monkeypatch.setattr(method, "held_out_share", lambda cfg, policy, reviser, run: next(values))
 
 
 def unfinished(whole: Path, directory: Path, cfg: Config) -> Run:
-    """A run that has its reviser, of another config of the evolution."""
-    import shutil
-
+    """A run that has its reviser already and differs in the evolution."""
     run = Run.open(directory, cfg)
-    for scope in cfg.SHARED:
+    for scope in IN_COMMON["seft"].shared:
         if (whole / scope).exists():
             shutil.copytree(whole / scope, directory / scope)
     (directory / "iter_0" / "held_out_share.json").unlink()
     return run
 
 
-def test_a_run_stops_early_and_says_so(whole, tmp_path, cfg, monkeypatch):
+@pytest.mark.slow
+def test_run_stops_early_and_says_so(whole, tmp_path, cfg, monkeypatch):
     longer = dataclasses.replace(cfg, iterations=3, external=Round(target=always_revise), evaluate=None)
-    shares_of(monkeypatch, {"iter_0": 0.2, "iter_1": 0.4, "iter_2": 0.4, "iter_3": 0.9})
+    shares_of(monkeypatch, [0.2, 0.4, 0.4, 0.9])
     with unfinished(whole, tmp_path / "run", longer) as run:
-        seft(longer, run)
+        carry_out(longer, run)
         summary = run.summary
     assert [line["no_share"] for line in summary["iterations"]] == [0.2, 0.4, 0.4]
     assert (summary["rounds"], summary["stopped"], summary["status"]) == (2, True, "complete")
@@ -147,7 +151,8 @@ def test_a_run_stops_early_and_says_so(whole, tmp_path, cfg, monkeypatch):
     assert labels <= {"wrong", "bad"}
 
 
-def test_without_held_out_prompts_every_round_is_run(whole, tmp_path, cfg):
+@pytest.mark.slow
+def test_without_held_out_prompts_every_round_runs(whole, tmp_path, cfg):
     plain = dataclasses.replace(
         cfg, held_out=None, evaluate=None, internal_rounds=0, external=Round(target=revise, drafts=cfg.model)
     )
@@ -169,7 +174,7 @@ def useless() -> list[RankedResponses]:
     ]
 
 
-def test_rankings_of_which_nothing_is_of_use_are_an_error_that_counts_them(tmp_path, cfg):
+def test_rankings_without_a_usable_pair_are_an_error_with_counts(tmp_path, cfg):
     bad = dataclasses.replace(cfg, reviser=dataclasses.replace(cfg.reviser, rankings=useless))
     with (
         Run.open(tmp_path / "run", bad) as run,
@@ -178,7 +183,7 @@ def test_rankings_of_which_nothing_is_of_use_are_an_error_that_counts_them(tmp_p
         seft(bad, run)
 
 
-def test_configs_that_cannot_work_are_refused(cfg):
+def test_impossible_configs_are_refused(cfg):
     with pytest.raises(ValueError, match="iterations is 0"):
         dataclasses.replace(cfg, iterations=0)
     with pytest.raises(ValueError, match="internal_rounds -1"):

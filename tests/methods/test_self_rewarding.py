@@ -3,37 +3,36 @@
 import dataclasses
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+from micro_runs import micro, micro_run
 
 from jaxsi.methods import self_rewarding
-from jaxsi.methods.self_rewarding import prompts_of
+from jaxsi.methods.self_rewarding import next_prompts
 from jaxsi.runs.config_file import load_config
-from jaxsi.runs.records import Prompt
-from jaxsi.runs.run import Run, RunError
-from jaxsi.sampling.generate import StaleRecordsError
+from jaxsi.runs.records import Prompt, SFTExample
+from jaxsi.runs.run import Run, RunError, StaleRecordsError
 from jaxsi.stages.self_instruct import PromptFile
 
-pytestmark = pytest.mark.xdist_group("finished run of Self-Rewarding")  # what it makes once, one worker makes
+pytestmark = pytest.mark.xdist_group("self_rewarding")  # the worker of all tests of its finished run
 
-MICRO = Path(__file__).parents[1] / "micro" / "self_rewarding.py"
+MICRO = micro("self_rewarding")
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory):
-    cfg = load_config(MICRO)
-    with Run.open(tmp_path_factory.mktemp("runs") / "whole", cfg) as run:
-        self_rewarding.self_rewarding(cfg, run)
-    return run.path
+def whole() -> Path:
+    return micro_run("self_rewarding").whole
 
 
-def test_the_summary_has_what_readers_expect(whole):
+@pytest.mark.slow
+def test_summary_has_what_readers_expect(whole):
     summary = json.loads((whole / "summary.json").read_text())
     assert summary["status"] == "complete"
     assert summary["method"] == "self_rewarding"
     assert [line["iteration"] for line in summary["iterations"]] == [1, 2]
     first, second = summary["iterations"]
-    assert first["seconds"]["baseline_sft"] > 0 and not any(name.startswith("baseline") for name in second["seconds"])
+    assert first["seconds"]["sft"] > 0
     assert isinstance(second["alarms"], list)
     assert first["pairs"] is None and second["pairs"] > 0
     assert first["fingerprint"] != second["fingerprint"]
@@ -42,7 +41,8 @@ def test_the_summary_has_what_readers_expect(whole):
     assert set(second["seconds"]) >= {"prompts", "candidates", "judgments", "pairs", "dpo", "evaluation"}
 
 
-def test_pairs_come_from_the_weights_that_were_current(whole):
+@pytest.mark.slow
+def test_pairs_come_from_the_current_weights(whole):
     fingerprints = [line["fingerprint"] for line in json.loads((whole / "summary.json").read_text())["iterations"]]
     candidates = [json.loads(line) for line in (whole / "iter_2" / "candidates.jsonl").read_text().splitlines()]
     judgments = [json.loads(line) for line in (whole / "iter_2" / "judgments.jsonl").read_text().splitlines()]
@@ -53,7 +53,7 @@ def test_pairs_come_from_the_weights_that_were_current(whole):
         assert scores[pair["chosen"]["id"]] > scores[pair["rejected"]["id"]]
 
 
-def test_a_file_of_prompts_is_dealt_out_once_also_when_iterations_are_added(tmp_path):
+def test_prompts_of_a_file_never_repeat_even_when_iterations_are_added(tmp_path):
     file = tmp_path / "prompts.jsonl"
     file.write_text("".join(json.dumps({"id": f"p{i}", "prompt": f"Question {i}?"}) + "\n" for i in range(7)))
 
@@ -65,7 +65,7 @@ def test_a_file_of_prompts_is_dealt_out_once_also_when_iterations_are_added(tmp_
             parts = []
             for t in range(2, iterations + 1):
                 it = run.at(f"iter_{t}")
-                parts.append(it.records("prompts", prompts_of, cfg, None, it, t, of=Prompt))
+                parts.append(it.counted("prompts", next_prompts, cfg, None, run, t, of=Prompt)[0])
         return [[prompt.id for prompt in part] for part in parts]
 
     assert dealt(tmp_path / "run", 3) == [["p0", "p1", "p2", "p3"], ["p4", "p5", "p6"]]
@@ -76,22 +76,24 @@ def test_a_file_of_prompts_is_dealt_out_once_also_when_iterations_are_added(tmp_
     assert dealt(tmp_path / "again", 3, repeat=True) == [[f"p{i}" for i in range(8)]] * 2
 
 
-def test_new_prompts_are_never_held_out_ones_nor_those_of_earlier_iterations(tmp_path, monkeypatch):
+def test_new_prompts_are_neither_held_out_nor_those_of_earlier_iterations(tmp_path, monkeypatch):
     excluded = []
     monkeypatch.setattr(self_rewarding, "new_prompts", lambda *args, **named: excluded.append(args[4]) or [])
+    lm = SimpleNamespace(mesh=None)
     micro = load_config(MICRO)
     held_out = lambda: [Prompt.of("h", "Held out?")]  # noqa: E731
     cfg = dataclasses.replace(micro, seed_data=dataclasses.replace(micro.seed_data, held_out=held_out))
     with Run.open(tmp_path / "run", micro) as run:
+        run.at("iter_1").records("ift", micro.seed_data.ift, of=SFTExample)
         run.at("iter_2").records("prompts", lambda: [Prompt.of("a", "Asked before?")], of=Prompt)
-        self_rewarding.prompts_of(cfg, None, run.at("iter_3"), 3)
+        self_rewarding.next_prompts(cfg, lm, run, 3)
         assert excluded == [{"Held out?", "Asked before?"}]
         (tmp_path / "run" / "iter_2" / "prompts.jsonl").unlink()
-        with pytest.raises(RunError, match="the prompts of iteration 2 are gone"):
-            self_rewarding.prompts_of(cfg, None, run.at("iter_3"), 3)
+        with pytest.raises(RunError, match=r"iter_2/prompts\.jsonl is gone, and later iterations need it"):
+            self_rewarding.next_prompts(cfg, lm, run, 3)
 
 
-def test_without_sft_a_replaced_model_is_refused_too(tmp_path):
+def test_replaced_model_is_refused_also_without_sft(tmp_path):
     import tiny
     from jaxsi import lm as lmlib
     from jaxsi.methods.self_rewarding import PromptFile, self_rewarding
@@ -114,7 +116,7 @@ def test_without_sft_a_replaced_model_is_refused_too(tmp_path):
 
 
 def test_held_out_prompts_of_a_file_are_left_out(tmp_path):
-    from jaxsi.methods.self_rewarding import PromptFile, SeedData, prompts_of
+    from jaxsi.methods.self_rewarding import PromptFile, SeedData
 
     file = tmp_path / "prompts.jsonl"
     file.write_text("".join(json.dumps({"id": f"p{i}", "prompt": f"Question {i}?"}) + "\n" for i in range(3)))
@@ -122,19 +124,16 @@ def test_held_out_prompts_of_a_file_are_left_out(tmp_path):
     cfg = load_config(MICRO)
     with Run.open(tmp_path / "run", cfg) as run:
         cfg = dataclasses.replace(cfg, seed_data=data, prompts=PromptFile(path=str(file)))
-        assert [prompt.id for prompt in prompts_of(cfg, None, run.at("iter_2"), 2)] == ["p0", "p2"]
+        assert [prompt.id for prompt in next_prompts(cfg, None, run, 2)[0]] == ["p0", "p2"]
 
 
-def test_no_agreeing_judgment_is_an_error(tmp_path):
-    from jaxsi.methods.self_rewarding import agreeing
-
-    cfg = load_config(MICRO)
-    with Run.open(tmp_path / "run", cfg) as run, pytest.raises(ValueError, match="so there is no EFT; train the judge"):
-        agreeing(cfg, run.at("iter_1"), [], [], [])
+def test_no_agreeing_judgment_is_an_error():
+    with pytest.raises(ValueError, match="so there is no EFT; train the judge"):
+        self_rewarding.agreeing([], [], load_config(MICRO).rubric, 0.4, 0, [])
 
 
 @pytest.mark.parametrize("share", [0.0, 1.1])
-def test_values_out_of_range_are_refused_with_the_config(share):
+def test_values_out_of_range_are_refused_by_the_config(share):
     from jaxsi.methods.self_rewarding import PairConfig, SeedData
 
     with pytest.raises(ValueError, match="max_share is"):

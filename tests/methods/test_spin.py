@@ -5,7 +5,6 @@ import dataclasses
 import pytest
 
 import tiny
-from jaxsi.methods import spin
 from jaxsi.methods.spin import Config, against_demonstrations
 from jaxsi.runs.records import Prompt, Response, SFTExample
 from jaxsi.sampling.generate import SamplingConfig
@@ -43,18 +42,6 @@ def test_the_demonstration_is_chosen_and_equal_and_cut_off_opponents_are_none():
         assert (pair.chosen.id, pair.chosen.prompt_id) == (f"{example.id}#demonstration", example.id)
         for side in encode_pair(tiny.tokenizer(), pair):  # both sides stop, or DPO would teach when to
             assert side.tokens[-1] in tiny.tokenizer().stop_ids and side.loss_mask[-1]
-
-
-def test_ties_are_what_is_left_of_the_demonstrations(monkeypatch):
-    counted = {}
-    monkeypatch.setattr(spin, "report", lambda run, it, t, model, figures, **counts: counts.pop("semantics")
-                        and counted.update(counts, t=t))  # fmt: skip
-    config = Config(model="m", demonstrations=list, dpo=DPOConfig(
-        train=TrainConfig(optim=OptimConfig(learning_rate=1e-3), batch_size=8)))  # fmt: skip
-    responses = [sampled(e, e.response) for e in EXAMPLES[:3]] + [sampled(EXAMPLES[3], "pig.")]
-    pairs = against_demonstrations(tiny.make_lm(), EXAMPLES, responses)
-    spin.summarise(config, None, None, None, 2, pairs=len(pairs), ties=len(EXAMPLES) - len(pairs))
-    assert counted == {"method": "spin", "pairs": 1, "ties": 3, "t": 2}
 
 
 def test_a_written_response_is_the_tokens_of_its_text_and_an_end():

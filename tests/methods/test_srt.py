@@ -2,7 +2,6 @@
 
 import dataclasses
 from collections.abc import Sequence
-from typing import ClassVar
 
 import numpy as np
 import pytest
@@ -39,10 +38,13 @@ def written(prompt: Prompt, text: str) -> Response:
     return written_response(tiny.tokenizer(), f"{prompt.id}#0", prompt.id, text)
 
 
-def stage_one(cfg: srt.Config, drafts: Sequence[Response], template=TEMPLATE) -> tuple:
+def stage_one(cfg: srt.Config, drafts: Sequence[Response], template=TEMPLATE) -> list:
     critiques = exact_critic(PROMPTS, drafts, TEMPLATE, None)
     refined = improved_responses(tiny.tokenizer(), critiques, TEMPLATE, marked=False)
-    return (cfg, PROMPTS, drafts, critiques, exact_critic(PROMPTS, refined, TEMPLATE, None), template)
+    checks = exact_critic(PROMPTS, refined, TEMPLATE, None)
+    cfg = dataclasses.replace(cfg, template=template)
+    examples, _ = srt.learnable(cfg, prompts=PROMPTS, drafts=drafts, critiques=critiques, checks=checks)
+    return examples
 
 
 # ------------------------------------------------------------------------------------------------------------- stage 1
@@ -52,7 +54,7 @@ def stage_one(cfg: srt.Config, drafts: Sequence[Response], template=TEMPLATE) ->
 def test_stage_one_learns_response_feedback_and_refinement_and_not_the_instruction(left_out):
     tokenizer, template = tiny.tokenizer(), TEMPLATE.without(*left_out)
     drafts = [written(PROMPTS[0], "axe red cat")]  # 9 of 10: the period is missing
-    [example] = srt.examples_of(*stage_one(config(), drafts, template))
+    [example] = stage_one(config(), drafts, template)
     lines = ["axe red cat", "Judge:", *(line for part, line in PARTS.items() if part not in left_out),
              "Answer: axe red cat."]  # fmt: skip
     assert example.response == "\n".join(lines) and example.messages == PROMPTS[0].messages
@@ -66,14 +68,14 @@ def test_stage_one_learns_response_feedback_and_refinement_and_not_the_instructi
 
 
 def test_the_ablation_without_feedback_learns_the_refinement_alone():
-    [example] = srt.examples_of(*stage_one(config(refinement_only=True), [written(PROMPTS[0], "axe red cat")]))
+    [example] = stage_one(config(refinement_only=True), [written(PROMPTS[0], "axe red cat")])
     assert example.response == "axe red cat."
 
 
 def test_a_critic_of_whom_nothing_can_be_learnt_is_an_error():
     drafts = [dataclasses.replace(written(PROMPTS[0], "axe red cat"), finish_reason="length")]
     with pytest.raises(ValueError, match=r"none of the critic's 1 critiques can be learnt from .*'empty': 1"):
-        srt.examples_of(*stage_one(config(), drafts))
+        stage_one(config(), drafts)
 
 
 # ------------------------------------------------------------------------------------------------------------- stage 2
@@ -86,7 +88,7 @@ def own(text: str, score: float, improved: str | None, prompt: Prompt) -> Critiq
     )  # fmt: skip
 
 
-def stage_two() -> tuple:
+def stage_two() -> dict:
     """The model believes the reverse of the truth: p0's refinement is better, and p1's worse, than it says."""
     tokenizer = tiny.tokenizer()
     texts = [("axe red cat", "axe red cat."), ("axe red dog.", "axe red."), ("axe red cow", "axe red cow.")]
@@ -95,11 +97,11 @@ def stage_two() -> tuple:
     critiques = [own("x", 5.0, r, p) for p, (_, r) in zip(PROMPTS, texts, strict=False)]
     refined = improved_responses(tokenizer, critiques, TEMPLATE, marked=True)
     checks = [own("x", score, None, p) for p, score in zip(PROMPTS, (4.0, 6.0, 6.0), strict=False)]
-    return PROMPTS[:3], drafts, critiques, refined, checks
+    return {"prompts": PROMPTS[:3], "drafts": drafts, "critiques": critiques, "refined": refined, "checks": checks}
 
 
 def test_pairs_are_those_of_the_models_own_scores():
-    pairs, counts = srt.pairs_and_counts(config(), *stage_two())
+    pairs, counts = srt.better_refinements(config(), **stage_two())
     assert [(p.id, p.chosen_score, p.rejected_score) for p in pairs] == [("p1#0", 6.0, 5.0), ("p2#0", 6.0, 5.0)]
     assert [(p.chosen.text, p.rejected.text) for p in pairs] == [
         ("axe red.\nJudge:", "axe red dog.\nJudge:"), ("axe red cow.\nJudge:", "axe red cow\nJudge:")
@@ -108,14 +110,14 @@ def test_pairs_are_those_of_the_models_own_scores():
 
 
 def test_pairs_of_the_exact_arm_are_those_of_the_grader():
-    pairs, _ = srt.pairs_and_counts(config(scoring=exact_scores), *stage_two())
+    pairs, _ = srt.better_refinements(config(scoring=exact_scores), **stage_two())
     assert [(p.id, p.chosen_score, p.rejected_score) for p in pairs] == [("p0#0", 10.0, 9.0), ("p2#0", 10.0, 9.0)]
 
 
 def test_both_sides_of_a_pair_end_where_feedback_begins():
     tokenizer = tiny.tokenizer()
     marker = list(marker_ids(tokenizer, TEMPLATE.feedback))
-    for pair in srt.pairs_of(config(), *stage_two()):
+    for pair in srt.better_refinements(config(), **stage_two())[0]:
         for side in encode_pair(tokenizer, pair):
             counted = side.tokens[side.loss_mask].tolist()
             assert counted[-len(marker) :] == side.tokens[-len(marker) :].tolist() == marker
@@ -128,7 +130,6 @@ def test_both_sides_of_a_pair_end_where_feedback_begins():
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Nameless:
     seed: int = 0
-    RESUMABLE: ClassVar[frozenset[str]] = frozenset()
 
 
 def goes_on(lm: LM, texts: Sequence[str]) -> float:

@@ -1,3 +1,5 @@
+"""Checkpoints: bit for bit, on any mesh, complete or absent, and damage that is found."""
+
 import json
 import os
 import shutil
@@ -70,10 +72,10 @@ def data_files(path: Path, group: str) -> list[Path]:
     return [file for file in (path / group).rglob("*") if file.parent.name == "d" and file.is_file()]
 
 
-# ---- what comes back -------------------------------------------------------------------------------------------------
+# ---- restoring -------------------------------------------------------------------------------------------------------
 
 
-def test_every_leaf_comes_back_bit_for_bit(saved):
+def test_every_leaf_is_restored_bit_for_bit(saved):
     restored = restore(saved, abstract(tree()))
     assert_same_bits(restored, tree())
     assert all(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(restored))
@@ -81,7 +83,7 @@ def test_every_leaf_comes_back_bit_for_bit(saved):
     assert is_complete(saved)
 
 
-def test_names_on_disk_are_the_paths_of_the_tree(saved):
+def test_manifest_names_leaves_by_their_paths(saved):
     leaves = json.loads((saved / "jaxsi.json").read_text())["leaves"]
     assert {"weights/layers/1/w", "optimizer/0/mu/embed", "optimizer/0/count", "counts/0", "step", "key"} <= set(leaves)
     assert leaves["weights/layers/1/w"] == {"shape": [8, 8], "dtype": "bfloat16"}
@@ -99,7 +101,7 @@ def test_names_on_disk_are_the_paths_of_the_tree(saved):
         ((1, 8), P(None, "fsdp")),
     ],
 )
-def test_restores_to_any_mesh(saved, shape, spec):
+def test_restore_to_any_mesh(saved, shape, spec):
     devices = np.array(jax.devices()[: shape[0] * shape[1]]).reshape(shape)
     mesh = jax.sharding.Mesh(devices, ("data", "fsdp"), axis_types=(AxisType.Auto,) * 2)
     wanted = abstract(tree(), lambda x: NamedSharding(mesh, spec if x.ndim == 2 else P()))
@@ -110,24 +112,27 @@ def test_restores_to_any_mesh(saved, shape, spec):
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-def test_a_cast_rounds_each_leaf_as_numpy_does_and_leaves_integers_alone(tmp_path, dtype):
+def test_cast_rounds_like_numpy_and_leaves_integers_alone(tmp_path, dtype):
     values = {"weights": {"w": jax.random.normal(jax.random.key(0), (64, 128)), "n": jnp.arange(3)}}
     save(tmp_path / "c", values, {})
     mesh = jax.make_mesh((4, 2), ("a", "b"), axis_types=(AxisType.Auto,) * 2)
-    place = lambda x: NamedSharding(mesh, P("a", "b") if x.ndim == 2 else P())  # noqa: E731
+
+    def place(x):
+        return NamedSharding(mesh, P("a", "b") if x.ndim == 2 else P())
+
     wanted = abstract({"weights": {"w": values["weights"]["w"].astype(dtype), "n": values["weights"]["n"]}}, place)
     restored = restore(tmp_path / "c", wanted, cast=True)
     expected = {"w": np.asarray(values["weights"]["w"]).astype(dtype), "n": np.arange(3, dtype=np.int32)}
     assert_same_bits(restored, {"weights": expected})
     assert restored["weights"]["w"].sharding == place(values["weights"]["w"])
-    with pytest.raises(CheckpointError, match=f"'weights/w' is float32.* and {dtype}"):
+    with pytest.raises(CheckpointError, match=f"'weights/w' is float32.* but {dtype}"):
         restore(tmp_path / "c", wanted)
     for wrong in (jax.ShapeDtypeStruct((3,), np.float32), jax.ShapeDtypeStruct((4,), np.int32)):
         with pytest.raises(CheckpointError, match="'weights/n' is int32"):
             restore(tmp_path / "c", {"weights": {"n": wrong}}, cast=True)
 
 
-def test_a_sharded_tree_comes_back_on_one_device(tmp_path):
+def test_sharded_tree_is_restored_on_one_device(tmp_path):
     mesh = jax.make_mesh((2, 4), ("data", "fsdp"), axis_types=(AxisType.Auto,) * 2)
     value = {"w": jax.device_put(jnp.arange(64.0).reshape(8, 8), NamedSharding(mesh, P("fsdp", "data")))}
     save(tmp_path / "c", value, {})
@@ -136,7 +141,7 @@ def test_a_sharded_tree_comes_back_on_one_device(tmp_path):
     assert restored["w"].devices() == {jax.devices()[0]}
 
 
-def test_restoring_the_weights_reads_no_other_entry(copy):
+def test_restoring_the_weights_reads_only_their_files(copy):
     shutil.rmtree(copy / "optimizer")
     (copy / "key" / "manifest.ocdbt").write_bytes(b"damaged")
     restored = restore(copy, {"weights": abstract(tree()["weights"])})
@@ -146,29 +151,29 @@ def test_restoring_the_weights_reads_no_other_entry(copy):
     assert not is_complete(copy)
 
 
-def test_a_part_of_an_entry(saved):
+def test_restore_of_a_part_of_an_entry(saved):
     wanted = {"weights": {"layers": [{"w": jax.ShapeDtypeStruct((8, 8), jnp.bfloat16)}]}}
     assert_same_bits(restore(saved, wanted), {"weights": {"layers": tree()["weights"]["layers"][:1]}})
 
 
-# ---- what does not fit -----------------------------------------------------------------------------------------------
+# ---- trees that do not fit -------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
     ("name", "shape", "dtype", "says"),
     [
-        ("embed", (16, 9), "float32", r"leaf 'weights/embed' is float32\[16, 8\] there and float32\[16, 9\] is wanted"),
+        ("embed", (16, 9), "float32", r"leaf 'weights/embed' is float32\[16, 8\], but float32\[16, 9\] was requested"),
         (
             "embed",
             (16, 8),
             "bfloat16",
-            r"leaf 'weights/embed' is float32\[16, 8\] there and bfloat16\[16, 8\] is wanted",
+            r"leaf 'weights/embed' is float32\[16, 8\], but bfloat16\[16, 8\] was requested",
         ),
         ("head", (16, 8), "float32", r"it has no leaf 'weights/head'; it has \d+ leaves, such as "),
         ("deep/embed", (16, 8), "float32", "no leaf 'weights/deep/embed'.*such as .*weights/embed"),
     ],
 )
-def test_a_leaf_that_does_not_fit_is_named(saved, name, shape, dtype, says):
+def test_error_names_a_leaf_that_does_not_fit(saved, name, shape, dtype, says):
     with pytest.raises(CheckpointError, match=says):
         restore(saved, {"weights": {name: jax.ShapeDtypeStruct(shape, dtype)}})
 
@@ -176,31 +181,31 @@ def test_a_leaf_that_does_not_fit_is_named(saved, name, shape, dtype, says):
 @pytest.mark.parametrize(
     ("bad", "says"),
     [
-        ({"a": 1}, "leaf 'a' is 1 of type int, not an array; pass numbers of Python in `meta`"),
+        ({"a": 1}, "leaf 'a' is 1 of type int, not an array; put Python numbers into `meta`"),
         ({"a": np.zeros(2)}, "leaf 'a' is float64, and jax_enable_x64 is off; use 32 bits"),
         ({"a": {"b": jnp.zeros((0, 2))}}, r"leaf 'a/b' of shape \(0, 2\) is empty"),
         ({"a/b": jnp.ones(1), "a": {"b": jnp.ones(1)}}, "two leaves are named 'a/b'"),
-        ({"metrics": jnp.ones(1)}, "'metrics' names no folder"),
-        ({"": jnp.ones(1)}, "names no folder"),
-        (jnp.ones(1), "names no folder"),
+        ({"metrics": jnp.ones(1)}, "'metrics' cannot name a folder"),
+        ({"": jnp.ones(1)}, "cannot name a folder"),
+        (jnp.ones(1), "cannot name a folder"),
         ({}, "no leaves"),
     ],
 )
-def test_a_tree_that_cannot_be_saved_is_refused_and_nothing_is_written(bad, says, tmp_path):
+def test_invalid_tree_is_an_error_and_nothing_is_written(bad, says, tmp_path):
     with pytest.raises(CheckpointError, match=says):
         save(tmp_path / "c", bad, {})
     assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("meta", [{"a": float("nan")}, {"a": (1, 2)}, {1: "a"}, {"a": jnp.ones(1)}])
-def test_meta_that_would_not_come_back_is_refused(meta, tmp_path):
+def test_meta_that_does_not_survive_json_is_an_error(meta, tmp_path):
     with pytest.raises(CheckpointError, match="meta"):
         save(tmp_path / "c", {"a": jnp.ones(1)}, meta)
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_sound_checkpoint_and_a_strangers_folder_are_never_overwritten(copy, tmp_path):
-    with pytest.raises(CheckpointError, match="a sound checkpoint is there already"):
+def test_save_never_overwrites_a_sound_checkpoint_or_a_foreign_folder(copy, tmp_path):
+    with pytest.raises(CheckpointError, match="already holds a sound checkpoint"):
         save(copy, {"a": jnp.ones(1)}, {})
     assert_same_bits(restore(copy, abstract(tree())), tree())
     (tmp_path / "thesis").mkdir()
@@ -219,7 +224,7 @@ def flip(file: Path, at: float) -> None:
     file.write_bytes(content)
 
 
-def test_a_flipped_bit_in_any_file_is_found(saved, tmp_path):
+def test_flipped_bit_in_any_file_is_found(saved, tmp_path):
     names = [file.relative_to(saved) for file in saved.rglob("*") if file.is_file() and file.stat().st_size]
     assert checkpoint.MANIFEST in map(str, names)
     path = Path(shutil.copytree(saved, tmp_path / "c"))
@@ -256,7 +261,7 @@ def test_other_damage_is_found_without_reading_the_data(copy, harm):
         restore(copy, abstract(tree()))
 
 
-def test_latest_passes_over_what_is_not_sound_and_says_so(tmp_path, caplog):
+def test_latest_skips_damaged_checkpoints_with_a_warning(tmp_path, caplog):
     assert latest(tmp_path / "none") is None
     for step in (2, 9, 10, 11):
         save(tmp_path / f"step_{step}", {"a": jnp.full(4, step)}, {"step": step})
@@ -268,7 +273,7 @@ def test_latest_passes_over_what_is_not_sound_and_says_so(tmp_path, caplog):
     assert "step_12: the save was interrupted" in caplog.text
     assert "step_11: " in caplog.text
     assert "damaged" in caplog.text
-    save(tmp_path / "step_11", {"a": jnp.full(4, 11)}, {"step": 11})  # what is damaged is made again
+    save(tmp_path / "step_11", {"a": jnp.full(4, 11)}, {"step": 11})  # a damaged checkpoint may be replaced
     assert latest(tmp_path) == tmp_path / "step_11"
 
 
@@ -297,7 +302,7 @@ def assert_holds(path: Path, step: int) -> None:
     assert_same_bits(restored, {"weights": expected})
 
 
-def test_kill_in_the_middle_of_a_save_leaves_the_previous_one(tmp_path):
+def test_kill_during_a_save_leaves_the_previous_checkpoint(tmp_path):
     code = """
         from pathlib import Path
         root, step, kill_at = Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
@@ -323,10 +328,10 @@ def test_kill_in_the_middle_of_a_save_leaves_the_previous_one(tmp_path):
     again = start(code, tmp_path, 2, "never")
     assert again.communicate() == ("", "")
     assert_holds(latest(tmp_path), 2)
-    assert sorted(file.name for file in tmp_path.iterdir()) == ["step_1", "step_2"]  # no half-written folder stays
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["step_1", "step_2"]  # without half-written folders
 
 
-def test_a_full_disk_is_said_and_the_previous_one_stays(tmp_path):
+def test_full_disk_is_an_error_and_the_previous_checkpoint_stays(tmp_path):
     code = """
         root = sys.argv[1]
         save(root + "/step_1", big(1), {})
@@ -350,7 +355,7 @@ def test_a_full_disk_is_said_and_the_previous_one_stays(tmp_path):
     verify(tmp_path / "step_3")
 
 
-def test_the_manifest_is_written_last_and_after_everything_is_synced(tmp_path, monkeypatch):
+def test_manifest_is_written_last_after_everything_is_synced(tmp_path, monkeypatch):
     synced = set()
     fsync = os.fsync
     monkeypatch.setattr(os, "fsync", lambda fd: (synced.add(os.readlink(f"/proc/self/fd/{fd}")), fsync(fd)))
@@ -368,14 +373,14 @@ def test_the_manifest_is_written_last_and_after_everything_is_synced(tmp_path, m
     assert manifest["leaves"] == {"a": {"shape": [3], "dtype": "float32"}}
 
 
-def test_a_checkpoint_of_another_format_is_refused(copy):
+def test_checkpoint_of_another_format_is_an_error(copy):
     manifest = checkpoint._read_manifest(copy) | {"format": 99}
     (copy / checkpoint.MANIFEST).write_text(json.dumps(manifest | {"sha256": checkpoint._seal(manifest)}))
-    with pytest.raises(CheckpointError, match="of format 99, this version reads 1; use the version"):
+    with pytest.raises(CheckpointError, match="has format 99, this version reads 1; use the version"):
         read_meta(copy)
 
 
-def test_saving_and_restoring_is_quick_for_a_small_model(tmp_path):
+def test_small_model_is_saved_and_restored_quickly(tmp_path):
     value = {"weights": {f"w{n}": jnp.ones((64, 64)) for n in range(50)}}
     begin = time.monotonic()
     save(tmp_path / "c", value, {})

@@ -1,4 +1,4 @@
-"""What SIGTERM does to one process: it stops at once, or where the work asks; for two see test_multihost."""
+"""SIGTERM stops one process at once, or at the point where its work asks. See test_multihost for two processes."""
 
 import os
 import signal
@@ -20,7 +20,7 @@ def terminate() -> None:
     os.kill(os.getpid(), signal.SIGTERM)
 
 
-def test_outside_of_work_that_asks_the_command_stops_at_once_and_the_old_handler_comes_back():
+def test_sigterm_stops_at_once_outside_of_polled_and_the_old_handler_returns():
     before = signal.getsignal(signal.SIGTERM)
     with preemption.noticed():
         assert not preemption.asked()
@@ -29,7 +29,7 @@ def test_outside_of_work_that_asks_the_command_stops_at_once_and_the_old_handler
     assert signal.getsignal(signal.SIGTERM) is before
 
 
-def test_work_that_asks_is_told_and_a_second_signal_does_not_wait():
+def test_polled_work_sees_sigterm_and_a_second_one_raises():
     with preemption.noticed(), preemption.polled():
         terminate()
         assert preemption.asked()
@@ -38,7 +38,7 @@ def test_work_that_asks_is_told_and_a_second_signal_does_not_wait():
     assert not preemption.asked()
 
 
-def test_work_that_ends_before_it_asks_is_the_last():
+def test_check_stops_after_polled_work_that_did_not_ask():
     with preemption.noticed():
         with preemption.polled():
             terminate()
@@ -47,45 +47,48 @@ def test_work_that_ends_before_it_asks_is_the_last():
             preemption.check()
 
 
-def told_by_jax(monkeypatch, poll):
-    """As one of several processes, which JAX tells to stop at the poll of that number."""
-    asked = []
+def stop_by_jax(monkeypatch, poll):
+    """Acts as one of several processes that JAX stops at this poll. The list returned fills with the polls' numbers."""
+    polls = []
     monkeypatch.setattr("jax.distributed.is_initialized", lambda: True)
     monkeypatch.setattr(
         "jax.experimental.multihost_utils.reached_preemption_sync_point",
-        lambda number: asked.append(number) or len(asked) == poll,
+        lambda number: polls.append(number) or len(polls) == poll,
     )
-    return asked
+    return polls
 
 
-def test_of_several_processes_the_next_stage_stops_all_at_the_same_poll(tmp_path, monkeypatch):
-    ran = []
+def test_next_stage_stops_all_processes_at_the_same_poll(tmp_path, monkeypatch):
+    calls = []
     with preemption.noticed(), Run.open(tmp_path / "run", Config()) as run:
         scope = run.at("iter_1")
-        asked = told_by_jax(monkeypatch, 3)
-        assert [scope.value(name, lambda: ran.append(1) or len(ran)) for name in ("a", "b", "a")] == [1, 2, 1]
+        polls = stop_by_jax(monkeypatch, 3)
+        assert [scope.value(name, lambda: calls.append(1) or len(calls)) for name in ("a", "b", "a")] == [1, 2, 1]
         with pytest.raises(preemption.Stopped, match="what is finished is kept"):
-            scope.value("c", lambda: ran.append(1) or len(ran))
-        assert len(asked) == 3 and asked == list(range(asked[0], asked[0] + 3))
+            scope.value("c", lambda: calls.append(1) or len(calls))
+        assert len(polls) == 3 and polls == list(range(polls[0], polls[0] + 3))
     with Run.open(tmp_path / "run", Config()) as run:
-        assert run.at("iter_1").value("c", lambda: ran.append(1) or len(ran)) == 3
+        assert run.at("iter_1").value("c", lambda: calls.append(1) or len(calls)) == 3
 
 
-def test_of_several_processes_a_long_stage_stops_between_its_waves_and_batches(tmp_path, monkeypatch):
+def test_long_stage_stops_all_processes_between_waves_and_batches(tmp_path, monkeypatch):
     lm = tiny.make_lm()
     prompts, keys = [[5, 6, 7]] * 5, jax.random.split(jax.random.key(0), 5)
-    sampled = lambda: generate.generate_ids(lm, prompts, keys, max_new_tokens=4, batch_size=2)  # noqa: E731
-    whole = sampled()
+
+    def sample():
+        return generate.generate_ids(lm, prompts, keys, max_new_tokens=4, batch_size=2)
+
+    whole = sample()
     pair = tuple(batches.Sequence_(np.asarray([5, 6, n], np.int32), np.asarray([0, 0, 1], bool)) for n in (7, 8))
     config = train.TrainConfig(optim=OptimConfig(learning_rate=1e-3), batch_size=8, max_length=64, remat="none")
-    for work in (sampled, lambda: train.reference_logps(lm, [pair] * 20, config)):
+    for work in (sample, lambda: train.reference_logps(lm, [pair] * 20, config)):
         with preemption.noticed(), monkeypatch.context() as patch:
-            asked = told_by_jax(patch, 2)
+            polls = stop_by_jax(patch, 2)
             with pytest.raises(preemption.Stopped):
                 work()
-            assert len(asked) == 2
-    assert sampled() == whole
+            assert len(polls) == 2
+    assert sample() == whole
 
 
-def test_importing_the_package_listens_to_nothing():
+def test_importing_the_package_installs_no_handler():
     assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL

@@ -1,3 +1,5 @@
+"""Progress of long work: a line in a log now and then, a bar on a terminal."""
+
 import io
 
 import pytest
@@ -18,18 +20,18 @@ def clock(monkeypatch):
     return now
 
 
-def test_a_log_gets_a_line_about_every_ten_seconds_with_the_time_left(clock, monkeypatch):
+def test_log_has_a_line_about_every_ten_seconds_with_the_time_left(clock, monkeypatch):
     log = io.StringIO()
     monkeypatch.setattr(module.sys, "stderr", log)
     with progress("iter_1/candidates", 100) as advance:
-        advance(50, False)  # from an earlier run: says nothing about this one's pace
+        advance(50, False)  # from an earlier run, so it does not count towards the pace
         for _ in range(5):
             clock[0] += 4
             advance(5, True)
     assert log.getvalue() == "iter_1/candidates 65/100, 0:28 left\n"
 
 
-def test_nothing_is_said_at_the_end(clock, monkeypatch):
+def test_log_has_no_line_at_the_end(clock, monkeypatch):
     log = io.StringIO()
     monkeypatch.setattr(module.sys, "stderr", log)
     with progress("x", 2) as advance:
@@ -38,7 +40,7 @@ def test_nothing_is_said_at_the_end(clock, monkeypatch):
     assert log.getvalue() == ""
 
 
-def test_a_terminal_gets_a_bar(monkeypatch):
+def test_terminal_shows_a_bar(monkeypatch):
     terminal = Terminal()
     monkeypatch.setattr(module.sys, "stderr", terminal)
     with progress("iter_1/train", 4) as advance:
@@ -46,7 +48,7 @@ def test_a_terminal_gets_a_bar(monkeypatch):
     assert "iter_1/train" in terminal.getvalue() and "100%" in terminal.getvalue()
 
 
-def test_only_process_0_speaks(monkeypatch):
+def test_only_process_0_prints(monkeypatch):
     terminal = Terminal()
     monkeypatch.setattr(module.sys, "stderr", terminal)
     monkeypatch.setattr(module, "processes", lambda: (1, 2))

@@ -8,16 +8,18 @@ import sys
 import textwrap
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import ClassVar
 
 import jax
 import numpy as np
 import pytest
 
+import tiny
 from jaxsi.runs import preemption, run as run_module
-from jaxsi.runs.config_snapshot import RunConfigError, describe_config
-from jaxsi.runs.records import Prompt, RecordError, read_jsonl, write_jsonl
-from jaxsi.runs.run import Run, RunError, fold, name_words, status
+from jaxsi.runs.config_snapshot import RunConfigError, describe_config, may_change
+from jaxsi.runs.named_keys import fold, name_words
+from jaxsi.runs.records import Prompt, RecordError, Response, read_jsonl, write_jsonl
+from jaxsi.runs.run import Run, RunError, StaleRecordsError
+from jaxsi.runs.status import status
 
 REPO = Path(__file__).parents[2]
 
@@ -29,16 +31,15 @@ def mild(x: float) -> float:
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Inner:
     beta: float = 0.1
-    log_every: int = 10
+    log_every: int = dataclasses.field(default=10, metadata=may_change())
     transform: Callable[[float], float] = mild
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config:
-    RESUMABLE: ClassVar[frozenset[str]] = frozenset({"label", "dpo.log_every"})
     seed: int = 0
     iterations: int = 2
-    label: str = "a"
+    label: str = dataclasses.field(default="a", metadata=may_change())
     model: Path | None = None
     lengths: tuple[int, ...] = (1, 2)
     dpo: Inner = Inner()
@@ -203,6 +204,41 @@ def test_a_stage_that_gives_something_else_is_refused_before_anything_is_written
         assert not scope.path.exists()
 
 
+@dataclasses.dataclass(frozen=True)
+class Model:
+    fingerprint: str
+    template_hash: str = "t"
+
+
+def test_records_of_another_model_are_refused(tmp_path):
+    sampled = dataclasses.replace(tiny.response(Prompt.of("q", "x"), 0, [5]), fingerprint="f", template="t")
+    with Run.open(tmp_path / "run", Config()) as run:
+        it = run.at("iter_1")
+        assert it.sharded("y", ["q"], lambda part, r: [r], sampled, of=Response, by=Model("f")) == [sampled]
+        for model, message in ((Model("g"), "sampled by weights f .* has g"), (Model("f", "u"), "template t")):
+            with pytest.raises(StaleRecordsError, match=message):
+                it.sharded("y", ["q"], refuse, of=Response, by=model)
+
+
+def test_stage_that_counts_keeps_records_and_counts(tmp_path):
+    def counting(*texts, of_which):
+        return prompts(*texts), {"kept": len(texts), "of": of_which}
+
+    with Run.open(tmp_path / "run", Config()) as run:
+        it = run.at("iter_1")
+        first = it.counted("prompts", counting, "a", "b", of_which=3, of=Prompt)
+        assert first == (prompts("a", "b"), {"kept": 2, "of": 3})
+        assert json.loads((it.path / "prompts_counts.json").read_text()) == first[1]
+        assert it.counted("prompts", refuse, of=Prompt) == first
+        assert it.finished("prompts", of=Prompt) == first[0]
+        # A kill between the two files: the counts are made again, the records, which others may have used, are not.
+        (it.path / "prompts_counts.json").unlink()
+        assert it.counted("prompts", counting, "c", of_which=1, of=Prompt) == (first[0], {"kept": 1, "of": 1})
+        (it.path / "prompts.jsonl").unlink()
+        with pytest.raises(RunError, match=r"prompts\.jsonl is gone, and later iterations need it"):
+            it.finished("prompts", of=Prompt)
+
+
 # ---- kill and resume -------------------------------------------------------------------------------------------------
 
 PLAYERS = textwrap.dedent("""
@@ -214,7 +250,6 @@ PLAYERS = textwrap.dedent("""
 
     @dataclass(frozen=True, kw_only=True)
     class Config:
-        RESUMABLE: ClassVar[frozenset[str]] = frozenset()
         seed: int = 0
         iterations: int = 2
 
@@ -337,7 +372,7 @@ def test_another_config_is_refused_with_the_difference(tmp_path):
         "model: None -> 'm'",
         "lengths: [1, 2] -> [1, 3]",
         "dpo.beta: 0.1 -> 0.2",
-        f"dpo.transform: '{__name__}.mild' -> '{__name__}.prompts'",
+        f"dpo.transform: {describe_config(mild)!r} -> {describe_config(prompts)!r}",
     )
     assert "seed: 0 -> 1" in str(caught.value)
     assert (tmp_path / "run" / "config.json").read_bytes() == stored
@@ -366,15 +401,12 @@ def test_another_method_is_another_config(tmp_path):
     Run.open(tmp_path / "run", Config()).close()
     with pytest.raises(RunConfigError) as caught:
         Run.open(tmp_path / "run", OtherMethod())
-    assert caught.value.differences == (
-        f"__type__: '{__name__}.Config' -> '{__name__}.OtherMethod'",
-        "extra: (absent) -> 1",
-    )
+    assert caught.value.differences == (f"__type__: '{__name__}.Config' -> '{__name__}.OtherMethod'",)
 
 
-@pytest.mark.parametrize("value", [lambda x: x, object(), Inner().__repr__, functools.partial(mild, 1)])
+@pytest.mark.parametrize("value", [lambda x: x, object(), Inner().__repr__, functools.partial(lambda x: x)])
 def test_a_config_value_without_a_lasting_name_is_refused(value):
-    with pytest.raises(RunConfigError, match=r"config\.dpo\.transform is .*a function of a module"):
+    with pytest.raises(RunConfigError, match=r"config\.dpo\.transform is .*give a value, a function that"):
         describe_config(Config(dpo=Inner(transform=value)))
 
 

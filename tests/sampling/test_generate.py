@@ -1,6 +1,5 @@
 """Generation: what is drawn, from which distribution, and that nothing but weights, prompt and key decides it."""
 
-import dataclasses
 import re
 import time
 from typing import Any
@@ -19,8 +18,6 @@ from jaxsi.sampling import engine, generate as sampling, scoring, slots
 from jaxsi.sampling.generate import (
     PromptTooLongError,
     SamplingConfig,
-    StaleRecordsError,
-    check_sampled_by,
     generate,
     generate_ids,
 )  # fmt: skip
@@ -286,18 +283,6 @@ def test_records_say_how_they_ended() -> None:
         assert end not in r.token_ids[:-1]
         assert len(r.token_ids) == 12 or r.finish_reason == "stop"
         assert r.text == lm.tokenizer.decode(r.token_ids) and r.template == lm.tokenizer.template_hash
-
-
-def test_responses_of_another_model_are_refused() -> None:
-    lm, other = tiny.make_lm(), tiny.make_lm(seed=1)
-    responses = [dataclasses.replace(tiny.response(PROMPTS[0], 0, [5]), fingerprint=lm.fingerprint)]
-    check_sampled_by(lm, responses)
-    with pytest.raises(
-        StaleRecordsError, match=f"'q0#0' was sampled by weights {lm.fingerprint} .* has {other.fingerprint}"
-    ):
-        check_sampled_by(other, responses)
-    with pytest.raises(StaleRecordsError, match="template abc"):
-        check_sampled_by(lm, [dataclasses.replace(responses[0], template="abc")])
 
 
 def test_thousands_of_keys_are_those_of_fold_and_fast() -> None:

@@ -37,7 +37,7 @@ WORKED = {
 
 
 @pytest.mark.parametrize("text", WORKED)
-def test_mistakes_by_hand(text):
+def test_mistakes_match_hand_written_examples(text):
     task = parse(text)
     assert tuple(respond(task, mode) for mode in ("copies", "misreads", "hurried")) == WORKED[text]
     right = " ".join(task.answer)
@@ -47,13 +47,13 @@ def test_mistakes_by_hand(text):
 
 
 @given(tasks_drawn)
-def test_grade_of_each_mode(task):
+def test_each_mode_gets_its_grade(task):
     totals = {mode: grade(instruction(task), respond(task, mode)).total for mode in MODES}
     assert totals["careful"] == 10 and totals["chatty"] == totals["unfinished"] == 9
     assert totals["hurried"] < 10
     for mode in ("copies", "misreads", "hurried"):
         result = grade_task(task, respond(task, mode))
-        assert result.form  # what is wrong with them is content alone
+        assert result.form  # only their content is wrong
         assert result.total == 10 or respond(task, mode) != respond(task, "careful")
 
 
@@ -69,7 +69,7 @@ def test_modes_are_distinct_for_most_tasks():
     assert statistics.mean(len({respond(task, mode) for mode in MODES}) == len(MODES) for task in drawn) > 0.8
 
 
-def test_modes_come_by_their_weights():
+def test_modes_are_drawn_by_their_weights():
     assert sum(MODE_WEIGHTS.values()) == pytest.approx(1)
     rng = random.Random(0)
     task = parse("Reverse: cat red axe pie")
@@ -79,8 +79,8 @@ def test_modes_come_by_their_weights():
     assert all(text == respond(task, mode) for text, mode in drawn)
 
 
-def test_there_is_room_above_the_mean_demonstration():
-    """Best of four is at least two grades above the mean, and the mean leaves room: what the loop can win."""
+def test_best_of_four_beats_the_mean_demonstration():
+    """The best of four is at least two grades above the mean, which itself leaves room: what the loop can gain."""
     means, bests = [], []
     for task in tasks(2000, seed=1, held_out=False):
         totals = {mode: grade_task(task, respond(task, mode)).total for mode in MODES}
@@ -94,7 +94,7 @@ def test_there_is_room_above_the_mean_demonstration():
     assert statistics.mean(bests) - statistics.mean(means) >= 2
 
 
-def test_ift():
+def test_ift_mixes_good_and_bad_training_responses():
     examples = ift(400, seed=5)
     texts = [example.messages[0]["content"] for example in examples]
     assert len({example.id for example in examples}) == len(set(texts)) == 400
@@ -106,7 +106,7 @@ def test_ift():
 
 
 @pytest.mark.parametrize("per_prompt", [2, 4, MAX_RANKED])
-def test_rankings(per_prompt):
+def test_rankings_rank_different_responses(per_prompt):
     ranked = rankings(200, seed=2, per_prompt=per_prompt)
     assert len({record.id for record in ranked}) == 200
     for record in ranked:
@@ -116,7 +116,7 @@ def test_rankings(per_prompt):
     assert ranked == rankings(200, seed=2, per_prompt=per_prompt)
 
 
-def test_rankings_follow_the_grade_but_for_a_few_slips():
+def test_rankings_follow_the_grade_except_for_a_few_slips():
     slips = untied = 0
     for record in rankings(3000, seed=0):
         totals = [grade(record.messages[0]["content"], text).total for text in record.responses]
@@ -125,11 +125,11 @@ def test_rankings_follow_the_grade_but_for_a_few_slips():
             untied += better != worse
             slips += better < worse
     assert untied > 5000
-    # Each neighbouring pair is exchanged with probability SLIP; a response carried on can leave it for the next pair.
+    # Each neighbouring pair is exchanged with probability SLIP; the response carried on may be exchanged again.
     assert slips / untied == pytest.approx(SLIP, abs=0.015)
 
 
 @pytest.mark.parametrize("per_prompt", [1, MAX_RANKED + 1])
-def test_rankings_need_as_many_responses_as_there_are(per_prompt):
+def test_rankings_refuse_more_responses_than_exist(per_prompt):
     with pytest.raises(ValueError, match=f"per_prompt={per_prompt}.*2 to {MAX_RANKED}"):
         rankings(1, seed=0, per_prompt=per_prompt)

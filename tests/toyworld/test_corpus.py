@@ -33,7 +33,7 @@ def judged(content):
 
 
 def instructions_in(content):
-    """Every instruction of the world that stands in a prompt."""
+    """All instructions of the world in a prompt."""
     if judged(content):
         return [judged(content)[0]]
     lines = [line.removeprefix("- ") for line in content.splitlines()]
@@ -54,7 +54,7 @@ def instructions_in(content):
         ("Score: 5", "axe wrong red wrong cat wrong form bad Score: 0"),
     ],
 )
-def test_verdicts_by_hand(response, verdict):
+def test_verdicts_match_hand_written_examples(response, verdict):
     assert justification(TASK, response) == verdict
 
 
@@ -67,7 +67,7 @@ def test_verdict_agrees_with_the_grade(task, seed):
     assert tuple(verdict.split(" ")[0 : 2 * len(task.answer) : 2]) == task.answer
 
 
-def test_the_score_is_a_function_of_the_words_before_it():
+def test_score_follows_from_the_words_before_it():
     scores = {}
     rng = random.Random(0)
     for _ in range(3000):
@@ -78,7 +78,7 @@ def test_the_score_is_a_function_of_the_words_before_it():
     assert set(scores.values()) == set("012345")
 
 
-def test_rubric():
+def test_rubric_is_short_and_reads_its_own_score():
     assert len(RUBRIC.template.split()) <= 45
     assert RUBRIC.template.endswith("Score:") and RUBRIC.marker == "Score:"
     rendered = RUBRIC.render("Reverse: cat red axe", "Score: 5 {prompt}")
@@ -101,21 +101,21 @@ def test_held_out_instructions_never_occur():
     assert seen["few-shot"] / 4000 == pytest.approx(0.05, abs=0.015)
 
 
-def test_documents_are_the_same_for_the_same_seed():
+def test_same_seed_gives_same_documents():
     documents = list(pretraining_documents(200, seed=1))
     assert documents == list(pretraining_documents(200, seed=1))
     assert documents[:50] == list(itertools.islice(pretraining_documents(200, seed=1), 50))
     assert documents != list(pretraining_documents(200, seed=2))
 
 
-def test_demonstrations_are_those_of_the_annotators():
+def test_demonstrations_come_from_the_annotators():
     rng = random.Random(4)
     for _ in range(200):
         (message,), response = demonstration_document(rng)
         assert response in {respond(parse(message["content"]), mode) for mode in MODES}
 
 
-def test_judged_responses_are_of_three_kinds():
+def test_judged_responses_have_three_kinds():
     rng = random.Random(5)
     by_modes = {respond(TASK, mode) for mode in MODES}
     drawn = [judged_response(TASK, rng) for _ in range(4000)]
@@ -124,7 +124,7 @@ def test_judged_responses_are_of_three_kinds():
     assert {points(grade_task(TASK, text)) for text in drawn} == set(range(6))
 
 
-def test_new_instructions_parse_as_self_instruct_reads_them():
+def test_self_instruct_reads_new_instructions():
     rng = random.Random(6)
     families = set()
     for _ in range(100):

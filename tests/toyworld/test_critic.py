@@ -1,4 +1,4 @@
-"""The embedded world's exact critic: what it says is true, and what it mends is better."""
+"""The embedded world's exact critic: its critiques are true, and mended responses are better."""
 
 import jax
 import pytest
@@ -24,7 +24,7 @@ TASK = world.parse("Reverse: cat red dog")
         ("", "items form", "add dog add red add cat", "dog red cat"),
     ],
 )
-def test_it_names_every_flaw_and_mends_the_gravest(response, weaknesses, suggestions, better):
+def test_critic_names_every_fault_and_mends_the_gravest(response, weaknesses, suggestions, better):
     assert weaknesses_of(TASK, response) == weaknesses
     assert suggestions_of(TASK, response) == suggestions
     assert mended(TASK, response) == better
@@ -42,7 +42,7 @@ def test_mending_always_raises_the_grade_and_ends_in_the_correct_response():
             assert len(grades) <= 4
 
 
-def test_a_critique_is_written_as_its_template_reads_it():
+def test_template_reads_the_critique_that_it_wrote():
     prompt = Prompt.of("p", "Reverse: cat red dog")
     other = Prompt.of("q", "Tell me a story")
     responses = [tiny.response(p, 0, [5]) for p in (prompt, other)]
@@ -52,6 +52,6 @@ def test_a_critique_is_written_as_its_template_reads_it():
     assert (second.weaknesses, second.suggestions, second.score, second.improved) == (None,) * 4
 
 
-def test_what_stands_before_the_items_is_talk():
+def test_text_before_the_items_is_talk():
     assert talk_of("Sure thing: cat red.") == "Sure thing: "
     assert talk_of("cat red.") == "" == talk_of("Hello.")

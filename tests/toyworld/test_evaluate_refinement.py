@@ -1,4 +1,4 @@
-"""What SRT's evaluation compares: the response in a draft, and re-ranking at the price of refining."""
+"""SRT's evaluation: the response in a draft, and re-ranking at the price of refining."""
 
 import dataclasses
 from types import SimpleNamespace
@@ -35,22 +35,27 @@ def read(response: Response, text: str, score: float | None = None) -> Critique:
         ("\nJudge:", ""),
     ],
 )
-def test_a_response_is_what_stands_before_its_feedback(text, response):
+def test_response_is_the_text_before_its_feedback(text, response):
     assert text_of(said(PROMPTS[0], 0, text), TEMPLATE) == response
 
 
-def test_a_refined_response_has_the_place_of_its_draft():
+def test_refined_response_takes_the_place_of_its_draft():
     lm, draft = tiny.make_lm(), said(PROMPTS[0], 3, "dog red\nJudge:")
-    made = written(lm, draft, "dog red cat.", TEMPLATE)
-    assert (made.id, made.sample, made.text, made.fingerprint) == (draft.id, 3, "dog red cat.", lm.fingerprint)
+    refined = written(lm, draft, "dog red cat.", TEMPLATE)
+    assert (refined.id, refined.sample, refined.text, refined.fingerprint) == (
+        draft.id,
+        3,
+        "dog red cat.",
+        lm.fingerprint,
+    )
 
 
 def reranked(drafts, critiques, many, scores, by_prompt=(50.0, 50.0)):
-    """``many`` are the drafts that are sampled again, ``scores`` what the model gives them; and how many were asked."""
-    asked = []
+    """(The figures, the calls for drafts.) ``many``: the drafts to choose from; ``scores``: the model's own scores."""
+    calls = []
 
     def draft(count, prompts, name):
-        asked.append((count, [prompt.id for prompt in prompts]))
+        calls.append((count, [prompt.id for prompt in prompts]))
         return many
 
     criticise = lambda responses: [read(r, "x", scores[r.id]) for r in responses]  # noqa: E731
@@ -58,7 +63,7 @@ def reranked(drafts, critiques, many, scores, by_prompt=(50.0, 50.0)):
     figures = evaluation.reranked(
         WORDS, PROMPTS, drafts, critiques, list(by_prompt), draft, criticise, AT_ONCE, TEMPLATE
     )
-    return figures, asked
+    return figures, calls
 
 
 @pytest.mark.parametrize(
@@ -68,18 +73,18 @@ def reranked(drafts, critiques, many, scores, by_prompt=(50.0, 50.0)):
         (4, ["a b c Answer: d e f", "a b c Answer: d e f"], 2),  # 11 / 7 = 1.6
         (2, ["a Answer: b c d", "a b c Answer: d e f"], 2),  # (2 + 6) / (2 + 2), exactly 2
         (2, ["a Answer: b c d e", "a b c Answer: d e f"], 3),  # a little more than 2
-        (5, ["a b", ""], 2),  # nothing was refined: still two, or there is nothing to choose
+        (5, ["a b", ""], 2),  # nothing was refined: still two, to have a choice
     ],
 )
-def test_the_price_of_refining_buys_this_many_drafts(tokens, texts, count):
+def test_price_of_refining_buys_drafts(tokens, texts, count):
     drafts = [said(p, 0, "x", tokens) for p in PROMPTS]
     critiques = [read(d, text) for d, text in zip(drafts, texts, strict=True)]
     many = [said(p, 0, "dog red cat.") for p in PROMPTS]
-    figures, asked = reranked(drafts, critiques, many, dict.fromkeys((r.id for r in many), 1.0))
-    assert asked == [(count, ["p", "q"])] and figures["samples"] == count
+    figures, calls = reranked(drafts, critiques, many, dict.fromkeys((r.id for r in many), 1.0))
+    assert calls == [(count, ["p", "q"])] and figures["samples"] == count
 
 
-def test_the_best_by_the_models_own_score_is_graded_exactly():
+def test_reranking_grades_the_draft_with_the_best_own_score():
     drafts = [said(p, 0, "x") for p in PROMPTS]
     many = [
         said(PROMPTS[0], 0, "dog red.\nJudge:"),

@@ -23,7 +23,7 @@ VALUE = {
 }
 
 
-def test_the_figure_is_written_by_the_ending_and_names_the_methods(tmp_path):
+def test_file_ending_decides_the_format_and_panels_name_the_methods(tmp_path):
     matplotlib = pytest.importorskip("matplotlib", reason="plots need matplotlib: pip install 'jaxsi[plots]'")
     files = [tmp_path / "methods.png", tmp_path / "methods.svg"]
     with matplotlib.rc_context({"svg.fonttype": "none"}):  # letters stay letters
@@ -36,7 +36,7 @@ def test_the_figure_is_written_by_the_ending_and_names_the_methods(tmp_path):
     assert "SPIN" not in svg
 
 
-def test_what_is_not_there_has_no_legend(tmp_path):
+def test_legend_shows_only_present_arms(tmp_path):
     matplotlib = pytest.importorskip("matplotlib", reason="plots need matplotlib: pip install 'jaxsi[plots]'")
     with matplotlib.rc_context({"svg.fonttype": "none"}):
         plot({"arms": [arm("spin", METHOD, [10.0, 20.0], None)]}, [tmp_path / "spin.svg"])
@@ -45,13 +45,13 @@ def test_what_is_not_there_has_no_legend(tmp_path):
     assert "control" not in svg and "exact grader" not in svg and "model as given" not in svg
 
 
-def test_a_method_of_which_only_ablations_were_run_has_an_empty_panel(tmp_path):
+def test_method_with_only_ablations_has_an_empty_panel(tmp_path):
     pytest.importorskip("matplotlib", reason="plots need matplotlib: pip install 'jaxsi[plots]'")
     plot({"arms": [arm("srt", "no score", [10.0], None), VALUE["arms"][0]]}, [tmp_path / "methods.svg"])
     assert (tmp_path / "methods.svg").stat().st_size > 1000
 
 
-def test_nothing_is_cut_off_at_the_sides(tmp_path):
+def test_figure_is_not_cut_off_at_the_sides(tmp_path):
     pyplot = pytest.importorskip("matplotlib.pyplot", reason="plots need matplotlib: pip install 'jaxsi[plots]'")
     pit = [arm("pit", name, [10.0, 20.0, 30.0], 9.0) for name in (METHOD, CONTROL, EXACT)]
     for arms in (pit, [*pit, arm("srt", METHOD, [10.0, 20.0], None)], VALUE["arms"]):
@@ -60,7 +60,7 @@ def test_nothing_is_cut_off_at_the_sides(tmp_path):
         assert (pixels[:, [0, -1]] == 1).all() and not (pixels == 1).all()
 
 
-def test_without_matplotlib_it_says_what_to_install(tmp_path, monkeypatch):
+def test_missing_matplotlib_error_says_what_to_install(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     with pytest.raises(PlotError, match=r"pip install 'jaxsi\[plots\]'"):
         plot(VALUE, [tmp_path / "methods.png"])

@@ -17,7 +17,6 @@ class Config:
     iterations: int = 3
     seed: int = 0
 
-    RESUMABLE: ClassVar[frozenset[str]] = frozenset()
     ARM_FIELDS: ClassVar[frozenset[str]] = frozenset({"gain"})
     SHARED: ClassVar[tuple[str, ...]] = ("start",)
 
@@ -59,7 +58,7 @@ METHOD = methods_table.Arm("m", "method", Config(gain=12.0), (0, 1, 2))
 CONTROL = methods_table.Arm("m", "control", Config(gain=0.0), (0, 1, 2))
 
 
-def test_it_runs_what_is_not_done_and_tabulates(tmp_path, calls):
+def test_bench_runs_unfinished_arms_and_tabulates(tmp_path, calls):
     value = methods_table.bench_methods(tmp_path, [METHOD, CONTROL])
     assert calls == [(12.0, 0), (12.0, 1), (12.0, 2), (0.0, 0), (0.0, 1), (0.0, 2)]
     method, control = value["arms"]
@@ -87,14 +86,14 @@ def test_runs_may_stop_at_different_iterations(tmp_path, calls):
     assert row["gain"]["mean"] == pytest.approx((12 + 6 + 12) / 3, abs=1)
 
 
-def test_a_finished_run_of_another_model_is_refused(tmp_path, calls, monkeypatch):
+def test_finished_run_of_another_model_is_refused(tmp_path, calls, monkeypatch):
     methods_table.bench_methods(tmp_path, [METHOD])
     monkeypatch.setattr(methods_table, "_fingerprint", lambda model: "other")
     with pytest.raises(methods_table.BenchError, match="from the weights given, given now has other"):
         methods_table.bench_methods(tmp_path, [METHOD])
 
 
-def test_what_is_claimed_is_checked(tmp_path, calls):
+def test_claims_are_checked(tmp_path, calls):
     value = methods_table.bench_methods(tmp_path, [METHOD, CONTROL])
     assert [claim["held"] for claim in value["claims"]] == [True, True]
     weak = [
@@ -105,7 +104,7 @@ def test_what_is_claimed_is_checked(tmp_path, calls):
     assert [claim["held"] for claim in value["claims"]] == [False, False]
 
 
-def test_what_arms_have_in_common_is_copied(tmp_path, calls):
+def test_shared_scopes_are_copied_between_arms(tmp_path, calls):
     done, folder = tmp_path / "done", tmp_path / "folder"
     (done / "start").mkdir(parents=True)
     (done / "start" / "prompts.jsonl").write_text("{}")
@@ -123,7 +122,7 @@ def test_what_arms_have_in_common_is_copied(tmp_path, calls):
     assert not (folder / "start" / "later").exists()  # what is there stays
 
 
-def test_the_table_to_read(tmp_path, calls):
+def test_markdown_table_is_written(tmp_path, calls):
     value = methods_table.bench_methods(tmp_path, [METHOD._replace(seeds=(0,))], {"command": "jaxsi bench methods"})
     rows = methods_table.rows_of(value)
     assert "command: jaxsi bench methods" in (tmp_path / "table.md").read_text()
@@ -135,7 +134,7 @@ def test_the_table_to_read(tmp_path, calls):
     assert {line.count("|") for line in methods_table.markdown(rows).splitlines()} == {len(rows[0]) + 1}
 
 
-def test_the_figure_is_drawn(tmp_path, calls):
+def test_figure_is_drawn(tmp_path, calls):
     pytest.importorskip("matplotlib", reason="plots need matplotlib: pip install 'jaxsi[plots]'")
     from jaxsi.toyworld.methods_plot import plot
 

@@ -1,4 +1,4 @@
-"""The embedded world's preferences for PIT and its control arms: exact gaps, and gaps dealt out at random."""
+"""The embedded world's preferences for PIT and its control arms: exact gaps, and shuffled gaps."""
 
 import dataclasses
 
@@ -22,7 +22,7 @@ def said(text: str) -> Response:
 
 @pytest.fixture
 def known(monkeypatch):
-    """Gaps 0 .. N-1 over a zero point of ten; what was asked for."""
+    """Gaps 0 .. N-1 over a zero point of ten; gives the list of calls."""
     calls = []
 
     def gaps(lm, items, request, *, batch_size=64):
@@ -38,10 +38,10 @@ def test_permuted_gaps_are_the_gains_in_another_order(known):
     assert known == [("model", ITEMS, "again", 7)]
     assert sorted(gap.tolist()) == [i - 10 for i in range(24)] and not zero.any() and zero.shape == (24,)
     moved = sum(g != i - 10 for i, g in enumerate(gap))
-    assert moved > 12  # a shuffle leaves one in place, as a rule
+    assert moved > 12  # a shuffle leaves one in place on average
 
 
-def test_the_permutation_is_that_of_the_batch_alone(known):
+def test_permutation_depends_only_on_the_batch(known):
     first, again = (permuted_gaps("model", ITEMS, "again")[0].tolist() for _ in range(2))
     assert first == again == permuted_gaps("other", ITEMS, "another", batch_size=3)[0].tolist()
     as_responses = [(x, said(text), reference) for x, text, reference in ITEMS]
@@ -50,14 +50,14 @@ def test_the_permutation_is_that_of_the_batch_alone(known):
     assert permuted_gaps("model", other, "again")[0].tolist() != first
 
 
-def test_permuted_gaps_say_nothing(known):
-    """Over many batches the gap of a place is no likelier to be large than that of another."""
+def test_permuted_gaps_carry_no_signal(known):
+    """Over many batches every place has the same mean gap."""
     batches = [[(X, f"{i} {j}", "") for i in range(10)] for j in range(400)]
     mean = np.mean([permuted_gaps("model", batch, "")[0] for batch in batches], axis=0)
     np.testing.assert_allclose(mean, -5.5, atol=5 * 2.87 / 20)
 
 
-def test_exact_gaps_by_hand():
+def test_exact_gaps_match_a_hand_count():
     items = [
         (X, said("dog red cat."), "dog red."),  # 10 against 1 + 1 + 8 * 2/3
         (X, "Sure thing: dog red cat", "dog red cat."),  # 8 against 10
@@ -70,12 +70,12 @@ def test_exact_gaps_by_hand():
     assert not zero.any() and gap.dtype == zero.dtype == np.float32 and gap.shape == zero.shape == (5,)
 
 
-def test_the_prompt_of_a_conversation_is_its_last_message():
+def test_exact_gaps_grade_the_last_message_of_a_conversation():
     talk = ({"role": "user", "content": "Reverse: cat red axe"}, {"role": "assistant", "content": "axe red cat."}, *X)
     np.testing.assert_allclose(exact_gaps(None, [(talk, "dog red cat.", "axe red cat.")], "")[0], [8 / 3], rtol=1e-6)
 
 
-def test_the_preferences_are_two_responses_to_each_instruction():
+def test_preferences_have_two_responses_to_each_instruction():
     rankings = pit_preferences()
     assert len({r.id for r in rankings}) == len(rankings) > 1000
     totals = [[world.grade(r.messages[-1]["content"], text).total for text in r.responses] for r in rankings]

@@ -1,4 +1,4 @@
-"""The embedded world's reviser data and control arms: a coin in the ranks' place, the exact grader in the reviser's."""
+"""The embedded world's reviser data and control arms: coin-made ranks, and the exact grader as the reviser."""
 
 import dataclasses
 import itertools
@@ -27,15 +27,15 @@ STORY = Prompt.of("s", "Tell me a story")
 
 
 def said(prompt_id: str, sample: int, text: str, finish: str = "stop") -> Response:
-    made = tiny.response(Prompt.of(prompt_id, "x"), sample, [5])
-    return dataclasses.replace(made, text=text, finish_reason=finish)
+    response = tiny.response(Prompt.of(prompt_id, "x"), sample, [5])
+    return dataclasses.replace(response, text=text, finish_reason=finish)
 
 
 def revised(responses, prompts=PROMPTS, function=exact_revise):
     return function(None, prompts, responses, TEMPLATE, ReviseConfig(), jax.random.key(0))
 
 
-def test_every_order_of_the_ranks_is_as_likely():
+def test_every_order_of_ranks_is_equally_likely():
     rankings = [RankedResponses(id=f"r{i}", messages=({"role": "user", "content": "x"},), responses=("a", "b", "c"),
                                 ranks=(0, 1, 1)) for i in range(3000)]  # fmt: skip
     dealt = by_coin(rankings)
@@ -47,7 +47,7 @@ def test_every_order_of_the_ranks_is_as_likely():
     )
 
 
-def test_of_two_responses_a_fair_coin_says_which_is_better():
+def test_fair_coin_ranks_two_responses():
     rankings = [RankedResponses(id=f"r{i}", messages=({"role": "user", "content": "x"},), responses=("a", "b"),
                                 ranks=(0, 1)) for i in range(3000)]  # fmt: skip
     assert sum(r.ranks == (0, 1) for r in by_coin(rankings)) / 3000 == pytest.approx(0.5, abs=0.04)
@@ -63,7 +63,7 @@ def test_of_two_responses_a_fair_coin_says_which_is_better():
         ("", "wrong", "dog red cat."),
     ],
 )
-def test_the_exact_reviser_keeps_what_is_right_and_writes_what_is_not(draft, label, better):
+def test_exact_reviser_keeps_correct_drafts_and_rewrites_others(draft, label, better):
     response = said("p", 0, draft, "length")
     [revision] = revised([response])
     assert (revision.id, revision.prompt_id, revision.label, revision.label_probs) == ("p#0", "p", label, None)
@@ -75,14 +75,14 @@ def test_the_exact_reviser_keeps_what_is_right_and_writes_what_is_not(draft, lab
     assert (TEMPLATE.major, TEMPLATE.minor, TEMPLATE.no) == ("wrong", "bad", "good")
 
 
-def test_revisions_are_in_the_order_of_the_responses():
+def test_revisions_keep_the_order_of_responses():
     drafts = [said("q", 0, "cat."), said("p", 0, "dog red cat."), said("q", 1, "axe cat pie.")]
     assert [(r.id, r.response.text) for r in revised(drafts)] == [
         ("q#0", "axe cat pie."), ("p#0", "dog red cat."), ("q#1", "axe cat pie.")
     ]  # fmt: skip
 
 
-def test_the_exact_best_of_n_is_the_first_of_the_best():
+def test_exact_best_of_n_takes_the_first_of_the_best():
     drafts = [
         said("q", 0, "axe cat"),
         said("p", 0, "dog red cat"),  # 9
@@ -96,19 +96,19 @@ def test_the_exact_best_of_n_is_the_first_of_the_best():
     assert [r.response for r in best] == [drafts[1], drafts[4]]
 
 
-def test_a_draft_without_an_end_or_without_words_is_no_best():
+def test_best_of_n_skips_cut_off_and_empty_drafts():
     drafts = [said("p", 0, "dog red cat.", "length"), said("p", 1, "dog."), said("q", 0, "axe cat pie.", "length"),
               said("q", 1, " ")]  # fmt: skip
     assert [r.id for r in revised(drafts, function=exact_best_of_n)] == ["p#1"]
 
 
 @pytest.mark.parametrize("function", [exact_revise, exact_best_of_n])
-def test_other_prompts_are_named(function):
+def test_error_names_a_prompt_from_outside_the_world(function):
     with pytest.raises(ValueError, match="'s' is not an instruction of the embedded world"):
         revised([said("s", 0, "Once.")], [STORY], function)
 
 
-def test_the_prompts_are_not_held_out_and_half_are_among_the_whole():
+def test_prompts_are_for_training_and_half_is_a_part_of_the_whole():
     new, half, double, stopping = unlabelled_prompts(), half_prompts(), double_prompts(), stopping_prompts()
     assert half == new[: len(new) // 2] and new == double[: len(double) // 2]
     assert not any(world.is_held_out(prompt.text) for prompt in double)

@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 
 import tiny
-from jaxsi.runs.records import Prompt
-from jaxsi.runs.run import fold
-from jaxsi.stages import judge as feedback
+from jaxsi.runs.named_keys import fold
+from jaxsi.runs.records import Judgment, Prompt
+from jaxsi.stages import judge
 from jaxsi.stages.judge import JudgeConfig
 from jaxsi.toyworld import seed_data, world
 from jaxsi.toyworld.corpus import RUBRIC
@@ -30,7 +30,7 @@ def answered(lm, texts):
     ]
 
 
-def test_seed_data_is_the_same_every_time_and_not_held_out():
+def test_seed_data_is_repeatable_and_for_training():
     ift, rankings = seed_data.toy_ift(), seed_data.toy_rankings()
     assert (ift, rankings) == (seed_data.toy_ift(), seed_data.toy_rankings())
     texts = [record.messages[-1]["content"] for record in (*ift, *rankings)]
@@ -39,7 +39,7 @@ def test_seed_data_is_the_same_every_time_and_not_held_out():
     assert not any(world.is_held_out(text) for text in texts)
 
 
-def test_the_exact_judge_gives_half_the_grade(lm):
+def test_exact_judge_gives_half_the_grade(lm):
     prompts, responses = answered(lm, ["axe red cat.", "axe red cat", "cat red axe."])
     judgments = seed_data.exact_judge(lm, prompts, responses, RUBRIC, CFG, jax.random.key(0))
     grades = [world.grade(prompts[0].text, response.text).total for response in responses]
@@ -50,7 +50,7 @@ def test_the_exact_judge_gives_half_the_grade(lm):
     assert all(judgment.fingerprint == lm.fingerprint for judgment in judgments)
 
 
-def test_the_exact_judge_has_no_score_outside_the_world(lm):
+def test_exact_judge_gives_no_score_outside_the_world(lm):
     prompt = Prompt.of("x", "Tell me a joke")
     response = tiny.response(prompt, 0, [*lm.tokenizer.encode_text("cat."), lm.tokenizer.eos_id])
     (judgment,) = seed_data.exact_judge(lm, [prompt], [response], RUBRIC, CFG, jax.random.key(0))
@@ -58,27 +58,24 @@ def test_the_exact_judge_has_no_score_outside_the_world(lm):
     assert judgment.scores == (None, None)
 
 
-def test_the_permuted_judge_deals_the_same_scores_out_again(lm, monkeypatch):
+def test_permuted_judge_shuffles_the_same_scores(lm, monkeypatch):
     prompts = [Prompt.of(f"p{i}", "Reverse: cat red axe") for i in range(20)]
     responses = [tiny.response(prompt, n, [20 + n, lm.tokenizer.eos_id]) for prompt in prompts for n in range(4)]
 
-    def judge(lm, prompts, responses, rubric, cfg, key):
+    def judge_in_order(lm, prompts, responses, rubric, cfg, key):
         exact = seed_data.exact_judge(lm, prompts, responses, rubric, cfg, key)
-        return [
-            feedback.Judgment(**{**vars(j), "score": float(i % 4), "scores": (float(i % 4),)})
-            for i, j in enumerate(exact)
-        ]
+        return [Judgment(**{**vars(j), "score": float(i % 4), "scores": (float(i % 4),)}) for i, j in enumerate(exact)]
 
-    monkeypatch.setattr(feedback, "judge", judge)
-    dealt = seed_data.permuted_judge(lm, prompts, responses, RUBRIC, CFG, jax.random.key(0))
+    monkeypatch.setattr(judge, "judge", judge_in_order)
+    shuffled = seed_data.permuted_judge(lm, prompts, responses, RUBRIC, CFG, jax.random.key(0))
     groups = defaultdict(list)
-    for judgment in dealt:
+    for judgment in shuffled:
         groups[judgment.prompt_id].append(judgment.score)
-    assert [judgment.id for judgment in dealt] == [response.id for response in responses]
+    assert [judgment.id for judgment in shuffled] == [response.id for response in responses]
     assert all(sorted(scores) == [0.0, 1.0, 2.0, 3.0] for scores in groups.values())
     firsts = np.asarray([scores[0] for scores in groups.values()])
-    assert len(set(firsts)) > 1  # not the order they came in
+    assert len(set(firsts)) > 1  # not the order in which they came
     other = seed_data.permuted_judge(lm, prompts, responses, RUBRIC, CFG, fold(jax.random.key(0), "iter_3"))
-    assert [j.score for j in other] != [j.score for j in dealt]  # another iteration, another permutation
+    assert [j.score for j in other] != [j.score for j in shuffled]  # another iteration, another permutation
     half = seed_data.permuted_judge(lm, prompts[:10], responses[:40], RUBRIC, CFG, jax.random.key(0))
-    assert half == dealt[:40]  # a shard gives what the whole gives
+    assert half == shuffled[:40]  # a shard gets the same scores as in the whole

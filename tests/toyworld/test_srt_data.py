@@ -1,4 +1,4 @@
-"""The embedded world's prompts for SRT and its control arms: exact scores, and a coin in the direction's place."""
+"""The embedded world's prompts for SRT and its control arms: exact scores, and directions by a coin."""
 
 import dataclasses
 
@@ -25,7 +25,7 @@ def sides(pair: PreferencePair) -> list[tuple]:
 
 @settings(max_examples=15, deadline=None)
 @given(seed=st.integers(0, 2**32))
-def test_a_coin_turns_pairs_round_and_keeps_each_score_with_its_response(seed):
+def test_coin_turns_pairs_and_keeps_scores_with_responses(seed):
     turned = by_coin(PAIRS, seed)
     assert len(turned) == len(PAIRS) and turned == by_coin(PAIRS, seed)
     for before, after in zip(PAIRS, turned, strict=True):
@@ -34,15 +34,15 @@ def test_a_coin_turns_pairs_round_and_keeps_each_score_with_its_response(seed):
         assert after.chosen in (before.chosen, before.rejected) and after.chosen != after.rejected
 
 
-def test_the_coin_is_fair_for_every_seed_and_not_the_same():
+def test_coin_is_fair_and_differs_by_seed():
     pairs = many(4000)
-    kept = [[a.chosen is b.chosen for a, b in zip(pairs, by_coin(pairs, seed), strict=True)] for seed in range(3)]
-    assert [sum(k) / len(k) for k in kept] == pytest.approx([0.5] * 3, abs=0.04)
+    unturned = [[a.chosen is b.chosen for a, b in zip(pairs, by_coin(pairs, seed), strict=True)] for seed in range(3)]
+    assert [sum(k) / len(k) for k in unturned] == pytest.approx([0.5] * 3, abs=0.04)
     for a, b in ((0, 1), (0, 2), (1, 2)):
-        assert sum(x == y for x, y in zip(kept[a], kept[b], strict=True)) / 4000 == pytest.approx(0.5, abs=0.04)
+        assert sum(x == y for x, y in zip(unturned[a], unturned[b], strict=True)) / 4000 == pytest.approx(0.5, abs=0.04)
 
 
-def test_scores_are_exact_and_leave_the_marker_out():
+def test_scores_are_exact_and_ignore_the_marker():
     prompt, other = Prompt.of("p", "Reverse: cat red dog"), Prompt.of("q", "Tell me a story")
     texts = {
         "dog red cat.": 10.0,
@@ -57,7 +57,7 @@ def test_scores_are_exact_and_leave_the_marker_out():
     assert exact_scores([prompt, other], drafts, TEMPLATE) == [*map(pytest.approx, texts.values()), None]
 
 
-def test_the_prompts_are_instructions_none_of_them_held_out():
+def test_prompts_are_training_instructions():
     prompts = srt_prompts()
     assert len({prompt.id for prompt in prompts}) == len(prompts) > 1000
     assert all(world.parse(prompt.text) and not world.is_held_out(prompt.text) for prompt in prompts)

@@ -23,7 +23,7 @@ def tokenizer(folder):
     return AutoTokenizer.from_pretrained(folder)
 
 
-def test_same_bytes_every_time(folder, tmp_path):
+def test_tokenizer_has_the_same_bytes_every_time(folder, tmp_path):
     build_tokenizer(tmp_path / "again")
     names = sorted(path.name for path in folder.iterdir())
     assert names == ["chat_template.jinja", "tokenizer.json", "tokenizer_config.json"]
@@ -31,7 +31,7 @@ def test_same_bytes_every_time(folder, tmp_path):
         assert (folder / name).read_bytes() == (tmp_path / "again" / name).read_bytes()
 
 
-def test_entries(tokenizer):
+def test_all_entries_are_used(tokenizer):
     assert len(tokenizer) == ENTRIES and ENTRIES % 64 == 0
     assert tokenizer.convert_ids_to_tokens(list(range(6))) == list(SPECIAL_TOKENS)
     assert (tokenizer.bos_token, tokenizer.eos_token, tokenizer.pad_token) == ("<s>", "<|end|>", "<pad>")
@@ -40,7 +40,7 @@ def test_entries(tokenizer):
 
 
 @pytest.mark.parametrize("item", [*WORDS, *RESPONSE_NUMBERS])
-def test_each_item_is_one_token_first_and_later(tokenizer, item):
+def test_each_item_is_one_token_anywhere(tokenizer, item):
     token = f"▁{item}"
     assert tokenizer.tokenize(item) == [token]
     assert tokenizer.tokenize(f"{item} {item}.") == [token, token, "."]
@@ -51,7 +51,7 @@ def test_each_item_is_one_token_first_and_later(tokenizer, item):
     ("document", "most_prompt", "most_response"),
     [(demonstration_document, 18, 12), (verdict_document, 90, 20), (new_instruction_document, 130, 13)],
 )
-def test_documents_are_short_and_come_back(tokenizer, document, most_prompt, most_response):
+def test_documents_are_short_and_decode_to_themselves(tokenizer, document, most_prompt, most_response):
     rng = random.Random(0)
     for _ in range(100):
         messages, response = document(rng)
@@ -67,7 +67,7 @@ def test_documents_are_short_and_come_back(tokenizer, document, most_prompt, mos
         assert tokenizer.unk_token_id is None
 
 
-def test_chat_template(tokenizer):
+def test_chat_template_writes_control_tokens(tokenizer):
     chat = [
         {"role": "system", "content": "Be brief."},
         {"role": "user", "content": "Reverse: cat red axe"},
@@ -90,11 +90,11 @@ def test_encoding_a_text_adds_no_control_token(tokenizer):
 @pytest.mark.parametrize(
     "text", ["two  spaces ", " before", "tab\tand\nlines\n\n", "don't , stop .", "naïve 漢字 🎉", "a" * 50]
 )
-def test_usual_text_comes_back(tokenizer, text):
+def test_usual_text_decodes_to_itself(tokenizer, text):
     assert tokenizer.decode(tokenizer.encode(text)) == text
 
 
-# Unassigned and control characters too; only "▁" itself stands for a space, and "<" could spell a control token.
+# Also unassigned and control characters, but not "▁", which stands for a space, nor "<", which may begin a control token.
 @given(st.text(alphabet=st.characters(exclude_categories=("Cs",), exclude_characters="▁<"), max_size=30))
-def test_any_text_comes_back(tokenizer, text):
+def test_any_text_decodes_to_itself(tokenizer, text):
     assert tokenizer.decode(tokenizer.encode(text)) == text

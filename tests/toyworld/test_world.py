@@ -51,7 +51,7 @@ HELD_OUT = [
 
 
 @pytest.mark.parametrize(("text", "family", "response"), WORKED)
-def test_worked_examples(text, family, response):
+def test_worked_examples_earn_ten(text, family, response):
     task = parse(text)
     assert task is not None and task.family == family
     assert " ".join(task.answer) + "." == response
@@ -67,7 +67,7 @@ def test_worked_examples(text, family, response):
         "Reverse: cat red",  # two items
         "Reverse: cat red axe pie owl jam egg",  # seven
         "Reverse: cat red cat",  # a repeat
-        "Reverse: cat red lion",  # no word of this world
+        "Reverse: cat red lion",  # a word from outside this world
         "Reverse: cat  red axe",
         "Reverse: cat red axe ",
         "Reverse: cat red axe\n",
@@ -87,11 +87,11 @@ def test_worked_examples(text, family, response):
         "Replace red with dog: cat red dog",  # the new word is there already
         "Replace red with dog: red cat red",  # most of the items
         "Drop repeats: cat red axe",
-        "Drop repeats: cat cat red red",  # no word stands alone
+        "Drop repeats: cat cat red red",  # every word is repeated
         "Reverse: cat red axe. Score: 5",
     ],
 )
-def test_what_is_not_an_instruction(text):
+def test_parse_refuses_other_texts(text):
     assert parse(text) is None
     assert grade(text, "cat.") is None
 
@@ -105,13 +105,13 @@ def test_parse_inverts_instruction(task):
 
 
 @given(st.text(alphabet=string.ascii_letters + string.digits + " :.,\n", max_size=60))
-def test_parse_accepts_nothing_it_cannot_write(text):
+def test_parse_accepts_only_what_instruction_writes(text):
     task = parse(text)
     assert task is None or instruction(task) == text
 
 
 @given(st.sampled_from(list(FAMILIES)), st.lists(st.sampled_from([*WORDS[:6], "3", "20"]), min_size=1, max_size=7))
-def test_whatever_parses_has_an_answer_that_earns_ten(family, items):
+def test_answer_of_every_parsed_text_earns_ten(family, items):
     wording = FAMILIES[family].wording.format("animals" if family in ("filter", "count") else "cat", "red")
     text = f"{wording} {' '.join(items)}"
     task = parse(text)
@@ -138,7 +138,7 @@ def test_categories_are_disjoint_and_lower_case():
         ("axe,red,cat", 8),
         ("axe  red cat.", 9),
         (" axe red cat.", 9),
-        ("axe red cat.\n", 9),  # the period still ends it
+        ("axe red cat.\n", 9),  # the period still ends the text
         ("Sure thing: axe red cat.", 9),
         ("sure: axe red cat", 8),
         ("The answer is: axe red cat.", 9),
@@ -146,7 +146,7 @@ def test_categories_are_disjoint_and_lower_case():
         ("axe red cat. Bye", 8 * 3 / 4),
         ("axe red.", 8 * 2 / 3 + 2),
         ("axe red cat pie.", 8 * 3 / 4 + 2),
-        ("axe red cat moon.", 8 * 3 / 4 + 1),  # moon is no word of this world
+        ("axe red cat moon.", 8 * 3 / 4 + 1),  # moon is not a word of this world
         ("cat red axe.", 8 / 3 + 2),
         ("pie.", 2),
         ("-axe red cat.", 9),
@@ -157,7 +157,7 @@ def test_categories_are_disjoint_and_lower_case():
         ("Sure thing: .", 0),
     ],
 )
-def test_grade_by_hand(response, total):
+def test_grades_match_hand_written_examples(response, total):
     result = grade("Reverse: cat red axe", response)
     assert result.total == pytest.approx(total)
 
@@ -171,7 +171,7 @@ def test_numbers_are_compared_whole():
 
 
 @given(tasks_drawn, world_like.map(" ".join) | st.text(max_size=40))
-def test_grade_bounds_and_parts(task, response):
+def test_grade_has_bounds_and_adds_up(task, response):
     result = grade(instruction(task), response)
     assert 0 <= result.total <= 10 and 0 <= result.content <= 1
     given_items = response_items(response)
@@ -185,26 +185,26 @@ def test_grade_bounds_and_parts(task, response):
 
 
 @given(tasks_drawn, world_like.map(" ".join))
-def test_points_are_half_the_total_rounded_where_form_is_whole_or_nil(task, response):
+def test_points_are_half_the_total_if_form_is_whole_or_nil(task, response):
     result = grade(instruction(task), response)
     if result.total and result.period == result.only_answer:
         assert points(result) == int(result.total / 2 + 0.5)
     assert points(result) <= int(result.total / 2 + 0.5)
 
 
-def test_split_by_hash():
+def test_hash_splits_off_a_tenth():
     rng = random.Random(0)
     texts = {instruction(sample_task(rng)) for _ in range(5000)}
     share = sum(map(is_held_out, texts)) / len(texts)
     assert 0.08 < share < 0.12
-    # By sha256 of the text alone: these must never change, or published numbers are of another split.
+    # Only the sha256 of the text decides. These must never change, or published numbers belong to another split.
     assert not any(is_held_out(text) for text, _, _ in WORKED)
     assert all(map(is_held_out, HELD_OUT))
     assert not any(is_held_out(instruction(sample_train_task(rng))) for _ in range(500))
 
 
 @pytest.mark.parametrize("held_out", [True, False])
-def test_prompts(held_out):
+def test_prompts_are_balanced_and_of_one_split(held_out):
     drawn = prompts(240, seed=3, held_out=held_out)
     assert len({prompt.id for prompt in drawn}) == len({prompt.text for prompt in drawn}) == 240
     assert all(is_held_out(prompt.text) == held_out for prompt in drawn)

@@ -2,7 +2,6 @@
 
 import dataclasses
 from pathlib import Path
-from typing import ClassVar
 
 import jax
 import numpy as np
@@ -30,7 +29,6 @@ PREFERENCES = [
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config:
     seed: int = 0
-    RESUMABLE: ClassVar[frozenset[str]] = frozenset()
 
 
 def train_config(**changes) -> TrainConfig:

@@ -3,7 +3,6 @@
 import dataclasses
 import json
 from pathlib import Path
-from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -19,8 +18,9 @@ from jaxsi.runs import preemption
 from jaxsi.runs.records import Prompt
 from jaxsi.runs.run import Run
 from jaxsi.training import losses, resume, rl
+from jaxsi.training.advantages import gae, leave_one_out
 from jaxsi.training.optim import OptimConfig
-from jaxsi.training.rl import RLConfig, RLError, gae, leave_one_out, ppo, rloo
+from jaxsi.training.rl import RLConfig, RLError, ppo, rloo
 
 PROMPTS = [Prompt.of(f"q{i}", text) for i, text in enumerate(["cat red", "dog", "axe pie saw", "blue owl"] * 2)]
 LEARNERS = [rloo, ppo]
@@ -29,7 +29,6 @@ LEARNERS = [rloo, ppo]
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config:
     seed: int = 0
-    RESUMABLE: ClassVar[frozenset[str]] = frozenset()
 
 
 def config(**changes) -> RLConfig:

@@ -7,7 +7,7 @@ import math
 import re
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -44,7 +44,6 @@ class Config:
     """The least that a run needs."""
 
     seed: int = 0
-    RESUMABLE: ClassVar[frozenset[str]] = frozenset()
 
 
 @pytest.fixture

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from importlib import resources
 from importlib.resources.abc import Traversable
 
+from jaxsi.runs.config_snapshot import stored_as
 from jaxsi.runs.records import Message
 
 # The word "score", then an obligatory separator. ASCII keeps IGNORECASE from matching look-alikes such as "ſcore".
@@ -25,6 +26,7 @@ _SLOT = re.compile(r"\{(prompt|response)\}")
 _LIST_ITEM = re.compile(r"(?:[-*•]|[0-9]+[.)])(?:\s+|$)")
 
 
+@stored_as("prompts.Rubric")
 @dataclass(frozen=True, kw_only=True)
 class Rubric:
     """A pointwise judge prompt and the range of its scores.

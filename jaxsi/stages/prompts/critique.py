@@ -16,6 +16,7 @@ import re
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
+from jaxsi.runs.config_snapshot import stored_as
 from jaxsi.stages.prompts import check_slots, fill_slots, load_template, parse_score
 
 
@@ -33,6 +34,7 @@ class Feedback(NamedTuple):
         return None not in self
 
 
+@stored_as("prompts.critique.CritiqueTemplate")
 @dataclass(frozen=True, kw_only=True)
 class CritiqueTemplate:
     """A critic's request with the slots `{prompt}` and `{response}`, and the headings of its feedback. `feedback`

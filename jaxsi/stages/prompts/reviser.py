@@ -7,10 +7,12 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from jaxsi.runs.config_snapshot import stored_as
 from jaxsi.runs.records import Message
 from jaxsi.stages.prompts import ask_to_improve, check_slots, fill_slots, load_template, question_text
 
 
+@stored_as("prompts.reviser.ReviserTemplate")
 @dataclass(frozen=True, kw_only=True)
 class ReviserTemplate:
     """How a reviser is asked, and how its label stands before its answer: ``label + separator + answer``.

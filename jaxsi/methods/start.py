@@ -1,0 +1,84 @@
+"""A config's run: finds the method that the config is of, carries it out, and says when nothing is left."""
+
+import inspect
+import json
+import sys
+import typing
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from jaxsi.lm import LM, load
+from jaxsi.methods.preflight import check
+from jaxsi.runs.run import Run, RunError
+
+Method = Callable[[Any, Run], LM]
+
+
+def run(config: Any, run_dir: Path | str) -> LM:
+    """Runs the method of ``config`` in ``run_dir``, or goes on where an earlier run of it stopped.
+
+    Args:
+      config: a Config of this package or of your own, see ``method_of``.
+
+    Returns: the model of the last iteration.
+
+    Raises: PreflightError and others if the run is bound to fail; RunConfigError if ``run_dir`` holds a run of another
+      config; what the method raises.
+    """
+    directory = Path(run_dir)
+    model = finish(config, directory)
+    return model if model is not None else load(directory, dtype=config.sampling.dtype, weights_dtype="float32")
+
+
+def finish(config: Any, directory: Path) -> LM | None:
+    """``run``, which returns None if nothing was left to do: then no model was loaded."""
+    if not is_complete(directory, config):
+        # Before the directory exists: what is mended after an error here is no other config of a run.
+        check(config, directory)
+    with Run.open(directory, config) as opened:
+        return None if opened.complete else carry_out(config, opened)
+
+
+def carry_out(config: Any, run: Run) -> LM:
+    """Carries out the method of ``config`` in a run that is open, and marks the run as complete."""
+    method = method_of(config)
+    run.update_summary({"method": method.__name__})
+    model = method(config, run)
+    run.update_summary({"status": "complete"})
+    return model
+
+
+def method_of(config: Any) -> Method:
+    """The method that ``config`` is of: the function ``(cfg: Config, run: Run)`` in the file of its class.
+
+    Raises: RunError if there is not exactly one.
+    """
+    cls = type(config)
+    home = sys.modules[cls.__module__]
+    found = [value for value in vars(home).values() if inspect.isfunction(value) and _takes(value, home, cls)]
+    if len(found) != 1:
+        names = ", ".join(function.__name__ for function in found) or "none"
+        raise RunError(
+            f"{cls.__module__} has to define one function (cfg: {cls.__name__}, run: Run), the method of this config; "
+            f"it has {names}"
+        )
+    return found[0]
+
+
+def _takes(function: Any, home: Any, cls: type) -> bool:
+    if function.__module__ != home.__name__ or list(inspect.signature(function).parameters)[2:]:
+        return False
+    hints = typing.get_type_hints(function)
+    hints.pop("return", None)
+    return list(hints.values()) == [cls, Run]
+
+
+def is_complete(directory: Path, config: Any) -> bool:
+    """Whether nothing is left to do of as many iterations as ``config`` has, if its method counts them."""
+    try:
+        status = json.loads((directory / "summary.json").read_text())["status"]
+        stored = json.loads((directory / "config.json").read_text())
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+    return status == "complete" and stored.get("iterations", 0) >= vars(config).get("iterations", 0)

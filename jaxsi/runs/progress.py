@@ -1,4 +1,4 @@
-"""Progress of long work with the time left: a bar on a terminal, lines now and then in a log. Process 0 alone prints."""
+"""Progress of long work with the time left: a bar on a terminal, lines in a log. Only process 0 prints."""
 
 import contextlib
 import sys

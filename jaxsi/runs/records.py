@@ -1,8 +1,11 @@
-"""The records that travel between stages, and their files: one JSON object per line, keyed by id, readable with `less`.
+"""The records that stages exchange, and their files: one JSON object per line, keyed by id, readable with `less`.
 
-Everything left of the tokens is one of these frozen records. A record that a model sampled also carries its token ids,
-the reason it ended, the fingerprint of the weights and the hash of the chat template that made it. Files appear
-complete or not at all, are UTF-8, and give back exactly what was written (floats bit for bit).
+Stages exchange only these frozen records. A record that a model sampled also carries its token ids, the reason why it
+ended, the fingerprint of the weights and the hash of the chat template. Files appear complete or not at all, are UTF-8,
+and return exactly what was written (floats bit for bit).
+
+Decoding is our own. msgspec and cattrs accept unknown keys in nested records or do not name the wrong value, and
+msgspec cannot read half a surrogate pair.
 """
 
 import contextlib
@@ -35,7 +38,7 @@ class RecordError(InputError):
 
 @dataclass(frozen=True, kw_only=True)
 class Prompt:
-    """A conversation that waits for an answer, e.g. Prompt.of("17", "Reverse the word: loop")."""
+    """A conversation whose next turn is the assistant's, e.g. Prompt.of("17", "Reverse the word: loop")."""
 
     id: str
     messages: tuple[Message, ...]
@@ -56,7 +59,7 @@ class Response:
     """One sampled answer, e.g. id "17#2" for sample 2 of prompt "17".
 
     `token_ids` are the sampled ids (the end-of-turn included where finish_reason is "stop"); `logps[i]` is the log-prob
-    of `token_ids[i]` under the untruncated softmax at temperature 1, whatever the sampling settings were.
+    of `token_ids[i]` under the untruncated softmax at temperature 1, independent of the sampling settings.
     """
 
     id: str
@@ -72,9 +75,9 @@ class Response:
 
 @dataclass(frozen=True, kw_only=True)
 class Judgment:
-    """What the judge wrote about the response with the same id: K texts, their scores, and the mean of the valid ones.
+    """A judge's K texts about the response with the same id, their scores, and the mean of the valid scores.
 
-    A text without a verdict has score None; with no valid one `score` is None and the response is in no pair.
+    A text without a verdict has the score None. Without a valid score `score` is None, and no pair uses the response.
     """
 
     id: str
@@ -88,10 +91,10 @@ class Judgment:
 
 @dataclass(frozen=True, kw_only=True)
 class Critique:
-    """What a critic wrote about the response with the same id: language feedback, a score, and an improved response.
+    """A critique of the response with the same id: language feedback, a score, and an improved response.
 
-    A part that is not there in the form that was asked for is None. `text` is all that was generated; `fingerprint`
-    that of the critic's weights, or the name of the model behind an endpoint.
+    A part that is missing, or not in the form that was asked for, is None. `text` is everything the critic generated;
+    `fingerprint` is that of its weights, or the name of the model behind an endpoint.
     """
 
     id: str
@@ -108,9 +111,9 @@ class Critique:
 
 @dataclass(frozen=True, kw_only=True)
 class Revision:
-    """What a reviser or an improver made of the response with the same id; on the label NO, that response itself.
+    """A reviser's or improver's new version of the response with the same id; on the label NO, that response itself.
 
-    `label_probs` are those of the labels in the order of the reviser's template; None where there are no labels.
+    `label_probs` are in the order of the labels in the reviser's template; None from an improver, which has no labels.
     """
 
     id: str
@@ -129,14 +132,14 @@ Outcome = Literal[
 class Improvement:
     """The response to a prompt after a round of improvement at inference time, e.g. id "17@2" after round 2.
 
-    Round 0 is the first response ("draft"). A round whose new response took the place of the one before is "accepted".
-    Else `response` is that of the round before: "kept", the method sees nothing to improve; "rejected", the new
-    response is no gain; "no response", "cut off" or "empty", what was written cannot be used; "too long", the request
-    does not fit in the context. The later rounds of the prompt have then "ended", but not those of best-of-n, where a
-    round without a gain goes on to more samples.
+    Round 0 is the first response ("draft"). If a round's new response replaces the one before, it is "accepted".
+    Otherwise `response` is that of the round before, and the outcome says why: "kept" (the method sees nothing to
+    improve), "rejected" (the new response is not better), "no response", "cut off" or "empty" (the new text cannot be
+    used), "too long" (the request does not fit in the context). The later rounds of the prompt have then "ended",
+    except in best-of-n, where a round without a gain goes on to more samples.
 
-    `score` is the method's own number (see jaxsi.stages.improve.rounds), `quality` that of a judge or of an exact
-    grader; `feedback` what was written about the response before; `tokens` how many were generated in this round.
+    `score` is the method's own number (see jaxsi.stages.improve.rounds); `quality` is that of a judge or an exact
+    grader. `feedback` was written about the response before. `tokens` counts the tokens generated in this round.
     """
 
     id: str
@@ -185,12 +188,15 @@ Record = TypeVar("Record")
 
 
 def to_json(record: Any) -> dict[str, Any]:
-    """The record as plain JSON values, fields in the order of the class."""
+    """The record as plain JSON values, with its fields in the order of the class."""
     return {field.name: _encode(getattr(record, field.name)) for field in fields(record)}
 
 
 def from_json(cls: type[Record], value: Any) -> Record:
-    """The record of class `cls` that `to_json` wrote. ValueError names the missing, unknown or mistyped field."""
+    """The record of class `cls` from the output of `to_json`.
+
+    Raises: ValueError: if a field is missing, unknown or of another type; it names the field.
+    """
     if not isinstance(value, dict):
         raise ValueError(f"a {cls.__name__} is a JSON object, found {_shown(value)}")
     hints, required = _schema(cls)
@@ -204,13 +210,15 @@ def from_json(cls: type[Record], value: Any) -> Record:
 def write_jsonl(path: Path | str, records: Iterable[Any]) -> None:
     """Writes one record per line; the file appears complete or not at all.
 
-    Raises: RecordError where a field holds something JSON cannot carry (NaN, arrays); OSError where the disk refuses.
+    Raises:
+      RecordError: if a field holds something that JSON cannot represent (NaN, arrays).
+      OSError: if the disk fails.
     """
     write_atomically(path, (_dump_line(path, number, record) for number, record in enumerate(records, start=1)))
 
 
 def read_jsonl(path: Path | str, cls: type[Record]) -> list[Record]:
-    """The records of a file that `write_jsonl` wrote. Raises RecordError with the line that is broken."""
+    """The records of a file that `write_jsonl` wrote. Raises: RecordError: if a line is broken; it names the line."""
     records = []
     for line, value in _json_lines(path):
         try:
@@ -221,7 +229,7 @@ def read_jsonl(path: Path | str, cls: type[Record]) -> list[Record]:
 
 
 def write_atomically(path: Path | str, chunks: Iterable[bytes]) -> None:
-    """Writes `path` so that it is there complete or not at all, also when the process or the machine dies."""
+    """Writes `path` so that it appears complete or not at all, even if the process or the machine dies."""
     path = Path(path)
     unfinished = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
@@ -235,7 +243,7 @@ def write_atomically(path: Path | str, chunks: Iterable[bytes]) -> None:
         with contextlib.suppress(OSError):
             unfinished.unlink(missing_ok=True)
         raise
-    folder = os.open(path.parent, os.O_RDONLY)  # the rename itself lasts only once its folder is synced
+    folder = os.open(path.parent, os.O_RDONLY)  # the rename is on disk only once its folder is synced
     try:
         os.fsync(folder)
     finally:
@@ -246,11 +254,12 @@ def read_prompts(path: Path | str, max_prompts: int | None = None) -> list[Promp
     """The prompts of a user's file, at most the first `max_prompts`.
 
     JSONL: {"id"?, "prompt": text} or {"id"?, "messages": [{"role", "content"}, ...]} per line. A `.json` file is one
-    list of such objects. Both may be gzipped (`.gz`). The AlpacaEval dialect has "instruction" for "prompt" (its
-    "output", "generator" and "dataset" are not read). `id` defaults to the line (of a list, the item) number, from 1.
+    list of such objects. Both may be gzipped (`.gz`). The AlpacaEval dialect has "instruction" instead of "prompt" (its
+    "output", "generator" and "dataset" are ignored). `id` defaults to the number of the line, or of the item in a list,
+    from 1.
 
-    Raises: RecordError with file, line, value and fix: no such file, broken line, unknown key, duplicate id, empty
-    prompt.
+    Raises: RecordError: if the file is missing, a line is broken, a key is unknown, an id is duplicated or a prompt is
+      empty; it names the file, the line, the value and the fix.
     """
     if max_prompts is not None and max_prompts < 1:
         raise ValueError(f"max_prompts is {max_prompts}, the least is 1; leave it out to read every prompt")
@@ -265,22 +274,20 @@ def read_prompts(path: Path | str, max_prompts: int | None = None) -> list[Promp
             raise RecordError(path, line, str(error)) from None
         if prompt.id in line_of:
             first = line_of[prompt.id]
-            raise RecordError(path, line, f"id {_shown(prompt.id)} is already that of line {first}; ids must be unique")
+            raise RecordError(path, line, f"id {_shown(prompt.id)} is already on line {first}; ids must be unique")
         line_of[prompt.id] = line
         prompts.append(prompt)
         if len(prompts) == max_prompts:
             break
     if not prompts:
-        raise RecordError(path, None, 'no prompts in this file; write one object per line, as {"prompt": "…"}')
+        raise RecordError(path, None, 'the file holds no prompts; write one object per line, as {"prompt": "…"}')
     return prompts
 
 
 # ---- prompts of users ------------------------------------------------------------------------------------------------
 
 _TEXT_KEYS = ("prompt", "instruction")
-_ALPACA_EVAL_KEYS = frozenset(
-    {"output", "generator", "dataset"}
-)  # a baseline's answer, read by jaxsi.evals and not here
+_ALPACA_EVAL_KEYS = frozenset({"output", "generator", "dataset"})  # a baseline's answer, ignored here
 
 
 def _prompt(row: Any, default_id: str) -> Prompt:
@@ -291,7 +298,7 @@ def _prompt(row: Any, default_id: str) -> Prompt:
         raise ValueError(f'unknown key {_shown(min(unknown))}; the keys are "id", and "prompt" or "messages"')
     contents = [key for key in ("messages", *_TEXT_KEYS) if key in row]
     if len(contents) != 1:
-        raise ValueError(f'give "prompt" or "messages", one of the two; found {contents or sorted(row)}')
+        raise ValueError(f'give either "prompt" or "messages"; found {contents or sorted(row)}')
     id = row.get("id", default_id)
     if isinstance(id, bool) or not isinstance(id, str | int) or id == "":
         raise ValueError(f"id {_shown(id)} is not a non-empty string or a number")
@@ -300,29 +307,31 @@ def _prompt(row: Any, default_id: str) -> Prompt:
     if contents[0] == "messages":
         return Prompt(id=str(id), messages=_messages(content))
     if not isinstance(content, str) or not content.strip():
-        raise ValueError(f'"{contents[0]}" is {_shown(content)}; it must be a text that is not empty')
+        raise ValueError(f'"{contents[0]}" is {_shown(content)}; it must be a non-empty text')
     _check_unicode(content, contents[0])
     return Prompt.of(str(id), content)
 
 
 def _messages(value: Any) -> tuple[Message, ...]:
     if not isinstance(value, list) or not value:
-        raise ValueError(f'"messages" is {_shown(value)}; it must be a list of {{"role", "content"}} that is not empty')
+        raise ValueError(f'"messages" is {_shown(value)}; it must be a non-empty list of {{"role", "content"}}')
     for message in value:
         if not isinstance(message, dict) or message.keys() != {"role", "content"}:
             raise ValueError(f'message {_shown(message)} must be an object with the keys "role" and "content" only')
         if message["role"] not in ROLES:
             raise ValueError(f"role {_shown(message['role'])} is not one of {', '.join(ROLES)}")
         if not isinstance(message["content"], str) or not message["content"].strip():
-            raise ValueError(f"the content of message {_shown(message)} must be a text that is not empty")
+            raise ValueError(f"the content of message {_shown(message)} must be a non-empty text")
         _check_unicode(message["content"], "content")
     if value[-1]["role"] != "user":
-        raise ValueError(f"the last message is of role {_shown(value[-1]['role'])}; a prompt ends with the user's turn")
+        raise ValueError(
+            f"the last message has the role {_shown(value[-1]['role'])}; a prompt ends with the user's turn"
+        )
     return tuple(value)
 
 
 def _check_unicode(text: str, key: str) -> None:
-    """JSON can escape half a surrogate pair, which is no character, and which no tokenizer takes."""
+    """JSON can escape half a surrogate pair, which is not a character, so tokenizers reject it."""
     try:
         text.encode("utf-8")
     except UnicodeEncodeError as error:
@@ -337,7 +346,7 @@ def _check_unicode(text: str, key: str) -> None:
 
 @contextlib.contextmanager
 def _opened(path: Path | str) -> Iterator[typing.IO[bytes]]:
-    """Opens for reading, plain or gzipped; whatever goes wrong is a RecordError that names the file."""
+    """Opens a plain or gzipped file for reading. Every error becomes a RecordError that names the file."""
     path = Path(path)
     try:
         with gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb") as file:
@@ -361,7 +370,9 @@ def _json_list(path: Path) -> Iterator[tuple[int, Any]]:
     with _opened(path) as file:
         value = _parse(path, None, file.read())
     if not isinstance(value, list):
-        raise RecordError(path, None, f"a .json file of prompts is one list, found {_shown(value)}; or use .jsonl")
+        raise RecordError(
+            path, None, f"a .json file of prompts is one list, found {_shown(value)}; use .jsonl for lines"
+        )
     yield from enumerate(value, start=1)
 
 
@@ -380,7 +391,7 @@ def _parse(path: Path | str, line: int | None, raw: bytes) -> Any:
 
 
 def _refuse_constant(name: str) -> float:
-    raise ValueError(f"{name} is not JSON; an absent number is null")
+    raise ValueError(f"{name} is not JSON; write null for an absent number")
 
 
 def _dump_line(path: Path | str, line: int, record: Any) -> bytes:
@@ -391,11 +402,11 @@ def _dump_line(path: Path | str, line: int, record: Any) -> bytes:
         raise RecordError(path, line, f"{type(record).__name__} cannot be written: {error}") from None
     try:
         return text.encode("utf-8") + b"\n"
-    except UnicodeEncodeError:  # half a surrogate pair: escaped, it comes back as it was
+    except UnicodeEncodeError:  # half a surrogate pair survives only as an escape
         return json.dumps(value, allow_nan=False).encode("ascii") + b"\n"
 
 
-# ---- one generic pair of functions between records and JSON values ---------------------------------------------------
+# ---- records to JSON values and back ---------------------------------------------------------------------------------
 
 
 def _encode(value: Any) -> Any:
@@ -408,11 +419,10 @@ def _encode(value: Any) -> Any:
 
 @functools.cache
 def _schema(cls: type) -> tuple[dict[str, Any], frozenset[str]]:
-    """({field: type}, the fields without default)."""
+    """({field: type}, the fields without a default)."""
     hints = typing.get_type_hints(cls)
-    own = fields(cls)
-    required = frozenset(f.name for f in own if f.default is MISSING and f.default_factory is MISSING)
-    return {field.name: hints[field.name] for field in own}, required
+    required = frozenset(f.name for f in fields(cls) if f.default is MISSING and f.default_factory is MISSING)
+    return {field.name: hints[field.name] for field in fields(cls)}, required
 
 
 def _decode(hint: Any, value: Any, where: str) -> Any:
@@ -423,7 +433,7 @@ def _decode(hint: Any, value: Any, where: str) -> Any:
         return value
     if origin is tuple and isinstance(value, list):
         item = arguments[0]
-        if item in (int, float, str) and set(map(type, value)) <= {item}:  # long lists of ids and logps, at C speed
+        if item in (int, float, str) and set(map(type, value)) <= {item}:  # fast path for long lists of ids and logps
             return tuple(value)
         return tuple(_decode(item, element, f"{where}[{index}]") for index, element in enumerate(value))
     if origin in (typing.Union, types.UnionType):  # `X | None` only

@@ -1,3 +1,5 @@
+"""Records and their files: exact round trips, errors that name the place, atomic writes, and prompts of users."""
+
 import gzip
 import json
 import math
@@ -91,7 +93,7 @@ def prompt(number: int, text: str = "Hi") -> Prompt:
 
 @given(record=any_record, copies=st.integers(1, 3))
 @settings(max_examples=150, deadline=None)
-def test_records_come_back_equal_and_rewrite_to_the_same_bytes(record, copies, tmp_path_factory):
+def test_records_survive_a_round_trip_and_rewrite_to_the_same_bytes(record, copies, tmp_path_factory):
     folder = tmp_path_factory.mktemp("records")
     write_jsonl(folder / "a.jsonl", [record] * copies)
     back = read_jsonl(folder / "a.jsonl", type(record))
@@ -114,7 +116,7 @@ def test_floats_are_bit_for_bit_and_text_is_readable(tmp_path):
     assert "né 字" in (tmp_path / "r.jsonl").read_text("utf-8")
 
 
-def test_a_whole_number_is_read_as_the_float_that_the_field_is():
+def test_whole_number_in_a_float_field_becomes_a_float():
     value = to_json(Judgment(id="a", prompt_id="a", scores=(), score=None, texts=(), fingerprint="", template=""))
     judgment = from_json(Judgment, value | {"scores": [4, None], "score": 4})
     assert judgment.scores == (4.0, None)
@@ -122,7 +124,7 @@ def test_a_whole_number_is_read_as_the_float_that_the_field_is():
     assert isinstance(judgment.scores[0], float)
 
 
-# ---- what is not a record --------------------------------------------------------------------------------------------
+# ---- wrong records ---------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -138,7 +140,7 @@ def test_a_whole_number_is_read_as_the_float_that_the_field_is():
         ({"finish_reason": "eos"}, "finish_reason is 'eos'"),
     ],
 )
-def test_a_wrong_field_is_named_with_its_line(change, names, tmp_path):
+def test_error_names_a_wrong_field_and_its_line(change, names, tmp_path):
     good = {
         "id": "1#0", "prompt_id": "1", "sample": 0, "text": "t", "token_ids": [1], "logps": [-1.0],
         "finish_reason": "stop", "fingerprint": "f", "template": "t",
@@ -149,14 +151,14 @@ def test_a_wrong_field_is_named_with_its_line(change, names, tmp_path):
         read_jsonl(path, Response)
 
 
-def test_a_missing_key_is_named(tmp_path):
+def test_error_names_a_missing_key(tmp_path):
     (tmp_path / "p.jsonl").write_text('{"id": "1"}\n')
     with pytest.raises(RecordError, match=r"p\.jsonl:1: key 'messages' of a Prompt is missing"):
         read_jsonl(tmp_path / "p.jsonl", Prompt)
 
 
 @pytest.mark.parametrize("score", [math.nan, math.inf, {1, 2}])
-def test_what_json_cannot_carry_is_refused_and_no_file_appears(score, tmp_path):
+def test_value_that_json_lacks_is_an_error_and_no_file_appears(score, tmp_path):
     bad = Judgment(id="a", prompt_id="a", scores=(), score=score, texts=(), fingerprint="", template="")
     with pytest.raises(RecordError, match=r"j\.jsonl:2: Judgment cannot be written"):
         write_jsonl(tmp_path / "j.jsonl", [Judgment(**to_json(bad) | {"score": 1.0}), bad])
@@ -166,7 +168,7 @@ def test_what_json_cannot_carry_is_refused_and_no_file_appears(score, tmp_path):
 # ---- atomic files ----------------------------------------------------------------------------------------------------
 
 
-def test_a_failed_write_keeps_the_earlier_file(tmp_path):
+def test_failed_write_keeps_the_earlier_file(tmp_path):
     write_jsonl(tmp_path / "p.jsonl", [prompt(1)])
 
     def breaking():
@@ -179,7 +181,7 @@ def test_a_failed_write_keeps_the_earlier_file(tmp_path):
     assert [file.name for file in tmp_path.iterdir()] == ["p.jsonl"]
 
 
-def test_kill_in_the_middle_of_a_write_leaves_the_earlier_file(tmp_path):
+def test_kill_during_a_write_keeps_the_earlier_file(tmp_path):
     path = tmp_path / "p.jsonl"
     write_jsonl(path, [prompt(1)])
     program = (
@@ -187,8 +189,8 @@ def test_kill_in_the_middle_of_a_write_leaves_the_earlier_file(tmp_path):
         "def chunks():\n    yield b'x' * 10_000_000\n    os.kill(os.getpid(), signal.SIGKILL)\n"
         "write_atomically(sys.argv[1], chunks())"
     )
-    done = subprocess.run([sys.executable, "-c", program, str(path)], cwd=REPO, check=False)
-    assert done.returncode == -signal.SIGKILL
+    result = subprocess.run([sys.executable, "-c", program, str(path)], cwd=REPO, check=False)
+    assert result.returncode == -signal.SIGKILL
     assert read_jsonl(path, Prompt) == [prompt(1)]
     assert len(list(tmp_path.glob(".*.tmp"))) == 1  # the run removes it when it is opened again
 
@@ -206,7 +208,7 @@ def test_atomic_write_follows_the_order_write_sync_rename(tmp_path, monkeypatch)
 # ---- prompts of users ------------------------------------------------------------------------------------------------
 
 
-def test_prompts_of_every_dialect(tmp_path):
+def test_prompts_in_every_format(tmp_path):
     chat = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hi"}]
     rows = [{"prompt": "One\u2028two"}, {"id": "x", "messages": chat}, {"id": 7, "prompt": "Seven"}]
     lines = "\ufeff" + "\n".join(json.dumps(row, ensure_ascii=False) for row in rows) + "\n\n"
@@ -231,29 +233,29 @@ def test_alpaca_eval_dialect(tmp_path):
     ("line", "says"),
     [
         ('{"prompt": "a"', r"p\.jsonl:2: broken JSON at column 15: .*\{\"prompt\": \"a\""),
-        ('{"prompt": ""}', r"p\.jsonl:2: \"prompt\" is ''; it must be a text that is not empty"),
-        ('{"prompt": " \\n"}', "not empty"),
+        ('{"prompt": ""}', r"p\.jsonl:2: \"prompt\" is ''; it must be a non-empty text"),
+        ('{"prompt": " \\n"}', "non-empty"),
         ('{"prompt": 5}', r"\"prompt\" is 5"),
         ('{"promt": "a"}', "unknown key 'promt'"),
         ('{"prompt": "a", "output": "b"}', "unknown key 'output'"),
         ('{"instruction": "a", "input": "b"}', "unknown key 'input'"),
-        ('{"id": "b"}', 'give "prompt" or "messages"'),
-        ('{"prompt": "a", "messages": []}', "one of the two"),
-        ('{"id": "1", "prompt": "a"}', "id '1' is already that of line 1"),
-        ('{"id": 1, "prompt": "a"}', "id '1' is already that of line 1"),
+        ('{"id": "b"}', 'give either "prompt" or "messages"'),
+        ('{"prompt": "a", "messages": []}', "give either"),
+        ('{"id": "1", "prompt": "a"}', "id '1' is already on line 1"),
+        ('{"id": 1, "prompt": "a"}', "id '1' is already on line 1"),
         ('{"id": null, "prompt": "a"}', "id None is not"),
         ('{"id": "", "prompt": "a"}', "id '' is not"),
         ('["a"]', r"a prompt is an object .*found \['a'\]"),
         ('{"prompt": NaN}', "NaN is not JSON"),
         ('{"prompt": "\\ud800"}', "half a surrogate pair"),
-        ('{"messages": []}', "list of .* not empty"),
+        ('{"messages": []}', "non-empty list of "),
         ('{"messages": [{"role": "user"}]}', '"role" and "content" only'),
         ('{"messages": [{"role": "bot", "content": "a"}]}', "role 'bot' is not one of system, user, assistant"),
         ('{"messages": [{"role": "assistant", "content": "a"}]}', "ends with the user's turn"),
         ("[" * 100_000, r"p\.jsonl:2"),
     ],
 )
-def test_a_broken_prompt_is_named_with_file_line_value_and_fix(line, says, tmp_path):
+def test_error_of_a_broken_prompt_names_file_line_value_and_fix(line, says, tmp_path):
     path = tmp_path / "p.jsonl"
     path.write_text(f'{{"prompt": "fine"}}\n{line}\n{{"prompt": "fine too"}}\n')
     with pytest.raises(RecordError, match=says) as caught:
@@ -266,7 +268,7 @@ def test_a_broken_prompt_is_named_with_file_line_value_and_fix(line, says, tmp_p
     ("name", "content", "says"),
     [
         ("p.jsonl", b'{"prompt": "\xff"}\n', "p.jsonl:1: not UTF-8 at byte 12"),
-        ("p.jsonl", b"\n \n", "no prompts in this file"),
+        ("p.jsonl", b"\n \n", "the file holds no prompts"),
         ("p.json", b'{"prompt": "a"}', "is one list"),
         ("p.json", b"[]", "no prompts"),
         ("p.json", b'[\n{"prompt": }]', r"p.json:2: broken JSON"),
@@ -275,13 +277,13 @@ def test_a_broken_prompt_is_named_with_file_line_value_and_fix(line, says, tmp_p
         ("p.jsonl.gz", gzip.compress(b'{"prompt": "a"}\n' * 100, mtime=0)[:-10], "damaged gzip"),
     ],
 )
-def test_a_broken_file_is_named(name, content, says, tmp_path):
+def test_error_names_a_broken_file(name, content, says, tmp_path):
     (tmp_path / name).write_bytes(content)
     with pytest.raises(RecordError, match=says):
         read_prompts(tmp_path / name)
 
 
-def test_no_such_file_a_folder_and_a_senseless_limit(tmp_path):
+def test_missing_file_folder_and_invalid_limit_are_errors(tmp_path):
     with pytest.raises(RecordError, match="no such file"):
         read_prompts(tmp_path / "none.jsonl")
     with pytest.raises(RecordError, match="cannot be read"):
@@ -290,7 +292,7 @@ def test_no_such_file_a_folder_and_a_senseless_limit(tmp_path):
         read_prompts(tmp_path / "none.jsonl", 0)
 
 
-def test_records_need_no_jax():
+def test_importing_records_does_not_import_jax():
     program = "import sys, jaxsi.runs.records; print('jax' in sys.modules)"
-    done = subprocess.run([sys.executable, "-c", program], cwd=REPO, check=True, capture_output=True, text=True)
-    assert done.stdout.strip() == "False"
+    result = subprocess.run([sys.executable, "-c", program], cwd=REPO, check=True, capture_output=True, text=True)
+    assert result.stdout.strip() == "False"

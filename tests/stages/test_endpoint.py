@@ -1,4 +1,4 @@
-"""A critic behind an endpoint, against a small server that plays what endpoints do: nothing is paid for twice."""
+"""A critic behind an endpoint, against a small server that imitates real ones: nothing is paid for twice."""
 
 import contextlib
 import dataclasses
@@ -35,10 +35,12 @@ TEMPLATE = CritiqueTemplate(name="short", request="{prompt}|{response}")
 GOOD = "Weaknesses: talk\nSuggestions: less\nOverall Score: [[7]]\n### Improved Response\nbetter"
 HALF = "Weaknesses: talk\nOverall Score: [["
 Reply = tuple[int, dict[str, str], bytes]
-Play = Callable[[str, int], Reply | float | None]  # (response asked about, how many times before) -> what to do
+Play = Callable[[str, int], Reply | float | None]  # (name of the response, earlier requests for it) -> reply
 
 
-def said(text: str | None = GOOD, reason: str = "stop", prompt: int = 10, completion: int = 5, **message: Any) -> Reply:
+def replied(
+    text: str | None = GOOD, reason: str = "stop", prompt: int = 10, completion: int = 5, **message: Any
+) -> Reply:
     body = {
         "id": "1", "object": "chat.completion", "created": 1, "model": "m",
         "choices": [{"index": 0, "finish_reason": reason, "message": {"role": "assistant", "content": text} | message}],
@@ -53,13 +55,13 @@ def failed(status: int, message: str = "no", code: str | None = None, **headers:
 
 
 class Server(http.server.ThreadingHTTPServer):
-    """Answers by ``play``; a number is silence for so many seconds, None a connection that breaks."""
+    """Replies by ``play``. A number is silence for that many seconds; None breaks the connection."""
 
     daemon_threads, block_on_close = True, False
 
     def __init__(self, play: Play):
         super().__init__(("127.0.0.1", 0), _Handler)
-        self.play, self.asked, self.times, self.bodies = play, [], [], []
+        self.play, self.names, self.times, self.bodies = play, [], [], []
         self.at_once = self.most_at_once = 0
         self.lock = threading.Lock()
 
@@ -68,7 +70,7 @@ class Server(http.server.ThreadingHTTPServer):
         return f"http://127.0.0.1:{self.server_port}/v1"
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        """A client that has gone away is part of the play."""
+        """A client that has gone away is part of the tests."""
 
 
 class _Handler(http.server.BaseHTTPRequestHandler):
@@ -82,8 +84,8 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         server, body = self.server, json.loads(self.rfile.read(int(self.headers["content-length"])))
         name = body["messages"][0]["content"].split("|")[-1]
         with server.lock:
-            before = server.asked.count(name)
-            server.asked.append(name)
+            before = server.names.count(name)
+            server.names.append(name)
             server.times.append(time.monotonic())
             server.bodies.append(body)
             server.at_once += 1
@@ -162,40 +164,40 @@ def lines(critic: EndpointCritic) -> list[str]:
 NAMES = [f"r{i}" for i in range(12)]
 
 
-# ------------------------------------------------------------------------------------------------ what is paid for once
+# -------------------------------------------------------------------------------------------- nothing is paid for twice
 
 
-def test_answers_come_in_order_and_are_asked_for_once(make, monkeypatch) -> None:
+def test_answers_are_in_order_and_paid_for_once(make, monkeypatch) -> None:
     def play(name: str, before: int) -> Reply:
         time.sleep(0.002 * (12 - int(name[1:])))  # the first come last
-        return said(GOOD.replace("better", f"better {name}"))
+        return replied(GOOD.replace("better", f"better {name}"))
 
     with serving(play) as server:
         critic = make(server, concurrency=4)
-        critiques = ask(critic, *NAMES, "r3")  # two drafts alike are one request
+        critiques = ask(critic, *NAMES, "r3")  # equal drafts are one request
         assert [c.improved for c in critiques] == [f"better {name}" for name in [*NAMES, "r3"]]
         assert [c.id for c in critiques] == [f"p{i}#0" for i in range(13)]
         assert {(c.score, c.weaknesses, c.suggestions, c.fingerprint) for c in critiques} == {
             (7.0, "talk", "less", "m")
         }
-        assert sorted(server.asked) == sorted(NAMES) and len(lines(critic)) == 12
-    monkeypatch.delenv("A_KEY")  # what is in the cache needs neither key nor server
+        assert sorted(server.names) == sorted(NAMES) and len(lines(critic)) == 12
+    monkeypatch.delenv("A_KEY")  # the cache needs neither key nor server
     assert ask(critic, *NAMES, "r3") == critiques
     elsewhere = make("http://127.0.0.1:9/v1")
     assert ask(elsewhere, "r5") == [dataclasses.replace(critiques[5], id="p0#0", prompt_id="p0")]
 
 
-def test_other_settings_are_other_answers(make) -> None:
-    with serving(lambda name, before: said()) as server:
+def test_other_sampling_settings_ask_again(make) -> None:
+    with serving(lambda name, before: replied()) as server:
         for changes in ({}, {"temperature": 1.0}, {"max_new_tokens": 9}, {"model": "other"}, {"temperature": None}):
             ask(make(server, **changes), "r0")
-        assert len(server.asked) == 5
+        assert len(server.names) == 5
         ask(make(server, length_parameter="max_completion_tokens", concurrency=1, timeout=9.0), "r0")
-        assert len(server.asked) == 5
+        assert len(server.names) == 5
 
 
-def test_what_is_sent(make) -> None:
-    with serving(lambda name, before: said()) as server:
+def test_body_of_the_request(make) -> None:
+    with serving(lambda name, before: replied()) as server:
         ask(make(server), "r0")
         ask(make(server, temperature=None, length_parameter="max_completion_tokens"), "half a pair \ud83d")
         message = [{"role": "user", "content": "Say it|r0"}]
@@ -203,43 +205,43 @@ def test_what_is_sent(make) -> None:
         assert server.bodies[1].keys() == {"model", "messages", "max_completion_tokens"}
 
 
-def test_a_torn_line_is_asked_for_again_and_spoils_no_other(make) -> None:
-    with serving(lambda name, before: said()) as server:
+def test_line_cut_short_is_asked_for_again_and_spares_the_others(make) -> None:
+    with serving(lambda name, before: replied()) as server:
         critic = make(server, concurrency=1)
         ask(critic, *NAMES[:3])
         path = Path(critic.cache)
         whole = path.read_bytes()
         path.write_bytes(b'[1]\n{"entry": 3}\n\xff\n' + whole[:-20])
         ask(critic, *NAMES[:4])
-        assert server.asked == ["r0", "r1", "r2", "r2", "r3"]
+        assert server.names == ["r0", "r1", "r2", "r2", "r3"]
         ask(critic, *NAMES[:4])
-        assert len(server.asked) == 5
-        path.write_bytes(path.read_bytes()[:-1])  # only the end of the line is lost: the answer is not
+        assert len(server.names) == 5
+        path.write_bytes(path.read_bytes()[:-1])  # only the line break is lost, not the answer
         ask(critic, *NAMES[:5])
-        assert server.asked[5:] == ["r4"] and path.read_bytes().endswith(b"}\n")
+        assert server.names[5:] == ["r4"] and path.read_bytes().endswith(b"}\n")
 
 
-def test_a_run_that_dies_goes_on_where_it_was(make) -> None:
+def test_run_resumes_after_the_server_died(make) -> None:
     alive = False
 
     def play(name: str, before: int) -> Reply | None:
-        return said() if alive or name in NAMES[:5] else None
+        return replied() if alive or name in NAMES[:5] else None
 
     with serving(play) as server:
         critic = make(server, concurrency=1, retries=2)
         with pytest.raises(EndpointError, match=r"after 2 retries.*run the same command again"):
             ask(critic, *NAMES)
-        assert server.asked == [*NAMES[:5], "r5", "r5", "r5"] and len(lines(critic)) == 5
+        assert server.names == [*NAMES[:5], "r5", "r5", "r5"] and len(lines(critic)) == 5
         alive = True
         assert all(c.score == 7 for c in ask(critic, *NAMES))
-        assert server.asked[8:] == NAMES[5:]
+        assert server.names[8:] == NAMES[5:]
     with pytest.raises(EndpointError, match="did not answer"):
         ask(critic, *NAMES, "new")
     assert len(lines(critic)) == 12
 
 
 def test_threads_share_the_cache(make) -> None:
-    with serving(lambda name, before: time.sleep(0.01) or said()) as server:
+    with serving(lambda name, before: time.sleep(0.01) or replied()) as server:
         names = [f"r{i}" for i in range(40)]
         critics = [make(server, concurrency=2) for _ in range(2)]
         orders = [names, names[::-1]]
@@ -248,8 +250,8 @@ def test_threads_share_the_cache(make) -> None:
             thread.start()
         for thread in threads:
             thread.join()
-        assert set(server.asked) == set(names)
-        assert len(server.asked) <= 44  # at most what two of them had in flight at the same time
+        assert set(server.names) == set(names)
+        assert len(server.names) <= 44  # at most those that both had in flight at the same time
         assert {json.loads(line)["entry"] for line in lines(critics[0])} == {
             critics[0]._entry(f"Say it|{n}") for n in names
         }
@@ -265,19 +267,19 @@ def write_answers(path: Path, name: str) -> None:
 def test_processes_share_the_cache(tmp_path) -> None:
     path = tmp_path / "cache.jsonl"
     program = f"import pathlib, test_endpoint; test_endpoint.write_answers(pathlib.Path({str(path)!r}), 'a')"
-    environment = os.environ | {"PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}"}
+    environment = os.environ | {"PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests' / 'stages'}"}
     other = subprocess.Popen([sys.executable, "-c", program], env=environment)
     while not path.exists() and other.poll() is None:
         time.sleep(0.001)
     write_answers(path, "b")
     assert other.wait(timeout=60) == 0
     cache = endpoint._Cache(path, "m")
-    assert cache.found.keys() == {f"{name}{i}" for name in "ab" for i in range(60)}
-    assert cache.used.total() == 240
-    assert all(answer.text == answer.entry[0] * 20000 for answer in cache.found.values())
+    assert cache.answers.keys() == {f"{name}{i}" for name in "ab" for i in range(60)}
+    assert cache.usage.total() == 240
+    assert all(answer.text == answer.entry[0] * 20000 for answer in cache.answers.values())
 
 
-# -------------------------------------------------------------------------------------------------- what is tried again
+# -------------------------------------------------------------------------------------------------------------- retries
 
 
 @pytest.mark.parametrize(
@@ -292,37 +294,37 @@ def test_processes_share_the_cache(tmp_path) -> None:
     ids=["429", "5xx", "408 409", "broken", "silent", "half JSON", "no JSON", "no choices", "no message", "HTML",
          "a minute's quota", "slow"],
 )  # fmt: skip
-def test_what_may_pass_is_tried_again(make, failures) -> None:
-    with serving(lambda name, before: failures[before] if before < len(failures) else said()) as server:
+def test_temporary_failure_is_retried(make, failures) -> None:
+    with serving(lambda name, before: failures[before] if before < len(failures) else replied()) as server:
         [c] = ask(make(server, timeout=0.5 if failures == [1.0] else 5.0), "r0")
-        assert c.score == 7 and len(server.asked) == len(failures) + 1
+        assert c.score == 7 and len(server.names) == len(failures) + 1
 
 
-def test_nothing_is_tried_for_ever(make) -> None:
+def test_retries_come_to_an_end(make) -> None:
     with serving(lambda name, before: failed(503)) as server:
         with pytest.raises(EndpointError, match=r"did not answer after 3 retries.*503"):
             ask(make(server), "r0")
-        assert len(server.asked) == 4
+        assert len(server.names) == 4
 
 
 @pytest.mark.parametrize("header", [{"retry_after": "0.3"}, {"retry_after_ms": "300"}], ids=str)
-def test_the_wait_is_what_the_server_asks_for(make, header) -> None:
-    with serving(lambda name, before: said() if before else failed(429, **header)) as server:
+def test_wait_follows_the_retry_after_header(make, header) -> None:
+    with serving(lambda name, before: replied() if before else failed(429, **header)) as server:
         ask(make(server), "r0")
         first, second = server.times
         assert 0.3 <= second - first < 5
 
 
-def test_a_wait_may_be_a_date(make) -> None:
+def test_retry_after_may_be_a_date(make) -> None:
     with serving(lambda name, before: failed(429, retry_after=email.utils.formatdate(time.time() + 3650))) as server:
-        with pytest.raises(EndpointError, match=r"refuses requests.*wait 36\d\d s"):  # too long to be waited for
+        with pytest.raises(EndpointError, match=r"refuses requests.*wait 36\d\d s"):  # longer than LONGEST_WAIT
             ask(make(server), "r0")
-        assert len(server.asked) == 1
-    with serving(lambda name, before: said() if before else failed(503, retry_after="soon")) as server:
+        assert len(server.names) == 1
+    with serving(lambda name, before: replied() if before else failed(503, retry_after="soon")) as server:
         assert ask(make(server), "r0")[0].score == 7
 
 
-def test_those_that_wait_end_with_the_others(make, monkeypatch) -> None:
+def test_error_ends_the_waits_of_other_threads(make, monkeypatch) -> None:
     monkeypatch.setattr(endpoint, "FIRST_WAIT", 60.0)
     refused = threading.Event()
 
@@ -340,36 +342,36 @@ def test_those_that_wait_end_with_the_others(make, monkeypatch) -> None:
         assert time.monotonic() - start < 10
 
 
-def test_no_more_at_once_than_allowed(make) -> None:
+def test_concurrency_limits_requests_in_flight(make) -> None:
     together = threading.Barrier(3)
-    with serving(lambda name, before: together.wait(10) is None or said()) as server:
+    with serving(lambda name, before: together.wait(10) is None or replied()) as server:
         ask(make(server, concurrency=3), *NAMES)
         assert server.most_at_once == 3
 
 
-# ------------------------------------------------------------------------------------------------ answers without parts
+# ---------------------------------------------------------------------------------------------- answers that lack parts
 
 
 @pytest.mark.parametrize(
     ("reply", "text", "parts"),
     [
-        (said(None, refusal=f"I will not. {GOOD}"), f"I will not. {GOOD}", (None, None, None, None)),
-        (said(GOOD, "content_filter"), GOOD, (None, None, None, None)),
-        (said(None), "", (None, None, None, None)),
-        (said(HALF), HALF, ("talk", None, None, None)),
-        (said(GOOD, "length"), GOOD, ("talk", "less", 7.0, None)),
-        (said(GOOD, "error"), GOOD, ("talk", "less", 7.0, None)),
-        (said("Das geht so nicht.\u2028好的"), "Das geht so nicht.\u2028好的", (None, None, None, None)),
+        (replied(None, refusal=f"I will not. {GOOD}"), f"I will not. {GOOD}", (None, None, None, None)),
+        (replied(GOOD, "content_filter"), GOOD, (None, None, None, None)),
+        (replied(None), "", (None, None, None, None)),
+        (replied(HALF), HALF, ("talk", None, None, None)),
+        (replied(GOOD, "length"), GOOD, ("talk", "less", 7.0, None)),
+        (replied(GOOD, "error"), GOOD, ("talk", "less", 7.0, None)),
+        (replied("Das geht so nicht.\u2028好的"), "Das geht so nicht.\u2028好的", (None, None, None, None)),
     ],
     ids=["refusal", "content filter", "empty", "half a template", "cut off", "broken off", "another language"],
 )
-def test_an_answer_that_is_no_feedback(make, reply, text, parts) -> None:
+def test_answer_without_complete_feedback_is_kept(make, reply, text, parts) -> None:
     with serving(lambda name, before: reply) as server:
         critic = make(server)
-        for _ in range(2):  # it was paid for: the second time it comes from the cache
+        for _ in range(2):  # it was paid for, so the second time it comes from the cache
             [c] = ask(critic, "r0")
             assert c.text == text and (c.weaknesses, c.suggestions, c.score, c.improved) == parts
-        assert len(server.asked) == 1
+        assert len(server.names) == 1
 
 
 TOO_LONG = [
@@ -383,19 +385,19 @@ FILTERED = [failed(400, "The response was filtered", "content_filter"), failed(4
 
 
 @pytest.mark.parametrize(("reply", "reason"), [*((r, "length") for r in TOO_LONG), *((r, "stop") for r in FILTERED)])
-def test_one_request_that_is_refused_loses_no_other(make, caplog, reply, reason) -> None:
-    with serving(lambda name, before: reply if name == "r2" else said()) as server:
+def test_refused_request_does_not_affect_the_others(make, caplog, reply, reason) -> None:
+    with serving(lambda name, before: reply if name == "r2" else replied()) as server:
         critic = make(server, concurrency=1)
         critiques = ask(critic, *NAMES[:4])
         assert [c.score for c in critiques] == [7, 7, None, 7]
         assert critiques[2].text == "" and critiques[2].finish_reason == reason
         assert "of 4 answers" in caplog.text
-        assert len(server.asked) == 4 and len(lines(critic)) == 3  # it cost nothing, and may go well another time
+        assert len(server.names) == 4 and len(lines(critic)) == 3  # the refused one cost nothing and may succeed later
         ask(critic, *NAMES[:4])
-        assert server.asked[4:] == ["r2"]
+        assert server.names[4:] == ["r2"]
 
 
-def test_all_refused_is_an_error(make) -> None:
+def test_error_if_all_requests_are_refused(make) -> None:
     with (
         serving(lambda name, before: TOO_LONG[0]) as server,
         pytest.raises(EndpointError, match="refuses all 4"),
@@ -403,7 +405,7 @@ def test_all_refused_is_an_error(make) -> None:
         ask(make(server), *NAMES[:4])
 
 
-# ----------------------------------------------------------------------------------------------------- what stops a run
+# ----------------------------------------------------------------------------------------------- errors that stop a run
 
 
 @pytest.mark.parametrize(
@@ -415,55 +417,55 @@ def test_all_refused_is_an_error(make) -> None:
     ],
     ids=["key", "permission", "model", "payment", "quota", "parameter"],
 )  # fmt: skip
-def test_what_no_retry_helps_stops_at_once(make, caplog, reply) -> None:
+def test_permanent_failure_stops_at_once_and_hides_the_key(make, caplog, reply) -> None:
     caplog.set_level(logging.DEBUG)
-    with serving(lambda name, before: said() if name == "r0" else reply) as server:
+    with serving(lambda name, before: replied() if name == "r0" else reply) as server:
         critic = make(server, concurrency=1)
         with pytest.raises(EndpointError, match=r"refuses requests.*A_KEY") as error:
             ask(critic, *NAMES)
-        assert server.asked == ["r0", "r1"] and len(lines(critic)) == 1
+        assert server.names == ["r0", "r1"] and len(lines(critic)) == 1
         assert KEY not in str(error.value) + caplog.text + "".join(lines(critic)) + repr(critic)
 
 
 @pytest.mark.parametrize("key", [None, "", " \n", "two\nlines", "schlüssel"])
-def test_a_key_that_is_none(make, monkeypatch, key) -> None:
+def test_error_for_an_unusable_key(make, monkeypatch, key) -> None:
     if key is None:
         monkeypatch.delenv("A_KEY")
     else:
         monkeypatch.setenv("A_KEY", key)
-    with serving(lambda name, before: said()) as server:
+    with serving(lambda name, before: replied()) as server:
         with pytest.raises(EndpointError, match="variable A_KEY is not set to a key"):
             ask(make(server), "r0")
-        assert not server.asked
+        assert not server.names
 
 
-def test_a_key_may_end_in_a_line_break(make, monkeypatch) -> None:
+def test_key_may_end_in_a_line_break(make, monkeypatch) -> None:
     monkeypatch.setenv("A_KEY", KEY + "\n")
-    with serving(lambda name, before: said()) as server:
+    with serving(lambda name, before: replied()) as server:
         assert ask(make(server), "r0")[0].score == 7
 
 
-def test_without_the_client(make, monkeypatch) -> None:
+def test_error_without_the_openai_client(make, monkeypatch) -> None:
     monkeypatch.setitem(sys.modules, "openai", None)
     with pytest.raises(EndpointError, match=r"pip install 'jaxsi\[endpoint\]'"):
         ask(make("http://127.0.0.1:9/v1"), "r0")
 
 
-def test_nothing_is_asked_that_cannot_be_kept(make, tmp_path) -> None:
-    with serving(lambda name, before: said()) as server:
-        with pytest.raises(EndpointError, match="cannot be kept"):
+def test_nothing_is_asked_if_the_cache_is_not_writable(make, tmp_path) -> None:
+    with serving(lambda name, before: replied()) as server:
+        with pytest.raises(EndpointError, match="cannot be written"):
             ask(make(server, cache=str(tmp_path)), "r0")
-        assert not server.asked
+        assert not server.names
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
         ({"concurrency": 0}, "concurrency is 0"), ({"retries": 0}, "retries is 0"), ({"timeout": 0.0}, "timeout is 0"),
-        ({"prompt_price": -1.0}, "prices -1"), ({"max_cost": 1.0}, "no price is given"),
+        ({"prompt_price": -1.0}, "prices -1"), ({"max_cost": 1.0}, "both prices are 0"),
     ],
 )  # fmt: skip
-def test_settings_that_cannot_be(make, changes, message) -> None:
+def test_invalid_settings_are_errors(make, changes, message) -> None:
     with pytest.raises(ValueError, match=message):
         make("http://127.0.0.1:9/v1", **changes)
 
@@ -471,7 +473,7 @@ def test_settings_that_cannot_be(make, changes, message) -> None:
 # ----------------------------------------------------------------------------------------------------------------- caps
 
 
-def test_the_estimate(make) -> None:
+def test_estimate_of_calls_tokens_and_cost(make) -> None:
     critic = make("http://127.0.0.1:9/v1", prompt_price=1.0, completion_price=10.0)
     estimate = critic.estimate(["a" * 300, "好" * 100])
     assert estimate == {"calls": 2, "prompt_tokens": 264, "completion_tokens": 16, "cost": pytest.approx(424e-6)}
@@ -479,48 +481,48 @@ def test_the_estimate(make) -> None:
 
 
 @pytest.mark.parametrize("cap", [{"max_total_tokens": 515}, {"max_cost": 515e-6}], ids=str)
-def test_nothing_is_asked_that_may_pass_the_cap(make, cap) -> None:
+def test_nothing_is_asked_that_may_exceed_a_cap(make, cap) -> None:
     prices = {"prompt_price": 1.0, "completion_price": 1.0}
-    with serving(lambda name, before: said()) as server:
+    with serving(lambda name, before: replied()) as server:
         critic = make(server, **prices, **cap)
         assert critic.estimate(["Say it|r00"] * 12)["prompt_tokens"] == 12 * 35
         with pytest.raises(EndpointError, match=r"may come to .*raise the cap"):
             ask(critic, *(f"r{i:02}" for i in range(12)))  # at most 12 * 43 = 516
-        assert not server.asked
+        assert not server.names
         ask(critic, *(f"r{i:02}" for i in range(11)))
-        assert len(server.asked) == 11  # 11 * 15 = 165 of 515 are used
+        assert len(server.names) == 11  # 11 * 15 = 165 of 515 are used
         with pytest.raises(EndpointError, match="may come to"):
-            ask(make(server, **prices, **cap), *(f"r{i:02}" for i in range(20)))  # also by another run of this cache
-        assert len(server.asked) == 11
+            ask(make(server, **prices, **cap), *(f"r{i:02}" for i in range(20)))  # also in another run with this cache
+        assert len(server.names) == 11
         ask(make(server, **prices, **cap), *(f"r{i:02}" for i in range(18)))  # 165 + 7 * 43 = 466
 
 
-def test_a_server_that_counts_more_than_was_estimated_is_stopped(make) -> None:
-    with serving(lambda name, before: time.sleep(0.02) or said(prompt=1000)) as server:
+def test_cap_holds_if_the_server_counts_more_than_estimated(make) -> None:
+    with serving(lambda name, before: time.sleep(0.02) or replied(prompt=1000)) as server:
         critic = make(server, max_total_tokens=1500, concurrency=4)
         with pytest.raises(EndpointError, match="over max_total_tokens = 1500"):
             ask(critic, *NAMES)
-        assert 2 <= len(server.asked) <= 5
-        assert len(lines(critic)) == len(server.asked)  # what was in flight is kept
+        assert 2 <= len(server.names) <= 5
+        assert len(lines(critic)) == len(server.names)  # answers in flight are kept
 
 
-def test_what_another_run_pays_counts_at_once(make) -> None:
+def test_tokens_of_another_run_count_towards_the_cap_at_once(make) -> None:
     def play(name: str, before: int) -> Reply:
         if name == "r1":
             other = Answer(entry="x", model="m", text="", finish_reason="stop", prompt_tokens=450, completion_tokens=0)
             endpoint._Cache(Path(critic.cache), "m").add(other)
-        return said()
+        return replied()
 
     with serving(play) as server:
         critic = make(server, max_total_tokens=516, concurrency=1)
-        with pytest.raises(EndpointError, match="has used 480"):
+        with pytest.raises(EndpointError, match="have used 480"):
             ask(critic, *NAMES)
-        assert server.asked == ["r0", "r1"]
-        ask(make(server, model="other", max_total_tokens=516), "r0")  # another model has a cap of its own
+        assert server.names == ["r0", "r1"]
+        ask(make(server, model="other", max_total_tokens=516), "r0")  # another model has its own cap
 
 
-def test_a_server_that_counts_nothing(make) -> None:
-    body = json.loads(said()[2])
+def test_estimate_stands_in_for_missing_counts(make) -> None:
+    body = json.loads(replied()[2])
     del body["usage"]
     with serving(lambda name, before: (200, {}, json.dumps(body).encode())) as server:
         critic = make(server)
@@ -546,25 +548,25 @@ print(json.dumps([to_json(c) for c in test_endpoint.ask(critic, *test_endpoint.N
 
 
 @pytest.mark.slow
-def test_of_several_hosts_one_pays(tmp_path) -> None:
+def test_one_of_several_hosts_asks(tmp_path) -> None:
     environment = os.environ | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""}
-    with serving(lambda name, before: TOO_LONG[0] if name == "r3" else said(f"好 {GOOD} {name}")) as server:
+    with serving(lambda name, before: TOO_LONG[0] if name == "r3" else replied(f"好 {GOOD} {name}")) as server:
         arguments = [str(free_port()), server.url, str(tmp_path / "cache.jsonl"), str(ROOT)]
-        started = [
+        processes = [
             subprocess.Popen(
                 [sys.executable, "-c", PROGRAM, str(index), *arguments],
                 env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
             )
             for index in range(2)
         ]  # fmt: skip
-        ended = [process.communicate(timeout=120) for process in started]
-        assert [process.returncode for process in started] == [0, 0], ended
-        first, second = (json.loads(out.splitlines()[-1]) for out, _ in ended)
+        outputs = [process.communicate(timeout=120) for process in processes]
+        assert [process.returncode for process in processes] == [0, 0], outputs
+        first, second = (json.loads(out.splitlines()[-1]) for out, _ in outputs)
         assert first == second and len(first) == 12 and first[3]["text"] == ""
-        assert sorted(server.asked) == sorted(NAMES)
+        assert sorted(server.names) == sorted(NAMES)
 
 
-# ------------------------------------------------------------------------------------ a server that others have written
+# -------------------------------------------------------------------------------------------------------- a real server
 
 SERVING = ("torch", "fastapi", "uvicorn", "accelerate")
 SERVE = "from transformers.cli.transformers import main; main()"
@@ -572,7 +574,7 @@ SERVE = "from transformers.cli.transformers import main; main()"
 
 @contextlib.contextmanager
 def transformers_serve(port: int, log: Path) -> Iterator[subprocess.Popen]:
-    """``transformers serve`` with the embedded world's model, when it answers."""
+    """``transformers serve`` with the embedded world's model, once it accepts connections."""
     options = ["--device", "cpu", "--dtype", "float32", "--host", "127.0.0.1", "--port", str(port)]
     with log.open("ab") as file:
         server = subprocess.Popen(
@@ -592,7 +594,7 @@ def transformers_serve(port: int, log: Path) -> Iterator[subprocess.Popen]:
 
 @pytest.mark.slow
 @pytest.mark.skipif(None in map(importlib.util.find_spec, SERVING), reason=f"transformers serve needs {SERVING}")
-def test_a_real_server_that_is_killed(make, tmp_path) -> None:
+def test_run_survives_a_killed_transformers_server(make, tmp_path) -> None:
     port, log = free_port(), tmp_path / "serve.log"
     critic = make(f"http://127.0.0.1:{port}/v1", model=str(SHIPPED), concurrency=2, timeout=30.0)
     with transformers_serve(port, log) as server:

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 import jax
 
 from jaxsi.lm import LM
+from jaxsi.runs.named_keys import fold
 from jaxsi.runs.records import Improvement, Prompt, Response
-from jaxsi.runs.run import fold
 from jaxsi.sampling.generate import SamplingConfig, generate
 from jaxsi.stages.improve.rounds import (
     Item,

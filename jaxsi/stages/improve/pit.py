@@ -12,8 +12,8 @@ from typing import Any
 import jax
 
 from jaxsi.lm import LM
+from jaxsi.runs.named_keys import fold
 from jaxsi.runs.records import Improvement, Outcome, Prompt, Response, Revision
-from jaxsi.runs.run import fold
 from jaxsi.sampling.generate import SamplingConfig, generate
 from jaxsi.stages.gap import gains, gap_sequence
 from jaxsi.stages.improve.rounds import (

@@ -25,8 +25,8 @@ import numpy as np
 
 from jaxsi.lm import LM
 from jaxsi.runs import metrics
+from jaxsi.runs.named_keys import fold
 from jaxsi.runs.records import Improvement, Outcome, Prompt, Response
-from jaxsi.runs.run import fold
 from jaxsi.sampling.generate import SamplingConfig, generate
 from jaxsi.text.chat import render_prompt
 

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 import jax
 
 from jaxsi.lm import LM
+from jaxsi.runs.named_keys import fold
 from jaxsi.runs.records import Improvement, Prompt
-from jaxsi.runs.run import fold
 from jaxsi.sampling.generate import SamplingConfig
 from jaxsi.stages.improve.rounds import Item, Method, Past, drafter, fault_of, next_record, respond, token_count
 from jaxsi.stages.prompts.self_refine import SelfRefineTemplate

@@ -11,8 +11,8 @@ from collections.abc import Sequence
 import jax
 
 from jaxsi.lm import LM
+from jaxsi.runs.named_keys import fold
 from jaxsi.runs.records import Critique, Improvement, Outcome, Prompt, Response
-from jaxsi.runs.run import fold
 from jaxsi.sampling.generate import SamplingConfig
 from jaxsi.stages.critique import CritiqueConfig, continue_critique, improved_responses
 from jaxsi.stages.improve.rounds import Item, Method, Past, draft_round, next_record

@@ -7,9 +7,9 @@ import pytest
 
 import tiny
 from jaxsi.runs.records import Prompt, Response
+from jaxsi.stages import gap
 from jaxsi.toyworld import world
 from jaxsi.toyworld.pit_data import exact_gaps, permuted_gaps, pit_preferences
-from jaxsi.training import reward
 
 X = ({"role": "user", "content": "Reverse: cat red dog"},)
 STORY = ({"role": "user", "content": "Tell me a story"},)
@@ -29,7 +29,7 @@ def known(monkeypatch):
         calls.append((lm, items, request, batch_size))
         return np.arange(len(items), dtype=np.float32), np.full(len(items), 10, np.float32)
 
-    monkeypatch.setattr(reward, "gaps", gaps)
+    monkeypatch.setattr(gap, "gaps", gaps)
     return calls
 
 

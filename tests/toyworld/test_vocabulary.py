@@ -94,7 +94,7 @@ def test_usual_text_decodes_to_itself(tokenizer, text):
     assert tokenizer.decode(tokenizer.encode(text)) == text
 
 
-# Also unassigned and control characters, but not "▁", which stands for a space, nor "<", which may begin a control token.
+# Unassigned and control characters too, but not "▁", which stands for a space, or "<", which may begin a control token.
 @given(st.text(alphabet=st.characters(exclude_categories=("Cs",), exclude_characters="▁<"), max_size=30))
 def test_any_text_decodes_to_itself(tokenizer, text):
     assert tokenizer.decode(tokenizer.encode(text)) == text

@@ -1,10 +1,10 @@
-"""Generation by jaxsi and by tunix's sampler in turn, each in a Python of its own: the environments exclude each other.
+"""Generation by jaxsi and by tunix's sampler in turns. Each has its own Python, because their dependencies conflict.
 
     python -m venv tunix && tunix/bin/pip install google-tunix==0.1.7
     python docs/bench/against_tunix.py --tunix tunix/bin/python --dtype float32
 
-32 prompts of 16 to 127 random tokens, 128 new tokens each, temperature 0.7, top-p 0.9; shape s with random weights on
-both sides, so that no text is compared. The first call, which compiles, does not count.
+32 prompts of 16 to 127 random tokens, 128 new tokens each, temperature 0.7, top-p 0.9. Both sides have shape s with
+random weights of their own, so texts are not compared. The first call, which compiles, is not counted.
 """
 
 import argparse
@@ -25,35 +25,33 @@ def prompts() -> list[list[int]]:
 
 
 def jaxsi_sampler(dtype: str) -> Callable[[int], int]:
-    """New tokens of a call with that seed."""
+    """A function that generates with a seed and returns the number of new tokens."""
     import jax
     import jax.numpy as jnp
 
     from jaxsi.lm import LM
-    from jaxsi.model import decoder as model
+    from jaxsi.model import decoder
     from jaxsi.model.mesh import make_mesh
     from jaxsi.perf.bench_shapes import SHAPES
-    from jaxsi.sampling import generate as sampling
+    from jaxsi.sampling.generate import generate_ids
 
     class Tokenizer:
         pad_id, stop_ids = 0, ()
 
     config, mesh, texts = SHAPES["s"], make_mesh(), prompts()
-    weights = model.initialise(config, mesh, jax.random.key(0))
+    weights = decoder.initialise(config, mesh, jax.random.key(0))
     lm = LM(config=config, weights=weights, tokenizer=Tokenizer(), mesh=mesh, dtype=jnp.dtype(dtype))
 
     def run(seed: int) -> int:
-        made = sampling.generate_ids(
-            lm, texts, jax.random.split(jax.random.key(seed), PROMPTS), temperature=0.7, top_p=0.9,
-            max_new_tokens=NEW, batch_size=PROMPTS,
-        )  # fmt: skip
-        return sum(len(ids) for ((ids, _, _),) in made)
+        keys = jax.random.split(jax.random.key(seed), PROMPTS)
+        results = generate_ids(lm, texts, keys, temperature=0.7, top_p=0.9, max_new_tokens=NEW, batch_size=PROMPTS)
+        return sum(len(ids) for ((ids, _, _),) in results)
 
     return run
 
 
 def tunix_sampler(dtype: str) -> Callable[[int], int]:
-    """New tokens of a call with that seed."""
+    """A function that generates with a seed and returns the number of new tokens."""
     import jax
     from flax import nnx
     from tunix.generate import sampler
@@ -66,9 +64,16 @@ def tunix_sampler(dtype: str) -> Callable[[int], int]:
         eos_id = staticmethod(lambda: VOCABULARY + 1)  # never sampled
 
     config = model.ModelConfig(
-        num_layers=8, vocab_size=VOCABULARY, embed_dim=512, hidden_dim=1408, num_heads=8, head_dim=64, num_kv_heads=4,
-        rope_theta=10_000, norm_eps=1e-5,
-    )  # fmt: skip
+        num_layers=8,
+        vocab_size=VOCABULARY,
+        embed_dim=512,
+        hidden_dim=1408,
+        num_heads=8,
+        head_dim=64,
+        num_kv_heads=4,
+        rope_theta=10_000,
+        norm_eps=1e-5,
+    )
     network = model.Llama3(config, rngs=nnx.Rngs(0))
     nnx.update(network, jax.tree.map(lambda x: x.astype(dtype), nnx.state(network)))
     cache = sampler.CacheConfig(cache_size=128 + NEW, num_layers=8, num_kv_heads=4, head_dim=64)
@@ -76,14 +81,14 @@ def tunix_sampler(dtype: str) -> Callable[[int], int]:
     texts = [" ".join(map(str, ids)) for ids in prompts()]
 
     def run(seed: int) -> int:
-        made = sample(texts, NEW, max_prompt_length=128, temperature=0.7, top_p=0.9, seed=seed)
-        return sum(len(ids) for ids in made.tokens)
+        results = sample(texts, NEW, max_prompt_length=128, temperature=0.7, top_p=0.9, seed=seed)
+        return sum(len(ids) for ids in results.tokens)
 
     return run
 
 
 def answer(run: Callable[[int], int]) -> None:
-    """A line with tokens/s for each seed that comes in."""
+    """Prints a line with tokens/s for each seed on stdin."""
     run(0)
     print("ready", flush=True)
     for line in sys.stdin:
@@ -93,13 +98,13 @@ def answer(run: Callable[[int], int]) -> None:
 
 
 class Side:
-    """A sampler in a process of its own."""
+    """A sampler in its own process."""
 
     def __init__(self, python: str, name: str, dtype: str) -> None:
         command = [python, __file__, "--answer", name, "--dtype", dtype]
         self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
         if self._line() != "ready":
-            raise SystemExit(f"{name} did not start with {python}; what it wrote to stderr is above")
+            raise SystemExit(f"{name} did not start with {python}; see its stderr above")
 
     def _line(self) -> str:
         assert self.process.stdout is not None
@@ -114,7 +119,7 @@ class Side:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--tunix", metavar="PYTHON", help="the interpreter of an environment with google-tunix")
+    parser.add_argument("--tunix", metavar="PYTHON", help="the Python of an environment with google-tunix")
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
     parser.add_argument("--pairs", type=int, default=5)
     parser.add_argument("--answer", choices=["jaxsi", "tunix"], help=argparse.SUPPRESS)
@@ -131,8 +136,8 @@ def main() -> None:
         speeds = {side: sides[side].speed(i + 1) for side in order}
         pairs.append((speeds[0], speeds[1]))
         print(f"jaxsi {speeds[0]:,.0f}  tunix {speeds[1]:,.0f} tokens/s  ratio {speeds[0] / speeds[1]:.2f}", flush=True)
-    mine, theirs = (statistics.median(column) for column in zip(*pairs, strict=True))
-    print(f"medians: jaxsi {mine:,.0f}  tunix {theirs:,.0f} tokens/s  ratio {mine / theirs:.2f}")
+    ours, theirs = (statistics.median(column) for column in zip(*pairs, strict=True))
+    print(f"medians: jaxsi {ours:,.0f}  tunix {theirs:,.0f} tokens/s  ratio {ours / theirs:.2f}")
 
 
 if __name__ == "__main__":

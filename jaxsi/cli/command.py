@@ -1,4 +1,4 @@
-"""The commands of ``jaxsi``. Each takes its arguments and returns a ``Report``; JAX is imported when one runs."""
+"""The form of every command: it takes its arguments and returns a ``Report``. JAX is imported only when it runs."""
 
 import dataclasses
 from collections.abc import Mapping, Sequence
@@ -6,20 +6,20 @@ from typing import Any, TypeVar
 
 Arguments = TypeVar("Arguments")
 
-EVERY_COMMAND = """Options of every command: --json prints one JSON object on stdout in place of the table (progress
-and messages go to stderr); --debug shows the traceback of an error; -h, --help.
-One of several processes: --distributed joins the others, whom SLURM, GKE, JobSet, TPU metadata, Open MPI or
-JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID tell; or by --coordinator HOST:PORT, --num-processes N
-and --process-id I. A dead process ends the others after --heartbeat SECONDS (100)."""
+EVERY_COMMAND = """Options of every command: --json prints one JSON object on stdout instead of the table (progress and
+messages go to stderr); --debug shows the traceback of an error; -h, --help.
+Several processes: --distributed joins the others, found through SLURM, GKE, JobSet, TPU metadata, Open MPI, or the
+variables JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID. Or give --coordinator HOST:PORT,
+--num-processes N and --process-id I. If a process dies, the others end after --heartbeat SECONDS (100)."""
 
 
 class UsageError(Exception):
-    """A command line that cannot be carried out as it stands: exit code 2."""
+    """A command line that cannot work: exit code 2."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Report:
-    """What a command has to say: ``value`` with --json, else ``text``; and what the process ends with."""
+    """The result of a command: ``value`` is printed with --json, else ``text``; the process ends with ``exit_code``."""
 
     value: Mapping[str, Any]
     text: str
@@ -27,10 +27,13 @@ class Report:
 
 
 def parse(cls: type[Arguments], argv: Sequence[str], prog: str, description: str) -> Arguments:
-    """``argv`` as the dataclass ``cls``; unknown or missing ones end the process with exit code 2."""
+    """Parses ``argv`` into the dataclass ``cls``; an unknown or missing argument ends the process with exit code 2."""
     import tyro
 
     return tyro.cli(
-        cls, args=list(argv), prog=prog, description=f"{description.strip()}\n\n{EVERY_COMMAND}",
+        cls,
+        args=list(argv),
+        prog=prog,
+        description=f"{description.strip()}\n\n{EVERY_COMMAND}",
         config=(tyro.conf.FlagCreatePairsOff,),
-    )  # fmt: skip
+    )

@@ -1,4 +1,4 @@
-"""Compiled programs, kept on disk: a command that runs again, or goes on after a kill, does not compile them again."""
+"""Keeps compiled programs on disk, so that a command that runs again, or goes on after a kill, need not recompile."""
 
 import contextlib
 import hashlib
@@ -14,45 +14,45 @@ FOLDER = "JAX_COMPILATION_CACHE_DIR"
 SWITCH = "JAX_ENABLE_COMPILATION_CACHE"
 SHORTEST = "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"
 
-# Of the 18 s that a small run compiles on two CPU cores, programs below this take 0.5 s and are half of the files.
-# JAX's own default, 1 s, leaves out programs of 5 s.
+# A small run compiles for 18 s on two CPU cores. Programs below this limit take 0.5 s of that and would be half of
+# the files. JAX's own default, 1 s, would skip programs that take 5 s in total.
 SHORTEST_SECONDS = 0.05
-LIMIT = 4 * 2**30  # bytes, of all versions of JAX together
-WHOLE = 0o400  # the mode of an entry that was found to be whole
+LIMIT = 4 * 2**30  # bytes, for all versions of JAX together
+WHOLE = 0o400  # the mode that marks an entry as checked and complete
 
 
 class UnsafeFolderError(Exception):
-    """A folder that others may write to: they could run code as this user."""
+    """Other users may write to the folder, so they could run code as this user."""
 
 
 def keep_programs() -> None:
-    """Has JAX, which reads these variables when it is imported, keep compiled programs in a folder of this user's.
+    """Tells JAX, through variables that it reads on import, to keep compiled programs in a folder of this user.
 
-    A folder that the user has set is JAX's concern alone, and so is everything in a program that has imported JAX
-    before. Without a folder that is safe to use a line on stderr says so, and programs are compiled as they come.
+    Does nothing if the user has set a folder, or if JAX is already imported. If there is no safe folder, a line on
+    stderr says so and nothing is kept.
     """
     if FOLDER in os.environ or os.environ.get(SWITCH, "1").lower() in ("0", "f", "false", "n", "no", "off"):
         return
     if "jax" in sys.modules:
         return
     try:
-        folder = made(cache_home() / "jaxsi" / "programs" / host())
+        folder = private_folder(cache_home() / "jaxsi" / "programs" / host())
         sweep(folder.parent)
-    except (UnsafeFolderError, OSError, RuntimeError) as error:  # RuntimeError: no home
-        print(f"jaxsi: compiled programs are not kept: {error}; {FOLDER} may name another folder", file=sys.stderr)
+    except (UnsafeFolderError, OSError, RuntimeError) as error:  # RuntimeError: no home directory
+        print(f"jaxsi: compiled programs are not kept: {error}; or set {FOLDER} to another folder", file=sys.stderr)
         return
     os.environ[FOLDER] = str(folder)
     os.environ.setdefault(SHORTEST, str(SHORTEST_SECONDS))
 
 
 def cache_home() -> Path:
-    given = Path(os.environ.get("XDG_CACHE_HOME", ""))
-    return given if given.is_absolute() else Path.home() / ".cache"
+    folder = Path(os.environ.get("XDG_CACHE_HOME", ""))
+    return folder if folder.is_absolute() else Path.home() / ".cache"
 
 
 def host() -> str:
-    """Versions of JAX and the kind of this host's CPU: a program compiled for one may crash on another."""
-    from importlib.metadata import version  # which takes as long as all of --help
+    """The versions of JAX and the kind of this host's CPU: a program compiled for one kind may crash on another."""
+    from importlib.metadata import version  # this import takes as long as all of --help
 
     versions = "-".join(f"{name}{version(name)}" for name in ("jax", "jaxlib"))
     return f"{versions}-{hashlib.sha256(_cpu().encode()).hexdigest()[:12]}"
@@ -66,16 +66,16 @@ def _cpu() -> str:
     return "\n".join(kind)
 
 
-def made(folder: Path) -> Path:
-    """``folder``, made with the two above it where they are missing, for this user alone.
+def private_folder(folder: Path) -> Path:
+    """Creates ``folder`` and its two parents, if missing, for this user only, and returns it.
 
-    Raises: UnsafeFolderError where one of them is somebody else's or may be written by others; OSError.
+    Raises: UnsafeFolderError: if one of the three belongs to another user or is writable for others; OSError.
     """
     for path in (*reversed(folder.parents[:2]), folder):
         path.mkdir(mode=0o700, parents=True, exist_ok=True)
         status = path.stat()
         if status.st_uid != os.geteuid():
-            raise UnsafeFolderError(f"{path} belongs to user {status.st_uid}, and this is user {os.geteuid()}")
+            raise UnsafeFolderError(f"{path} belongs to user {status.st_uid}, but this is user {os.geteuid()}")
         if status.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
             mode = stat.S_IMODE(status.st_mode)
             raise UnsafeFolderError(f"others may write to {path} (mode {mode:04o}); empty it, then chmod 700 it")
@@ -83,15 +83,16 @@ def made(folder: Path) -> Path:
 
 
 def sweep(programs: Path, limit: int = LIMIT) -> None:
-    """Removes entries that are half written, and of the others those used longest ago while all are above ``limit``.
+    """Removes half-written entries, then the least recently used ones until the rest is within ``limit`` bytes.
 
-    JAX writes an entry in place and never over an old one: what a killed process left would be warned of and compiled
-    again in every later run. JAX's own bound of the size needs a lock at every read, and up to 0.10 ends all writing
-    where a process was killed between an entry and the file with its time.
+    JAX writes an entry in place and never overwrites one. So every later run would warn about an entry that a killed
+    process left half-written, and compile the program again. JAX has a size limit of its own, but it takes a lock at
+    every read; and up to 0.10, if a process was killed between writing an entry and the file with its time, nothing is
+    written any more.
     """
     entries = []
     for path in programs.glob("*/*-cache"):
-        with contextlib.suppress(FileNotFoundError):  # another process sweeps, too
+        with contextlib.suppress(FileNotFoundError):  # another process may sweep at the same time
             status = path.stat()
             if stat.S_IMODE(status.st_mode) != WHOLE and not _mark_whole(path):
                 path.unlink()
@@ -106,8 +107,8 @@ def sweep(programs: Path, limit: int = LIMIT) -> None:
 
 
 def _mark_whole(path: Path) -> bool:
-    """Whether the entry's own checksum says that it is whole; it is not read again, then."""
-    # With zstandard installed JAX uses it in place of zlib: then the entry is JAX's to judge.
+    """Whether the entry is complete by its own checksum. Its mode then records that, so that it is checked once."""
+    # If zstandard is installed, JAX uses it instead of zlib, and JAX itself has to judge the entry.
     if importlib.util.find_spec("zstandard") is None:
         try:
             zlib.decompress(path.read_bytes())

@@ -1,4 +1,5 @@
-"""The command line: finds the command, keeps stdout for its result, and turns errors into one line and an exit code."""
+"""The command line: finds the command, reserves stdout for its result, and turns an error into one line and an exit
+code."""
 
 import contextlib
 import importlib
@@ -16,25 +17,25 @@ from jaxsi.runs import preemption
 from jaxsi.runs.errors import InputError
 from jaxsi.runs.progress import processes
 
-# command -> (module, function, what it does). Nothing is imported before its command is asked for.
+# command -> (module, function, summary). A module is imported only when its command runs.
 COMMANDS = {
-    "run": ("jaxsi.cli.run", "run", "run a config, or go on where it stopped"),
-    "status": ("jaxsi.cli.status", "status", "what is done in a run directory and what is left"),
+    "run": ("jaxsi.cli.run", "run", "run a config, or go on where the run stopped"),
+    "status": ("jaxsi.cli.status", "status", "the finished and the remaining stages of a run directory"),
     "generate": ("jaxsi.cli.generate", "generate", "sample responses to a file of prompts"),
-    "judge": ("jaxsi.cli.judge", "judge", "let a model judge responses"),
-    "improve srt": ("jaxsi.cli.improve", "srt", "let a model refine its responses by its own feedback"),
-    "improve seft": ("jaxsi.cli.improve", "seft", "let a reviser keep or revise a model's responses"),
-    "improve pit": ("jaxsi.cli.improve", "pit", "let an improver improve a model's responses"),
+    "judge": ("jaxsi.cli.judge", "judge", "judge responses with a model"),
+    "improve srt": ("jaxsi.cli.improve", "srt", "refine a model's responses by its own feedback"),
+    "improve seft": ("jaxsi.cli.improve", "seft", "revise a model's responses with a reviser"),
+    "improve pit": ("jaxsi.cli.improve", "pit", "improve a model's responses with an improver"),
     "improve self-refine": ("jaxsi.cli.improve", "refine", "ask a model for feedback and for better responses"),
     "improve best-of-n": ("jaxsi.cli.improve", "best", "take the best of several responses"),
     "eval toy": ("jaxsi.cli.eval", "toy", "exact quality on the embedded world"),
-    "launch local": ("jaxsi.cli.launch", "local", "several processes as one run, started again after a crash"),
+    "launch local": ("jaxsi.cli.launch", "local", "start several processes as one run, and restart them after a crash"),
     "export": ("jaxsi.cli.export", "export", "write a Hugging Face folder"),
-    "plan": ("jaxsi.cli.plan", "plan", "memory, time and chip-hours of a config on a topology that is not here"),
+    "plan": ("jaxsi.cli.plan", "plan", "memory, time and chip-hours of a config on hardware that you do not have"),
     "bench generate": ("jaxsi.cli.bench", "generate", "speed of generation"),
     "bench score": ("jaxsi.cli.bench", "score", "speed of scoring"),
     "bench train": ("jaxsi.cli.bench", "train", "speed of training"),
-    "bench methods": ("jaxsi.cli.bench", "methods", "the table of arms x seeds on the embedded world"),
+    "bench methods": ("jaxsi.cli.bench", "methods", "compare all methods on the embedded world"),
 }
 
 EXAMPLES = """Examples:
@@ -43,8 +44,8 @@ EXAMPLES = """Examples:
   jaxsi eval toy runs/toy@2 --json
   jaxsi generate Qwen/Qwen3-0.6B --prompts prompts.jsonl -o responses.jsonl
 
-MODEL is a Hugging Face folder or hub name, a jaxsi checkpoint, a run directory (its newest complete iteration) or
-RUN_DIR@t (iteration t)."""
+MODEL is a Hugging Face folder or hub name, a jaxsi checkpoint, a run directory (its newest complete iteration), or
+RUN_DIR@t (its iteration t)."""
 
 FAILURE, USAGE, STOPPED, INTERRUPTED = 1, 2, 75, 130
 
@@ -53,9 +54,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs a command; returns its exit code: 0, 1 for a failure, 2 for wrong usage, 75 when stopped by SIGTERM,
     130 when interrupted."""
     argv = list(sys.argv[1:] if argv is None else argv)
-    own = distributed.own_words(argv)
-    as_json, debug = "--json" in own, "--debug" in own
-    argv = [word for word in own if word not in ("--json", "--debug")] + argv[len(own) :]
+    words, rest = distributed.split_at_dashes(argv)
+    as_json, debug = "--json" in words, "--debug" in words
+    argv = [word for word in words if word not in ("--json", "--debug")] + rest
     if argv == ["--version"]:
         print(f"jaxsi {__version__}")
         return 0
@@ -64,7 +65,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     try:
         joining = None
-        if _command(argv) != "launch local":  # which has a --heartbeat of its own, for those that it starts
+        if _command(argv) != "launch local":  # it has its own --heartbeat, for the processes that it starts
             joining, argv = distributed.take_options(argv)
         if not argv:
             print(_overview(COMMANDS))
@@ -72,11 +73,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         if (name := _command(argv)) is None:
             return _unknown(argv)
         with preemption.noticed():
-            return _carry_out(name, argv[len(name.split()) :], joining, as_json)
-    except SystemExit as stop:  # the parser's: 0 after --help, 2 for a wrong command line
+            return _run_command(name, argv[len(name.split()) :], joining, as_json)
+    except SystemExit as stop:  # from the parser: 0 after --help, 2 for a wrong command line
         code = stop.code if isinstance(stop.code, int) else USAGE
         return distributed.leave(code) if code else 0
-    except preemption.Stopped as stop:  # on all processes at once: they leave together
+    except preemption.Stopped as stop:  # on all processes at the same time: they leave together
         if processes()[0] == 0:
             print(f"jaxsi: stopped by SIGTERM; {stop}, and the same command goes on from there", file=sys.stderr)
         return STOPPED
@@ -86,19 +87,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Exception as error:
         if debug:
             traceback.print_exc()
-        print(f"jaxsi: {distributed.of_processes()}error: {_told(error)}", file=sys.stderr)
+        print(f"jaxsi: {distributed.process_prefix()}error: {_message(error)}", file=sys.stderr)
         return distributed.leave(_exit_code(error))
 
 
-def _carry_out(name: str, argv: list[str], joining: distributed.Options | None, as_json: bool) -> int:
+def _run_command(name: str, argv: list[str], joining: distributed.Options | None, as_json: bool) -> int:
     _quiet_libraries()
     module, function, _ = COMMANDS[name]
     with contextlib.ExitStack() as stack:
-        wants_help = bool({"-h", "--help"} & set(distributed.own_words(argv)))
-        stdout = sys.stdout if wants_help else stack.enter_context(_stdout_kept())
+        wants_help = bool({"-h", "--help"} & set(distributed.split_at_dashes(argv)[0]))
+        stdout = sys.stdout if wants_help else stack.enter_context(_result_only_on_stdout())
         if joining is not None and not wants_help:
             distributed.join(joining)
-        elif not wants_help:  # of several processes JAX has the first one write: a folder that all see is the user's
+        elif not wants_help:  # several processes need a shared folder, which only the user can choose
             compile_cache.keep_programs()
         report: Report = getattr(importlib.import_module(module), function)(argv)
         text = json.dumps(report.value, allow_nan=False) if as_json else report.text
@@ -112,15 +113,13 @@ def _command(argv: list[str]) -> str | None:
 
 
 def _unknown(argv: list[str]) -> int:
-    """`jaxsi eval --help` shows what there is under eval; anything else is a mistake."""
+    """Shows the commands below a word (`jaxsi eval --help`); anything else is an error."""
     below = {name: entry for name, entry in COMMANDS.items() if name.split()[0] == argv[0]}
     if below and argv[1:] and argv[1] in ("-h", "--help"):
         print(_overview(below))
         return 0
-    said = " ".join(argv[: 2 if below else 1])
-    print(
-        f"jaxsi: error: there is no command {said!r}; the commands are {', '.join(below or COMMANDS)}", file=sys.stderr
-    )
+    name = " ".join(argv[: 2 if below else 1])
+    print(f"jaxsi: error: unknown command {name!r}; the commands are {', '.join(below or COMMANDS)}", file=sys.stderr)
     return USAGE
 
 
@@ -147,8 +146,9 @@ def _exit_code(error: Exception) -> int:
     return USAGE if wrong_input and not disk else FAILURE
 
 
-def _told(error: Exception) -> str:
-    """An error as its reader needs it: our own, values and files speak for themselves; of others the type helps."""
+def _message(error: Exception) -> str:
+    """The message to print. Our own errors and those about values and files explain themselves; any other needs its
+    type."""
     ours = type(error).__module__.split(".")[0] == "jaxsi"
     if ours or type(error) is ValueError or isinstance(error, OSError):
         return str(error)
@@ -159,7 +159,7 @@ def _told(error: Exception) -> str:
 
 
 def _quiet_libraries() -> None:
-    """Settings that libraries read once, on import: their banners are no concern of a user of this one."""
+    """Turns off the banners of libraries by variables that they read once, on import."""
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
@@ -167,16 +167,17 @@ def _quiet_libraries() -> None:
 
 
 @contextlib.contextmanager
-def _stdout_kept() -> Iterator[IO[str]]:
-    """Yields stdout, for the result alone: what a library prints meanwhile, in Python or below it, goes to stderr."""
-    kept = sys.stdout
+def _result_only_on_stdout() -> Iterator[IO[str]]:
+    """Yields stdout for the result. Meanwhile everything that a library prints, in Python or in C, goes to stderr."""
+    stdout = sys.stdout
     with contextlib.ExitStack() as stack:
-        with contextlib.suppress(OSError, AttributeError):  # no file below it: captured, as in tests and notebooks
-            if kept.fileno() == 1:
-                kept.flush()
+        # In tests and notebooks stdout is captured and may have no file descriptor.
+        with contextlib.suppress(OSError, AttributeError):
+            if stdout.fileno() == 1:
+                stdout.flush()
                 copy = os.dup(1)
                 os.dup2(2, 1)
-                kept = stack.enter_context(os.fdopen(copy, "w", encoding="utf-8"))
+                stdout = stack.enter_context(os.fdopen(copy, "w", encoding="utf-8"))
                 stack.callback(os.dup2, copy, 1)
         stack.enter_context(contextlib.redirect_stdout(sys.stderr))
-        yield kept
+        yield stdout

@@ -25,6 +25,8 @@ class Status:
 def status(argv: list[str]) -> Report:
     """The state of a run."""
 
+    from jaxsi.runs import status as stored
+
     value = stored.status(parse(Status, argv, "jaxsi status", DESCRIPTION).run_dir)
     progress = ""
     if value["iterations"] is not None:

@@ -1,4 +1,4 @@
-"""The short tables that commands end in."""
+"""The short tables that commands print at the end."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -7,7 +7,7 @@ from jaxsi.runs.metrics import table
 
 
 def iterations_table(summary: Mapping[str, Any]) -> str:
-    """One line an iteration of a run's summary; figures that were not measured are left out or "-"."""
+    """One line per iteration of a run's summary. A figure that was not measured is "-", or its column is left out."""
     rows = []
     for entry in summary.get("iterations", []):
         quality = entry.get("quality") or {}
@@ -33,7 +33,7 @@ def iterations_table(summary: Mapping[str, Any]) -> str:
 
 
 def rounds_table(rounds: Sequence[Mapping[str, Any]]) -> str:
-    """One line a round of `jaxsi improve`, with the outcomes and figures that any of them has."""
+    """One line per round of `jaxsi improve`, with a column for each outcome and figure that any round has."""
     outcomes = list(dict.fromkeys(name for entry in rounds for name in entry["outcomes"]))
     rows = []
     for entry in rounds:
@@ -55,16 +55,16 @@ def rounds_table(rounds: Sequence[Mapping[str, Any]]) -> str:
 
 
 def figures_table(figures: Mapping[str, Any]) -> str:
-    """Names and figures, one a line."""
+    """Names and figures, one per line."""
     width = max(len(name) for name in figures)
-    return "\n".join(f"{name.ljust(width)}  {_shown(value)}" for name, value in figures.items())
+    return "\n".join(f"{name.ljust(width)}  {_cell(value)}" for name, value in figures.items())
 
 
 def _rounded(value: float | None, digits: int = 2) -> float | None:
     return None if value is None else round(value, digits)
 
 
-def _shown(value: Any) -> str:
+def _cell(value: Any) -> str:
     if value is None:
         return "-"
     return f"{value:.4g}" if isinstance(value, float) else str(value)

@@ -1,8 +1,8 @@
-"""The same work by transformers (torch), in the same process, on the same weights and token ids: first what comes out
-is compared, then the two take turns.
+"""The same work by transformers (torch), in the same process, on the same weights and token ids: first the results are
+compared, then the two take turns.
 
-Torch and transformers are imported when an opponent is made. ``hf`` is set up to be as fast as its options allow: all
-cores, its fused optimizer, its best cache. Rows are ordered by the length of their prompts before they are batched.
+Torch and transformers are imported only when there is an opponent. It is set up to be as fast as its options allow: all
+cores, its fused optimizer, its best cache. Rows are sorted by the length of their prompts before they are batched.
 """
 
 import dataclasses
@@ -25,27 +25,27 @@ from jaxsi.perf.bench_speed import spread
 from jaxsi.perf.bench_work import GenerateWork
 from jaxsi.runs.progress import progress
 
-PAUSE_SECONDS = 0.3  # between turns: the threads of one side spin for a while after its work, in the other's way
+PAUSE_SECONDS = 0.3  # between turns: the threads of one side still spin after its work and would slow down the other
 CHECKED_TOKENS = 32  # of each greedy row
-# How far a logit may lie below the largest, in standard deviations of the logits, to count as a near tie; how far mean
-# log-probabilities (in nats) and losses and gradient norms (of their size) may differ.
+# NEAR_TIE: how far below the largest logit a logit may be to count as tied, in standard deviations of the logits. The
+# others: how much mean log-probabilities (in nats), and losses and gradient norms (relative), may differ.
 NEAR_TIE = {"float32": 1e-3, "float16": 0.03, "bfloat16": 0.15}
 LOGP_DIFFERENCE = {"float32": 1e-4, "float16": 5e-3, "bfloat16": 3e-2}
 LOSS_DIFFERENCE = {"float32": 1e-4, "float16": 5e-3, "bfloat16": 2e-2}
 
 
 class AgainstError(RuntimeError):
-    """An opponent that cannot play: it is not installed, or this device or version cannot do what is asked."""
+    """The opponent cannot run: it is not installed, or this device or version does not support the options."""
 
 
 class DisagreementError(RuntimeError):
-    """The two sides compute different things, so that no ratio of their speeds means anything."""
+    """The two sides compute different results, so the ratio of their speeds would mean nothing."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Options:
-    """How the opponent runs. ``cache``: dynamic or static; ``batching``: static or continuous; ``compile``:
-    torch.compile; ``page``: tokens of a page of the continuous cache."""
+    """The opponent's options. ``cache``: dynamic or static. ``batching``: static or continuous. ``compile``: use
+    torch.compile. ``page``: tokens in a page of the continuous cache."""
 
     cache: str = "dynamic"
     batching: str = "static"
@@ -54,13 +54,13 @@ class Options:
 
     def __post_init__(self) -> None:
         if self.batching == "continuous" and self.cache == "static":
-            raise AgainstError("--hf-cache static: continuous batching has a paged cache of its own; leave it out")
+            raise AgainstError("--hf-cache static: continuous batching has its own paged cache; leave the option out")
         if self.page < 4:
-            raise AgainstError(f"--hf-page {self.page}: a page has at least 4 tokens")
+            raise AgainstError(f"--hf-page {self.page}: give at least 4 tokens")
 
 
 class Torch(NamedTuple):
-    """The libraries, and where and in what torch computes."""
+    """The libraries, and the device and dtype of torch's computation."""
 
     torch: Any
     transformers: Any
@@ -72,17 +72,17 @@ class Torch(NamedTuple):
         return f"transformers {self.transformers.__version__}, torch {self.torch.__version__}"
 
     def ids(self, rows: Sequence[Sequence[int]]) -> Any:
-        """[B, T] int64 of rows of one length."""
+        """[B, T] int64 from rows of equal length."""
         return self.torch.tensor(rows, dtype=self.torch.long, device=self.device)
 
     def wait(self) -> None:
-        """Until the device has done its work."""
+        """Waits until the device has done its work."""
         if self.device == "cuda":
             self.torch.cuda.synchronize()
 
 
 def library(name: str) -> Any:
-    """A module that only opponents need. Raises: AgainstError."""
+    """Imports a library that only opponents need. Raises: AgainstError."""
     try:
         return importlib.import_module(name)
     except ImportError as error:
@@ -90,17 +90,17 @@ def library(name: str) -> Any:
 
 
 def cores() -> int:
-    """That this process may use."""
+    """The number of CPU cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def libraries(dtype: str) -> Torch:
-    """Torch on the kind of device that JAX runs on, with all cores."""
+    """Torch on the same kind of device as JAX, with all cores."""
     torch, transformers = library("torch"), library("transformers")
     torch.set_num_threads(cores())
     on_gpu = jax.default_backend() == "gpu"
     if on_gpu and not torch.cuda.is_available():
-        raise AgainstError(f"JAX runs on a GPU, torch {torch.__version__} has none: install its CUDA build")
+        raise AgainstError(f"JAX runs on a GPU but torch {torch.__version__} does not: install its CUDA build")
     return Torch(torch, transformers, "cuda" if on_gpu else "cpu", getattr(torch, dtype))
 
 
@@ -113,41 +113,41 @@ def load_torch(lm: LM, folder: Path, dtype: str, weights_dtype: str) -> tuple[To
     model = t.transformers.AutoModelForCausalLM.from_pretrained(
         folder, dtype=getattr(t.torch, weights_dtype), attn_implementation="sdpa"
     )
-    # Nothing of a folder's generation config may end or steer a row.
+    # No setting of the folder's generation config may end a row or change its sampling.
     model.generation_config = t.transformers.GenerationConfig(pad_token_id=0)
-    model.get_input_embeddings().padding_idx = None  # it would keep that id's row from being trained
+    model.get_input_embeddings().padding_idx = None  # else the embedding of that id would not be trained
     return t, model.to(t.device).eval()
 
 
 def clocked(run: Callable[[], Any]) -> Callable[[], float]:
-    """The seconds of a call."""
+    """A function that returns the seconds of a call of ``run``."""
     return lambda: bench_speed.seconds_of(run)[0]
 
 
 def take_turns(
-    mine: Callable[[], float], theirs: Callable[[], float], pairs: int, names: tuple[str, str]
+    ours: Callable[[], float], theirs: Callable[[], float], pairs: int, names: tuple[str, str]
 ) -> tuple[list[float], list[float]]:
-    """Seconds of each side, as it gives them, in ``pairs`` turns, A B A B, each side having run once before."""
-    taken: tuple[list[float], list[float]] = ([], [])
+    """The seconds that each side returns in ``pairs`` turns, A B A B. Each side first runs once without counting."""
+    seconds: tuple[list[float], list[float]] = ([], [])
     with progress(f"{names[0]} and {names[1]}", 2 * pairs + 2) as advance:
         for turn in range(pairs + 1):
-            for side, run in enumerate((mine, theirs)):
+            for side, run in enumerate((ours, theirs)):
                 time.sleep(PAUSE_SECONDS)
-                seconds = run()
+                duration = run()
                 if turn:
-                    taken[side].append(seconds)
+                    seconds[side].append(duration)
                 advance(1, True)
-    return taken
+    return seconds
 
 
-def compared(taken: tuple[list[float], list[float]], amount: float) -> dict[str, Any]:
-    """Rates of both sides for ``amount`` of work a turn; a ratio above 1 says that jaxsi is the faster."""
-    mine, theirs = taken
+def comparison(seconds: tuple[list[float], list[float]], amount: float) -> dict[str, Any]:
+    """Rates of both sides for ``amount`` of work per turn; a ratio above 1 means that jaxsi is faster."""
+    ours, theirs = seconds
     return {
-        "jaxsi_per_second": spread([amount / seconds for seconds in mine]),
-        "opponent_per_second": spread([amount / seconds for seconds in theirs]),
-        "ratio_of_medians": statistics.median(theirs) / statistics.median(mine),
-        "ratios_of_pairs": spread([b / a for a, b in zip(mine, theirs, strict=True)]),
+        "jaxsi_per_second": spread([amount / duration for duration in ours]),
+        "opponent_per_second": spread([amount / duration for duration in theirs]),
+        "ratio_of_medians": statistics.median(theirs) / statistics.median(ours),
+        "ratios_of_pairs": spread([b / a for a, b in zip(ours, theirs, strict=True)]),
     }
 
 
@@ -155,7 +155,7 @@ def compared(taken: tuple[list[float], list[float]], amount: float) -> dict[str,
 
 
 class HFGenerator:
-    """Generation by transformers: batches of at most ``work.slots`` rows."""
+    """Generation by transformers, in batches of at most ``work.slots`` rows."""
 
     def __init__(self, t: Torch, model: Any, work: GenerateWork, options: Options) -> None:
         self.t, self.model, self.work, self.options = t, model, work, options
@@ -175,30 +175,30 @@ class HFGenerator:
 
     @property
     def slot_steps(self) -> int | None:
-        """Decode steps times rows of static batches, each of which goes on until its longest row has ended."""
+        """Decode steps times rows of static batches; a batch goes on until its longest row has ended."""
         if self.options.batching == "continuous":
             return None
         return sum(len(batch) * (max(limit for _, limit in batch) - 1) for batch in self.batches)
 
     def run(self) -> None:
-        """All rows, each to its limit."""
-        sampled = {"do_sample": True, "temperature": self.work.temperature, "top_p": self.work.top_p, "top_k": 0}
-        plain = {"do_sample": False}
-        chosen = sampled if self.work.temperature > 0 else plain
+        """Generates all rows, each to its limit."""
+        sampling: dict[str, Any] = {"do_sample": False}
+        if self.work.temperature > 0:
+            sampling = {"do_sample": True, "temperature": self.work.temperature, "top_p": self.work.top_p, "top_k": 0}
         if self.options.batching == "continuous":
-            # The order in which its own `add_requests` finds most beginnings in the cache.
+            # In this order `add_requests` finds the most prefixes in the cache.
             rows = sorted(self.work.rows, key=lambda row: list(row[0]), reverse=True)
-            short = self.work.new_tokens - sum(map(len, self._continuous(rows, chosen)))
-            if short:
-                raise AgainstError(f"continuous batching left {short} tokens undone")
+            missing = self.work.new_tokens - sum(map(len, self._continuous(rows, sampling)))
+            if missing:
+                raise AgainstError(f"continuous batching did not generate {missing} of the tokens")
             return
         for batch in self.batches:
-            self._static(batch, chosen)
+            self._static(batch, sampling)
         self.t.wait()
 
     def turn(self) -> float:
-        """Seconds of ``run``. What the paged cache then knows of the prompts is dropped: the next turn has the same
-        ones, and would find them computed."""
+        """Seconds of ``run``. Afterwards the paged cache is emptied, or the next turn would find its prompts, which are
+        the same, already computed."""
         seconds, _ = bench_speed.seconds_of(self.run)
         if self.manager is not None:
             with self.manager.pause():
@@ -206,37 +206,35 @@ class HFGenerator:
         return seconds
 
     def greedy(self, prompts: Sequence[Sequence[int]], new: int) -> list[list[int]]:
-        """The likeliest ``new`` tokens after each prompt, in the way that ``run`` goes."""
+        """``new`` greedy tokens after each prompt, generated like those of ``run``."""
         rows = [(prompt, new) for prompt in prompts]
         if self.options.batching == "continuous":
             return HFGenerator(self.t, self.model, self.work, self.options)._once(rows)
         return self._static(rows, {"do_sample": False}).tolist()
 
     def _static(self, rows: Sequence[tuple[Sequence[int], int]], sampling: dict[str, Any]) -> Any:
-        """New tokens [B, most] int64 of one batch, left-padded; behind a row's limit they mean nothing."""
+        """New tokens [B, new] int64 of one left-padded batch; tokens after a row's limit have no meaning."""
         t = self.t
-        longest, most = max(len(prompt) for prompt, _ in rows), max(limit for _, limit in rows)
+        longest, new = max(len(prompt) for prompt, _ in rows), max(limit for _, limit in rows)
         ids = t.ids([[0] * (longest - len(prompt)) + list(prompt) for prompt, _ in rows])
         mask = t.ids([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt, _ in rows])
         limits = t.torch.tensor([limit for _, limit in rows], device=t.device)
 
-        def ended(tokens: Any, scores: Any, **_: Any) -> Any:
+        def at_limit(tokens: Any, scores: Any, **_: Any) -> Any:
             return tokens.shape[1] - longest >= limits
 
         config = t.transformers.GenerationConfig(
-            max_new_tokens=most, pad_token_id=0, cache_implementation=self.options.cache, **sampling
+            max_new_tokens=new, pad_token_id=0, cache_implementation=self.options.cache, **sampling
         )
-        if self.options.cache == "static":  # one size for all batches, or each of another length compiles again
+        if self.options.cache == "static":  # one size for all batches, or each new length would compile again
             config.max_cache_len = max(len(prompt) + limit for batch in self.batches for prompt, limit in batch)
             config.disable_compile = not self.options.compile
         if self.options.compile:
             config.compile_config = t.transformers.CompileConfig(mode="default")
             config.compile_config._compile_all_devices = True
-        made = self.model.generate(
-            ids, attention_mask=mask, generation_config=config,
-            stopping_criteria=t.transformers.StoppingCriteriaList([ended]),
-        )  # fmt: skip
-        return made[:, longest:]
+        criteria = t.transformers.StoppingCriteriaList([at_limit])
+        tokens = self.model.generate(ids, attention_mask=mask, generation_config=config, stopping_criteria=criteria)
+        return tokens[:, longest:]
 
     def _once(self, rows: Sequence[tuple[Sequence[int], int]]) -> list[list[int]]:
         try:
@@ -250,25 +248,29 @@ class HFGenerator:
             self.manager = self._start(rows, sampling)
         for number, (prompt, limit) in enumerate(rows):
             self.manager.add_request(list(prompt), request_id=f"row{number}", max_new_tokens=limit, eos_token_id=-1)
-        made: dict[str, list[int]] = {}
-        while len(made) < len(rows):
+        tokens: dict[str, list[int]] = {}
+        while len(tokens) < len(rows):
             result = self.manager.get_result(timeout=1)
             if result is None and not self.manager.is_running():
-                raise AgainstError(f"continuous batching stopped on {self.t.device} ({self.t.versions}); see its log")
+                raise AgainstError(f"continuous batching stopped on {self.t.device} ({self.t.versions}): see its log")
             if result is not None and result.error is not None:
                 raise AgainstError(f"continuous batching on {self.t.device} ({self.t.versions}): {result.error}")
             if result is not None and result.is_finished():
-                made[result.request_id] = result.generated_tokens
-        return [made[f"row{number}"] for number in range(len(rows))]
+                tokens[result.request_id] = result.generated_tokens
+        return [tokens[f"row{number}"] for number in range(len(rows))]
 
     def _start(self, rows: Sequence[tuple[Sequence[int], int]], sampling: dict[str, Any]) -> Any:
-        """A running manager, with room for as many rows at a time as there are slots."""
+        """A running manager with room for ``work.slots`` rows at the same time."""
         t, page = self.t, self.options.page
         blocks = max(-(-(len(prompt) + limit) // page) for prompt, limit in rows) + 1
         config = t.transformers.ContinuousBatchingConfig(
-            page_size=page, num_blocks=blocks * self.work.slots, max_requests_per_batch=self.work.slots,
-            max_batch_tokens=max(self.work.slots, 1024), default_compile_level=1 if self.options.compile else 0, seed=0,
-        )  # fmt: skip
+            page_size=page,
+            num_blocks=blocks * self.work.slots,
+            max_requests_per_batch=self.work.slots,
+            max_batch_tokens=max(self.work.slots, 1024),
+            default_compile_level=1 if self.options.compile else 0,
+            seed=0,
+        )
         generation = t.transformers.GenerationConfig(
             max_new_tokens=max(limit for _, limit in rows), pad_token_id=0, eos_token_id=-1, **sampling
         )
@@ -285,46 +287,51 @@ class HFGenerator:
 
 
 def near_tie(t: Torch, model: Any, text: Sequence[int], token: int) -> float:
-    """How far the model's logit of ``token`` behind ``text`` lies below the largest, in standard deviations."""
+    """How far the logit of ``token`` after ``text`` is below the largest logit, in standard deviations."""
     with t.torch.inference_mode():
         logits_V = model(t.ids([text])).logits[0, -1].float()
     return float((logits_V.max() - logits_V[token]) / logits_V.std())
 
 
 def check_greedy(lm: LM, opponent: HFGenerator) -> dict[str, Any]:
-    """Greedy tokens of both sides: the same, or another choice between two that are as good as tied.
+    """Compares the greedy tokens of both sides. They may differ only if the two tokens are nearly tied.
 
     Raises:
-      DisagreementError: a token differs that was no near tie.
+      DisagreementError: if tokens differ that are not nearly tied.
     """
     prompts = [list(prompt) for prompt in opponent.work.prompts[: opponent.work.slots]]
     new = min(CHECKED_TOKENS, opponent.work.longest)
-    mine = bench_speed.greedy(lm, prompts, new, opponent.work.slots)
+    ours = bench_speed.greedy(lm, prompts, new, opponent.work.slots)
     theirs = opponent.greedy(prompts, new)
     gaps = []
-    for prompt, a, b in zip(prompts, mine, theirs, strict=True):
+    for prompt, a, b in zip(prompts, ours, theirs, strict=True):
         differs = next((i for i, (x, y) in enumerate(zip(a, b, strict=True)) if x != y), None)
         if differs is not None:
             gaps.append(near_tie(opponent.t, opponent.model, prompt + b[:differs], a[differs]))
     allowed = NEAR_TIE[str(jnp.dtype(lm.dtype))]
     if gaps and max(gaps) > allowed:
         raise DisagreementError(
-            f"greedy tokens differ in {len(gaps)} of {len(prompts)} rows, where transformers' logit of ours lies "
-            f"{max(gaps):.3g} standard deviations below its largest; at most {allowed:g} is a near tie in {lm.dtype}. "
-            "No speed is compared"
+            f"greedy tokens differ in {len(gaps)} of {len(prompts)} rows. There, transformers' logit of our token is "
+            f"up to {max(gaps):.3g} standard deviations below its largest; a near tie in {lm.dtype} is at most "
+            f"{allowed:g}. Speeds are not compared"
         )
-    return {"what": "greedy tokens", "rows": len(prompts), "tokens": new, "same_rows": len(prompts) - len(gaps),
-            "largest_near_tie": max(gaps, default=0.0)}  # fmt: skip
+    return {
+        "what": "greedy tokens",
+        "rows": len(prompts),
+        "tokens": new,
+        "same_rows": len(prompts) - len(gaps),
+        "largest_near_tie": max(gaps, default=0.0),
+    }
 
 
 def against_generate(lm: LM, work: GenerateWork, options: Options, pairs: int, folder: Path) -> dict[str, Any]:
-    """Generation by both sides, in turn."""
+    """Generation by both sides, in turns."""
     t, model = load_torch(lm, folder, str(jnp.dtype(lm.dtype)), str(jnp.dtype(lm.dtype)))
     t.torch.manual_seed(0)
     opponent = HFGenerator(t, model, work, options)
     try:
         agreement = check_greedy(lm, opponent)
-        taken = take_turns(clocked(bench_speed.generator(lm, work)), opponent.turn, pairs, ("jaxsi", "hf"))
+        seconds = take_turns(clocked(bench_speed.generator(lm, work)), opponent.turn, pairs, ("jaxsi", "hf"))
     finally:
         opponent.close()
     steps = opponent.slot_steps
@@ -334,7 +341,7 @@ def against_generate(lm: LM, work: GenerateWork, options: Options, pairs: int, f
         "settings": opponent.settings,
         "agreement": agreement,
         "opponent_useful_slot_steps": useful,
-        **compared(taken, work.new_tokens),
+        **comparison(seconds, work.new_tokens),
     }
 
 
@@ -350,10 +357,10 @@ def torch_logps(t: Torch, model: Any, ids_BT: Any) -> Any:
 def against_score(
     lm: LM, rows: Sequence[Sequence[int]], batch_size: int, options: Options, pairs: int, folder: Path
 ) -> dict[str, Any]:
-    """Scoring by both sides, in turn.
+    """Scoring by both sides, in turns.
 
     Raises:
-      DisagreementError: mean log-probabilities differ by more than rounding explains.
+      DisagreementError: if mean log-probabilities differ by more than rounding explains.
     """
     dtype = str(jnp.dtype(lm.dtype))
     t, model = load_torch(lm, folder, dtype, dtype)
@@ -364,18 +371,18 @@ def against_score(
         with t.torch.inference_mode():
             return np.concatenate([torch_logps(t, model, batch).cpu().numpy() for batch in batches])
 
-    mine = bench_speed.scorer(lm, rows, batch_size)
-    differences = np.abs(np.stack(mine()) - theirs())
+    ours = bench_speed.scorer(lm, rows, batch_size)
+    differences = np.abs(np.stack(ours()) - theirs())
     mean, allowed = float(differences.mean()), LOGP_DIFFERENCE[dtype]
     if not mean <= allowed:
         raise DisagreementError(
-            f"log-probabilities differ by {mean:.3g} nats in the mean, at most {allowed:g} in {dtype}. No speed is "
-            "compared"
+            f"log-probabilities differ by {mean:.3g} nats on average; the limit for {dtype} is {allowed:g}. Speeds are "
+            "not compared"
         )
-    taken = take_turns(clocked(mine), clocked(theirs), pairs, ("jaxsi", "hf"))
+    seconds = take_turns(clocked(ours), clocked(theirs), pairs, ("jaxsi", "hf"))
     return {
         "opponent": t.versions,
         "settings": {"compile": options.compile, "threads": t.torch.get_num_threads()},
         "agreement": {"what": "log-probabilities", "mean_difference": mean, "max_difference": float(differences.max())},
-        **compared(taken, sum(map(len, rows))),
+        **comparison(seconds, sum(map(len, rows))),
     }

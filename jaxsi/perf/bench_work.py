@@ -1,4 +1,4 @@
-"""The work that speed is measured on: prompts and output lengths for generation, rows for scoring and training."""
+"""The work that speed is measured with: prompts and output lengths for generation, rows for scoring and training."""
 
 import dataclasses
 import math
@@ -15,13 +15,13 @@ SPREAD = 0.8  # sigma of the lognormal output lengths
 
 
 class WorkError(ValueError):
-    """Work that is no work, or that does not fit the model."""
+    """The work is empty, badly described, or does not fit the model."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class GenerateWork:
-    """``limits``: how many new tokens each row has, [prompts][rows of a prompt]; nothing else ends a row. ``slots``
-    rows are in the making at a time; ``cache`` of their keys and values."""
+    """``limits``: the number of new tokens of each row, [prompts][rows of a prompt]; nothing else ends a row.
+    ``slots``: rows generated at the same time. ``cache``: of their keys and values."""
 
     prompts: Sequence[Sequence[int]]
     limits: Sequence[Sequence[int]]
@@ -32,7 +32,7 @@ class GenerateWork:
     cache: KVCache = "exact"
 
     def apart(self) -> "GenerateWork":
-        """The same rows, each with a prompt of its own, of which nothing is shared."""
+        """The same rows, with one prompt for each, and no prefix shared between prompts."""
         prompts, limits = zip(*self.rows, strict=True)
         return dataclasses.replace(self, prompts=prompts, limits=[[limit] for limit in limits], group=prefixes.alone)
 
@@ -58,19 +58,22 @@ class GenerateWork:
 
 @dataclasses.dataclass(frozen=True)
 class Lognormal:
-    """Lengths between ``low`` and ``high`` whose mean, once cut to these, is ``mean``: many short ones, few long."""
+    """Lengths whose mean is ``mean`` after they are clipped to ``low`` and ``high``: many are short, few are long."""
 
     low: int
     high: int
     mean: float
 
     def draw(self, count: int, rng: np.random.Generator) -> np.ndarray:
-        """[count] integers: quantiles in random order, so that few have the mean, too."""
+        """[count] integers. They are quantiles in random order, so even a small ``count`` has the mean."""
         from statistics import NormalDist
 
-        at = (np.arange(count) + 0.5) / count
-        normal = np.asarray([NormalDist().inv_cdf(float(q)) for q in at])
-        lengths = lambda mu: np.clip(np.rint(np.exp(mu + SPREAD * normal)), self.low, self.high)  # noqa: E731
+        quantiles = (np.arange(count) + 0.5) / count
+        normal = np.asarray([NormalDist().inv_cdf(float(q)) for q in quantiles])
+
+        def lengths(mu: float) -> np.ndarray:
+            return np.clip(np.rint(np.exp(mu + SPREAD * normal)), self.low, self.high)
+
         low, high = math.log(self.low) - 4, math.log(self.high) + 4
         for _ in range(60):
             middle = (low + high) / 2
@@ -79,7 +82,7 @@ class Lognormal:
 
 
 def read_range(text: str, option: str) -> tuple[int, int]:
-    """LOW:HIGH, or one number for both. Raises: WorkError."""
+    """Reads LOW:HIGH, or one number for both. Raises: WorkError."""
     numbers = _integers(text)
     if len(numbers) not in (1, 2) or min(numbers) < 1 or numbers[0] > numbers[-1]:
         raise WorkError(f"{option} {text!r}: give LOW:HIGH with 1 <= LOW <= HIGH, or one number of tokens")
@@ -87,7 +90,7 @@ def read_range(text: str, option: str) -> tuple[int, int]:
 
 
 def read_lengths(text: str) -> Lognormal:
-    """lognormal:LOW:HIGH:MEAN. Raises: WorkError."""
+    """Reads lognormal:LOW:HIGH:MEAN. Raises: WorkError."""
     name, _, rest = text.partition(":")
     numbers = _integers(rest)
     if name != "lognormal" or len(numbers) != 3 or not 1 <= numbers[0] < numbers[2] < numbers[1]:
@@ -96,11 +99,11 @@ def read_lengths(text: str) -> Lognormal:
 
 
 def read_judge(text: str) -> tuple[int, int, int]:
-    """N:K:RUBRIC. Raises: WorkError."""
+    """Reads N:K:RUBRIC. Raises: WorkError."""
     numbers = _integers(text)
     if len(numbers) != 3 or min(numbers[:2]) < 1 or numbers[2] < 0:
         raise WorkError(
-            f"--judge {text!r}: give N:K:RUBRIC, responses >= 1, judgments of each >= 1, rubric tokens >= 0"
+            f"--judge {text!r}: give N:K:RUBRIC with responses N >= 1, judgments of each K >= 1, rubric tokens >= 0"
         )
     return numbers[0], numbers[1], numbers[2]
 
@@ -122,21 +125,24 @@ def generate_work(
     top_p: float,
     seed: int,
 ) -> GenerateWork:
-    """Prompts of random tokens, with lengths drawn evenly from ``prompt_length``.
+    """Prompts of random tokens, with lengths drawn uniformly from ``prompt_length``.
 
-    With ``judge`` = (N, K, rubric) they are instructions; the prompts are then the rubric, an instruction and one of
-    its N responses, as long as outputs are, and each is sampled K times.
+    With ``judge`` = (N, K, rubric) these are instructions. A prompt is then the rubric, an instruction and one of its N
+    responses, which are as long as outputs; each prompt is sampled K times.
 
     Raises:
-      WorkError: a row does not fit the model's positions, or there is nothing to do.
+      WorkError: if a row does not fit the model's positions, or there is nothing to do.
     """
     if min(prompts, new, slots) < 1:
-        raise WorkError(f"--prompts {prompts} --new {new} --batch-size {slots}: each is at least 1")
+        raise WorkError(f"--prompts {prompts} --new {new} --batch-size {slots}: each must be at least 1")
     rng = np.random.default_rng(seed)
-    ids = lambda length: rng.integers(0, config.vocab_size, length).tolist()  # noqa: E731
-    outputs = lambda count: (  # noqa: E731
-        np.full(count, new) if stop_lengths is None else stop_lengths.draw(count, rng)
-    ).tolist()
+
+    def ids(length: int) -> list[int]:
+        return rng.integers(0, config.vocab_size, length).tolist()
+
+    def outputs(count: int) -> list[int]:
+        return (np.full(count, new) if stop_lengths is None else stop_lengths.draw(count, rng)).tolist()
+
     texts = [ids(n) for n in rng.integers(prompt_length[0], prompt_length[1] + 1, prompts)]
     samples = 1
     if judge is not None:
@@ -149,8 +155,8 @@ def generate_work(
     longest = max(len(prompt) + limit for prompt, limit in work.rows)
     if longest > config.max_positions:
         raise WorkError(
-            f"a row has {longest} tokens, prompt and output; the model has {config.max_positions} positions: lower "
-            "--prompt-length, --new, --stop-lengths or the rubric of --judge"
+            f"a row of prompt and output has {longest} tokens, but the model has {config.max_positions} positions: "
+            "lower --prompt-length, --new, --stop-lengths or the rubric of --judge"
         )
     return work
 
@@ -159,11 +165,11 @@ def texts(config: ModelConfig, count: int, length: int, seed: int) -> list[list[
     """``count`` rows of ``length`` random tokens.
 
     Raises:
-      WorkError: they do not fit the model's positions, or there are none.
+      WorkError: if they do not fit the model's positions, or ``count`` is below 1.
     """
     if count < 1 or not 2 <= length <= config.max_positions:
         raise WorkError(
-            f"{count} rows of {length} tokens: at least 1 row, and 2 to {config.max_positions} tokens (the model's "
-            "positions); change --batch, --steps or --length"
+            f"{count} rows of {length} tokens: give at least 1 row, and 2 to {config.max_positions} tokens, the "
+            "positions of the model; change --batch, --steps or --length"
         )
     return np.random.default_rng(seed).integers(0, config.vocab_size, (count, length)).tolist()

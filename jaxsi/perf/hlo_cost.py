@@ -1,22 +1,23 @@
-"""What a compiled program costs one chip, read from its optimized HLO: FLOPs of products, bytes that move to and from
-the chip's memory, bytes that leave it for others. Loops count as often as they run: the compiler's own `cost_analysis`
+"""The cost of a compiled program on one chip, read from its optimized HLO: FLOPs of products, bytes to and from the
+chip's memory, and bytes sent to other chips. A loop counts as often as it runs; the compiler's own `cost_analysis`
 counts the body of a scan once.
 
     cost = read(compiled.as_text())      # .flops .hbm_bytes .collectives["all-gather"].wire
 
-What is counted:
-* FLOPs of dots, convolutions (as which a TPU does products; padding left out) and Splash attention (the blocks on and
-  below the diagonal); everything else is not worth counting.
-* Of each instruction the bytes of its operands and results; of a fusion that reads or writes a slice, the slice. Not
-  what the layout keeps in the chip's scratch memory (S(1) in the text), and no padding to tiles.
-* Of each collective what a chip sends by the usual ring: (n-1)/n of the gathered array, twice that of an all-reduce.
+These are counted:
+* FLOPs of dots, of convolutions (the form of products on a TPU; without padding) and of Splash attention (the blocks on
+  and below the diagonal). All other FLOPs are negligible.
+* The bytes of the operands and results of each instruction; for a fusion that reads or writes a slice, only the slice.
+  Arrays in the chip's scratch memory (S(1) in the text) and padding to tiles are not counted.
+* The bytes that a chip sends in each collective by the usual ring: (n-1)/n of the gathered array, and twice that for an
+  all-reduce.
 """
 
 import dataclasses
 import functools
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -33,7 +34,7 @@ SPLASH = {"splash_mha_fwd": 2, "splash_mha_dq": 3, "splash_mha_dkv": 4}  # produ
 
 
 class HLOError(ValueError):
-    """Text that is no optimized HLO module."""
+    """A text is not an optimized HLO module."""
 
 
 class Array(NamedTuple):
@@ -57,7 +58,7 @@ class Instruction(NamedTuple):
     arrays: tuple[Array, ...]
     op: str
     operands: tuple[str, ...]
-    inside: str  # of the parentheses: a constant's value, a parameter's number
+    inside: str  # the text in the parentheses: a constant's value, a parameter's number
     attributes: str
 
     def called(self, attribute: str) -> str | None:
@@ -85,7 +86,7 @@ class Computation:
 
 
 class Traffic(NamedTuple):
-    """Of one kind of collective: how many run, and the bytes that a chip sends in all of them."""
+    """The collectives of one kind: how many run, and the bytes that a chip sends in all of them."""
 
     count: float = 0.0
     wire: float = 0.0
@@ -93,7 +94,8 @@ class Traffic(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Cost:
-    """Of one chip and one call. ``unknown_loops``: loops whose count of turns is not in the text, counted once."""
+    """The cost of one call on one chip. ``unknown_loops``: loops counted once, because their number of turns is not in
+    the text."""
 
     flops: float = 0.0
     hbm_bytes: float = 0.0
@@ -106,8 +108,8 @@ class Cost:
 
     def __add__(self, other: "Cost") -> "Cost":
         kinds = dict.fromkeys([*self.collectives, *other.collectives])
-        none = Traffic()
-        both = {kind: (self.collectives.get(kind, none), other.collectives.get(kind, none)) for kind in kinds}
+        zero = Traffic()
+        both = {kind: (self.collectives.get(kind, zero), other.collectives.get(kind, zero)) for kind in kinds}
         return Cost(
             self.flops + other.flops,
             self.hbm_bytes + other.hbm_bytes,
@@ -121,8 +123,8 @@ class Cost:
 
 
 def read(text: str) -> Cost:
-    """The cost of the module ``text`` (``jax.stages.Compiled.as_text()``) on one chip. A loop whose turns depend on
-    data counts once, so that a program of decode steps costs what one step does.
+    """The cost of the module ``text`` (``jax.stages.Compiled.as_text()``) on one chip. A loop whose number of turns
+    depends on data counts once, so a program of decode steps costs as much as one step.
 
     Raises: HLOError.
     """
@@ -155,7 +157,7 @@ def _arrays(text: str) -> tuple[Array, ...]:
 
 
 def _closing(text: str, start: int) -> int:
-    """The place of the parenthesis that closes the one at ``start``."""
+    """The index of the parenthesis that closes the one at ``start``."""
     depth = 0
     for place in range(start, len(text)):
         if text[place] == "(":
@@ -164,7 +166,7 @@ def _closing(text: str, start: int) -> int:
             depth -= 1
             if depth == 0:
                 return place
-    raise HLOError(f"a parenthesis is not closed in {text[:120]!r}")
+    raise HLOError(f"a parenthesis is not closed in {text[:120]!r}; give the whole text of a compiled program")
 
 
 def _instruction(line: str, found: re.Match[str]) -> Instruction:
@@ -194,29 +196,29 @@ class Module:
             if head := _HEAD.match(line):
                 current = self.computations[head[2]] = Computation(head[2])
                 self.entry = head[2] if head[1] else self.entry
-            elif line == "}" or line.startswith("}, execution_thread"):  # a kernel's own metadata has lines "}}, ..."
+            elif line == "}" or line.startswith("}, execution_thread"):  # not "}}, ...", a line of a kernel's metadata
                 current = None
             elif current is not None and (found := _START.match(line)):
                 instruction = _instruction(line, found)
                 current.instructions[instruction.name] = instruction
                 current.root = instruction.name if found[1] else current.root
         if not self.entry:
-            raise HLOError("no ENTRY in it; give the text of a compiled program")
-        self.known: dict[str, Cost] = {}
+            raise HLOError("the text has no ENTRY; give the text of a compiled program")
+        self.costs: dict[str, Cost] = {}  # of computations, by name
 
     def sum(self, computation: Computation) -> Cost:
-        """Of all instructions of a computation."""
+        """The cost of all instructions of a computation."""
         total = Cost()
         for instruction in computation.instructions.values():
-            total += self._of(computation, instruction)
+            total += self._cost(computation, instruction)
         return total
 
     def _inner(self, name: str) -> Cost:
-        if name not in self.known:
-            self.known[name] = self.sum(self.computations[name])
-        return self.known[name]
+        if name not in self.costs:
+            self.costs[name] = self.sum(self.computations[name])
+        return self.costs[name]
 
-    def _of(self, computation: Computation, i: Instruction) -> Cost:
+    def _cost(self, computation: Computation, i: Instruction) -> Cost:
         if i.op in FREE:
             return Cost()
         if i.op == "while":
@@ -233,7 +235,7 @@ class Module:
         if i.op == "fusion":
             called = self.computations[i.called("calls") or ""]
             inside = self._inner(called.name)
-            scattered = "all-reduce-scatter" in called.name  # which sends half of what its all-reduce would
+            scattered = "all-reduce-scatter" in called.name  # it sends half as much as the all-reduce inside it
             collectives = {k: t._replace(wire=t.wire / (1 + scattered)) for k, t in inside.collectives.items()}
             return Cost(inside.flops, self._fusion_bytes(computation, i, called), collectives)
         return Cost(self._flops(computation, i), self._bytes(computation, i))
@@ -249,18 +251,19 @@ class Module:
         return inside.times(n)
 
     def turns(self, outer: Computation, i: Instruction, body: Computation, condition: Computation) -> int | None:
-        """How often a loop runs that counts by a constant step up (or down) to a constant."""
+        """The number of turns of a loop that counts up or down to a constant by a constant step; else None."""
         if known := re.search(r'known_trip_count":\{"n":"(\d+)"', i.attributes):
             return int(known[1])
         root = condition.instructions[condition.root]
         if root.op == "fusion":
             called = self.computations[root.called("calls") or ""]
             inner = called.instructions[called.root]
-            given = {name: root.operands[number] for number, name in called.parameters.items()}
-            sides = [given.get(name, name) for name in inner.operands]
-            root, where = inner, [condition if name in given else called for name in inner.operands]
+            arguments = {name: root.operands[number] for number, name in called.parameters.items()}
+            sides = [arguments.get(name, name) for name in inner.operands]
+            homes = [condition if name in arguments else called for name in inner.operands]
+            root = inner
         else:
-            sides, where = list(root.operands), [condition, condition]
+            sides, homes = list(root.operands), [condition, condition]
         direction = re.search(r"direction=(\w+)", root.attributes)
         if root.op != "compare" or direction is None:
             return None
@@ -270,7 +273,7 @@ class Module:
         after = self._value(body, body.root, {0: start})
         values = []
         for state in (start, after if isinstance(after, dict) else {}):
-            values.append([self._value(c, name, {0: state}) for name, c in zip(sides, where, strict=True)])
+            values.append([self._value(c, name, {0: state}) for name, c in zip(sides, homes, strict=True)])
         (a0, b0), (a1, b1) = values
         if direction[1] in ("GT", "GE"):
             a0, b0, a1, b1 = b0, a0, b1, a1
@@ -280,29 +283,32 @@ class Module:
         return max(0, -(-(b0 + inclusive - a0) // (a1 - a0))) if direction[1] != "EQ" else None
 
     def _value(self, computation: Computation, name: str, parameters: Mapping[int, Any]) -> Any:
-        """An integer that follows from constants and ``parameters``; of a tuple a dict of those that do; else None."""
+        """The integer that follows from constants and ``parameters``, or a dict of them for a tuple; else None."""
         i = computation.instructions[name]
-        of = lambda k: self._value(computation, i.operands[k], parameters)  # noqa: E731
+
+        def operand(k: int) -> Any:
+            return self._value(computation, i.operands[k], parameters)
+
         match i.op:
             case "constant":
                 return int(i.inside) if re.fullmatch(r"-?\d+", i.inside) else None
             case "parameter":
                 return parameters.get(int(i.inside))
             case "tuple":
-                values = {number: of(number) for number in range(len(i.operands))}
+                values = {number: operand(number) for number in range(len(i.operands))}
                 return {number: value for number, value in values.items() if value is not None}
             case "get-tuple-element":
-                inside, index = of(0), re.search(r"index=(\d+)", i.attributes)
+                inside, index = operand(0), re.search(r"index=(\d+)", i.attributes)
                 return inside.get(int(index[1])) if isinstance(inside, dict) and index else None
             case "add" | "subtract" | "multiply":
-                a, b = of(0), of(1)
+                a, b = operand(0), operand(1)
                 if type(a) is not int or type(b) is not int:
                     return None
                 return a + b if i.op == "add" else a - b if i.op == "subtract" else a * b
             case "fusion" if len(i.arrays) == 1 and not i.arrays[0].shape:
                 called = self.computations[i.called("calls") or ""]
-                return self._value(called, called.root, {k: of(k) for k in range(len(i.operands))})
-        return of(0) if i.op in SAME_VALUE and i.operands else None
+                return self._value(called, called.root, {k: operand(k) for k in range(len(i.operands))})
+        return operand(0) if i.op in SAME_VALUE and i.operands else None
 
     # ---- memory
 
@@ -310,16 +316,16 @@ class Module:
         return sum(_moved(computation.instructions[name]) for name in dict.fromkeys(i.operands))
 
     def _bytes(self, computation: Computation, i: Instruction) -> float:
-        of = computation.instructions
+        operands = [computation.instructions[name] for name in i.operands]
         match i.op:
             case "dynamic-slice" | "slice" | "gather" | "dynamic-slice-start" | "slice-start":
-                return _moved(of[i.operands[0]]._replace(arrays=i.arrays[-1:])) + _moved(i)
+                return _moved(operands[0]._replace(arrays=i.arrays[-1:])) + _moved(i)
             case "dynamic-update-slice":
-                return 2 * _moved(of[i.operands[1]])
+                return 2 * _moved(operands[1])
             case "scatter":
-                return 2 * _moved(of[i.operands[-1]]) + _moved(of[i.operands[1]])
+                return 2 * _moved(operands[-1]) + _moved(operands[1])
             case "copy-start":
-                return _moved(of[i.operands[0]]) + i.arrays[0].moved
+                return _moved(operands[0]) + i.arrays[0].moved
             case "custom-call" if "AllocateBuffer" in i.attributes:
                 return 0.0
         return self._operands(computation, i) + _moved(i)
@@ -337,7 +343,7 @@ class Module:
         return total
 
     def _read(self, computation: Computation, name: str) -> float:
-        """Bytes that a fused computation reads of its parameter ``name``."""
+        """Bytes of its parameter ``name`` that a fused computation reads."""
         total = 0.0
         for user in computation.users.get(name, []):
             first = user.operands[0] == name
@@ -371,18 +377,18 @@ class Module:
     # ---- products
 
     def _flops(self, computation: Computation, i: Instruction) -> float:
-        of = computation.instructions
+        operands = [computation.instructions[name] for name in i.operands]
         if i.op == "dot":
             contracting = re.search(r"lhs_contracting_dims=\{([\d,]*)\}", i.attributes)
-            lhs = of[i.operands[0]].arrays[0].shape
+            lhs = operands[0].arrays[0].shape
             inner = [lhs[int(d)] for d in contracting[1].split(",") if d] if contracting else []
             return 2.0 * math.prod(i.arrays[0].shape) * math.prod(inner)
         if i.op == "convolution":
-            lhs, kernel = (of[name].arrays[0].shape for name in i.operands[:2])
+            lhs, kernel = (operand.arrays[0].shape for operand in operands[:2])
             return _convolution(lhs, kernel, i.arrays[0].shape, i.attributes)
         if i.op == "custom-call" and "tpu_custom_call" in i.attributes:
             products = next((n for name, n in SPLASH.items() if name in i.name), 0)
-            arrays = [array for name in i.operands for array in of[name].arrays]
+            arrays = [array for operand in operands for array in operand.arrays]
             blocks = next((a.shape for a in arrays if a.dtype in ("s8", "s32") and len(a.shape) == 3), (1, 1, 1))
             query = next((a.shape for a in arrays if a.dtype in ("bf16", "f32") and len(a.shape) >= 3), None)
             if products and query:
@@ -393,13 +399,13 @@ class Module:
     # ---- interconnect
 
     def _traffic(self, computation: Computation, i: Instruction, kind: str) -> Traffic:
-        held = sum(array.bytes for name in i.operands for array in computation.instructions[name].arrays)
+        size = sum(array.bytes for name in i.operands for array in computation.instructions[name].arrays)
         if kind == "collective-permute":
             pairs = re.findall(r"\{(\d+),(\d+)\}", i.attributes)
-            return Traffic(1.0, held if any(a != b for a, b in pairs) else 0.0)
+            return Traffic(1.0, size if any(a != b for a, b in pairs) else 0.0)
         n = group_size(i.attributes, self.partitions)
         share = (n - 1) / n
-        return Traffic(1.0, {"all-gather": held * (n - 1), "all-reduce": 2 * held * share}.get(kind, held * share))
+        return Traffic(1.0, {"all-gather": size * (n - 1), "all-reduce": 2 * size * share}.get(kind, size * share))
 
 
 def _moved(i: Instruction) -> float:
@@ -407,8 +413,7 @@ def _moved(i: Instruction) -> float:
 
 
 def group_size(attributes: str, everyone: int = 1) -> int:
-    """How many chips a collective joins, from its replica groups in any of the ways they are written; ``everyone``:
-    where there are no groups.
+    """The number of chips in a collective, from any notation of its replica groups; ``everyone`` if they are empty.
 
     Raises: HLOError.
     """
@@ -422,24 +427,29 @@ def group_size(attributes: str, everyone: int = 1) -> int:
         return int(counted[1])
     if listed := re.search(r"replica_groups=\{\{([\d,]+)\}", attributes):
         return len(listed[1].split(","))
-    raise HLOError(f"no replica groups in {attributes[:200]!r}")
+    raise HLOError(f"no replica groups in {attributes[:200]!r}; this notation of HLO is new, add it here")
 
 
 def _convolution(lhs: tuple[int, ...], kernel: tuple[int, ...], out: tuple[int, ...], attributes: str) -> float:
     labels = re.search(r"dim_labels=(\w+)_(\w+)->(\w+)", attributes)
     if labels is None:
-        raise HLOError(f"a convolution without dim_labels: {attributes[:200]!r}")
+        raise HLOError(
+            f"a convolution has no dim_labels: {attributes[:200]!r}; this notation of HLO is new, add it here"
+        )
     window = dict(re.findall(r"(\w+)=(\S+)", (re.search(r"window=\{([^}]*)\}", attributes) or ["", ""])[1]))
-    of_lhs, of_kernel, of_out = (
+    lhs_sizes, kernel_sizes, out_sizes = (
         dict(zip(names, shape, strict=True)) for names, shape in zip(labels.groups(), (lhs, kernel, out), strict=True)
     )
-    spatial = sorted(label for label in of_out if label.isdigit())
-    numbers = lambda key, default: window[key].split("x") if key in window else [default] * len(spatial)  # noqa: E731
+    spatial = sorted(label for label in out_sizes if label.isdigit())
+
+    def numbers(key: str, default: str) -> list[str]:
+        return window[key].split("x") if key in window else [default] * len(spatial)
+
     dilations = numbers("lhs_dilate", "1"), numbers("rhs_dilate", "1")
     settings = zip(numbers("stride", "1"), numbers("pad", "0_0"), *dilations, strict=True)
-    products = 2.0 * of_out["b"] * of_out["f"] * of_kernel["i"]
+    products = 2.0 * out_sizes["b"] * out_sizes["f"] * kernel_sizes["i"]
     for label, (stride, pad, lhs_dilate, rhs_dilate) in zip(spatial, settings, strict=True):
-        sizes = of_lhs[label], of_kernel[label], of_out[label]
+        sizes = lhs_sizes[label], kernel_sizes[label], out_sizes[label]
         products *= _meetings(*sizes, int(stride), int(pad.split("_")[0]), int(lhs_dilate), int(rhs_dilate))
     groups = re.search(r"batch_group_count=(\d+)", attributes)
     return products / (int(groups[1]) if groups else 1)
@@ -447,20 +457,10 @@ def _convolution(lhs: tuple[int, ...], kernel: tuple[int, ...], out: tuple[int, 
 
 @functools.cache
 def _meetings(inputs: int, kernel: int, outputs: int, stride: int, low: int, lhs_dilate: int, rhs_dilate: int) -> int:
-    """Pairs of an output and a kernel position that meet an input and no padding."""
+    """The number of pairs of an output and a kernel position that meet an input instead of padding."""
     total = 0
     at_k = np.arange(kernel) * rhs_dilate - low
     for output in range(outputs):
         places = output * stride + at_k
         total += int(((places >= 0) & (places <= (inputs - 1) * lhs_dilate) & (places % lhs_dilate == 0)).sum())
     return total
-
-
-def loops(text: str) -> Iterator[tuple[str, int | None]]:
-    """The loops of a module, and how often each runs in one turn of what it is in; None where that depends on data."""
-    module = Module(text)
-    for computation in module.computations.values():
-        for i in computation.instructions.values():
-            if i.op == "while":
-                body, condition = (module.computations[i.called(name) or ""] for name in ("body", "condition"))
-                yield i.name, module.turns(computation, i, body, condition)

@@ -1,7 +1,8 @@
-"""What the hardware gives, measured in the same run, and what a model's work costs at the least: with the two a speed
-becomes a share of what was possible.
+"""The rates of the hardware, measured in the same run, and the least cost of a model's work. Together they turn a speed
+into a share of what was possible.
 
-Rates are per second of the whole mesh; measured on one device, times the number of devices (those of a CPU share it).
+A rate is that of the whole mesh: measured on one device and multiplied by the number of devices (fake CPU devices share
+one CPU).
 """
 
 import math
@@ -16,18 +17,18 @@ from jax.sharding import Mesh
 from jaxsi.model import mesh as meshlib
 from jaxsi.model.decoder import ModelConfig, windows
 
-IN_A_CALL = 4  # products and back
-MOST_ROWS = 2048  # of a product: more are no faster
-CPU_SQUARES, SQUARES = (1024, 2048), (4096, 8192)  # large enough for the best rate, and done in a moment
+IN_A_CALL = 4  # products, each forth and back
+MOST_ROWS = 2048  # of a product: more rows are not faster
+CPU_SQUARES, SQUARES = (1024, 2048), (4096, 8192)  # large enough for the best rate, small enough to be quick
 READ_BYTES = 2**29  # far more than any cache holds
-MEASURED_SECONDS, REPEATS = 0.15, 3  # of one timing, and of how many the fastest counts
-# FLOP/s of dense bfloat16, by the words of the device's kind that name it: NVIDIA's datasheets of the SXM modules.
+MEASURED_SECONDS, REPEATS = 0.15, 3  # the length of a timing; the number of timings, of which the fastest counts
+# FLOP/s of dense bfloat16, by words in the name of the device: NVIDIA's datasheets of the SXM modules.
 DATASHEETS = {("H100", "HBM3"): 989e12, ("H200",): 989e12}
 
 
 class Ceilings(NamedTuple):
-    """Bytes/s read (by a processor) or copied, and FLOP/s of matrix products: of the model's own with as many rows as
-    decode together, and the best."""
+    """``bandwidth``: bytes/s, reading (CPU) or copying. ``gemm_rows``: FLOP/s of the model's own matrix products, with
+    as many rows as decode together. ``gemm_peak``: FLOP/s of the best matrix product."""
 
     bandwidth: float
     gemm_rows: float
@@ -38,30 +39,34 @@ class Ceilings(NamedTuple):
 
 
 def measure(config: ModelConfig, mesh: Mesh, dtype: Any, *, rows: int, tokens: int) -> Ceilings:
-    """Both ceilings, at the sizes of the model.
+    """The ceilings at the sizes of the model.
 
     Args:
-      dtype: of the products. rows: that decode together. tokens: that go through the model at once in training, in
-      scoring or in the prompts; the peak is the best of these products and of large square ones.
+      dtype: of the products. rows: the number that decode together. tokens: the number that go through the model at
+      once in training, in scoring or in the prompts. The peak is the best of the products with that many rows and of
+      large square ones.
     """
     batch, mlp = meshlib.axis_size(mesh, "batch"), meshlib.axis_size(mesh, "mlp")
     device = jax.local_devices()[0] if jax.process_count() > 1 else mesh.devices.flat[0]
     share = 1 if device.platform == "cpu" else mesh.size
     shapes = products(config)
-    rate = lambda n, shape: gemm(device, dtype, max(1, min(n, MOST_ROWS) // batch), shape[0], shape[1] // mlp)  # noqa: E731
+
+    def rate(n: int, shape: tuple[int, int]) -> float:
+        return gemm(device, dtype, max(1, min(n, MOST_ROWS) // batch), shape[0], shape[1] // mlp)
+
     few = {shape: rate(rows, shape) for shape in shapes}
     many = {shape: rate(tokens, shape) for shape in shapes if tokens != rows}
     squares = [gemm(device, dtype, n, n, n) for n in (CPU_SQUARES if device.platform == "cpu" else SQUARES)]
     weights = sum(count * math.prod(shape) for shape, count in shapes.items())
     seconds = sum(count * math.prod(shape) / few[shape] for shape, count in shapes.items())
-    # The peak is of all of them: a few rows, whose product stays in a cache, may be the fastest.
+    # The peak is the best of all: a product of few rows may be the fastest, because it stays in a cache.
     peak = max(*few.values(), *many.values(), *squares)
     return Ceilings(share * bandwidth(device), share * weights / seconds, share * peak)
 
 
 def bandwidth(device: jax.Device, size: int = READ_BYTES) -> float:
-    """Bytes/s of one device: of reading a large matrix (times a vector), as decoding does; but for processors, which
-    copy in place faster than they read, the copy's (both ways) if that is more."""
+    """Bytes/s of one device when it reads a large matrix (times a vector), as decoding does. On an accelerator, the
+    bytes/s of a copy in both directions if that is more; a CPU copies in place faster than it reads."""
     n = max(128, int((size // 4) ** 0.5) // 128 * 128)
     matrix_nn = jax.device_put(jnp.full((n, n), 1 / n, jnp.float32), device)
     vector_n = jax.device_put(jnp.ones((n,), jnp.float32), device)
@@ -82,8 +87,8 @@ def bandwidth(device: jax.Device, size: int = READ_BYTES) -> float:
 
 
 def gemm(device: jax.Device, dtype: Any, rows: int, inner: int, outer: int) -> float:
-    """FLOP/s of one device: of products [rows, inner] x [inner, outer] and back, one behind the other, in a loop on the
-    device (no call costs anything) or in calls (XLA on a processor does large products faster there)."""
+    """FLOP/s of one device for a chain of products [rows, inner] x [inner, outer] and back. The faster of a loop on the
+    device, which has no overhead of calls, and of calls, in which XLA:CPU does large products faster."""
 
     @jax.jit
     def chain(times: int, x: jax.Array, up: jax.Array, down: jax.Array) -> jax.Array:
@@ -95,7 +100,7 @@ def gemm(device: jax.Device, dtype: Any, rows: int, inner: int, outer: int) -> f
             x = (x @ up) @ down
         return x
 
-    # Entries that keep the size of what they multiply: no product overflows, and none is slow for being tiny.
+    # Entries that preserve the norm: no product overflows, and none is slow because of tiny numbers.
     a, b, c = jax.random.split(jax.random.key(0), 3)
     x = jax.random.normal(a, (rows, inner), dtype)
     up = jax.random.normal(b, (inner, outer), dtype) * inner**-0.5
@@ -113,7 +118,7 @@ def gemm(device: jax.Device, dtype: Any, rows: int, inner: int, outer: int) -> f
 
 
 def _fastest(run: Callable[[int], Any]) -> float:
-    """Seconds of one of the iterations that ``run`` makes."""
+    """Seconds of one iteration; ``run`` makes the number of iterations that it is called with."""
 
     def seconds(times: int) -> float:
         start = time.perf_counter()
@@ -128,7 +133,7 @@ def _fastest(run: Callable[[int], Any]) -> float:
 
 
 def datasheet_flops(mesh: Mesh, dtype: Any) -> float | None:
-    """FLOP/s that the maker of the devices states; None where the device, or the dtype, is not in the table."""
+    """FLOP/s from the datasheet of the devices; None if the device or the dtype is not in the table."""
     kind = mesh.devices.flat[0].device_kind
     for words, flops in DATASHEETS.items():
         if all(word in kind for word in words) and jnp.dtype(dtype) == jnp.bfloat16:
@@ -140,7 +145,7 @@ def datasheet_flops(mesh: Mesh, dtype: Any) -> float | None:
 
 
 def products(config: ModelConfig) -> dict[tuple[int, int], int]:
-    """How many matrices of each shape (embed, other) a token is multiplied with, norms and biases left out."""
+    """The number of matrices of each shape (embed, other) that a token is multiplied with, without norms and biases."""
     c = config
     counts: dict[tuple[int, int], int] = {}
     for other, count in (
@@ -155,18 +160,18 @@ def products(config: ModelConfig) -> dict[tuple[int, int], int]:
 
 def body_weights(config: ModelConfig) -> int:
     """Weights of the layers that a token is multiplied with."""
-    every = sum(count * math.prod(shape) for shape, count in products(config).items())
-    return every - head_weights(config)
+    total = sum(count * math.prod(shape) for shape, count in products(config).items())
+    return total - head_weights(config)
 
 
 def head_weights(config: ModelConfig) -> int:
-    """Weights of the head, be it tied or not."""
+    """Weights of the head, tied or not."""
     return config.embed_dim * config.vocab_size
 
 
 def seen(config: ModelConfig, start: int, stop: int) -> int:
-    """How many keys the tokens ``start`` to ``stop`` (not included) of a text look at, themselves included, over all
-    layers."""
+    """The number of keys that tokens ``start`` to ``stop`` - 1 of a text attend to, including themselves, summed over
+    all layers."""
 
     def until(tokens: int, window: int) -> int:
         whole = min(tokens, window)
@@ -176,19 +181,20 @@ def seen(config: ModelConfig, start: int, stop: int) -> int:
 
 
 def forward_flops(config: ModelConfig, lengths: Sequence[int]) -> float:
-    """Of one pass over texts of these lengths, with the head at every token; backward costs twice as much again."""
+    """FLOPs of a forward pass over texts of these lengths, with the head at every token. The backward pass takes twice
+    as many."""
     weights = body_weights(config) + head_weights(config)
     return 2.0 * weights * sum(lengths) + sum(attention_flops(config, seen(config, 0, n)) for n in lengths)
 
 
 def attention_flops(config: ModelConfig, keys: int) -> float:
-    """Of scores and values of queries that look at so many keys in all."""
+    """FLOPs of scores and values, for queries that attend to ``keys`` keys in total."""
     return 4.0 * config.num_heads * config.head_dim * keys
 
 
 def floor_of_prompts(config: ModelConfig, tokens: int, rows: int, ceilings: Ceilings) -> float:
-    """Seconds that no engine can do with less for ``tokens`` of prompts, what they share counted once, and the first
-    new token of each row. Attention is left out."""
+    """The least seconds that any engine needs for ``tokens`` tokens of prompts (shared prefixes counted once) and the
+    first new token of each row. Attention is left out."""
     flops = 2.0 * (body_weights(config) * tokens + head_weights(config) * rows)
     return flops / ceilings.gemm_peak
 
@@ -202,14 +208,15 @@ def floor_of_decoding(
     *,
     cached: float | None = None,
 ) -> tuple[float, int]:
-    """Seconds that no engine can do with less for decoding in so many slots, and the steps in which it would be done.
+    """The least seconds that any engine needs to decode in ``slots`` slots, and the number of steps.
 
-    A step reads every weight of the model and multiplies its rows by them, and takes as long as the longer of the two;
-    and, as what is multiplied next depends on it, reads what it sees of the cache, all at the rates measured.
+    A step reads every weight of the model and multiplies its rows with them, and takes the longer of the two. Then it
+    reads the cache that it attends to; this cannot overlap, because the next product depends on it. All of this happens
+    at the measured rates.
 
     Args:
       spans: for each row, the text positions whose tokens are decoded (start, stop). itemsize: bytes of a weight.
-      cached: bytes of a number of the cache, where it is another than that.
+      cached: bytes of a number in the cache; None: as many as of a weight.
     """
     tokens = sum(stop - start for start, stop in spans)
     steps = max(-(-tokens // slots), *(stop - start for start, stop in spans), 0)
@@ -218,6 +225,6 @@ def floor_of_decoding(
     weights = body_weights(config) + head_weights(config)
     keys = sum(seen(config, start, stop) for start, stop in spans)
     cache = keys * 2 * config.num_kv_heads * config.head_dim * (itemsize if cached is None else cached)
-    multiplying = max(2.0 * weights * tokens / steps / ceilings.gemm_rows, weights * itemsize / ceilings.bandwidth)
-    attending = max(attention_flops(config, keys) / ceilings.gemm_peak, cache / ceilings.bandwidth)
-    return steps * multiplying + attending, steps
+    step_seconds = max(2.0 * weights * tokens / steps / ceilings.gemm_rows, weights * itemsize / ceilings.bandwidth)
+    attention_seconds = max(attention_flops(config, keys) / ceilings.gemm_peak, cache / ceilings.bandwidth)
+    return steps * step_seconds + attention_seconds, steps

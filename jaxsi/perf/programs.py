@@ -1,15 +1,15 @@
-"""The programs that a run consists of, without its data: abstract arguments on a mesh, to lower and to compile ahead of
-time, also for a TPU that this machine does not have.
+"""The programs of a run without its data. Their arguments are abstract arrays on a mesh, so they can be lowered and
+compiled ahead of time, even for a TPU that this machine does not have.
 
     mesh = make_mesh(MeshConfig(fsdp=4, tensor=4), tpu_devices("v5e:4x4"))
-    memory(programs(config, mesh, Sizes()))        # a row for each program, in GiB of a chip
+    program = programs(config, mesh, Sizes())["dpo"]
+    memory_of("dpo", program.lower().compile())        # in GiB per chip
 
-Dimension letters as in model.py and slots.py.
+Dimension letters are those of decoder.py and slots.py.
 """
 
 import dataclasses
 import os
-from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -28,18 +28,18 @@ from jaxsi.training.batches import GroupBatch, PairBatch, TokenBatch
 from jaxsi.training.optim import OptimConfig
 
 GIB = 2**30
-MOVE = "a layer's sampling weights"  # their program, which runs once for each layer
-shape_of: Any = jax.ShapeDtypeStruct  # takes the place of arrays
+MOVE = "a layer's sampling weights"  # the program that moves them; it runs once for each layer
+shape_of: Any = jax.ShapeDtypeStruct  # stands for an array
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Sizes:
-    """What the shapes of a run's programs follow from.
+    """The sizes that determine the shapes of a run's programs.
 
-    Sampling: ``slots`` responses in the making, of at most ``max_new_tokens``, to prompts of at most ``prompt_length``
-    tokens, ``wave`` of which are computed at a time. Scoring and training: ``max_length`` tokens a row;
-    ``score_rows`` at a time; ``batch_size`` rows (for preferences, pairs; for rewards, groups) of an optimizer step, in
-    ``accumulate`` parts. ``dtype``: of the computation. ``cache``: of keys and values.
+    Sampling: ``slots`` responses at the same time, of at most ``max_new_tokens``, to prompts of at most
+    ``prompt_length`` tokens; ``wave`` prompts are computed together. Scoring and training: rows of ``max_length``
+    tokens, ``score_rows`` scored together; ``batch_size`` rows (pairs for preferences, groups for rewards) in an
+    optimizer step, in ``accumulate`` parts. ``dtype``: of the computation. ``cache``: of keys and values.
     """
 
     slots: int = 64
@@ -57,7 +57,7 @@ class Sizes:
 
 
 class Program(NamedTuple):
-    """A jitted function and what it is called with: shapes in place of arrays."""
+    """A jitted function and its arguments, with shapes instead of arrays."""
 
     function: Any
     arguments: tuple[Any, ...]
@@ -70,13 +70,13 @@ class Program(NamedTuple):
 def programs(config: ModelConfig, mesh: Mesh, sizes: Sizes) -> dict[str, Program]:
     """The programs of a run by name, each at its largest shapes.
 
-    Raises: MeshError: a dimension of the model does not divide by the mesh axes that cut it.
+    Raises: MeshError: if the mesh does not divide a dimension of the model.
     """
     return sampling_programs(config, mesh, sizes) | training_programs(config, mesh, sizes)
 
 
 def sampling_programs(config: ModelConfig, mesh: Mesh, sizes: Sizes) -> dict[str, Program]:
-    """The move of a layer's weights into the sampling layout, then what the engine runs."""
+    """The program that moves a layer's weights into the sampling layout, then the programs of the engine."""
     P, dtype = sizes.wave, jnp.dtype(sizes.dtype)
     fixed = slots.Fixed(config, mesh, dtype, int8=sizes.cache == "int8")
     _, move_layer = lm.sampling_movers(config, mesh, dtype)
@@ -90,9 +90,13 @@ def sampling_programs(config: ModelConfig, mesh: Mesh, sizes: Sizes) -> dict[str
     chunk = min(CHUNK, prompt)
     full = on_mesh(_slots(fixed, sizes.slots, ring, prompt), mesh)
     settings = abstract_settings()
-    ids = lambda *shape: on_mesh(shape_of(shape, jnp.int32), mesh)  # noqa: E731
-    host = lambda *shape: shape_of(shape, jnp.int32)  # noqa: E731
     parts = meshlib.axis_size(mesh, "batch")
+
+    def ids(*shape: int) -> jax.ShapeDtypeStruct:
+        return on_mesh(host(*shape), mesh)
+
+    def host(*shape: int) -> jax.ShapeDtypeStruct:  # integers from the host, without a layout on the mesh
+        return shape_of(shape, jnp.int32)
 
     def wave(rows: int, length: int) -> slots.Wave:
         keys = shape_of((rows, config.num_kv_heads, length, config.head_dim), dtype)
@@ -140,24 +144,29 @@ def training_programs(config: ModelConfig, mesh: Mesh, sizes: Sizes) -> dict[str
     B, T = sizes.batch_size, sizes.max_length
     weights = decoder.abstract_weights(config, mesh)
     state = abstract_state(weights, sizes.optim)
-    array = lambda dtype, *shape: on_mesh(shape_of(shape, dtype), mesh)  # noqa: E731
-    ids = lambda *shape: array(jnp.int32, *shape)  # noqa: E731
-    numbers, mask = array(jnp.float32, B, T), array(bool, B, T)
     common = (config, mesh, sizes.dtype, sizes.remat)
 
+    def array(dtype: Any, *shape: int) -> jax.ShapeDtypeStruct:
+        return on_mesh(shape_of(shape, dtype), mesh)
+
+    def ids(*shape: int) -> jax.ShapeDtypeStruct:
+        return array(jnp.int32, *shape)
+
+    numbers, mask = array(jnp.float32, B, T), array(bool, B, T)
+
     def pairs(rows: int, *, shared: bool = False) -> PairBatch:
-        """Of prompts of half a row; ``shared``: they lie in the row once."""
+        """Pairs whose prompts take half a row. ``shared``: a pair has its prompt once, and both responses."""
         tokens = ids(rows, 1, 3 * T // 2) if shared else ids(rows, 2, T)
         counted = ids(rows, 2, T // 2)
         refs_B2 = array(jnp.float32, rows, 2)
         return PairBatch(tokens, tokens, tokens, counted, counted, refs_B2, array(bool, rows))
 
     scalar = dataclasses.replace(config, scalar_head=True)
-    own_scalar = (scalar, *common[1:])
+    common_scalar = (scalar, *common[1:])
 
-    def step(batch: Any, loss: Any, of: train.State = state) -> Program:
+    def step(batch: Any, loss: Any, state: train.State = state) -> Program:
         options = {"loss": loss, "optimizer": sizes.optim, "accumulate": sizes.accumulate}
-        return Program(train.train_step, (of, batch, shape_of((), jnp.float32)), options)
+        return Program(train.train_step, (state, batch, shape_of((), jnp.float32)), options)
 
     def groups(rows: int) -> GroupBatch:
         return GroupBatch(ids(B, rows, T), ids(B, rows, T), array(bool, B))
@@ -166,11 +175,11 @@ def training_programs(config: ModelConfig, mesh: Mesh, sizes: Sizes) -> dict[str
     scalar_state = abstract_state(scalar_weights, sizes.optim)
     rollouts = rl.RolloutBatch(ids(B, T), ids(B, T), mask, *[numbers] * 4)
     rows, preference = sizes.score_rows, train.PairLoss(*common, losses.dpo, 0.1, 0.0)
-    whole = {"dtype": jnp.dtype(sizes.dtype), "mesh": mesh}
+    options = {"dtype": jnp.dtype(sizes.dtype), "mesh": mesh}
     return {
-        "score": Program(scoring.score_batch, (weights, ids(rows, T), ids(rows)), {"config": config, **whole}),
+        "score": Program(scoring.score_batch, (weights, ids(rows, T), ids(rows)), {"config": config, **options}),
         "rewards": Program(
-            reward.score_rewards, (scalar_weights, ids(rows, T), ids(rows)), {"config": scalar, **whole}
+            reward.score_rewards, (scalar_weights, ids(rows, T), ids(rows)), {"config": scalar, **options}
         ),
         "sft": step(TokenBatch(*[ids(B, T)] * 5), train.SFTLoss(*common)),
         "reference": Program(
@@ -180,10 +189,10 @@ def training_programs(config: ModelConfig, mesh: Mesh, sizes: Sizes) -> dict[str
         ),
         "dpo": step(pairs(B), preference),
         "dpo, prompt shared": step(pairs(B, shared=True), preference),
-        "reward": step(groups(2), reward.RewardLoss(*own_scalar, reward.BRADLEY_TERRY), scalar_state),
-        "gap reward": step(groups(4), reward.RewardLoss(*own_scalar, reward.GAP), scalar_state),
+        "reward": step(groups(2), reward.RewardLoss(*common_scalar, reward.BRADLEY_TERRY), scalar_state),
+        "gap reward": step(groups(4), reward.RewardLoss(*common_scalar, reward.GAP), scalar_state),
         "rl": step(rollouts, rl.PolicyLoss(*common, 0.2)),
-        "value": step(rollouts, rl.ValueLoss(*own_scalar, 0.2), scalar_state),
+        "value": step(rollouts, rl.ValueLoss(*common_scalar, 0.2), scalar_state),
     }
 
 
@@ -195,7 +204,7 @@ def _with_sharding(shape: jax.ShapeDtypeStruct, sharding: jax.sharding.NamedShar
 
 
 def on_mesh(tree: Any, mesh: Mesh) -> Any:
-    """Shapes with the layout that a run gives the arrays: by rows, [B, K, S, C] also by heads; scalars everywhere."""
+    """Shapes with the layout of a run: arrays are split by rows, [B, K, S, C] also by heads; scalars are replicated."""
 
     def place(x: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
         axes = ("batch", "kv_heads", None, None) if x.ndim == 4 else ("batch", *[None] * (x.ndim - 1))
@@ -211,8 +220,8 @@ def _slots(fixed: slots.Fixed, size: int, ring: int, prompt: int) -> slots.Slots
 def abstract_settings() -> Settings:
     """The shapes of sampling settings."""
     number, integer = (shape_of((), dtype) for dtype in (jnp.float32, jnp.int32))
-    ids = lambda n: shape_of((n,), jnp.int32)  # noqa: E731
-    return Settings(number, number, integer, ids(MAX_STOPS), ids(MAX_MARKER), integer)
+    stops, marker = (shape_of((length,), jnp.int32) for length in (MAX_STOPS, MAX_MARKER))
+    return Settings(number, number, integer, stops, marker, integer)
 
 
 def abstract_state(weights: Weights, optimizer: OptimConfig) -> train.State:
@@ -227,7 +236,7 @@ def abstract_state(weights: Weights, optimizer: OptimConfig) -> train.State:
 
 
 class Memory(NamedTuple):
-    """What a program takes of each chip, in GiB. ``outputs``: those that are not written over arguments."""
+    """The memory of a program on each chip, in GiB. ``outputs`` leaves out those that are written over arguments."""
 
     program: str
     arguments: float
@@ -240,28 +249,24 @@ class Memory(NamedTuple):
 
 
 def memory_of(name: str, compiled: jax.stages.Compiled) -> Memory:
-    """As the compiler counts it."""
+    """The memory of a compiled program, as its compiler counts it."""
     m: Any = compiled.memory_analysis()
     outputs = m.output_size_in_bytes - m.alias_size_in_bytes
     return Memory(name, *(size / GIB for size in (m.argument_size_in_bytes, m.temp_size_in_bytes, outputs)))
 
 
-def memory(programs: Mapping[str, Program]) -> list[Memory]:
-    """Compiles every program: a row for each."""
-    return [memory_of(name, program.lower().compile()) for name, program in programs.items()]
-
-
 def tpu_devices(topology: str) -> list[jax.Device]:
-    """The chips of a TPU such as "v5e:4x4" or "v5p:2x2x2", to compile for and not to run on; needs libtpu."""
+    """The chips of a TPU such as "v5e:4x4" or "v5p:2x2x2". Programs can be compiled for them, but not run. Needs
+    libtpu."""
     from jax.experimental import topologies
 
-    # libtpu would ask a metadata server what it runs on, and say at length that there is none; several processes may
-    # compile at a time, as none has a chip.
-    nowhere = {"TPU_SKIP_MDS_QUERY": "1", "TPU_WORKER_HOSTNAMES": "localhost", "TPU_ACCELERATOR_TYPE": "v5litepod-4"}
-    for name, value in (nowhere | {"ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}).items():
+    # Without these, libtpu looks for a metadata server and complains at length that it cannot find one.
+    variables = {"TPU_SKIP_MDS_QUERY": "1", "TPU_WORKER_HOSTNAMES": "localhost", "TPU_ACCELERATOR_TYPE": "v5litepod-4"}
+    variables["ALLOW_MULTIPLE_LIBTPU_LOAD"] = "1"  # no process has a chip, so several may compile at the same time
+    for name, value in variables.items():
         os.environ.setdefault(name, value)
-    # Both cores of a v4 as one device, which is how JAX runs on it.
+    # JAX uses both cores of a v4 chip as one device.
     options: dict[str, Any] = {"chip_config_name": "megacore"} if topology.startswith("v4") else {}
     if topology.endswith(":1x1"):
-        options["chips_per_host_bounds"] = (1, 1, 1)  # 2x2 by default, of which older libtpu makes no single chip
+        options["chips_per_host_bounds"] = (1, 1, 1)  # the default is 2x2, from which older libtpu cannot take one chip
     return list(topologies.get_topology_desc(platform="tpu", topology_name=topology, **options).devices)

@@ -1,9 +1,10 @@
-"""The accelerators that a run can be planned for, and how many of them a topology has.
+"""The accelerators that a run can be planned for, and the number of them in a topology.
 
     topology("v5p:4x4x4")  topology("v5p-128")  topology("v5litepod-64")  topology("h100:8")  topology("8xh200")
 
-TPU slices are named by generation and shape, or as Cloud TPU names them: after v4- and v5p- comes the number of cores,
-two a chip; after v5litepod- and v6e- that of chips. Figures are the makers' (datasheets; dense, without sparsity).
+TPU slices are named by generation and shape, or by Cloud TPU's own names: v4- and v5p- are followed by the number of
+cores, two per chip; v5litepod- and v6e- by the number of chips. Figures are the makers' (datasheets; dense, without
+sparsity).
 """
 
 import math
@@ -14,12 +15,13 @@ GPUS_PER_HOST = 8
 
 
 class TopologyError(ValueError):
-    """A topology that names no chips of the table."""
+    """A topology that is not in the table of chips."""
 
 
 class Chip(NamedTuple):
-    """One accelerator: GiB of memory, of which ``usable_gib`` are a program's; bytes/s of memory; FLOP/s of bfloat16
-    products; bytes/s that it sends to others (``wire``, all its links together), and over the network of hosts."""
+    """One accelerator. ``hbm_gib``: its memory; ``usable_gib``: the part that a program may use. ``bandwidth``: bytes/s
+    of the memory. ``flops``: FLOP/s of bfloat16 products. ``wire``: bytes/s that it sends to other chips, over all its
+    links. ``network``: bytes/s over the network between hosts."""
 
     name: str
     kind: str
@@ -31,7 +33,7 @@ class Chip(NamedTuple):
     network: float
 
 
-# What is usable of a TPU is what its compiler says. Of a GPU JAX takes three quarters unless told otherwise
+# The usable memory of a TPU is the figure of its compiler. On a GPU JAX takes three quarters by default
 # (XLA_PYTHON_CLIENT_MEM_FRACTION); launch/ sets 0.92.
 CHIPS = {
     chip.name: chip
@@ -48,12 +50,12 @@ CHIPS = {
     )
 }
 CLOUD_NAMES = {"v4": ("v4", 2), "v5p": ("v5p", 2), "v5e": ("v5e", 1), "v5litepod": ("v5e", 1), "v6e": ("v6e", 1)}
-# Shapes of the slices that Cloud TPU names by their size alone.
+# Shapes of the slices that Cloud TPU names only by their size.
 FLAT = {1: "1x1", 4: "2x2", 8: "2x4", 16: "4x4", 32: "4x8", 64: "8x8", 128: "8x16", 256: "16x16"}
 
 
 class Topology(NamedTuple):
-    """``shape`` is () for GPUs, whose links make no grid."""
+    """``shape`` is () for GPUs, because their links do not form a grid."""
 
     chip: Chip
     shape: tuple[int, ...]
@@ -65,19 +67,19 @@ class Topology(NamedTuple):
 
     @property
     def hosts(self) -> int:
-        """Machines: 8 GPUs each, or 4 chips of a TPU (a slice of v5e or v6e up to 8 chips may be one)."""
+        """The number of machines, with 8 GPUs or 4 TPU chips each (a v5e or v6e slice of up to 8 chips is one)."""
         if self.chip.kind == "gpu":
             return -(-self.chips // GPUS_PER_HOST)
         return 1 if self.chip.name in ("v5e", "v6e") and self.chips <= 8 else -(-self.chips // 4)
 
     def wire(self, span: int) -> float:
-        """Bytes/s that a chip sends in a collective over ``span`` neighbouring chips: GPUs of several hosts meet over
-        the network."""
+        """Bytes/s that a chip sends in a collective over ``span`` neighbouring chips. GPUs on several hosts use the
+        network."""
         return self.chip.network if self.chip.kind == "gpu" and span > GPUS_PER_HOST else self.chip.wire
 
 
 def topology(name: str) -> Topology:
-    """The topology that a name stands for. Raises: TopologyError."""
+    """The topology with this name. Raises: TopologyError."""
     text = name.strip().lower()
     if found := re.fullmatch(r"(v[\w]+):(\d+(?:x\d+){1,2})", text):
         chip, shape = found[1], tuple(int(n) for n in found[2].split("x"))
@@ -97,7 +99,7 @@ def topology(name: str) -> Topology:
             if chips:
                 return Topology(CHIPS[chip], (), chips)
     raise TopologyError(
-        f"{name!r} names no topology; give a TPU slice by generation and shape (v5p:4x4x4, v4:2x2x2, v5e:8x8, v6e:4x4) "
+        f"unknown topology {name!r}; give a TPU slice by generation and shape (v5p:4x4x4, v4:2x2x2, v5e:8x8, v6e:4x4) "
         f"or by its accelerator type (v5p-128, v5litepod-64), or GPUs and their number (h100:8, h200:1); known chips "
         f"are {', '.join(CHIPS)}"
     )
@@ -108,7 +110,7 @@ def _dimensions(chip: str) -> int:
 
 
 def _cube(chips: int) -> tuple[int, ...]:
-    """The shape of a v4 or v5p slice of so many chips, a power of two: as near to a cube as it gets."""
+    """The shape of a v4 or v5p slice: as close to a cube as possible. ``chips`` is a power of two."""
     power = chips.bit_length() - 1
     if chips == 4:
         return 2, 2, 1

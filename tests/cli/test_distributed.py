@@ -1,4 +1,4 @@
-"""How processes find each other: options, variables, clusters; and how one that fails ends them all."""
+"""How processes find each other: options, variables, clusters; and how the failure of one ends them all."""
 
 import re
 import socket
@@ -15,38 +15,24 @@ VARIABLES = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
 
 
 @pytest.fixture(autouse=True)
-def _nobody_says_anything(monkeypatch):
+def _no_variables(monkeypatch):
     for name in (*VARIABLES, *distributed.SLURM, distributed.OPEN_MPI, distributed.OPEN_MPI_4):
         monkeypatch.delenv(name, raising=False)
 
 
-def test_without_the_options_a_command_line_is_as_it_was():
+def test_command_line_without_options_stays_unchanged():
     argv = ["run", "x.py", "--seed", "1", "--", "run", "--distributed"]
     assert distributed.take_options(argv) == (None, argv)
 
 
-def test_the_options_are_taken_out_wherever_they_stand_before_a_bare_dash():
-    argv = [
-        "--coordinator=h:12",
-        "run",
-        "--num-processes",
-        "4",
-        "x.py",
-        "--process-id",
-        "3",
-        "--heartbeat",
-        "7",
-        "--",
-        "a",
-        "--coordinator",
-        "b",
-    ]
-    options, rest = distributed.take_options(argv)
+def test_options_are_removed_anywhere_before_two_dashes():
+    line = "--coordinator=h:12 run --num-processes 4 x.py --process-id 3 --heartbeat 7 -- a --coordinator b"
+    options, rest = distributed.take_options(line.split())
     assert options == Options(coordinator="h:12", num_processes=4, process_id=3, heartbeat=7)
     assert rest == ["run", "x.py", "--", "a", "--coordinator", "b"]
 
 
-def test_variables_say_what_options_do_not(monkeypatch):
+def test_variables_replace_missing_options(monkeypatch):
     for name, value in zip(VARIABLES, ("[::1]:80", "2", "1"), strict=True):
         monkeypatch.setenv(name, value)
     assert distributed.take_options(["run"]) == (None, ["run"])
@@ -59,45 +45,52 @@ def test_variables_say_what_options_do_not(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("line", "said"),
+    ("line", "message"),
     [
         ("--coordinator h:1", "--num-processes (or JAX_NUM_PROCESSES) and --process-id (or JAX_PROCESS_ID) missing"),
         ("--num-processes 2 --process-id 0", "--coordinator (or JAX_COORDINATOR_ADDRESS) missing"),
-        ("--coordinator h --num-processes 2 --process-id 0", "is 'h'; give HOST:PORT"),
-        ("--coordinator h:70000 --num-processes 2 --process-id 0", "is 'h:70000'; give HOST:PORT"),
+        ("--coordinator h --num-processes 2 --process-id 0", "is 'h'; give process 0's HOST:PORT"),
+        ("--coordinator h:70000 --num-processes 2 --process-id 0", "is 'h:70000'; give process 0's HOST:PORT"),
         ("--coordinator h:1 --num-processes 0 --process-id 0", "--num-processes (JAX_NUM_PROCESSES) is '0'"),
         ("--coordinator h:1 --num-processes 2 --process-id two", "--process-id (JAX_PROCESS_ID) is 'two'"),
-        ("--coordinator h:1 --num-processes 2 --process-id 2", "--process-id is 2 of --num-processes 2"),
-        ("--distributed --heartbeat 0", "--heartbeat is '0'; give a whole number, at least 1"),
-        ("--heartbeat 10", "--heartbeat is how long a dead process goes unnoticed; it goes with --distributed"),
+        (
+            "--coordinator h:1 --num-processes 2 --process-id 2",
+            "--process-id is 2, but --num-processes is 2; give a number from 0 to 1",
+        ),
+        ("--distributed --heartbeat 0", "--heartbeat is '0'; give a whole number of at least 1"),
+        (
+            "--heartbeat 10",
+            "--heartbeat alone has no effect: it sets how long a dead process goes unnoticed; add --distributed",
+        ),
         ("--distributed --heartbeat", "--heartbeat needs a value"),
     ],
 )
-def test_wrong_options_are_told_by_name(line, said):
-    with pytest.raises(UsageError, match=re.escape(said)):
+def test_wrong_option_is_named(line, message):
+    with pytest.raises(UsageError, match=re.escape(message)):
         distributed.take_options(["run", *line.split()])
 
 
-def test_a_variable_that_stands_alone_is_refused_where_nothing_says_the_others():
+def test_single_variable_without_the_others_is_refused():
     [(code, out, err)] = ended([start(["-m", "jaxsi", "status", ".", "--distributed"], JAX_NUM_PROCESSES="2")])
     assert (code, out) == (2, "")
     assert "error: JAX_COORDINATOR_ADDRESS and JAX_PROCESS_ID not set" in err
 
 
-def test_a_launcher_that_jax_does_not_know_is_told_what_to_set(monkeypatch):
+def test_error_of_unknown_launcher_says_what_to_set(monkeypatch):
     monkeypatch.setenv("OMPI_COMM_WORLD_SIZE", "2")
     monkeypatch.setattr(distributed.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UsageError, match=r"install it, or set JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES="):
         distributed.join(Options())
 
 
-def test_a_coordinator_that_does_not_answer_is_named_with_what_to_do():
+def test_error_of_silent_coordinator_names_it_and_the_fix():
     port = free_port()
-    with pytest.raises(JoinError, match=rf"no process 0 answers at 127.0.0.1:{port} after 1 s .* start it, or give"):
+    message = rf"process 0 did not answer at 127.0.0.1:{port} within 1 s .* start it, or give"
+    with pytest.raises(JoinError, match=message):
         distributed.join(Options(coordinator=f"127.0.0.1:{port}", num_processes=2, process_id=1), timeout=1)
 
 
-def test_a_port_that_is_taken_is_named():
+def test_error_of_used_port_names_it():
     with socket.create_server(("", 0)) as holder:
         port = holder.getsockname()[1]
         with pytest.raises(JoinError, match=f"port {port} of the coordinator localhost:{port} cannot be used"):
@@ -116,15 +109,15 @@ def run(tmp_path):
 @pytest.mark.parametrize(
     ("variables", "why"),
     [
-        ({}, "no SLURM, GKE, JobSet, TPU metadata or Open MPI is recognised, and JAX_COORDINATOR_ADDRESS is not set"),
+        ({}, "no SLURM, GKE, JobSet, TPU metadata or Open MPI was recognised, and JAX_COORDINATOR_ADDRESS is not set"),
         (
             {"SLURM_JOB_ID": "7", "SLURM_NTASKS": "2"},
-            "inside SLURM, but no task of its (SLURM_STEP_NODELIST and SLURM_PROCID and SLURM_LOCALID not set)",
+            "this is inside SLURM but not a SLURM task (SLURM_STEP_NODELIST and SLURM_PROCID and SLURM_LOCALID not set",
         ),
     ],
     ids=["nothing", "a shell inside an allocation"],
 )
-def test_where_nobody_else_is_known_one_process_goes_on_and_says_so(run, variables, why):
+def test_process_without_known_peers_goes_on_alone_and_says_so(run, variables, why):
     [(code, out, err)] = ended([start(["-m", "jaxsi", "status", run, "--distributed"], **variables)])
     assert code == 0, err
     assert str(run) in out
@@ -132,7 +125,7 @@ def test_where_nobody_else_is_known_one_process_goes_on_and_says_so(run, variabl
 
 
 def slurm(index: int, port: int) -> dict[str, str]:
-    """Of two tasks on this host. JAX takes the port from the job's number."""
+    """The variables of one of two tasks on this host. JAX takes the port from the job's number."""
     return {
         "SLURM_JOB_ID": str(port), "SLURM_STEP_NODELIST": "localhost", "SLURM_NTASKS": "2",
         "SLURM_PROCID": str(index), "SLURM_LOCALID": str(index), "SLURM_STEP_NUM_NODES": "1",
@@ -144,27 +137,27 @@ def by_variables(index: int, port: int) -> dict[str, str]:
 
 
 @pytest.mark.parametrize("environment", [slurm, by_variables])
-def test_two_processes_join_and_the_first_alone_reports(run, environment):
+def test_two_processes_join_and_only_the_first_reports(run, environment):
     port = free_port()
     words = ["-m", "jaxsi", "status", run, "--json", "--distributed"]
-    (first, out, err), (second, nothing, quiet) = ended([start(words, 2, **environment(i, port)) for i in range(2)])
-    assert (first, second) == (0, 0), err + quiet
-    assert "jaxsi: 2 processes, 4 devices (cpu)" in err
-    assert str(run) in out
-    assert "devices" not in quiet and nothing == ""
+    (code_0, out_0, err_0), (code_1, out_1, err_1) = ended([start(words, 2, **environment(i, port)) for i in range(2)])
+    assert (code_0, code_1) == (0, 0), err_0 + err_1
+    assert "jaxsi: 2 processes, 4 devices (cpu)" in err_0
+    assert str(run) in out_0
+    assert "devices" not in err_1 and out_1 == ""
 
 
-@pytest.mark.parametrize("fails", [0, 1])
-def test_a_process_that_fails_says_which_it_is_and_ends_and_the_other_within_the_heartbeat(run, fails):
+@pytest.mark.parametrize("failing", [0, 1])
+def test_failed_process_names_itself_and_the_other_ends_within_the_heartbeat(run, failing):
     processes, port = [], free_port()
     for index in range(2):
-        folder = run / "absent" if index == fails else run
+        folder = run / "absent" if index == failing else run
         join = ["--coordinator", f"127.0.0.1:{port}", "--num-processes", 2, "--process-id", index, "--heartbeat", 10]
         processes.append(start(["-m", "jaxsi", "status", folder, *join]))
-    out, err = processes[fails].communicate(timeout=60)
-    began = time.monotonic()
-    assert (processes[fails].returncode, out) == (1, "")
-    assert f"jaxsi: process {fails} of 2: error: {run / 'absent'} holds no run" in err
-    processes[1 - fails].communicate(timeout=60)
-    assert time.monotonic() - began < 10 + 5
-    assert processes[1 - fails].returncode != 0
+    out, err = processes[failing].communicate(timeout=60)
+    start_time = time.monotonic()
+    assert (processes[failing].returncode, out) == (1, "")
+    assert f"jaxsi: process {failing} of 2: error: {run / 'absent'} holds no run" in err
+    processes[1 - failing].communicate(timeout=60)
+    assert time.monotonic() - start_time < 10 + 5
+    assert processes[1 - failing].returncode != 0

@@ -1,4 +1,4 @@
-"""`jaxsi improve` on a tiny model: what it writes, that it goes on where it was, and what it refuses."""
+"""`jaxsi improve` with a tiny model: the files it writes, how it goes on after a kill, and the input it refuses."""
 
 import json
 
@@ -6,7 +6,7 @@ import pytest
 
 import tiny
 from jaxsi import lm as lmlib
-from jaxsi.cli import improve as command
+from jaxsi.cli import improve
 from jaxsi.cli.main import main
 from jaxsi.runs.config_snapshot import describe_config
 from jaxsi.runs.records import Improvement, read_jsonl
@@ -17,7 +17,7 @@ from jaxsi.training import reward
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """Models, templates and prompts, of which one is longer than the context."""
+    """Models, templates and prompts; one prompt is longer than the context."""
     folder = tmp_path_factory.mktemp("improve")
     lmlib.export(tiny.make_lm(), folder / "model", dtype="float32")
     lmlib.export(reward.with_scalar_head(tiny.make_lm(seed=1)), folder / "rm", dtype="float32")
@@ -34,17 +34,17 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(autouse=True)
 def _on_one_device(monkeypatch):
-    """Eight make the same responses, and compile for longer."""
-    monkeypatch.setattr(command, "mesh_for", lambda model, given: tiny.mesh())
+    """Eight devices give the same responses, but compile for longer."""
+    monkeypatch.setattr(improve, "mesh_for", lambda model, given: tiny.mesh())
 
 
 def called(capsys, folder, method, *options, model="model", prompts="prompts.jsonl"):
-    """(exit code, stdout, stderr); words that name a file of the folder stand for its path."""
-    asked = ["improve", method, model, "--prompts", prompts, "--max-new-tokens", "8", "--dtype", "float32", *options]
-    asked = [str(folder / word) if (folder / word).exists() else word for word in map(str, asked)]
+    """(exit code, stdout, stderr) of the command. A word that is the name of a file in the folder becomes its path."""
+    argv = ["improve", method, model, "--prompts", prompts, "--max-new-tokens", "8", "--dtype", "float32", *options]
+    argv = [str(folder / word) if (folder / word).exists() else word for word in map(str, argv)]
     if "--batch-size" not in options:
-        asked += ["--batch-size", "1"]  # one shape, so one program
-    code = main(asked)
+        argv += ["--batch-size", "1"]  # one shape, so one program
+    code = main(argv)
     return code, *capsys.readouterr()
 
 
@@ -75,9 +75,9 @@ def test_every_method_writes_its_rounds(capsys, folder, tmp_path, method, option
     assert [line["outcomes"].get("too long", 0) for line in value["rounds"][:1]] == [1]
     assert all(sum(line["outcomes"].values()) == 6 for line in value["rounds"])
     for round in range(3):
-        made = responses(out, round)
-        assert [r.prompt_id for r in made][-1] == "long" and len(made) == 6
-        assert sum(r.tokens for r in made) == value["rounds"][round]["tokens"]
+        records = responses(out, round)
+        assert [r.prompt_id for r in records][-1] == "long" and len(records) == 6
+        assert sum(r.tokens for r in records) == value["rounds"][round]["tokens"]
     summary = json.loads((out / "summary.json").read_text())
     assert summary["status"] == "complete" and summary["base"] == value["rounds"][0]
     assert summary["iterations"] == value["rounds"][1:]
@@ -85,8 +85,8 @@ def test_every_method_writes_its_rounds(capsys, folder, tmp_path, method, option
     assert "complete, 2 of 2 iterations" in capsys.readouterr().out
 
 
-def test_a_folder_goes_on_and_computes_nothing_twice(capsys, folder, tmp_path, monkeypatch):
-    drafts, improved = [], []
+def test_killed_command_goes_on_and_computes_nothing_twice(capsys, folder, tmp_path, monkeypatch):
+    drafts, calls = [], []
     real_draft, real_round = rounds.draft_round, self_refine.self_refine_round
 
     def draft(lm, prompts, *rest, **names):
@@ -94,12 +94,12 @@ def test_a_folder_goes_on_and_computes_nothing_twice(capsys, folder, tmp_path, m
         return real_draft(lm, prompts, *rest, **names)
 
     def round(lm, items, *rest, **names):
-        if len(improved) == 1 and items[0][1][-1].round == 1:
-            improved.append("killed")
+        if len(calls) == 1 and items[0][1][-1].round == 1:
+            calls.append("killed")
             raise KeyboardInterrupt
-        improved.append([past[-1].round for _, past in items])
-        made = real_round(lm, items, *rest, **names)
-        return [rounds.next_record(past, "accepted", 1.0, response=past[-1].response) for _, past in items] or made
+        calls.append([past[-1].round for _, past in items])
+        records = real_round(lm, items, *rest, **names)
+        return [rounds.next_record(past, "accepted", 1.0, response=past[-1].response) for _, past in items] or records
 
     monkeypatch.setattr(rounds, "draft_round", draft)
     monkeypatch.setattr(self_refine, "self_refine_round", round)
@@ -107,15 +107,15 @@ def test_a_folder_goes_on_and_computes_nothing_twice(capsys, folder, tmp_path, m
     words = ("self-refine", "--template", "refine.json", "-o", out)
     code, _, err = called(capsys, folder, *words, "--rounds", "2")
     assert code == 130 and "goes on from there" in err
-    assert len(drafts) == 6 and improved == [[0] * 5, "killed"]
+    assert len(drafts) == 6 and calls == [[0] * 5, "killed"]
     first = value_of(capsys, folder, *words, "--rounds", "2")
-    assert len(drafts) == 6 and improved == [[0] * 5, "killed", [1] * 5]
+    assert len(drafts) == 6 and calls == [[0] * 5, "killed", [1] * 5]
     before = {path: path.read_bytes() for path in out.rglob("*.jsonl") if path.name == "responses.jsonl"}
     again = value_of(capsys, folder, *words, "--rounds", "2", "--batch-size", "2")
-    assert again["rounds"] == first["rounds"] and len(drafts) == 6 and len(improved) == 3
+    assert again["rounds"] == first["rounds"] and len(drafts) == 6 and len(calls) == 3
     assert before == {path: path.read_bytes() for path in before}
     more = value_of(capsys, folder, *words, "--rounds", "3")
-    assert more["rounds"][:3] == first["rounds"] and improved[3:] == [[2] * 5]
+    assert more["rounds"][:3] == first["rounds"] and calls[3:] == [[2] * 5]
     for options, difference in (
         (("--temperature", "0.5"), "settings.sampling.temperature: 0.7 -> 0.5"),
         (("--seed", "1"), "seed: 0 -> 1"),
@@ -129,7 +129,7 @@ def test_a_folder_goes_on_and_computes_nothing_twice(capsys, folder, tmp_path, m
 
 
 @pytest.mark.parametrize(
-    ("words", "said"),
+    ("words", "message"),
     [
         (("pit", "--improver", "rm"), "reward model, which writes no text"),
         (("pit", "--improver", "model", "--gap-rm", "model"), "no scalar head"),
@@ -147,42 +147,40 @@ def test_a_folder_goes_on_and_computes_nothing_twice(capsys, folder, tmp_path, m
         (("srt", "--prompts", "nowhere.jsonl"), "no such file"),
     ],
 )
-def test_what_cannot_work_is_said_and_nothing_is_begun(capsys, folder, tmp_path, words, said):
+def test_input_that_cannot_work_is_refused_before_anything_is_written(capsys, folder, tmp_path, words, message):
     code, out, err = called(capsys, folder, *words, "-o", tmp_path / "out")
-    assert code in (1, 2) and out == "" and said in err and "Traceback" not in err
+    assert code in (1, 2) and out == "" and message in err and "Traceback" not in err
     assert not (tmp_path / "out").exists()
 
 
-def test_the_settings_of_a_run_are_found(tmp_path):
+def test_run_of_finds_the_config_of_a_run(tmp_path):
     run = {"__type__": "jaxsi.methods.seft.Config", "reviser": {"template": describe_config(reviser.TEMPLATE)}}
     (tmp_path / "config.json").write_text(json.dumps(run))
     (tmp_path / "journal.jsonl").touch()
     for place in (tmp_path, f"{tmp_path}@2", tmp_path / "reviser" / "checkpoint"):
-        found = command._run_of(str(place), "jaxsi.methods.seft.Config")
+        found = improve._run_of(str(place), "jaxsi.methods.seft.Config")
         assert found == run
-    template = command._template(type(reviser.TEMPLATE), None, run["reviser"]["template"], reviser.TEMPLATE.__class__)
+    template = improve._template(type(reviser.TEMPLATE), None, run["reviser"]["template"], reviser.TEMPLATE.__class__)
     assert template == reviser.TEMPLATE
-    assert command._run_of(str(tmp_path), "jaxsi.methods.srt.Config") is None
-    assert command._run_of("Qwen/Qwen3-0.6B", "jaxsi.methods.srt.Config") is None
+    assert improve._run_of(str(tmp_path), "jaxsi.methods.srt.Config") is None
+    assert improve._run_of("Qwen/Qwen3-0.6B", "jaxsi.methods.srt.Config") is None
 
 
 @pytest.mark.slow
-def test_the_best_of_several_responses_is_better(capsys, folder, tmp_path):
+def test_best_of_two_responses_is_not_worse(capsys, folder, tmp_path):
     words = ("--critic", seed.SHIPPED, "--rubric", seed.SHIPPED.parent / "judge.txt", "--judge-tokens", "24")
-    value = value_of(
-        capsys, folder, "best-of-n", *words, "--grade", "toy", "--judgments", "1", "--max-new-tokens", "16",
-        "--num-samples", "2", "--batch-size", "8",
-        "-o", tmp_path / "out", model=careless.SHIPPED, prompts="toy.jsonl",
-    )  # fmt: skip
+    words += ("--grade", "toy", "--judgments", "1", "--max-new-tokens", "16", "--num-samples", "2")
+    words += ("--batch-size", "8", "-o", tmp_path / "out")
+    value = value_of(capsys, folder, "best-of-n", *words, model=careless.SHIPPED, prompts="toy.jsonl")
     before, after = value["rounds"]
     assert 0 < before["quality"]["mean"] <= after["quality"]["mean"] <= 100
     assert after["mean_score"] > 0 and before["mean_score"] is None
     texts = {p.id: p.text for p in world.prompts(5, seed=3, held_out=True)}
-    for made in responses(tmp_path / "out", 1):
-        assert made.quality == pytest.approx(10 * world.grade(texts[made.prompt_id], made.response.text).total)
+    for record in responses(tmp_path / "out", 1):
+        assert record.quality == pytest.approx(10 * world.grade(texts[record.prompt_id], record.response.text).total)
 
 
-def test_the_devices_can_be_chosen(capsys):
+def test_improve_takes_a_mesh(capsys):
     assert main(["improve", "srt", "--help"]) == 0
     out = capsys.readouterr().out
     assert all(f"--mesh.{axis}" in out for axis in ("data", "fsdp", "tensor"))

@@ -1,4 +1,4 @@
-"""The command line on a tiny model: results on stdout, errors in one line, exit codes, runs that resume."""
+"""The command line with a tiny model: results on stdout, errors in one line, exit codes, runs that resume."""
 
 import dataclasses
 import importlib
@@ -17,11 +17,11 @@ from jaxsi import lm as lmlib
 from jaxsi.cli import generate, judge, output_file
 from jaxsi.cli.command import UsageError
 from jaxsi.cli.main import COMMANDS, main
-from jaxsi.cli.preflight import PreflightError
 from jaxsi.cli.run import _full_flag, configure, field_flags
 from jaxsi.cli.stored import Mesh, mesh_for
 from jaxsi.hf.config import HFError
 from jaxsi.lm import HubError, LoadError
+from jaxsi.methods.preflight import PreflightError
 from jaxsi.model.decoder import ModelError
 from jaxsi.model.mesh import MeshError
 from jaxsi.runs.config_file import ConfigFileError, load_config
@@ -35,7 +35,8 @@ from jaxsi.toyworld.evaluate import ToyEvaluation
 ROOT = Path(__file__).parents[2]
 TOY = ROOT / "configs" / "self_rewarding" / "toy.py"
 
-# A whole run of one iteration: prompts of a file, no SFT, and a judge that needs no verdicts: the weights are random.
+# A whole run of one iteration: prompts from a file, no SFT, and expected scores, because a model with random weights
+# writes no verdicts.
 CONFIG = """
 from jaxsi.toyworld.evaluate import ToyEvaluation
 from jaxsi.stages.judge import JudgeConfig
@@ -64,7 +65,7 @@ def config():
     )
 """
 
-# One worker has all tests of the finished run, so that it is made but once.
+# One worker has all tests of the finished run, so it is run only once.
 one_run = pytest.mark.xdist_group("finished run")
 
 
@@ -86,15 +87,15 @@ def world(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def finished(world):
-    """The run of that config: (its directory, what --json said)."""
+    """The run of that config: (its directory, the object that --json printed)."""
     directory = world / "run"
-    done = subprocess_main("run", world / "micro.py", "--run-dir", directory, "--json")
-    assert done.returncode == 0, done.stderr
-    return directory, json.loads(done.stdout)
+    process = subprocess_main("run", world / "micro.py", "--run-dir", directory, "--json")
+    assert process.returncode == 0, process.stderr
+    return directory, json.loads(process.stdout)
 
 
 def subprocess_main(*argv):
-    """A command in a process of its own, on one device."""
+    """A command in its own process, on one device."""
     command = [sys.executable, "-m", "jaxsi", *map(str, argv)]
     environment = os.environ | {"XLA_FLAGS": ""}
     return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300, check=False)
@@ -116,7 +117,7 @@ def json_of(capsys, *argv):
 
 @one_run
 @pytest.mark.slow
-def test_a_run_ends_with_its_summary_as_the_only_thing_on_stdout(finished):
+def test_run_prints_only_its_summary_on_stdout(finished):
     directory, value = finished
     assert value["status"] == "complete"
     assert value["already_complete"] is False
@@ -129,7 +130,7 @@ def test_a_run_ends_with_its_summary_as_the_only_thing_on_stdout(finished):
 
 @one_run
 @pytest.mark.slow
-def test_a_finished_run_does_nothing_and_says_so(finished, world, capsys):
+def test_finished_run_does_nothing_and_says_so(finished, world, capsys):
     directory, _ = finished
     before = {path: path.stat().st_mtime_ns for path in directory.rglob("*") if path.name != ".lock" and path.is_file()}
     code, out, _ = called(capsys, "run", world / "micro.py", "--run-dir", directory)
@@ -142,7 +143,7 @@ def test_a_finished_run_does_nothing_and_says_so(finished, world, capsys):
 
 @one_run
 @pytest.mark.slow
-def test_a_finished_run_needs_its_prompts_no_more(finished, world, capsys):
+def test_finished_run_no_longer_needs_its_prompts(finished, world, capsys):
     prompts = world / "prompts.jsonl"
     text = prompts.read_text()
     prompts.unlink()
@@ -155,19 +156,17 @@ def test_a_finished_run_needs_its_prompts_no_more(finished, world, capsys):
 @one_run
 @pytest.mark.slow
 @pytest.mark.parametrize("command", ["eval", "generate", "judge", "improve", "export"])
-def test_a_model_is_a_run_its_newest_an_iteration_of_it_or_a_checkpoint(
-    command, finished, world, tmp_path, capsys, monkeypatch
-):
-    """RUN_DIR is RUN_DIR@2 is its checkpoint, and none of them is RUN_DIR@1, whose weights differ."""
+def test_model_argument_accepts_run_iteration_and_checkpoint(command, finished, world, tmp_path, capsys, monkeypatch):
+    """RUN_DIR, RUN_DIR@2 and its checkpoint are the same model; RUN_DIR@1 has other weights."""
     run, prompts = finished[0], ["--prompts", world / "prompts.jsonl"]
     write_jsonl(tmp_path / "responses.jsonl", read_jsonl(run / "iter_2" / "candidates.jsonl", Response)[:3])
-    judged = ["--prompts", run / "iter_2" / "prompts.jsonl", "--responses", tmp_path / "responses.jsonl"]
+    responses = ["--prompts", run / "iter_2" / "prompts.jsonl", "--responses", tmp_path / "responses.jsonl"]
     few = ["--max-new-tokens", "4", "--dtype", "float32", "--mesh.fsdp", "-1"]
 
     def contents(model, name):
         out = tmp_path / name
         match command:
-            case "eval":  # whose figures have a test of their own
+            case "eval":  # its figures have their own test
                 figures = {"quality": {"mean": 1.0, "ci95": [0.0, 2.0]}}
                 monkeypatch.setattr(ToyEvaluation, "measure", lambda *_: figures)
                 return json_of(capsys, "eval", "toy", model, "--dtype", "float32", "--mesh.fsdp", "-1")["fingerprint"]
@@ -176,7 +175,7 @@ def test_a_model_is_a_run_its_newest_an_iteration_of_it_or_a_checkpoint(
                 return read_jsonl(out, Response)[0].fingerprint
             case "judge":
                 rubric = ["--rubric", world / "rubric.txt", "--num-samples", "1", "--expected"]
-                json_of(capsys, "judge", model, *judged, "-o", out, *rubric, *few)
+                json_of(capsys, "judge", model, *responses, "-o", out, *rubric, *few)
                 return [judgment.score for judgment in read_jsonl(out, Judgment)]
             case "improve":
                 rubric = ["--rubric", world / "rubric.txt", "--num-samples", "2", "--judge-tokens", "4"]
@@ -185,13 +184,13 @@ def test_a_model_is_a_run_its_newest_an_iteration_of_it_or_a_checkpoint(
             case _:
                 return json_of(capsys, "export", model, out, "--mesh.fsdp", "-1")["fingerprint"]
 
-    of_run, first, second = (contents(model, f"out{i}") for i, model in enumerate((run, f"{run}@1", f"{run}@2")))
-    assert contents(run / "iter_2" / "checkpoint", "of_checkpoint") == second == of_run != first
+    newest, first, second = (contents(model, f"out{i}") for i, model in enumerate((run, f"{run}@1", f"{run}@2")))
+    assert contents(run / "iter_2" / "checkpoint", "checkpoint") == second == newest != first
 
 
 @one_run
 @pytest.mark.slow
-def test_another_config_is_refused_with_its_difference(finished, world, capsys):
+def test_run_with_another_config_is_refused_with_the_difference(finished, world, capsys):
     code, out, err = called(capsys, "run", world / "micro.py", "--run-dir", finished[0], "--dpo.learning-rate", "0.5")
     assert code == 2
     assert out == ""
@@ -201,7 +200,7 @@ def test_another_config_is_refused_with_its_difference(finished, world, capsys):
 
 @one_run
 @pytest.mark.slow
-def test_status(finished, capsys):
+def test_status_shows_stages_and_iterations(finished, capsys):
     value = json_of(capsys, "status", finished[0])
     assert value["status"] == "complete"
     assert value["live"] is False
@@ -216,18 +215,18 @@ def test_status(finished, capsys):
 
 @one_run
 @pytest.mark.slow
-def test_eval_toy_in_another_process_gives_the_figures_of_the_summary(finished):
+def test_eval_toy_repeats_the_figures_of_the_summary(finished):
     line = finished[1]["iterations"][1]
-    done = subprocess_main("eval", "toy", f"{finished[0]}@2", "--json")
-    assert done.returncode == 0, done.stderr
-    value = json.loads(done.stdout)
+    process = subprocess_main("eval", "toy", f"{finished[0]}@2", "--json")
+    assert process.returncode == 0, process.stderr
+    value = json.loads(process.stdout)
     for name in ("quality", "greedy", "judge_agreement", "parse_rate", "mean_length", "fingerprint"):
         assert value[name] == line[name], name
 
 
 @one_run
 @pytest.mark.slow
-def test_eval_toy_on_another_mesh(finished, capsys):
+def test_eval_toy_gives_same_figures_on_another_mesh(finished, capsys):
     line = finished[1]["iterations"][1]
     mesh = ["--mesh.data", 2, "--mesh.fsdp", 2, "--mesh.tensor", 2]
     value = json_of(capsys, "eval", "toy", f"{finished[0]}@2", *mesh)
@@ -238,34 +237,30 @@ def test_eval_toy_on_another_mesh(finished, capsys):
 @one_run
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-def test_a_model_of_a_run_has_the_fingerprint_of_the_summary_in_every_dtype(finished, world, tmp_path, capsys, dtype):
+def test_model_of_a_run_has_same_fingerprint_in_every_dtype(finished, world, tmp_path, capsys, dtype):
     model, out = f"{finished[0]}@2", tmp_path / "responses.jsonl"
-    mine = finished[1]["iterations"][1]["fingerprint"]
+    fingerprint = finished[1]["iterations"][1]["fingerprint"]
     options = ["--max-new-tokens", 4, "--max-prompts", 1, "--dtype", dtype]
     json_of(capsys, "generate", model, "--prompts", world / "prompts.jsonl", "-o", out, *options)
-    assert [response.fingerprint for response in read_jsonl(out, Response)] == [mine]
-    assert json_of(capsys, "eval", "toy", model, "--dtype", dtype)["fingerprint"] == mine
+    assert [response.fingerprint for response in read_jsonl(out, Response)] == [fingerprint]
+    assert json_of(capsys, "eval", "toy", model, "--dtype", dtype)["fingerprint"] == fingerprint
 
 
 @one_run
 @pytest.mark.slow
 def test_generate_judge_and_export(finished, world, tmp_path, capsys):
     model, responses, judgments = f"{finished[0]}@2", tmp_path / "responses.jsonl", tmp_path / "judgments.jsonl"
-    value = json_of(
-        capsys, "generate", model, "--prompts", world / "prompts.jsonl", "-o", responses, "--num-samples", 2,
-        "--max-new-tokens", 8, "--dtype", "float32", "--max-prompts", 2,
-    )  # fmt: skip
-    made = read_jsonl(responses, Response)
-    assert [response.id for response in made] == ["p0#0", "p0#1", "p1#0", "p1#1"]
-    assert {response.fingerprint for response in made} == {finished[1]["iterations"][1]["fingerprint"]}
+    prompts, few = ["--prompts", world / "prompts.jsonl"], ["--max-new-tokens", 8, "--dtype", "float32"]
+    value = json_of(capsys, "generate", model, *prompts, "-o", responses, "--num-samples", 2, "--max-prompts", 2, *few)
+    records = read_jsonl(responses, Response)
+    assert [response.id for response in records] == ["p0#0", "p0#1", "p1#0", "p1#1"]
+    assert {response.fingerprint for response in records} == {finished[1]["iterations"][1]["fingerprint"]}
     assert value["responses"] == 4
-    assert value["tokens"] == sum(len(response.token_ids) for response in made)
-    value = json_of(
-        capsys, "judge", model, "--responses", responses, "--prompts", world / "prompts.jsonl", "-o", judgments,
-        "--max-new-tokens", 8, "--num-samples", 1, "--expected", "--dtype", "float32",
-    )  # fmt: skip
-    assert value["rubric"] == "toy"  # the run's own
-    assert [judgment.id for judgment in read_jsonl(judgments, Judgment)] == [response.id for response in made]
+    assert value["tokens"] == sum(len(response.token_ids) for response in records)
+    options = ["--responses", responses, "--num-samples", 1, "--expected"]
+    value = json_of(capsys, "judge", model, *prompts, *options, "-o", judgments, *few)
+    assert value["rubric"] == "toy"  # the rubric of the run
+    assert [judgment.id for judgment in read_jsonl(judgments, Judgment)] == [response.id for response in records]
     value = json_of(capsys, "export", model, tmp_path / "exported", "--dtype", "float32")
     assert {"config.json", "model.safetensors", "tokenizer.json", "README.md"} <= set(value["files"])
     assert lmlib.load(tmp_path / "exported", dtype="float32").fingerprint == finished[1]["iterations"][1]["fingerprint"]
@@ -275,11 +270,11 @@ def test_generate_judge_and_export(finished, world, tmp_path, capsys):
 
 
 @pytest.mark.parametrize(
-    ("argv", "said"),
+    ("argv", "message"),
     [
-        (["nonsense"], "no command 'nonsense'"),
-        (["eval"], "no command 'eval'"),
-        (["eval", "nonsense"], "no command 'eval nonsense'"),
+        (["nonsense"], "unknown command 'nonsense'"),
+        (["eval"], "unknown command 'eval'"),
+        (["eval", "nonsense"], "unknown command 'eval nonsense'"),
         (["run"], "give a config first"),
         (["run", "absent.py"], "absent.py: no such config file"),
         (["run", str(TOY), "--nonsense", "3"], "--nonsense"),
@@ -294,15 +289,15 @@ def test_generate_judge_and_export(finished, world, tmp_path, capsys):
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
-def test_a_wrong_command_line_ends_with_2(argv, said, capsys):
+def test_wrong_command_line_exits_with_2(argv, message, capsys):
     code, out, err = called(capsys, *argv)
     assert code == 2
     assert out == ""
-    assert said in err
+    assert message in err
     assert "Traceback" not in err
 
 
-def test_no_command_shows_what_there_is(capsys):
+def test_missing_command_shows_the_commands(capsys):
     code, out, _ = called(capsys)
     assert code == 2
     assert all(name in out for name in COMMANDS)
@@ -324,7 +319,7 @@ def test_every_command_has_help_with_examples(name, capsys):
 
 
 @pytest.mark.parametrize("name", ["generate", "judge", "eval toy", "export"])
-def test_commands_of_a_model_take_a_mesh(name, capsys):
+def test_commands_with_a_model_take_a_mesh(name, capsys):
     _, out, _ = called(capsys, *name.split(), "--help")
     assert all(f"--mesh.{axis}" in out for axis in ("data", "fsdp", "tensor"))
 
@@ -335,22 +330,22 @@ def test_generate_help_says_what_batch_size_changes(capsys):
     assert "In float32 it does not change the responses; in bfloat16 it changes them" in text
 
 
-def test_the_mesh_of_a_model(tmp_path):
-    given = Mesh(data=2, tensor=4)
-    assert tuple(mesh_for("somewhere", given).shape.values()) == (2, 1, 4)
+def test_mesh_for_uses_the_flags_then_the_mesh_of_the_run(tmp_path):
+    flags = Mesh(data=2, tensor=4)
+    assert tuple(mesh_for("somewhere", flags).shape.values()) == (2, 1, 4)
     assert tuple(mesh_for("somewhere", Mesh()).shape.values()) == (1, 8, 1)
     (tmp_path / "journal.jsonl").touch()
     (tmp_path / "config.json").write_text(json.dumps({"mesh": {"data": -1, "fsdp": 2, "tensor": 2}}))
     assert tuple(mesh_for(f"{tmp_path}@2", Mesh()).shape.values()) == (2, 2, 2)
-    assert tuple(mesh_for(str(tmp_path), given).shape.values()) == (2, 1, 4)
-    (tmp_path / "config.json").write_text(json.dumps({"method": "seft"}))  # of `jaxsi improve`
+    assert tuple(mesh_for(str(tmp_path), flags).shape.values()) == (2, 1, 4)
+    (tmp_path / "config.json").write_text(json.dumps({"method": "seft"}))  # as from `jaxsi improve`
     assert tuple(mesh_for(str(tmp_path), Mesh()).shape.values()) == (1, 8, 1)
 
 
-def test_the_rubric_of_a_model(tmp_path):
+def test_rubric_defaults_to_that_of_the_run(tmp_path):
     (tmp_path / "journal.jsonl").touch()
-    own = dataclasses.asdict(load_config(TOY).rubric)
-    (tmp_path / "config.json").write_text(json.dumps({"rubric": own}))
+    stored = dataclasses.asdict(load_config(TOY).rubric)
+    (tmp_path / "config.json").write_text(json.dumps({"rubric": stored}))
     assert judge._rubric(None, f"{tmp_path}@2") == load_config(TOY).rubric
     (tmp_path / "config.json").write_text(json.dumps({"critic_prompts": 8}))  # a method without a judge
     assert judge._rubric(None, str(tmp_path)) == load_rubric()
@@ -377,62 +372,70 @@ def set_part_size(monkeypatch, size):
         monkeypatch.setattr(command, "mesh_for", lambda *_: tiny.mesh())
 
 
-def test_generate_goes_on_where_it_was_interrupted(world, tmp_path, capsys, monkeypatch):
+def test_interrupted_generate_goes_on_after_its_last_part(world, tmp_path, capsys, monkeypatch):
     set_part_size(monkeypatch, 1)
-    asked = ["generate", world / "model", "--prompts", world / "prompts.jsonl", "--max-new-tokens", 4]
-    asked += ["--dtype", "float32", "--num-samples", 2, "--batch-size", 2]
+    command = ["generate", world / "model", "--prompts", world / "prompts.jsonl", "--max-new-tokens", 4]
+    command += ["--dtype", "float32", "--num-samples", 2, "--batch-size", 2]
     whole, out = tmp_path / "whole.jsonl", tmp_path / "out.jsonl"
-    value = json_of(capsys, *asked, "-o", whole)
+    value = json_of(capsys, *command, "-o", whole)
     calls = interrupt_second_call(monkeypatch, "jaxsi.sampling.generate.generate")
-    code, _, err = called(capsys, *asked, "-o", out)
+    code, _, err = called(capsys, *command, "-o", out)
     assert code == 130
     assert "what is finished is kept" in err
     assert not out.exists()
 
-    said = failure(capsys, *asked, "-o", out, "--temperature", "0.9")
-    assert "out.jsonl.shards holds parts of out.jsonl" in said
-    _, _, err = called(capsys, *asked, "-o", out, "--max-prompts", 2, "--seed", 1)
+    message = failure(capsys, *command, "-o", out, "--temperature", "0.9")
+    assert "out.jsonl.shards holds parts of out.jsonl" in message
+    _, _, err = called(capsys, *command, "-o", out, "--max-prompts", 2, "--seed", 1)
     assert "prompts: '3 records" in err
     assert "seed: 0 -> 1" in err
     assert len(calls) == 2
 
-    again = json_of(capsys, *asked, "-o", out)
-    assert len(calls) == 4  # the second and the third prompt
+    again = json_of(capsys, *command, "-o", out)
+    assert len(calls) == 4  # the second and third prompts
     assert out.read_bytes() == whole.read_bytes()
     assert again["tokens"] == value["tokens"]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out.jsonl", "whole.jsonl"]
 
 
-def test_judge_goes_on_where_it_was_interrupted(world, tmp_path, capsys, monkeypatch):
+def test_interrupted_judge_goes_on_after_its_last_part(world, tmp_path, capsys, monkeypatch):
     set_part_size(monkeypatch, 2)
     prompts, responses = world / "prompts.jsonl", tmp_path / "responses.jsonl"
-    made = [tiny_response(f"p{i}", sample) for i in range(3) for sample in range(2)]
-    write_jsonl(responses, made)
-    asked = ["judge", world / "model", "--responses", responses, "--prompts", prompts, "--dtype", "float32"]
-    asked += ["--max-new-tokens", 4, "--num-samples", 1, "--expected", "--rubric", world / "rubric.txt"]
+    records = [tiny_response(f"p{i}", sample) for i in range(3) for sample in range(2)]
+    write_jsonl(responses, records)
+    command = ["judge", world / "model", "--responses", responses, "--prompts", prompts, "--dtype", "float32"]
+    command += ["--max-new-tokens", 4, "--num-samples", 1, "--expected", "--rubric", world / "rubric.txt"]
     whole, out = tmp_path / "whole.jsonl", tmp_path / "out.jsonl"
-    json_of(capsys, *asked, "-o", whole)
+    json_of(capsys, *command, "-o", whole)
     calls = interrupt_second_call(monkeypatch, "jaxsi.stages.judge.judge")
-    assert called(capsys, *asked, "-o", out)[0] == 130
-    write_jsonl(responses, made[:5])
-    _, _, err = called(capsys, *asked, "-o", out)
+    assert called(capsys, *command, "-o", out)[0] == 130
+    write_jsonl(responses, records[:5])
+    _, _, err = called(capsys, *command, "-o", out)
     assert "responses: '6 records" in err
-    write_jsonl(responses, made)
-    json_of(capsys, *asked, "-o", out)
+    write_jsonl(responses, records)
+    json_of(capsys, *command, "-o", out)
     assert len(calls) == 4
     assert out.read_bytes() == whole.read_bytes()
     assert not out.with_name("out.jsonl.shards").exists()
 
 
 def tiny_response(prompt_id, sample):
-    """A response as of some other model."""
+    """A response as from another model."""
     return Response(
-        id=f"{prompt_id}#{sample}", prompt_id=prompt_id, sample=sample, text=f"cat {sample}", token_ids=(1, 2),
-        logps=(-1.0, -1.0), finish_reason="stop", fingerprint="", template="",
-    )  # fmt: skip
+        id=f"{prompt_id}#{sample}",
+        prompt_id=prompt_id,
+        sample=sample,
+        text=f"cat {sample}",
+        token_ids=(1, 2),
+        logps=(-1.0, -1.0),
+        finish_reason="stop",
+        fingerprint="",
+        template="",
+    )
 
 
 def failure(capsys, *argv, code=2):
+    """The line with the error of a command that fails with this exit code."""
     found, out, err = called(capsys, *argv)
     assert found == code
     assert out == ""
@@ -440,39 +443,39 @@ def failure(capsys, *argv, code=2):
     return next(line for line in err.splitlines() if line.startswith("jaxsi: error: "))
 
 
-def test_a_missing_folder(world, tmp_path, capsys):
+def test_missing_folder_is_named(world, tmp_path, capsys):
     prompts, out = world / "prompts.jsonl", tmp_path / "out.jsonl"
     assert "nowhere: no such folder" in failure(capsys, "generate", "./nowhere", "--prompts", prompts, "-o", out)
     assert "no such folder" in failure(capsys, "export", "./nowhere", tmp_path / "exported", "--mesh.fsdp", -1)
     assert "holds no run" in failure(capsys, "status", tmp_path, code=1)
 
 
-def test_a_broken_line_of_a_prompts_file(world, tmp_path, capsys):
+def test_broken_line_of_a_prompts_file_is_named(world, tmp_path, capsys):
     bad = tmp_path / "bad.jsonl"
     bad.write_text('{"prompt": "one"}\n{"prompt": \n')
-    said = failure(capsys, "generate", world / "model", "--prompts", bad, "-o", tmp_path / "out.jsonl")
-    assert f"{bad}:2: broken JSON" in said
-    said = failure(capsys, "run", world / "micro.py", "--prompts", bad, "--run-dir", tmp_path / "run")
-    assert f"{bad}:2: broken JSON" in said
+    message = failure(capsys, "generate", world / "model", "--prompts", bad, "-o", tmp_path / "out.jsonl")
+    assert f"{bad}:2: broken JSON" in message
+    message = failure(capsys, "run", world / "micro.py", "--prompts", bad, "--run-dir", tmp_path / "run")
+    assert f"{bad}:2: broken JSON" in message
     assert not (tmp_path / "run").exists()
 
 
-def test_an_over_long_prompt_is_refused_before_any_work(world, tmp_path, capsys):
+def test_too_long_prompt_is_refused_before_any_work(world, tmp_path, capsys):
     long = tmp_path / "long.jsonl"
     long.write_text(
         json.dumps({"id": "short", "prompt": "cat"}) + "\n" + json.dumps({"id": "big", "prompt": "cat " * 300})
     )
-    said = failure(capsys, "run", world / "micro.py", "--prompts", long, "--run-dir", tmp_path / "run")
-    assert "long.jsonl: prompt 'big' has 305 tokens, the limit is 63" in said
-    assert "dpo.train.max_length is 64" in said
+    message = failure(capsys, "run", world / "micro.py", "--prompts", long, "--run-dir", tmp_path / "run")
+    assert "long.jsonl: prompt 'big' has 305 tokens, the limit is 63" in message
+    assert "dpo.train.max_length is 64" in message
     assert not (tmp_path / "run").exists()
-    said = failure(
+    message = failure(
         capsys, "generate", world / "model", "--prompts", long, "-o", tmp_path / "out.jsonl", "--max-new-tokens", 56
     )
-    assert "prompt 'big' has 305 tokens, the limit is 200" in said
+    assert "prompt 'big' has 305 tokens, the limit is 200" in message
 
 
-def test_a_mesh_that_does_not_fit_is_refused_before_any_work(world, tmp_path, capsys):
+def test_mesh_that_does_not_fit_is_refused_before_any_work(world, tmp_path, capsys):
     run = ["run", world / "micro.py", "--run-dir", tmp_path / "run"]
     assert "needs 3 devices, there are 8" in failure(capsys, *run, "--mesh.fsdp", 3)
     assert "dpo.train.batch_size 12" in failure(capsys, *run, "--dpo.train.batch-size", 12)
@@ -483,31 +486,23 @@ def test_a_mesh_that_does_not_fit_is_refused_before_any_work(world, tmp_path, ca
     assert not (tmp_path / "run").exists()
 
 
-def test_responses_to_unknown_prompts(world, tmp_path, capsys):
-    made = tmp_path / "responses.jsonl"
-    judge = [
-        "judge",
-        world / "model",
-        "--responses",
-        made,
-        "--prompts",
-        world / "prompts.jsonl",
-        "-o",
-        tmp_path / "out.jsonl",
-    ]
-    made.write_text("")
-    assert "no responses in this file" in failure(capsys, *judge)
-    made.write_text('{"id": "x"}\n')
-    assert f"{made}:1: key 'fingerprint' of a Response is missing" in failure(capsys, *judge)
+def test_judge_refuses_empty_or_incomplete_responses(world, tmp_path, capsys):
+    responses = tmp_path / "responses.jsonl"
+    command = ["judge", world / "model", "--responses", responses, "--prompts", world / "prompts.jsonl"]
+    command += ["-o", tmp_path / "out.jsonl"]
+    responses.write_text("")
+    assert "no responses in this file" in failure(capsys, *command)
+    responses.write_text('{"id": "x"}\n')
+    assert f"{responses}:1: key 'fingerprint' of a Response is missing" in failure(capsys, *command)
 
 
-def caused(error, cause):
+def with_cause(error, cause):
     error.__cause__ = cause
     return error
 
 
-def test_wrong_input_has_errors_of_its_own():
-    """These end with exit code 2, because the same command would fail again; an addition needs the same reason."""
+def test_errors_of_wrong_input_share_a_base_class():
+    """They lead to exit code 2, because the same command would fail again. Add an error here only for that reason."""
     for module in pkgutil.walk_packages(jaxsi.__path__, "jaxsi."):
         if module.name != "jaxsi.__main__":
             importlib.import_module(module.name)
@@ -520,36 +515,40 @@ def test_wrong_input_has_errors_of_its_own():
 
 
 @pytest.mark.parametrize(
-    ("error", "code", "said"),
+    ("error", "code", "message"),
     [
         (KeyboardInterrupt(), 130, "interrupted; what is finished is kept"),
         (ValueError("a value"), 1, "jaxsi: error: a value\n"),
         (MeshError("8 devices"), 2, "jaxsi: error: 8 devices\n"),
         (LoadError("x: no such folder"), 2, "jaxsi: error: x: no such folder\n"),
         (HubError("a/b: no such folder, and the hub"), 1, "and the hub"),
-        (caused(RecordError("a.jsonl", None, "cannot be read"), FileNotFoundError()), 2, "a.jsonl: cannot be read"),
-        (caused(RecordError("a.jsonl", None, "cannot be read"), OSError(5, "Input/output error")), 1, "cannot be read"),
+        (with_cause(RecordError("a.jsonl", None, "cannot be read"), FileNotFoundError()), 2, "a.jsonl: cannot be read"),
+        (
+            with_cause(RecordError("a.jsonl", None, "cannot be read"), OSError(5, "Input/output error")),
+            1,
+            "cannot be read",
+        ),
         (OSError(28, "No space left on device"), 1, "No space left on device"),
         (KeyError("k"), 1, "jaxsi: error: KeyError: 'k' (--debug shows where)"),
         (RuntimeError("RESOURCE_EXHAUSTED: out of memory\nmore"), 1, "lower the batch size"),
     ],
     ids=repr,
 )
-def test_errors_become_exit_codes(error, code, said, capsys, monkeypatch):
+def test_errors_become_exit_codes(error, code, message, capsys, monkeypatch):
     def fail(argv):
         raise error
 
     monkeypatch.setattr("jaxsi.cli.status.status", fail)
     found, out, err = called(capsys, "status", "x")
     assert (found, out) == (code, "")
-    assert said in err
+    assert message in err
     assert "Traceback" not in err
     if code == 1:
         _, _, err = called(capsys, "status", "x", "--debug")
         assert "Traceback" in err
 
 
-def test_stdout_carries_the_result_alone():
+def test_stdout_has_only_the_result():
     noise = """
 import os, sys
 import jaxsi.cli.status as module
@@ -562,15 +561,15 @@ module.status = status
 from jaxsi.cli.main import main
 sys.exit(main(["status", "--json"]))
 """
-    done = subprocess.run(
+    process = subprocess.run(
         [sys.executable, "-c", noise], capture_output=True, text=True, cwd=ROOT, timeout=60, check=True
     )
-    assert done.stdout == '{"a": 1}\n'
-    assert "python noise" in done.stderr
-    assert "noise from below" in done.stderr
+    assert process.stdout == '{"a": 1}\n'
+    assert "python noise" in process.stderr
+    assert "noise from below" in process.stderr
 
 
-def test_fields_on_the_command_line():
+def test_command_line_changes_fields_of_the_config():
     assert configure(TOY, []) == load_config(TOY)
     cfg = configure(TOY, ["--dpo.learning-rate", "5e-7", "--sft.batch-size=8", "--seed", "3"])
     assert (cfg.dpo.train.optim.learning_rate, cfg.sft.batch_size, cfg.seed) == (5e-7, 8, 3)
@@ -578,7 +577,7 @@ def test_fields_on_the_command_line():
     assert (cfg.prompts.path, cfg.prompts.max_prompts, cfg.prompts.repeat) == ("x.jsonl", 64, True)
 
 
-def test_a_short_flag_stands_for_one_field():
+def test_short_flag_stands_for_one_field():
     flags = field_flags(load_config(TOY))
     assert _full_flag("--dpo.learning-rate", flags) == "--dpo.train.optim.learning-rate"
     assert _full_flag("--dpo.beta", flags) == "--dpo.beta"

@@ -6,9 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from jaxsi.cli.preflight import check
-from jaxsi.cli.run import _is_complete
 from jaxsi.lm import LoadError
+from jaxsi.methods.preflight import check
 from jaxsi.methods.self_rewarding import EarlyStop, PromptFile
 from jaxsi.model.mesh import MeshConfig
 from jaxsi.runs.config_file import load_config

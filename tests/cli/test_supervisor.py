@@ -1,4 +1,4 @@
-"""The supervisor of several processes, on tiny programs: restarts, ends, signals, orphans and what is passed on."""
+"""The supervisor of several processes, with tiny programs: restarts, exits, signals, orphans and passed-on lines."""
 
 import json
 import os
@@ -12,12 +12,13 @@ from pathlib import Path
 import psutil
 import pytest
 
-from jaxsi.cli import launch, main as cli, supervisor
+from jaxsi.cli import launch, supervisor
+from jaxsi.cli.main import main
 from jaxsi.cli.supervisor import Outcome, Supervision, environment, supervise
 
 ROOT = Path(__file__).parents[2]
 ME = "import os, signal, subprocess, sys, time; me = os.environ['JAX_PROCESS_ID']\n"
-# Writes its process id into a file of the folder, once it is ready for signals.
+# Defines present(), which writes the process id into a file of the folder. Called when ready for signals.
 PRESENT = """
 def present(name=me):
     with open(f"{sys.argv[1]}/{name}.new", "w") as file:
@@ -30,8 +31,9 @@ def program(text, *arguments):
     return [sys.executable, "-I", "-S", "-c", ME + PRESENT + text, *map(str, arguments)]
 
 
-def supervised(text, *arguments, **how):
-    return supervise(program(text, *arguments), Supervision(**{"processes": 2, "backoff": 0.01, "heartbeat": 5, **how}))
+def supervised(text, *arguments, **options):
+    options = {"processes": 2, "backoff": 0.01, "heartbeat": 5} | options
+    return supervise(program(text, *arguments), Supervision(**options))
 
 
 def ids(folder, count, within=20):
@@ -42,7 +44,7 @@ def ids(folder, count, within=20):
         if len(files) >= count:
             return [int(path.read_text()) for path in files]
         time.sleep(0.02)
-    raise AssertionError(f"{count} processes were expected in {folder}")
+    raise AssertionError(f"{folder} has too few files; expected {count} processes")
 
 
 def gone(pid):
@@ -59,12 +61,12 @@ def all_gone(pids, within=10):
     return all(map(gone, pids))
 
 
-def started(folder, text, **how):
-    """A supervisor in a process of its own, as the command line has it."""
-    how = {"processes": 2, "backoff": 0.01, "heartbeat": 5} | how
+def started(folder, text, **options):
+    """A supervisor in its own process, as on the command line."""
+    options = {"processes": 2, "backoff": 0.01, "heartbeat": 5} | options
     code = (
         "import sys; from jaxsi.cli.supervisor import Supervision, supervise\n"
-        f"done = supervise({program(text, folder)!r}, Supervision(**{how!r}))\n"
+        f"done = supervise({program(text, folder)!r}, Supervision(**{options!r}))\n"
         "print(done.code, done.restarts, done.exit_codes); sys.exit(done.code)"
     )
     return subprocess.Popen(
@@ -72,7 +74,7 @@ def started(folder, text, **how):
     )
 
 
-def test_processes_know_who_they_are_and_where_the_first_one_is(capfd):
+def test_processes_know_their_number_and_the_coordinator(capfd):
     names = ("COORDINATOR_ADDRESS", "NUM_PROCESSES", "PROCESS_ID")
     done = supervised(f"print(*(os.environ['JAX_' + name] for name in {names}), file=sys.stderr)", processes=3)
     assert (done.code, done.restarts, done.exit_codes) == (0, 0, [0, 0, 0])
@@ -83,7 +85,7 @@ def test_processes_know_who_they_are_and_where_the_first_one_is(capfd):
     assert (one, two) == (f"[1] {address} 3 1", f"[2] {address} 3 2")
 
 
-def test_every_attempt_has_a_port_of_its_own(tmp_path):
+def test_every_attempt_has_its_own_port(tmp_path):
     text = "open(sys.argv[1] + '/ports', 'a').write(os.environ['JAX_COORDINATOR_ADDRESS'] + '\\n'); sys.exit(1)"
     assert supervised(text, tmp_path, processes=1, restarts=3).restarts == 3
     ports = (tmp_path / "ports").read_text().split()
@@ -91,15 +93,15 @@ def test_every_attempt_has_a_port_of_its_own(tmp_path):
     assert len(set(ports)) > 1
 
 
-def test_devices_and_the_rest_of_the_flags_are_for_each_process():
-    given = {"XLA_FLAGS": "--xla_a=1 --xla_force_host_platform_device_count=8", "PATH": "/bin"}
-    own = environment(given, Supervision(processes=2, devices=4), 1, 1234)
-    assert own["XLA_FLAGS"] == "--xla_a=1 --xla_force_host_platform_device_count=4"
-    assert (own["JAX_PLATFORMS"], own["PATH"]) == ("cpu", "/bin")
-    assert environment(given, Supervision(processes=2), 1, 1234)["XLA_FLAGS"] == given["XLA_FLAGS"]
+def test_environment_sets_devices_and_keeps_other_flags():
+    variables = {"XLA_FLAGS": "--xla_a=1 --xla_force_host_platform_device_count=8", "PATH": "/bin"}
+    result = environment(variables, Supervision(processes=2, devices=4), 1, 1234)
+    assert result["XLA_FLAGS"] == "--xla_a=1 --xla_force_host_platform_device_count=4"
+    assert (result["JAX_PLATFORMS"], result["PATH"]) == ("cpu", "/bin")
+    assert environment(variables, Supervision(processes=2), 1, 1234)["XLA_FLAGS"] == variables["XLA_FLAGS"]
 
 
-def test_a_crash_starts_all_of_them_again(tmp_path, capfd):
+def test_crash_restarts_all_processes(tmp_path, capfd):
     text = """
 first = not os.path.exists(sys.argv[1] + "/again")
 present(f"{me}.{'first' if first else 'second'}")
@@ -118,21 +120,21 @@ if first:
     assert "process 1 ended with 137 (SIGKILL); restart 1 of 3 in 0.01 s" in capfd.readouterr().err
 
 
-def test_restarts_have_a_limit_and_waits_double(capfd):
+def test_restarts_are_limited_and_waits_double(capfd):
     done = supervised("sys.exit(3)", restarts=3, backoff=0.02)
     assert (done.code, done.restarts, done.exit_codes) == (1, 3, [3, 3])
-    said = capfd.readouterr().err
-    assert [f"restart {n} of 3 in {s} s" in said for n, s in ((1, 0.02), (2, 0.04), (3, 0.08))] == [True] * 3
-    assert "no restart left of 3" in said
+    err = capfd.readouterr().err
+    assert [f"restart {n} of 3 in {s} s" in err for n, s in ((1, 0.02), (2, 0.04), (3, 0.08))] == [True] * 3
+    assert "process 0 ended with 3; all 3 restarts are used up" in err or "process 1 ended with 3; all 3" in err
     assert done.seconds >= 0.02 + 0.04 + 0.08
 
 
-def test_the_wait_stays_below_its_limit():
-    how = Supervision(processes=1, backoff=5)
-    assert [supervisor.backoff(how, count) for count in (0, 1, 2, 5, 6, 5000)] == [5, 10, 20, 160, 300, 300]
+def test_backoff_stays_below_its_limit():
+    supervision = Supervision(processes=1, backoff=5)
+    assert [supervisor.backoff(supervision, count) for count in (0, 1, 2, 5, 6, 5000)] == [5, 10, 20, 160, 300, 300]
 
 
-def test_a_long_healthy_attempt_starts_the_count_anew(tmp_path):
+def test_healthy_attempt_resets_the_count(tmp_path):
     text = """
 attempts = len(os.listdir(sys.argv[1]))
 present(str(attempts))
@@ -143,15 +145,15 @@ sys.exit(1 if attempts < 4 else 0)
     assert (done.code, done.restarts) == (0, 4)
 
 
-def test_wrong_usage_is_not_tried_again_and_ends_the_others_at_once(tmp_path):
-    began = time.monotonic()
+def test_wrong_usage_is_not_repeated_and_ends_the_others_at_once(tmp_path):
+    start = time.monotonic()
     done = supervised("present(me); sys.exit(2) if me == '1' else time.sleep(60)", tmp_path, heartbeat=50)
     assert (done.code, done.restarts) == (2, 0)
     assert done.exit_codes == [128 + signal.SIGTERM, 2]
-    assert time.monotonic() - began < 20
+    assert time.monotonic() - start < 20
 
 
-def test_what_outlives_its_time_is_killed_with_all_that_it_started(tmp_path, monkeypatch):
+def test_process_that_ignores_sigterm_is_killed_with_its_children(tmp_path, monkeypatch):
     monkeypatch.setattr(supervisor, "TERM_SECONDS", 0.3)
     text = """
 if me == "1":
@@ -171,19 +173,19 @@ time.sleep(60)
     assert all_gone(ids(tmp_path, 2))
 
 
-def test_data_workers_of_a_crashed_process_end_with_it(tmp_path):
+def test_data_workers_of_crashed_process_end_with_it(tmp_path):
     text = """
 worker = subprocess.Popen([sys.executable, "-I", "-S", "-c", "import time; time.sleep(60)"])
 open(sys.argv[1] + "/worker", "w").write(str(worker.pid))
 os.kill(os.getpid(), signal.SIGKILL)
 """
-    began = time.monotonic()
+    start = time.monotonic()
     assert supervised(text, tmp_path, processes=1, restarts=0).code == 1
     assert all_gone(ids(tmp_path, 1))
-    assert time.monotonic() - began < 20  # it held the pipes
+    assert time.monotonic() - start < 20  # although the worker held the pipes
 
 
-def test_a_stop_is_passed_on_and_nothing_is_started_again(tmp_path):
+def test_sigterm_is_passed_on_and_nothing_is_restarted(tmp_path):
     text = """
 signal.signal(signal.SIGTERM, lambda *_: (present(me + ".saved"), sys.exit(75)))
 present(me)
@@ -198,7 +200,7 @@ time.sleep(60)
     assert {"0.saved", "1.saved"} <= {path.name for path in tmp_path.iterdir()}
 
 
-def test_a_stop_while_it_waits_ends_it_at_once():
+def test_sigterm_during_backoff_ends_supervisor_at_once():
     process = started("/", "sys.exit(1)", backoff=60)
     assert "restart 1 of 3 in 60 s" in process.stderr.readline()
     process.send_signal(signal.SIGTERM)
@@ -207,12 +209,12 @@ def test_a_stop_while_it_waits_ends_it_at_once():
     assert out.split()[:2] == ["75", "1"]
 
 
-def test_processes_that_were_stopped_by_others_are_not_started_again():
+def test_processes_stopped_by_others_are_not_restarted():
     done = supervised("sys.exit(75)")
     assert (done.code, done.restarts) == (75, 0)
 
 
-def test_a_finished_run_is_done_although_a_stop_came(tmp_path):
+def test_finished_run_exits_with_0_despite_sigterm(tmp_path):
     process = started(tmp_path, "signal.signal(signal.SIGTERM, lambda *_: sys.exit(0)); present(); time.sleep(60)")
     ids(tmp_path, 2)
     process.send_signal(signal.SIGTERM)
@@ -220,16 +222,16 @@ def test_a_finished_run_is_done_although_a_stop_came(tmp_path):
     assert process.returncode == 0
 
 
-def test_an_interrupt_leaves_nobody(tmp_path):
+def test_interrupt_leaves_no_process(tmp_path):
     process = started(tmp_path, "present(); time.sleep(60)")
     pids = ids(tmp_path, 2)
     process.send_signal(signal.SIGINT)
     process.communicate(timeout=20)
-    assert process.returncode == -signal.SIGINT  # of a plain interpreter; the command line makes it 130
+    assert process.returncode == -signal.SIGINT  # from a plain interpreter; the command line turns it into 130
     assert all_gone(pids)
 
 
-def test_a_killed_supervisor_leaves_no_orphan(tmp_path):
+def test_killed_supervisor_leaves_no_orphan(tmp_path):
     text = """
 worker = subprocess.Popen([sys.executable, "-I", "-S", "-c", "import time; time.sleep(60)"])
 open(f"{sys.argv[1]}/{me}.worker.new", "w").write(str(worker.pid))
@@ -241,14 +243,14 @@ time.sleep(60)
     process = started(tmp_path, text)
     pids = ids(tmp_path, 4)
     family = [child.pid for child in psutil.Process(process.pid).children(recursive=True)]
-    assert len(family) == 5  # two processes, a data worker of each, and the guard
+    assert len(family) == 5  # two processes, a data worker for each, and the guard
     assert set(pids) <= set(family)
     process.kill()
-    process.communicate(timeout=20)  # nobody holds its pipes
+    process.communicate(timeout=20)  # returns, so nobody holds its pipes
     assert all_gone(family)
 
 
-def test_no_zombie_and_no_thread_is_left():
+def test_supervise_leaves_no_zombie_and_no_thread():
     threads = threading.active_count()
     assert supervised("pass", processes=3).code == 0
     assert psutil.Process().children() == []
@@ -276,57 +278,55 @@ sys.stderr.write("no end of line")
 
 
 @pytest.mark.parametrize(
-    ("wrong", "said"),
+    ("options", "message"),
     [({"processes": 0}, "processes is 0"), ({"restarts": -1}, "restarts is -1"), ({"devices": 0}, "devices is 0")],
 )
-def test_what_cannot_be_is_said(wrong, said):
-    with pytest.raises(ValueError, match=said):
-        Supervision(**{"processes": 1, **wrong})
+def test_impossible_supervision_is_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        Supervision(**{"processes": 1, **options})
 
 
-def launched(capsys, monkeypatch, *argv, **outcome):
-    """What the command line answers, and the command that it would have run."""
-    seen = {}
-    given = Outcome(**{"code": 0, "restarts": 0, "exit_codes": [0], "seconds": 1.5, "output": "one\n"} | outcome)
-    monkeypatch.setattr(launch, "supervise", lambda command, how: seen.update(command=command, how=how) or given)
-    code = cli.main(["launch", "local", *argv])
-    return code, capsys.readouterr(), seen
+def launched(capsys, monkeypatch, *argv, **fields):
+    """(exit code, output, the arguments of `supervise`) of a launch that starts nothing."""
+    calls = []
+    outcome = Outcome(**{"code": 0, "restarts": 0, "exit_codes": [0], "seconds": 1.5, "output": "one\n"} | fields)
+    monkeypatch.setattr(launch, "supervise", lambda *arguments: calls.append(arguments) or outcome)
+    code = main(["launch", "local", *argv])
+    return code, capsys.readouterr(), calls[0]
 
 
-def test_everything_behind_the_dashes_reaches_the_processes(capsys, monkeypatch):
+def test_everything_after_the_dashes_reaches_the_processes(capsys, monkeypatch):
     words = ["run", "config.py", "--json", "--debug", "--help", "--dpo.beta", "0.2", "--", "-n"]
-    code, (out, _), seen = launched(capsys, monkeypatch, "-n", "2", "--heartbeat", "9", "--", *words)
-    assert seen["command"][1:] == ["-m", "jaxsi", *words[:-2], "--distributed", "--heartbeat", "9", *words[-2:]]
+    code, (out, _), (command, supervision) = launched(capsys, monkeypatch, "-n", "2", "--heartbeat", "9", "--", *words)
+    assert command[1:] == ["-m", "jaxsi", *words[:-2], "--distributed", "--heartbeat", "9", *words[-2:]]
     assert (code, out) == (0, "one\n")
-    assert seen["how"] == Supervision(processes=2, heartbeat=9)
+    assert supervision == Supervision(processes=2, heartbeat=9)
 
 
-def test_the_result_as_json(capsys, monkeypatch):
+def test_launch_prints_its_outcome_as_json(capsys, monkeypatch):
     code, (out, _), _ = launched(
         capsys, monkeypatch, "--json", "-n", "1", "--", "status", "x", code=75, exit_codes=[75], restarts=2
     )
     assert code == 75
-    assert json.loads(out) == {
-        "processes": 1, "restarts": 2, "exit_codes": [75], "seconds": 1.5, "output": "one\n"
-    }  # fmt: skip
+    assert json.loads(out) == {"processes": 1, "restarts": 2, "exit_codes": [75], "seconds": 1.5, "output": "one\n"}
 
 
 @pytest.mark.parametrize(
-    ("argv", "said"),
+    ("argv", "message"),
     [
-        (["-n", "2"], "behind --"),
-        (["-n", "2", "--"], "behind --"),
+        (["-n", "2"], "after --"),
+        (["-n", "2", "--"], "after --"),
         (["-n", "0", "--", "status", "x"], "processes is 0"),
         (["-n", "2", "--", "launch", "local", "-n", "2"], "give the command itself"),
         (["--", "status", "x"], "processes"),
     ],
 )
-def test_a_wrong_launch_ends_with_2(argv, said, capsys):
-    assert cli.main(["launch", "local", *argv]) == 2
-    assert said in capsys.readouterr().err
+def test_wrong_launch_exits_with_2(argv, message, capsys):
+    assert main(["launch", "local", *argv]) == 2
+    assert message in capsys.readouterr().err
 
 
-def test_a_real_command_that_is_wrong_is_tried_once():
+def test_wrong_command_is_started_once():
     words = ["launch", "local", "-n", "2", "--", "run"]
     done = subprocess.run(
         [sys.executable, "-m", "jaxsi", *words], cwd=ROOT, capture_output=True, text=True, timeout=120, check=False
@@ -338,15 +338,12 @@ def test_a_real_command_that_is_wrong_is_tried_once():
 
 
 @pytest.mark.slow
-def test_a_real_run_goes_on_after_a_process_is_killed(tmp_path):
+def test_run_goes_on_after_a_process_is_killed(tmp_path):
     directory, env = tmp_path / "run", os.environ | {"PYTHONPATH": str(ROOT)}
     words = ["--devices", "2", "--heartbeat", "10", "--backoff", "0.1", "--", "run", "tests/micro/spin.py"]
-    command = [
-        sys.executable, "-m", "jaxsi", "launch", "local", "-n", "2", "--json", *words, "--run-dir", str(directory),
-    ]  # fmt: skip
-    process = subprocess.Popen(
-        command, cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )  # fmt: skip
+    launch_words = ["launch", "local", "-n", "2", "--json"]
+    command = [sys.executable, "-m", "jaxsi", *launch_words, *words, "--run-dir", str(directory)]
+    process = subprocess.Popen(command, cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     end = time.monotonic() + 300
     while not (directory / "iter_1" / "responses.jsonl").exists() and time.monotonic() < end:
         assert process.poll() is None, process.communicate()

@@ -1,4 +1,4 @@
-"""The table of published architectures: as many weights as published, what config.json can say, and near names."""
+"""The table of published architectures: numbers of weights, agreement with config.json, and similar names."""
 
 import pytest
 
@@ -6,7 +6,7 @@ from jaxsi.hf.config import config_json, parse_config
 from jaxsi.model import decoder
 from jaxsi.perf.architectures import PUBLISHED, ArchitectureError, published
 
-# The numbers of weights that the hub shows for their files (a tied head once).
+# The number of weights that the hub shows for the files of each model (a tied head counts once).
 COUNTS = {
     "meta-llama/Llama-2-7b-hf": 6_738_415_616,
     "meta-llama/Llama-2-13b-hf": 13_015_864_320,
@@ -37,21 +37,21 @@ COUNTS = {
 
 
 @pytest.mark.parametrize("name", COUNTS)
-def test_it_has_the_published_number_of_weights(name):
+def test_architecture_has_published_number_of_weights(name):
     assert decoder.count_parameters(published(name)) == COUNTS[name]
 
 
-def test_every_architecture_is_counted_under_one_of_its_names():
+def test_counts_cover_every_architecture():
     assert {published(name) for name in COUNTS} == set(PUBLISHED.values())
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
-def test_its_family_can_express_it(name):
+def test_architecture_survives_config_json(name):
     assert parse_config(config_json(PUBLISHED[name], dtype="bfloat16")) == PUBLISHED[name]
 
 
-def test_what_counts_cannot_show_is_as_in_config_json():
-    """Positions, rotary base and its stretching, windows: of the files that the shipped configs name."""
+def test_architecture_matches_config_json_of_the_hub():
+    """Counts do not show positions, rotary base and scaling, or windows. The models are those of shipped configs."""
     raw = {
         "model_type": "llama", "architectures": ["LlamaForCausalLM"], "attention_bias": False, "hidden_act": "silu",
         "hidden_size": 4096, "intermediate_size": 14336, "max_position_embeddings": 131072, "mlp_bias": False,
@@ -78,12 +78,12 @@ def test_what_counts_cannot_show_is_as_in_config_json():
     assert parse_config(raw) == published("mistralai/Mistral-7B-v0.1")
 
 
-def test_a_revision_does_not_change_the_architecture():
+def test_revision_does_not_change_the_architecture():
     assert published("Qwen/Qwen3-8B@b968826d9c46dd6066d109eabc6255188de91218") == PUBLISHED["Qwen/Qwen3-8B"]
 
 
-def test_an_unknown_name_is_refused_with_near_ones():
-    with pytest.raises(ArchitectureError, match=r"'qwen/qwen3-8b' is not known here.*Qwen/Qwen3-8B"):
+def test_unknown_name_is_refused_with_similar_names():
+    with pytest.raises(ArchitectureError, match=r"unknown architecture 'qwen/qwen3-8b'.*Qwen/Qwen3-8B"):
         published("qwen/qwen3-8b")
     with pytest.raises(ArchitectureError, match=r"folder with its config\.json, or one of meta-llama/Llama-2-7b-hf"):
         published("####")

@@ -1,4 +1,4 @@
-"""transformers as the opponent: it does the same work, and is not timed where it does not."""
+"""transformers as the opponent: it does the same work, and is not timed if it does not."""
 
 import dataclasses
 
@@ -9,7 +9,7 @@ torch = pytest.importorskip("torch", reason="the opponent runs on torch: install
 
 import tiny  # noqa: E402
 from jaxsi.model.decoder import Remat  # noqa: E402
-from jaxsi.perf import bench_against, bench_against_train as training, bench_speed  # noqa: E402
+from jaxsi.perf import bench_against, bench_against_train, bench_speed  # noqa: E402
 from jaxsi.perf.bench_against import AgainstError, DisagreementError, HFGenerator, Options, load_torch  # noqa: E402
 from jaxsi.perf.bench_speed import TrainWork  # noqa: E402
 from jaxsi.perf.bench_work import Lognormal, generate_work, texts  # noqa: E402
@@ -31,15 +31,15 @@ def loaded(tmp_path_factory):
     return load_torch(tiny.make_lm(), tmp_path_factory.mktemp("against") / "model", "float32", "float32")
 
 
-def lead(value: dict) -> None:
-    """The figures of a comparison fit each other."""
+def check_comparison(value: dict) -> None:
+    """Checks that the figures of a comparison are consistent."""
     assert value["jaxsi_per_second"]["n"] == value["opponent_per_second"]["n"] == value["ratios_of_pairs"]["n"] == 2
     low, high = value["ratios_of_pairs"]["min"], value["ratios_of_pairs"]["max"]
     assert 0 < low <= value["ratios_of_pairs"]["median"] <= high
     assert value["settings"]["threads"] == bench_against.cores()
 
 
-def test_the_sides_take_turns() -> None:
+def test_sides_take_turns() -> None:
     calls = []
     seconds = iter([9.0, 9.0, 1.0, 4.0, 2.0, 2.0, 1.0, 3.0])
 
@@ -48,17 +48,17 @@ def test_the_sides_take_turns() -> None:
 
     taken = bench_against.take_turns(side("a"), side("b"), 3, ("a", "b"))
     assert "".join(calls) == "abababab"
-    assert taken == ([1.0, 2.0, 1.0], [4.0, 2.0, 3.0])  # the first turn of each only warms it up
-    value = bench_against.compared(taken, 12.0)
+    assert taken == ([1.0, 2.0, 1.0], [4.0, 2.0, 3.0])  # the first turn of each is only a warm-up
+    value = bench_against.comparison(taken, 12.0)
     assert value["ratio_of_medians"] == 3.0
     assert value["ratios_of_pairs"] == {"median": 3.0, "min": 1.0, "max": 4.0, "n": 3}
     assert value["jaxsi_per_second"]["median"] == 12.0 and value["opponent_per_second"]["median"] == 4.0
 
 
-def test_what_is_not_installed_is_named_with_what_installs_it() -> None:
+def test_missing_library_error_says_how_to_install_it() -> None:
     with pytest.raises(AgainstError, match=r"pip install 'jaxsi\[bench\]'"):
         bench_against.library("no_such_library")
-    with pytest.raises(AgainstError, match="leave it out"):
+    with pytest.raises(AgainstError, match="leave the option out"):
         Options(batching="continuous", cache="static")
 
 
@@ -66,17 +66,16 @@ def test_what_is_not_installed_is_named_with_what_installs_it() -> None:
 
 
 @pytest.mark.parametrize("options", [Options(), Options(cache="static")], ids=["dynamic", "static"])
-def test_rows_of_a_batch_end_at_limits_of_their_own(options, loaded, monkeypatch) -> None:
+def test_rows_of_a_batch_end_at_their_own_limits(options, loaded, monkeypatch) -> None:
     opponent = HFGenerator(*loaded, WORK, options)
-    made = []
+    batches = []
     static = opponent._static
-    monkeypatch.setattr(opponent, "_static", lambda rows, sampling: made.append((rows, static(rows, sampling))))
+    monkeypatch.setattr(opponent, "_static", lambda rows, sampling: batches.append((rows, static(rows, sampling))))
     opponent.run()
-    assert sorted(len(prompt) for rows, _ in made for prompt, _ in rows) == sorted(map(len, WORK.prompts))
-    assert [tokens.shape for _, tokens in made] == [
-        (len(rows), max(limit for _, limit in rows)) for rows, _ in made
-    ]  # goes on until the last row of the batch has ended, and no further
-    assert opponent.slot_steps == sum(tokens.shape[0] * (tokens.shape[1] - 1) for _, tokens in made)
+    assert sorted(len(prompt) for rows, _ in batches for prompt, _ in rows) == sorted(map(len, WORK.prompts))
+    for rows, tokens in batches:  # a batch ends with its longest row
+        assert tokens.shape == (len(rows), max(limit for _, limit in rows))
+    assert opponent.slot_steps == sum(tokens.shape[0] * (tokens.shape[1] - 1) for _, tokens in batches)
 
 
 def test_generation_against_hf(tmp_path) -> None:
@@ -84,17 +83,17 @@ def test_generation_against_hf(tmp_path) -> None:
     assert value["agreement"]["same_rows"] == value["agreement"]["rows"] == 4
     assert value["agreement"]["tokens"] == WORK.longest
     assert 0 < value["opponent_useful_slot_steps"] < 1
-    lead(value)
+    check_comparison(value)
 
 
-def test_continuous_batching_takes_each_row_to_its_limit(loaded) -> None:
+def test_continuous_batching_generates_each_row_to_its_limit(loaded) -> None:
     options = Options(batching="continuous", page=16)
     opponent = HFGenerator(*loaded, WORK, options)
     try:
-        made = opponent._continuous(WORK.rows, {"do_sample": True, "temperature": 0.7, "top_p": 0.9, "top_k": 0})
-        assert [len(ids) for ids in made] == [limit for _, limit in WORK.rows]
+        rows = opponent._continuous(WORK.rows, {"do_sample": True, "temperature": 0.7, "top_p": 0.9, "top_k": 0})
+        assert [len(ids) for ids in rows] == [limit for _, limit in WORK.rows]
         ledgers = [allocator.ledger for allocator in opponent.manager.batch_processor.cache.cache_allocators.values()]
-        assert any(ledger.hash_to_block for ledger in ledgers)  # it knows these prompts now
+        assert any(ledger.hash_to_block for ledger in ledgers)  # the prompts are in the cache now
         assert opponent.turn() > 0
         assert not any(ledger.hash_to_block for ledger in ledgers)
     finally:
@@ -104,13 +103,13 @@ def test_continuous_batching_takes_each_row_to_its_limit(loaded) -> None:
 
 
 @pytest.mark.parametrize("batching", ["static", "continuous"])
-def test_other_weights_are_no_opponent(batching, loaded) -> None:
+def test_opponent_with_other_weights_is_refused(batching, loaded) -> None:
     opponent = HFGenerator(*loaded, WORK, Options(batching=batching, page=16))
     with pytest.raises(DisagreementError, match="greedy tokens differ"):
         bench_against.check_greedy(tiny.make_lm(seed=1), opponent)
 
 
-def test_a_near_tie_is_told_from_an_error(loaded) -> None:
+def test_near_tie_measures_the_gap_between_logits(loaded) -> None:
     t, model = loaded
     with torch.no_grad():
         logits = model(torch.tensor([WORK.prompts[0]])).logits[0, -1]
@@ -128,9 +127,9 @@ def test_scoring_against_hf(tmp_path, monkeypatch) -> None:
     rows = texts(tiny.CONFIG, 5, 20, 0)
     value = bench_against.against_score(tiny.make_lm(), rows, 3, Options(), 2, tmp_path / "a")
     assert value["agreement"]["max_difference"] < 1e-3
-    lead(value)
+    check_comparison(value)
     monkeypatch.setattr(bench_speed, "scorer", lambda *_: lambda: [np.zeros(19, np.float32)] * 5)
-    with pytest.raises(DisagreementError, match="No speed is compared"):
+    with pytest.raises(DisagreementError, match="Speeds are not compared"):
         bench_against.against_score(tiny.make_lm(), rows, 3, Options(), 2, tmp_path / "b")
 
 
@@ -138,9 +137,7 @@ def test_scoring_against_hf(tmp_path, monkeypatch) -> None:
 
 
 def train_work(objective: str, remat: Remat = "full", dtype: str = "float32") -> TrainWork:
-    return TrainWork(
-        objective=objective, rows=texts(tiny.CONFIG, 4, 24, 0), dtype=dtype, remat=remat, steps=1
-    )  # fmt: skip
+    return TrainWork(objective=objective, rows=texts(tiny.CONFIG, 4, 24, 0), dtype=dtype, remat=remat, steps=1)
 
 
 @pytest.mark.parametrize(
@@ -149,34 +146,36 @@ def train_work(objective: str, remat: Remat = "full", dtype: str = "float32") ->
 )
 def test_training_against_hf(objective, remat, dtype, tmp_path) -> None:
     work = train_work(objective, remat, dtype)
-    value = training.against_train(tiny.make_lm(), work, Options(), 2, tmp_path / "model")
+    value = bench_against_train.against_train(tiny.make_lm(), work, Options(), 2, tmp_path / "model")
     differences = value["agreement"]["largest_relative_differences"]
     assert max(differences.values()) < bench_against.LOSS_DIFFERENCE[dtype]
-    lead(value)
+    check_comparison(value)
 
 
 @pytest.mark.parametrize("objective", ["sft", "dpo"])
-def test_another_step_is_no_opponent(objective, tmp_path) -> None:
-    """Another optimizer shows in the second step, other data in the first."""
+def test_opponent_with_another_step_is_refused(objective, tmp_path) -> None:
+    """A different optimizer shows in the second step, different data in the first."""
     lm, work = tiny.make_lm(), train_work(objective)
     t, model = load_torch(lm, tmp_path / "model", "float32", "float32")
-    theirs = training.TorchTrainer(t, model, work, Options())
+    theirs = bench_against_train.TorchTrainer(t, model, work, Options())
     theirs.optimizer.param_groups[0]["lr"] = 0.01
     with pytest.raises(DisagreementError, match="of step 2"):
-        training.check_steps(bench_speed.Trainer(lm, work), theirs.step)
+        bench_against_train.check_steps(bench_speed.Trainer(lm, work), theirs.step)
     other = dataclasses.replace(work, rows=work.rows[::-1])
     with pytest.raises(DisagreementError, match="of step 1"):
-        training.check_steps(bench_speed.Trainer(tiny.make_lm(seed=1), other), theirs.step)
+        bench_against_train.check_steps(bench_speed.Trainer(tiny.make_lm(seed=1), other), theirs.step)
 
 
-@pytest.mark.filterwarnings("ignore::FutureWarning")  # TRL's use of names that transformers is to drop
+@pytest.mark.filterwarnings("ignore::FutureWarning")  # TRL uses names that transformers will drop
 def test_training_against_trl(tmp_path) -> None:
     try:
         import trl  # noqa: F401
     except ImportError:
         with pytest.raises(AgainstError, match=r"trl cannot be imported .* pip install 'jaxsi\[bench\]'"):
-            training.against_trl(tiny.make_lm(), train_work("sft"), Options(), 2, tmp_path / "model")
+            bench_against_train.against_trl(tiny.make_lm(), train_work("sft"), Options(), 2, tmp_path / "model")
         return
     for objective in ("sft", "dpo"):
-        value = training.against_trl(tiny.make_lm(), train_work(objective), Options(), 2, tmp_path / objective)
-        lead(value)
+        value = bench_against_train.against_trl(
+            tiny.make_lm(), train_work(objective), Options(), 2, tmp_path / objective
+        )
+        check_comparison(value)

@@ -1,4 +1,4 @@
-"""Speed: the work is what was asked for, on every row, and the figures follow from it and from the time."""
+"""Speed: every row does the requested work, and the figures follow from the work and the time."""
 
 import json
 
@@ -25,7 +25,7 @@ SMALL = {
 
 @pytest.fixture
 def known_ceilings(monkeypatch) -> Ceilings:
-    """Rates that take no time to measure."""
+    """Fixed rates instead of measured ones."""
     value = Ceilings(bandwidth=1e6, gemm_rows=2e6, gemm_peak=4e6)
     monkeypatch.setattr(machine_rates, "measure", lambda *_, **__: value)
     return value
@@ -34,38 +34,44 @@ def known_ceilings(monkeypatch) -> Ceilings:
 # ----------------------------------------------------------------------------------------------------------------- work
 
 
-def test_output_lengths_have_the_mean_and_the_bounds_asked_for() -> None:
+def test_output_lengths_have_requested_mean_and_bounds() -> None:
     lengths = read_lengths("lognormal:10:128:48").draw(256, np.random.default_rng(0))
     assert lengths.min() == 10 and lengths.max() == 128
     assert lengths.mean() == pytest.approx(48, abs=0.6)
-    assert np.median(lengths) < 44  # skewed: a static batch waits for the long ones
+    assert np.median(lengths) < 44  # skewed: a static batch waits for its longest rows
     assert len(set(lengths[:32].tolist())) > 15  # in random order
 
 
 @pytest.mark.parametrize(
     ("read", "text"),
-    [(read_lengths, "normal:10:128:48"), (read_lengths, "lognormal:10:128:9"), (read_lengths, "lognormal:10:x:48"),
-     (read_judge, "4:3"), (read_judge, "0:3:10"), (read_judge, "a:3:10")],
-)  # fmt: skip
-def test_wrong_descriptions_of_work_are_named(read, text) -> None:
+    [
+        (read_lengths, "normal:10:128:48"),
+        (read_lengths, "lognormal:10:128:9"),
+        (read_lengths, "lognormal:10:x:48"),
+        (read_judge, "4:3"),
+        (read_judge, "0:3:10"),
+        (read_judge, "a:3:10"),
+    ],
+)
+def test_wrong_description_of_work_is_quoted(read, text) -> None:
     with pytest.raises(WorkError, match=f"'{text}': give"):
         read(text)
 
 
-def test_ranges() -> None:
+def test_read_range_accepts_one_or_two_numbers() -> None:
     assert read_range("16:128", "--x") == (16, 128) and read_range("7", "--x") == (7, 7)
     for text in ("", "0:4", "9:3", "1:2:3", "-1"):
         with pytest.raises(WorkError, match="--x"):
             read_range(text, "--x")
 
 
-def test_a_judges_prompts_share_the_rubric_and_the_instruction() -> None:
+def test_prompts_of_a_judge_share_rubric_and_instruction() -> None:
     work = generate_work(tiny.CONFIG, **SMALL | {"judge": (3, 2, 40), "prompts": 2})
     assert len(work.prompts) == 6 and work.num_samples == 2 and work.new_tokens == 6 * 2 * 12
     assert len({tuple(prompt[:40]) for prompt in work.prompts}) == 1
     for group in (work.prompts[:3], work.prompts[3:]):
-        own = len(group[0]) - 12  # the response at the end is as long as an output
-        assert len({tuple(prompt[:own]) for prompt in group}) == 1
+        shared = len(group[0]) - 12  # the response at the end is as long as an output
+        assert len({tuple(prompt[:shared]) for prompt in group}) == 1
         assert len({tuple(prompt) for prompt in group}) == 3
     assert work.prompts[0][:44] != work.prompts[3][:44]
     whole = sum(len(prompt) for prompt in work.prompts)
@@ -74,18 +80,18 @@ def test_a_judges_prompts_share_the_rubric_and_the_instruction() -> None:
     assert distinct < whole and distinct == pytest.approx(40 + instructions + 6 * 12, abs=3)
 
 
-def test_rows_apart_are_the_same_rows_and_share_nothing() -> None:
+def test_rows_apart_are_the_same_rows_without_sharing() -> None:
     shared = generate_work(tiny.CONFIG, **SMALL | {"judge": (3, 2, 40), "prompts": 2})
     apart = shared.apart()
     assert apart.rows == shared.rows and apart.num_samples == 1
-    did = bench_speed.generator(tiny.make_lm(), apart)()
-    assert did.prefilled == did.prompt_tokens == sum(len(prompt) for prompt, _ in shared.rows)
+    counts = bench_speed.generator(tiny.make_lm(), apart)()
+    assert counts.prefilled == counts.prompt_tokens == sum(len(prompt) for prompt, _ in shared.rows)
 
 
 def test_work_that_does_not_fit_the_model_is_refused() -> None:
     with pytest.raises(WorkError, match="the model has 256 positions"):
         generate_work(tiny.CONFIG, **SMALL | {"new": 255})
-    with pytest.raises(WorkError, match="each is at least 1"):
+    with pytest.raises(WorkError, match="each must be at least 1"):
         generate_work(tiny.CONFIG, **SMALL | {"prompts": 0})
     with pytest.raises(WorkError, match="2 to 256 tokens"):
         texts(tiny.CONFIG, 3, 257, 0)
@@ -94,7 +100,7 @@ def test_work_that_does_not_fit_the_model_is_refused() -> None:
 # --------------------------------------------------------------------------------------------------------------- timing
 
 
-def test_the_first_call_is_not_among_the_rest() -> None:
+def test_timed_keeps_the_first_call_apart() -> None:
     clock = iter([0.0, 5.0, 5.0, 7.0, 7.0, 8.0, 8.0, 11.0])
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(bench_speed.time, "perf_counter", lambda: next(clock))
@@ -104,7 +110,7 @@ def test_the_first_call_is_not_among_the_rest() -> None:
     assert result.per_second(6) == {"median": 3.0, "min": 2.0, "max": 6.0, "n": 3}
 
 
-def test_peak_memory_is_that_of_this_process() -> None:
+def test_peak_memory_is_plausible_for_this_process() -> None:
     now = psutil.Process().memory_info().rss
     assert 0.98 * now <= bench_speed.peak_memory(tiny.make_lm())["bytes"] < psutil.virtual_memory().total
 
@@ -112,24 +118,24 @@ def test_peak_memory_is_that_of_this_process() -> None:
 # ----------------------------------------------------------------------------------------------------------- generation
 
 
-def test_rows_end_at_limits_of_their_own() -> None:
-    """And have, up to there, the tokens that they have without."""
+def test_rows_end_at_their_own_limits() -> None:
+    """Up to its limit, a row has the same tokens as without a limit."""
     lm = tiny.make_lm()
     work = generate_work(tiny.CONFIG, **SMALL | {"stop_lengths": read_lengths("lognormal:1:12:6")})
     keys = jax.random.split(jax.random.key(0), len(work.prompts))
     setting = bench_speed.settings(work)
     options = {"limit": work.longest, "num_samples": 1, "batch_size": work.slots}
     whole, _ = engine.run(lm, work.prompts, keys, setting, **options)
-    cut, did = engine.run(lm, work.prompts, keys, setting, **options, limits=work.limits)
+    cut, counts = engine.run(lm, work.prompts, keys, setting, **options, limits=work.limits)
     assert len({limit for row in work.limits for limit in row}) > 3
     for rows, full, limits in zip(cut, whole, work.limits, strict=True):
         for (ids, logps, stopped), (all_ids, _, _), limit in zip(rows, full, limits, strict=True):
             assert ids == all_ids[:limit] and len(logps) == limit and not stopped
             assert len(all_ids) == work.longest
-    assert did.new_tokens == work.new_tokens
+    assert counts.new_tokens == work.new_tokens
 
 
-def test_figures_of_generation(known_ceilings, monkeypatch) -> None:
+def test_generation_figures_follow_from_work_and_time(known_ceilings, monkeypatch) -> None:
     lm = tiny.make_lm()
     work = generate_work(tiny.CONFIG, **SMALL | {"judge": (2, 2, 20), "prompts": 2})
     value = bench_speed.measure_generate(lm, work, 2)
@@ -148,14 +154,14 @@ def test_figures_of_generation(known_ceilings, monkeypatch) -> None:
     assert value["share_of_floor"] == pytest.approx(value["floor_seconds"] / seconds["median"])
     assert value["compile_seconds"] > 0
     monkeypatch.setattr(engine, "run", lambda *_, **__: ([[([1], [0.0], False)] * 2] * 4, engine.Work()))
-    with pytest.raises(WorkError, match="other work than asked"):
+    with pytest.raises(WorkError, match="did not do the given work"):
         bench_speed.generator(lm, work)()
 
 
 # ------------------------------------------------------------------------------------------------- scoring and training
 
 
-def test_figures_of_scoring(known_ceilings) -> None:
+def test_scoring_figures_follow_from_work_and_time(known_ceilings) -> None:
     rows = texts(tiny.CONFIG, 6, 20, 0)
     value = bench_speed.measure_score(tiny.make_lm(), rows, 3, 2)
     assert value["tokens_per_second"]["max"] == pytest.approx(120 / value["seconds"]["min"])
@@ -166,7 +172,7 @@ def test_figures_of_scoring(known_ceilings) -> None:
 
 
 @pytest.mark.parametrize("objective", ["sft", "dpo"])
-def test_training_steps_train(objective, known_ceilings) -> None:
+def test_training_steps_lower_the_loss(objective, known_ceilings) -> None:
     lm = tiny.make_lm()
     work = TrainWork(objective=objective, rows=texts(tiny.CONFIG, 4, 24, 0), dtype="float32", remat="full", steps=2)
     value = bench_speed.measure_train(lm, work, 1)
@@ -187,7 +193,7 @@ def test_pairs_share_their_prompt() -> None:
     for chosen, rejected in work.pairs:
         assert len(chosen) == len(rejected) == 20
         assert chosen[:5] == rejected[:5] and chosen[5:] != rejected[5:]
-    with pytest.raises(WorkError, match="an even number"):
+    with pytest.raises(WorkError, match="needs an even --batch"):
         TrainWork(objective="dpo", rows=work.rows[:3], dtype="float32", remat="full", steps=1)
 
 
@@ -209,7 +215,7 @@ def folder(tmp_path_factory):
         ("train", "--batch 4 --length 24 --steps 2", "tokens_per_second"),
     ],
 )
-def test_commands_print_one_object_or_a_table(
+def test_command_prints_one_object_or_a_table(
     name, options, figure, folder, known_ceilings, monkeypatch, capsys
 ) -> None:
     monkeypatch.setattr(bench, "mesh_for", lambda *_: tiny.mesh())
@@ -226,7 +232,7 @@ def test_commands_print_one_object_or_a_table(
 
 
 @pytest.mark.parametrize(
-    ("argv", "said"),
+    ("argv", "message"),
     [
         (["generate", "s", "--judge", "4:3"], "give N:K:RUBRIC"),
         (["generate", "s", "--stop-lengths", "48"], "give lognormal"),
@@ -237,11 +243,11 @@ def test_commands_print_one_object_or_a_table(
         (["train", "s", "--objective", "dpo", "--batch", "3"], "needs an even --batch"),
     ],
 )
-def test_wrong_command_lines(argv, said, capsys) -> None:
+def test_wrong_command_line_is_refused(argv, message, capsys) -> None:
     assert main(["bench", *argv]) == 2
-    assert said in capsys.readouterr().err
+    assert message in capsys.readouterr().err
 
 
-def test_a_model_that_is_none_names_the_shapes(capsys) -> None:
+def test_unknown_model_error_lists_the_shapes(capsys) -> None:
     assert main(["bench", "score", "nonsense"]) == 2
     assert "llama-3-8b" in capsys.readouterr().err

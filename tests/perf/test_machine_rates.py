@@ -1,4 +1,4 @@
-"""Floors and ceilings: what is counted is what is done, and rates are of the work that was timed."""
+"""Floors and ceilings: counts match the work, and rates match the work that was timed."""
 
 import math
 import time
@@ -23,12 +23,12 @@ WINDOWED = ModelConfig(
 
 
 @pytest.mark.parametrize(("name", "count"), [("s", 31_990_272), ("l", 152_980_224)])
-def test_named_shapes_have_the_number_of_weights_they_are_said_to_have(name, count) -> None:
+def test_shape_has_documented_number_of_weights(name, count) -> None:
     assert decoder.count_parameters(SHAPES[name]) == count
 
 
 @pytest.mark.parametrize("config", [tiny.CONFIG, WINDOWED, SHAPES["qwen3-0.6b"]])
-def test_the_weights_of_a_product_are_the_matrices_of_the_model(config) -> None:
+def test_weights_of_products_are_the_matrices_of_the_model(config) -> None:
     layers = decoder.parameters(config)["layers"].values()
     matrices = [p for p in layers if isinstance(p, Parameter) and len(p.shape) > 2 and "norm" not in str(p.axes)]
     assert machine_rates.body_weights(config) == sum(math.prod(p.shape) for p in matrices)
@@ -36,7 +36,7 @@ def test_the_weights_of_a_product_are_the_matrices_of_the_model(config) -> None:
     assert machine_rates.head_weights(config) == math.prod(head.shape)
 
 
-def test_keys_seen_are_counted_token_by_token() -> None:
+def test_seen_counts_keys_token_by_token() -> None:
     def slowly(start: int, stop: int) -> int:
         return sum(min(t + 1, 10**9 if w is None else w) for t in range(start, stop) for w in WINDOWED.windows or ())
 
@@ -44,20 +44,20 @@ def test_keys_seen_are_counted_token_by_token() -> None:
         assert machine_rates.seen(WINDOWED, start, stop) == slowly(start, stop)
 
 
-def test_flops_of_a_pass() -> None:
+def test_forward_flops_of_two_texts() -> None:
     weights = machine_rates.body_weights(WINDOWED) + machine_rates.head_weights(WINDOWED)
     attention = 4 * 6 * 4 * (machine_rates.seen(WINDOWED, 0, 7) + machine_rates.seen(WINDOWED, 0, 2))
     assert machine_rates.forward_flops(WINDOWED, [7, 2]) == 2 * weights * 9 + attention
 
 
-def test_a_step_takes_the_longer_of_reading_and_multiplying() -> None:
+def test_decode_step_takes_the_longer_of_reading_and_multiplying() -> None:
     config, spans = tiny.CONFIG, [(3, 8), (1, 2), (2, 4)]
     weights = machine_rates.body_weights(config) + machine_rates.head_weights(config)
     keys = sum(machine_rates.seen(config, a, b) for a, b in spans)
     cache = keys * 2 * 2 * 8 * 4
     slow_memory = Ceilings(bandwidth=1e3, gemm_rows=1e12, gemm_peak=1e12)
     seconds, steps = machine_rates.floor_of_decoding(config, spans, 2, 4, slow_memory)
-    assert steps == 5  # the longest row's; 8 tokens would fill 4 steps of 2 slots
+    assert steps == 5  # the longest row; 8 tokens alone would fill 4 steps of 2 slots
     assert seconds == pytest.approx((5 * weights * 4 + cache) / 1e3)
     slow_products = Ceilings(bandwidth=1e12, gemm_rows=1e3, gemm_peak=1e12)
     assert machine_rates.floor_of_decoding(config, spans, 2, 4, slow_products)[0] == pytest.approx(
@@ -69,36 +69,36 @@ def test_a_step_takes_the_longer_of_reading_and_multiplying() -> None:
     assert machine_rates.floor_of_decoding(config, [(3, 3)], 1, 4, slow_memory) == (0.0, 0)
 
 
-def test_the_fastest_of_timings_is_that_of_one_iteration() -> None:
+def test_fastest_returns_seconds_of_one_iteration() -> None:
     assert machine_rates._fastest(lambda times: time.sleep(0.004 * times)) == pytest.approx(0.004, rel=0.5)
 
 
-def test_rates_count_what_is_timed(monkeypatch) -> None:
-    """With a second an iteration, rates are the work of an iteration; the iterations are run as well."""
-    done = []
-    monkeypatch.setattr(machine_rates, "_fastest", lambda run: done.append(run(2)) or 1.0)
+def test_rates_match_the_timed_work(monkeypatch) -> None:
+    """If an iteration takes one second, the rate is the work of an iteration. Two iterations are run to check it."""
+    results = []
+    monkeypatch.setattr(machine_rates, "_fastest", lambda run: results.append(run(2)) or 1.0)
     device = jax.devices()[0]
     assert machine_rates.gemm(device, jnp.bfloat16, 4, 8, 16) == 4 * (4 * 4 * 8 * 16)  # four in a call
-    loop, calls = done[-2:]
+    loop, calls = results[-2:]
     np.testing.assert_array_equal(calls.shape, loop.shape)
-    assert done[-1].shape == (4, 8) and done[-1].dtype == jnp.bfloat16
-    assert np.isfinite(np.asarray(done[-1], np.float32)).all()
-    assert machine_rates.bandwidth(device, size=4 * 256**2) == 4 * 256**2  # a processor's: of reading
-    read, copied = done[-2:]
+    assert calls.shape == (4, 8) and calls.dtype == jnp.bfloat16
+    assert np.isfinite(np.asarray(calls, np.float32)).all()
+    assert machine_rates.bandwidth(device, size=4 * 256**2) == 4 * 256**2  # on a CPU the rate of reading
+    read, copied = results[-2:]
     np.testing.assert_allclose(read, np.ones(256), rtol=1e-5)
     np.testing.assert_allclose(copied, np.full((256, 256), 0.999**2 / 256), rtol=1e-5)
 
 
-def test_both_ceilings_of_a_model_on_this_machine(monkeypatch) -> None:
+def test_measure_gives_plausible_ceilings_on_this_machine(monkeypatch) -> None:
     monkeypatch.setattr(machine_rates, "MEASURED_SECONDS", 0.005)
     monkeypatch.setattr(machine_rates, "CPU_SQUARES", (64, 128))
     monkeypatch.setattr(machine_rates, "bandwidth", lambda device: 7.0)
     measured = machine_rates.measure(tiny.CONFIG, tiny.mesh("2x2x2"), jnp.float32, rows=4, tokens=64)
-    assert measured.bandwidth == 7.0  # the devices of a processor share it
+    assert measured.bandwidth == 7.0  # the devices of a CPU share it
     assert 1e6 < measured.gemm_rows <= measured.gemm_peak < 1e15
 
 
-def test_the_rate_of_a_step_is_that_of_its_products_one_behind_the_other(monkeypatch) -> None:
+def test_rate_of_a_step_is_that_of_its_products_in_sequence(monkeypatch) -> None:
     monkeypatch.setattr(machine_rates, "bandwidth", lambda device: 7.0)
     monkeypatch.setattr(machine_rates, "gemm", lambda device, dtype, rows, inner, outer: float(rows * outer))
     measured = machine_rates.measure(WINDOWED, tiny.mesh(), jnp.float32, rows=2, tokens=64)
@@ -108,7 +108,7 @@ def test_the_rate_of_a_step_is_that_of_its_products_one_behind_the_other(monkeyp
     assert measured.gemm_peak == 2048 * 2048
 
 
-def test_datasheets_are_for_the_devices_that_they_name() -> None:
+def test_datasheet_flops_only_for_listed_devices() -> None:
     def mesh(kind: str) -> types.SimpleNamespace:
         device = types.SimpleNamespace(device_kind=kind)
         return types.SimpleNamespace(devices=np.asarray([device, device]), size=2)

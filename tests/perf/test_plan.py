@@ -1,4 +1,4 @@
-"""Plans: what is compiled is what is reported, sums are right, and an over-full plan says why."""
+"""Plans: they report what the compiler reports, their sums are right, and a plan that does not fit says why."""
 
 import dataclasses
 import importlib.util
@@ -14,11 +14,12 @@ from jaxsi.cli.main import main
 from jaxsi.cli.plan import architecture, text_of, value_of
 from jaxsi.model import decoder
 from jaxsi.model.mesh import MeshConfig, MeshError, make_mesh
-from jaxsi.perf import estimates, plan as planner
+from jaxsi.perf import builds, estimates, plan as planner
 from jaxsi.perf.architectures import published
-from jaxsi.perf.method_stages import Assumed
-from jaxsi.perf.plan import Shape, compile_all, estimate_all, meshes, plan, search
-from jaxsi.perf.programs import Sizes, memory_of, programs
+from jaxsi.perf.builds import Build, Shape, compile_all, estimate_all
+from jaxsi.perf.method_stages import Assumptions
+from jaxsi.perf.plan import meshes, plan, search
+from jaxsi.perf.programs import Sizes, memory_of, programs, tpu_devices
 from jaxsi.perf.topologies import topology
 from jaxsi.runs.config_file import load_config
 
@@ -29,7 +30,9 @@ SIZES = Sizes(
     dtype="float32",
 )  # fmt: skip
 MESH = "2x2x2"
-CONFIG = dataclasses.replace(tiny.CONFIG, embed_dim=256, mlp_dim=1024, vocab_size=1024)  # attention is next to nothing
+CONFIG = dataclasses.replace(
+    tiny.CONFIG, embed_dim=256, mlp_dim=1024, vocab_size=1024
+)  # wide, so that attention costs almost nothing
 HARDWARE = {"v5p128": "v5p-128", "v5e64": "v5e:8x8", "8xh100": "h100:8", "1xh200": "h200:1", "1gpu": "rtx4090"}
 needs_libtpu = pytest.mark.skipif(
     importlib.util.find_spec("libtpu") is None, reason="pip install 'jaxsi[plan]' (libtpu)"
@@ -45,25 +48,25 @@ def both():
     return mesh, compile_all(shapes, mesh), estimate_all(shapes, mesh)
 
 
-def test_memory_is_the_compilers_own(both):
+def test_memory_is_the_figure_of_the_compiler(both):
     mesh, compiled, _ = both
-    for shape, made in compiled.items():
-        assert made.memory == memory_of(shape.name, programs(CONFIG, mesh, SIZES)[shape.name].lower().compile())
-        assert made.compile_seconds is not None and made.compile_seconds > 0
+    for shape, build in compiled.items():
+        assert build.memory == memory_of(shape.name, programs(CONFIG, mesh, SIZES)[shape.name].lower().compile())
+        assert build.compile_seconds is not None and build.compile_seconds > 0
 
 
-def test_flops_are_those_of_a_count_by_hand(both):
-    """The layers' products are computed again in the backward pass (remat "full"), but for the last of each layer,
-    whose result no gradient needs; so are the head's."""
+def test_flops_match_a_count_by_hand(both):
+    """With remat "full" the backward pass recomputes the products of the layers, except for the last of each layer,
+    whose result no gradient needs. The products of the head are recomputed as well."""
     mesh, compiled, _ = both
     c, T, rows = CONFIG, SIZES.max_length, SIZES.batch_size
-    flops = {shape.name: made.cost.flops * mesh.size for shape, made in compiled.items()}
+    flops = {shape.name: build.cost.flops * mesh.size for shape, build in compiled.items()}
     layer = c.embed_dim * (2 * c.num_heads + 2 * c.num_kv_heads) * c.head_dim + 3 * c.embed_dim * c.mlp_dim
     attention = 4 * c.num_heads * c.head_dim * T / 2
-    again = layer - c.embed_dim * c.mlp_dim
+    recomputed = layer - c.embed_dim * c.mlp_dim
     head = 2 * c.embed_dim * c.vocab_size
-    a_token = c.num_layers * (3 * 2 * layer + 2 * again + 4 * attention) + 4 * head
-    assert flops["sft"] == pytest.approx(rows * T * a_token, rel=0.05)
+    per_token = c.num_layers * (3 * 2 * layer + 2 * recomputed + 4 * attention) + 4 * head
+    assert flops["sft"] == pytest.approx(rows * T * per_token, rel=0.05)
     forward = c.num_layers * (2 * layer + attention) + head
     assert flops["score"] == pytest.approx(SIZES.score_rows * T * forward, rel=0.05)
     cached = 64 + 32  # columns of the prompt and of the response
@@ -71,16 +74,16 @@ def test_flops_are_those_of_a_count_by_hand(both):
     assert flops["decode"] == pytest.approx(SIZES.slots * step, rel=0.05)
 
 
-def test_arithmetic_agrees_with_what_is_compiled(both):
-    _, compiled, estimated = both
-    for shape, made in compiled.items():
-        guess = estimated[shape]
-        assert guess.cost.flops == pytest.approx(made.cost.flops, rel=0.1), shape.name
-        if shape.name != "prefill":  # which is not given the head
-            assert guess.memory.arguments == pytest.approx(made.memory.arguments, rel=0.1), shape.name
+def test_estimates_agree_with_the_compiler(both):
+    _, compiled, estimates_ = both
+    for shape, build in compiled.items():
+        estimate = estimates_[shape]
+        assert estimate.cost.flops == pytest.approx(build.cost.flops, rel=0.1), shape.name
+        if shape.name != "prefill":  # the head is not among its arguments
+            assert estimate.memory.arguments == pytest.approx(build.memory.arguments, rel=0.1), shape.name
 
 
-def test_a_chips_share_of_the_weights_is_exact():
+def test_share_of_the_weights_on_a_chip_is_exact():
     mesh = tiny.mesh("2x2x2")
     weights = decoder.abstract_weights(tiny.CONFIG, mesh)
     exact = sum(4 * math.prod(w.sharding.shard_shape(w.shape)) for w in jax.tree.leaves(weights))
@@ -90,122 +93,123 @@ def test_a_chips_share_of_the_weights_is_exact():
 # ------------------------------------------------------------------------------------------------------------ the plans
 
 
-def estimated(path: Path, where: str, **changes):
-    cfg = dataclasses.replace(load_config(path), **changes)
-    return plan(cfg, topology(where), Assumed(), architecture, compiled=False)
+def estimated_plan(path: Path, hardware: str, **changes):
+    return plan_by_arithmetic(dataclasses.replace(load_config(path), **changes), hardware)
 
 
-def test_the_70b_fits_its_pod_and_the_sums_are_right():
-    made = estimated(SEVENTY, "v5p-128")
-    assert made.fits and not made.advice and made.mesh == (1, 16, 4)
-    each = [stage for stage in made.stages if stage.each]
-    assert made.hours == pytest.approx(sum(made.seconds_of(stage) for stage in each) / 3600)
-    assert made.hours_once + made.hours > made.hours > 0
-    assert made.checkpoint_gib == pytest.approx(12 * 68_976_648_192 / 2**30)
-    rows = {f"{row.stage.name}: {row.name}": row for row in made.rows}
+def plan_by_arithmetic(cfg, hardware: str):
+    return plan(cfg, topology(hardware), Assumptions(), architecture, compiled=False)
+
+
+def test_70b_fits_its_pod_and_hours_add_up():
+    result = estimated_plan(SEVENTY, "v5p-128")
+    assert result.fits and not result.advice and result.mesh == (1, 16, 4)
+    each = [stage for stage in result.stages if stage.each]
+    assert result.hours == pytest.approx(sum(result.seconds_of(stage) for stage in each) / 3600)
+    assert result.hours_once + result.hours > result.hours > 0
+    assert result.checkpoint_gib == pytest.approx(12 * 68_976_648_192 / 2**30)
+    rows = {f"{row.stage.name}: {row.name}": row for row in result.rows}
     dpo = rows["dpo: dpo"]
     assert dpo.bound == "compute" and 0.45 < dpo.mfu < 1
     assert dpo.seconds == pytest.approx(dpo.flops / (64 * 459e12))
     assert rows["candidates: decode"].bound == "memory"
 
 
-def test_an_over_full_plan_says_what_does_not_fit_and_what_would():
+def test_plan_that_does_not_fit_says_why_and_what_would_fit():
     cfg = load_config(SEVENTY)
     small = dataclasses.replace(cfg, mesh=MeshConfig(fsdp=4, tensor=4))
-    made = plan(small, topology("v5e:4x4"), Assumed(), architecture, compiled=False)
-    assert not made.fits
-    said = "\n".join(made.advice)
-    assert "dpo: dpo takes" in said and "of 15.8 GiB of a v5e" in said
-    assert "some 256 chips of this kind" in said and "optim.offload" in said
-    assert "candidates: decode takes" in said and "Models that the method holds meanwhile take most of it" in said
-    text = text_of(SEVENTY, made, Assumed())
-    assert "DOES NOT FIT" in text and said.splitlines()[0] in text
+    result = plan_by_arithmetic(small, "v5e:4x4")
+    assert not result.fits
+    advice = "\n".join(result.advice)
+    assert "dpo: dpo takes" in advice and "a v5e has 15.8 GiB" in advice
+    assert "use about 256 chips of this kind" in advice and "optim.offload" in advice
+    assert "candidates: decode takes" in advice and "Most of it is other models that the method holds" in advice
+    text = text_of(SEVENTY, result, Assumptions())
+    assert "DOES NOT FIT" in text and advice.splitlines()[0] in text
 
 
-def test_activations_that_do_not_fit_name_the_accumulation_that_does():
+def test_advice_names_the_accumulation_with_which_activations_fit():
     cfg = load_config(SEVENTY)
     train = dataclasses.replace(cfg.dpo.train, batch_size=256)
     cfg = dataclasses.replace(cfg, dpo=dataclasses.replace(cfg.dpo, train=train), early_stop=None)
-    made = plan(cfg, topology("v5p-128"), Assumed(), architecture, compiled=False)
-    (advice,) = made.advice
+    (advice,) = plan_by_arithmetic(cfg, "v5p-128").advice
     assert "dpo: dpo takes" in advice
-    wanted = int(advice.split("accumulate = ")[1].split()[0])
-    assert wanted in (4, 8, 16)
-    train = dataclasses.replace(train, accumulate=wanted)
+    accumulate = int(advice.split("accumulate = ")[1].split()[0])
+    assert accumulate in (4, 8, 16)
+    train = dataclasses.replace(train, accumulate=accumulate)
     cfg = dataclasses.replace(cfg, dpo=dataclasses.replace(cfg.dpo, train=train))
-    assert plan(cfg, topology("v5p-128"), Assumed(), architecture, compiled=False).fits
+    assert plan_by_arithmetic(cfg, "v5p-128").fits
 
 
-def test_a_mesh_of_another_size_than_the_topology_is_refused():
+def test_mesh_of_another_size_than_the_topology_is_refused():
     with pytest.raises(MeshError, match="needs 64 devices, there are 16"):
-        estimated(SEVENTY, "v5e:4x4")
+        estimated_plan(SEVENTY, "v5e:4x4")
 
 
-def test_search_offers_the_meshes_that_divide_and_puts_the_fastest_that_fits_first():
+def test_search_finds_all_dividing_meshes_and_ranks_the_fastest_that_fits_first():
     cfg = load_config(SEVENTY)
     found = meshes(cfg, published(cfg.model), topology("v5p-128"))
     shapes = {(mesh.data, mesh.fsdp, mesh.tensor) for mesh in found}
     assert (1, 16, 4) in shapes
     assert all(tensor <= 8 and data * fsdp <= 16 for data, fsdp, tensor in shapes)  # kv heads; rows of the batch
-    ranked = search(cfg, topology("v5p-128"), Assumed(), architecture, compiled=False)
+    ranked = [result for _, result in search(cfg, topology("v5p-128"), Assumptions(), architecture, compiled=False)]
     assert len(ranked) == len(found)
-    fitting = [made for _, made in ranked if made.fits]
-    assert fitting and [made for _, made in ranked][: len(fitting)] == fitting
-    assert fitting[0].hours == min(made.hours for made in fitting)
+    fitting = [result for result in ranked if result.fits]
+    assert fitting and ranked[: len(fitting)] == fitting
+    assert fitting[0].hours == min(result.hours for result in fitting)
     with pytest.raises(MeshError, match="no mesh of 3 chips divides"):
-        search(cfg, topology("h100:3"), Assumed(), architecture)
+        search(cfg, topology("h100:3"), Assumptions(), architecture)
 
 
 @pytest.mark.parametrize("path", sorted(CONFIGS.rglob("*_*.py")), ids=lambda path: f"{path.parent.name}/{path.stem}")
-def test_every_shipped_config_has_a_plan(path):
+def test_plan_of_every_shipped_config_fits_its_hardware(path):
     if path.stem.startswith("toy"):
         pytest.skip("for a laptop")
-    where = planned_for(path)
-    made = estimated(path, where)
-    assert made.hours > 0
-    assert made.fits, made.advice
-    value = value_of(path, made, Assumed())
+    result = estimated_plan(path, hardware_of(path))
+    assert result.hours > 0
+    assert result.fits, result.advice
+    value = value_of(path, result, Assumptions())
     assert json.loads(json.dumps(value, allow_nan=False))["fits"]
 
 
-def planned_for(path: Path) -> str:
+def hardware_of(path: Path) -> str:
     """The hardware in a config's name."""
-    return next(where for word, where in HARDWARE.items() if word in path.stem)
+    return next(hardware for word, hardware in HARDWARE.items() if word in path.stem)
 
 
-def test_what_the_compiler_refused_is_larger_than_all_that_it_did_not():
+def test_advice_ranks_a_refused_program_above_all_others():
     cfg = dataclasses.replace(load_config(SEVENTY), mesh=MeshConfig(fsdp=4, tensor=4))
-    made = plan(cfg, topology("v5e:4x4"), Assumed(), architecture, compiled=False)
-    refusal = planner.Made(None, None, 1.0, "needs 60.0GiB of 15.75GiB")
-    smaller = planner.Made(None, None, 1.0, "needs 26.0GiB of 15.75GiB")
-    refused = {"dpo": (refusal, 60.0), "reference": (smaller, 26.0)}
+    result = plan_by_arithmetic(cfg, "v5e:4x4")
+    larger = Build(None, None, 1.0, "needs 60.0GiB of 15.75GiB")
+    smaller = Build(None, None, 1.0, "needs 26.0GiB of 15.75GiB")
+    refused = {"dpo": (larger, 60.0), "reference": (smaller, 26.0)}
     rows = [
-        dataclasses.replace(row, made=refused[row.name][0], gib=refused[row.name][1]) if row.name in refused else row
-        for row in made.rows
+        dataclasses.replace(row, build=refused[row.name][0], gib=refused[row.name][1]) if row.name in refused else row
+        for row in result.rows
     ]
     mesh = planner.mesh_of(cfg.mesh, topology("v5e:4x4"), compiled=False)
-    said = "\n".join(planner.advise(rows, made.config, mesh, made.topology))
-    assert "dpo: dpo needs 60.0GiB of 15.75GiB beside 32.1 of other models" in said
+    advice = "\n".join(planner.advise(rows, result.config, mesh, result.topology))
+    assert "dpo: dpo needs 60.0GiB of 15.75GiB beside 32.1 of other models" in advice
 
 
-def test_a_program_that_cannot_be_made_stops_the_others(monkeypatch):
-    begun = []
+def test_failed_compilation_stops_the_others(monkeypatch):
+    started = []
 
     def compile_(shape, mesh):
-        begun.append(shape)
+        started.append(shape)
         raise RuntimeError("no")
 
-    monkeypatch.setattr(planner, "_compile", compile_)
+    monkeypatch.setattr(builds, "_compile", compile_)
     shapes = [Shape("sft", CONFIG, dataclasses.replace(SIZES, batch_size=8 * n)) for n in range(1, 40)]
     with pytest.raises(RuntimeError, match="no"):
         compile_all(shapes, tiny.mesh(MESH))
-    assert len(begun) < len(shapes)
+    assert len(started) < len(shapes)
 
 
 # --------------------------------------------------------------------------------------------------------- the command
 
 
-def test_json_has_the_promised_keys(capsys):
+def test_json_has_the_documented_keys(capsys):
     assert main(["plan", str(SEVENTY), "--topology", "v5p:4x4x4", "--arithmetic", "--json"]) == 0
     value = json.loads(capsys.readouterr().out)
     assert value["topology"] == "v5p:4x4x4" and value["chips"] == 64 and value["fits"] is True
@@ -221,25 +225,25 @@ def test_overrides_and_assumptions_change_the_plan(capsys):
     before = json.loads(capsys.readouterr().out)
     main([*base, "--sampling.num-samples", "8", "--fill", "0.5"])
     after = json.loads(capsys.readouterr().out)
-    hours = lambda value: {stage["name"]: stage["hours"] for stage in value["stages"]}  # noqa: E731
-    # Twice as many, half as long.
-    assert hours(after)["candidates"] == pytest.approx(hours(before)["candidates"], rel=0.2)
+    hours_before, hours_after = ({stage["name"]: stage["hours"] for stage in v["stages"]} for v in (before, after))
+    # Twice as many samples, half as long.
+    assert hours_after["candidates"] == pytest.approx(hours_before["candidates"], rel=0.2)
     assert after["assumed"]["fill"] == 0.5
 
 
 @pytest.mark.parametrize(
-    ("words", "said"),
+    ("words", "message"),
     [
         ([], "give a config first"),
         ([str(SEVENTY)], "give the topology"),
-        ([str(SEVENTY), "--topology", "v9:2x2"], "names no topology"),
-        ([str(SEVENTY), "--topology", "v5p:4x4x4", "--fill", "2"], "fill 2.0 lies in"),
-        ([str(SEVENTY), "--topology", "h100:64", "--model", "nobody/nothing"], "is not known here"),
+        ([str(SEVENTY), "--topology", "v9:2x2"], "unknown topology"),
+        ([str(SEVENTY), "--topology", "v5p:4x4x4", "--fill", "2"], "fill 2.0 must be in"),
+        ([str(SEVENTY), "--topology", "h100:64", "--model", "nobody/nothing"], "unknown architecture"),
     ],
 )
-def test_a_wrong_command_line_says_what_is_wrong(words, said, capsys):
+def test_wrong_command_line_says_what_is_wrong(words, message, capsys):
     assert main(["plan", *words]) in (1, 2)
-    assert said in capsys.readouterr().err
+    assert message in capsys.readouterr().err
 
 
 # -------------------------------------------------------------------------------------------------------- the compiler
@@ -249,7 +253,7 @@ def test_a_wrong_command_line_says_what_is_wrong(words, said, capsys):
 @pytest.mark.slow
 @pytest.mark.xdist_group("libtpu")
 @pytest.mark.parametrize(
-    ("name", "where", "programs_"),
+    ("name", "hardware", "program_names"),
     [
         ("self_rewarding/llama2_70b_v5p128", "v5p:4x4x4", ("dpo", "decode")),
         ("srt/tulu2_70b_v5p128", "v5p:4x4x4", ("reference",)),
@@ -257,42 +261,44 @@ def test_a_wrong_command_line_says_what_is_wrong(words, said, capsys):
         ("pit/llama2_70b_v5p128", "v5p:4x4x4", ("gap reward",)),
     ],
 )
-def test_a_config_of_each_method_compiles_for_its_tpu_at_depth_2(name, where, programs_, monkeypatch):
-    """Compiled for real; FLOPs within 5 % of a count by hand, and every loop's turns known but decoding's."""
-    compile_everything = planner.compile_all
+def test_config_of_each_method_compiles_for_its_tpu_at_depth_2(name, hardware, program_names, monkeypatch):
+    """With the real compiler: FLOPs are within 5 % of the estimate, and only decoding has loops of unknown length."""
+    compile_everything = compile_all
 
-    def first_of_each(shapes, mesh):
-        chosen = [next(shape for shape in shapes if shape.name == program) for program in programs_]
-        return dict.fromkeys(shapes, planner.Made(None, None)) | compile_everything(chosen, mesh)
+    def compile_first_of_each(shapes, mesh):
+        chosen = [next(shape for shape in shapes if shape.name == program) for program in program_names]
+        return dict.fromkeys(shapes, Build(None, None)) | compile_everything(chosen, mesh)
 
-    monkeypatch.setattr(planner, "compile_all", first_of_each)
+    def shallow(model_name):
+        return dataclasses.replace(published(model_name), num_layers=2)
+
+    monkeypatch.setattr(planner, "compile_all", compile_first_of_each)
     cfg = load_config(CONFIGS / f"{name}.py")
-    shallow = lambda model_name: dataclasses.replace(published(model_name), num_layers=2)  # noqa: E731
-    made = plan(cfg, topology(where), Assumed(), shallow)
-    assert made.fits and made.compiled
-    rows = {row.name: row for row in made.rows if row.made.cost is not None}
-    assert set(rows) == set(programs_)
+    result = plan(cfg, topology(hardware), Assumptions(), shallow)
+    assert result.fits and result.compiled
+    rows = {row.name: row for row in result.rows if row.build.cost is not None}
+    assert set(rows) == set(program_names)
     for row in rows.values():
-        guess = estimates.estimate(row.name, row.shape.config, abstract(made), row.shape.sizes)[1]
-        assert row.made.cost.flops == pytest.approx(guess.flops, rel=0.05), row.name
-        assert (row.made.cost.unknown_loops > 0) == (row.name == "decode")
-        assert row.seconds > 0 and row.made.memory.total > 0
+        estimate = estimates.estimate(row.name, row.shape.config, abstract_mesh(result), row.shape.sizes)[1]
+        assert row.build.cost.flops == pytest.approx(estimate.flops, rel=0.05), row.name
+        assert (row.build.cost.unknown_loops > 0) == (row.name == "decode")
+        assert row.seconds > 0 and row.build.memory.total > 0
 
 
-def abstract(made):
-    data, fsdp, tensor = made.mesh
-    return planner.mesh_of(MeshConfig(data=data, fsdp=fsdp, tensor=tensor), made.topology, compiled=False)
+def abstract_mesh(result):
+    data, fsdp, tensor = result.mesh
+    return planner.mesh_of(MeshConfig(data=data, fsdp=fsdp, tensor=tensor), result.topology, compiled=False)
 
 
 @needs_libtpu
 @pytest.mark.slow
 @pytest.mark.xdist_group("libtpu")
-def test_what_the_compiler_refuses_is_a_row_that_does_not_fit():
+def test_refusal_of_the_compiler_names_the_memory_needed():
     config = dataclasses.replace(published("meta-llama/Llama-2-70b-hf"), num_layers=8)
-    mesh = make_mesh(MeshConfig(fsdp=1, tensor=1), planner.tpu_devices("v5e:1x1"))
+    mesh = make_mesh(MeshConfig(fsdp=1, tensor=1), tpu_devices("v5e:1x1"))
     shape = Shape("score", config, Sizes(score_rows=1, max_length=128))
-    (made,) = compile_all([shape], mesh).values()
-    assert made.memory is None and made.refusal is not None
-    assert made.refusal.startswith("needs ") and made.refusal.endswith("of 15.75GiB")
-    assert planner.refused_gib(made.refusal) > 15.75
-    assert planner.refused_gib("needs 512.0MiB of 15.75GiB") == 0.5 and planner.refused_gib("no memory") == 0.0
+    (build,) = compile_all([shape], mesh).values()
+    assert build.memory is None and build.refusal is not None
+    assert build.refusal.startswith("needs ") and build.refusal.endswith("of 15.75GiB")
+    assert builds.refused_gib(build.refusal) > 15.75
+    assert builds.refused_gib("needs 512.0MiB of 15.75GiB") == 0.5 and builds.refused_gib("no memory") == 0.0

@@ -1,3 +1,5 @@
+"""Names of topologies, and the table of chips."""
+
 import math
 
 import pytest
@@ -9,7 +11,7 @@ from jaxsi.perf.topologies import CHIPS, TopologyError, topology
     ("name", "shape", "chips", "hosts"),
     [
         ("v5p:4x4x4", "v5p:4x4x4", 64, 16),
-        ("v5p-128", "v5p:4x4x4", 64, 16),  # cores, two a chip
+        ("v5p-128", "v5p:4x4x4", 64, 16),  # cores, two per chip
         ("v5p-8", "v5p:2x2x1", 4, 1),
         ("v5p-32", "v5p:2x2x4", 16, 4),
         ("v5p-256", "v5p:4x4x8", 128, 32),
@@ -24,7 +26,7 @@ from jaxsi.perf.topologies import CHIPS, TopologyError, topology
         ("b200", "b200:1", 1, 1),
     ],
 )
-def test_topologies_by_every_name(name, shape, chips, hosts):
+def test_topology_accepts_every_notation(name, shape, chips, hosts):
     found = topology(name)
     assert (found.name, found.chips, found.hosts) == (shape, chips, hosts)
     assert topology(found.name) == found
@@ -35,19 +37,19 @@ def test_topologies_by_every_name(name, shape, chips, hosts):
     "name",
     ["", "v5p", "v5p:4x4", "v5e:4x4x4", "v5p-7", "v5e-12", "v5p:0x4x4", "h100:0", "8xh100:8", "h900:8", "v7:2x2", "64"],
 )
-def test_what_names_no_topology_is_refused_with_examples(name):
-    with pytest.raises(TopologyError, match=r"names no topology; give a TPU slice .*v5p:4x4x4.*h100:8"):
+def test_topology_refuses_unknown_name_with_examples(name):
+    with pytest.raises(TopologyError, match=r"unknown topology .*; give a TPU slice .*v5p:4x4x4.*h100:8"):
         topology(name)
 
 
-def test_the_table_of_chips_is_in_its_units():
+def test_table_of_chips_uses_its_units():
     for chip in CHIPS.values():
         assert 0.75 * chip.hbm_gib < chip.usable_gib <= 1.01 * chip.hbm_gib
         assert 5e11 < chip.bandwidth < 1e13 and 1e14 < chip.flops < 3e15
         assert chip.network <= chip.wire < 1e12
 
 
-def test_gpus_of_several_hosts_meet_over_the_network():
+def test_gpus_on_several_hosts_use_the_network():
     assert topology("h100:16").wire(8) == 450e9
     assert topology("h100:16").wire(16) == 50e9
     assert topology("v5p:4x4x4").wire(64) == 600e9

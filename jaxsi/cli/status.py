@@ -24,7 +24,6 @@ class Status:
 
 def status(argv: list[str]) -> Report:
     """The state of a run."""
-
     from jaxsi.runs import status as stored
 
     value = stored.status(parse(Status, argv, "jaxsi status", DESCRIPTION).run_dir)

@@ -17,25 +17,25 @@ def free_port() -> int:
 
 
 def start(words: Sequence[object], devices: int = 1, **variables: str) -> subprocess.Popen[str]:
-    """python WORDS with so many devices, in a process group of its own."""
-    kept = {name: value for name, value in os.environ.items() if not name.startswith(("SLURM_", "OMPI_"))}
+    """Starts python WORDS with ``devices`` CPU devices, in a process group of its own."""
+    inherited = {name: value for name, value in os.environ.items() if not name.startswith(("SLURM_", "OMPI_"))}
     flags = {"XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}", "JAX_PLATFORMS": "cpu"}
     return subprocess.Popen(
-        [sys.executable, *map(str, words)], cwd=ROOT, env=kept | flags | {"PYTHONPATH": str(ROOT)} | variables,
+        [sys.executable, *map(str, words)], cwd=ROOT, env=inherited | flags | {"PYTHONPATH": str(ROOT)} | variables,
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
     )  # fmt: skip
 
 
 def start_command(*words: object, count: int, devices: int, heartbeat: int = 10) -> list[subprocess.Popen[str]]:
-    """`jaxsi WORDS` as ``count`` processes that find each other by their options; alone without any."""
-    port, common = free_port(), ["-m", "jaxsi", *words]
+    """Starts `jaxsi WORDS` as ``count`` processes that find each other by their options; one alone needs no options."""
+    port, command = free_port(), ["-m", "jaxsi", *words]
     if count == 1:
-        return [start(common, devices)]
-    join = ["--coordinator", f"127.0.0.1:{port}", "--num-processes", count, "--heartbeat", heartbeat]
-    return [start([*common, *join, "--process-id", index], devices) for index in range(count)]
+        return [start(command, devices)]
+    options = ["--coordinator", f"127.0.0.1:{port}", "--num-processes", count, "--heartbeat", heartbeat]
+    return [start([*command, *options, "--process-id", index], devices) for index in range(count)]
 
 
 def ended(processes: Sequence[subprocess.Popen[str]], timeout: float = 300) -> list[tuple[int, str, str]]:
-    """(exit code, stdout, stderr) of each."""
-    said = [process.communicate(timeout=timeout) for process in processes]
-    return [(process.returncode, *texts) for process, texts in zip(processes, said, strict=True)]
+    """Waits for processes; gives (exit code, stdout, stderr) of each."""
+    outputs = [process.communicate(timeout=timeout) for process in processes]
+    return [(process.returncode, *output) for process, output in zip(processes, outputs, strict=True)]

@@ -1,4 +1,6 @@
-"""The micro world: the toy config of PIT, small enough to be killed and run again many times."""
+"""The micro world: the toy config of PIT, small enough to be killed and run again many times.
+
+All stages sample 16 responses at a time, so that they share compiled programs."""
 
 import dataclasses
 from pathlib import Path
@@ -30,7 +32,7 @@ def config() -> Config:
         policy_rl=rl,
         rl=rl,
         rounds=(2, 2),
-        sampling=dataclasses.replace(toy.sampling, batch_size=32),
+        sampling=dataclasses.replace(toy.sampling, batch_size=16),
         evaluate=ImprovedEvaluation(num_prompts=8, num_samples=2, judged_prompts=4, preferences=16),
     )
 

@@ -1,4 +1,6 @@
-"""The micro world: the toy config of SEFT, small enough to be killed and run again many times."""
+"""The micro world: the toy config of SEFT, small enough to be killed and run again many times.
+
+All stages sample up to 16 responses at a time, so that they share compiled programs."""
 
 import dataclasses
 from pathlib import Path
@@ -24,7 +26,7 @@ def prompts():
 
 
 def held_out():
-    return world.prompts(8, seed=2, held_out=True)
+    return world.prompts(16, seed=2, held_out=True)
 
 
 def smaller(train: TrainConfig) -> TrainConfig:
@@ -46,9 +48,9 @@ def config() -> Config:
         ),
         prompts=prompts,
         held_out=held_out,
-        sampling=dataclasses.replace(toy.sampling, batch_size=32),
+        sampling=dataclasses.replace(toy.sampling, batch_size=16),
         sft=smaller(toy.sft),
-        evaluate=PolicyEvaluation(num_prompts=8, judged_prompts=4),
+        evaluate=PolicyEvaluation(num_prompts=8, num_samples=2, judged_prompts=4),
         iterations=2,
     )
 

@@ -1,4 +1,6 @@
-"""The micro world: the toy config, small enough to be killed and run again many times."""
+"""The micro world: the toy config, small enough to be killed and run again many times.
+
+All stages sample up to 32 responses at a time, most of up to 16 tokens, so that they share compiled programs."""
 
 import dataclasses
 from pathlib import Path
@@ -28,11 +30,12 @@ def config() -> Config:
     return dataclasses.replace(
         toy,
         seed_data=SeedData(ift=ift, rankings=rankings, max_share=1.0),
-        prompts=dataclasses.replace(toy.prompts, num_prompts=24),
+        prompts=dataclasses.replace(toy.prompts, num_prompts=24, batch_size=32),
         sampling=dataclasses.replace(toy.sampling, batch_size=32),
+        judge=dataclasses.replace(toy.judge, batch_size=32),
         sft=smaller(toy.sft),
         dpo=dataclasses.replace(toy.dpo, train=smaller(toy.dpo.train)),
-        evaluate=ToyEvaluation(num_prompts=8, judged_prompts=4),
+        evaluate=ToyEvaluation(num_prompts=16, num_samples=2, max_new_tokens=16, judged_prompts=8),
         iterations=2,
     )
 

@@ -1,4 +1,6 @@
-"""The micro world: the toy config of SPIN, small enough to be killed and run again many times."""
+"""The micro world: the toy config of SPIN, small enough to be killed and run again many times.
+
+All stages sample 32 responses of up to 24 tokens at a time, so that they share compiled programs."""
 
 import dataclasses
 from pathlib import Path
@@ -19,7 +21,7 @@ def config() -> Config:
     return dataclasses.replace(
         toy,
         demonstrations=demonstrations,
-        sampling=dataclasses.replace(toy.sampling, batch_size=32),
+        sampling=dataclasses.replace(toy.sampling, batch_size=32, max_new_tokens=24),
         dpo=dataclasses.replace(toy.dpo, train=train),
         evaluate=ToyQuality(num_prompts=8),
     )

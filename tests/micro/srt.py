@@ -1,4 +1,6 @@
-"""The micro world: the toy config of SRT, small enough to be killed and run again many times."""
+"""The micro world: the toy config of SRT, small enough to be killed and run again many times.
+
+All stages sample 32 responses at a time, so that they share compiled programs."""
 
 import dataclasses
 from pathlib import Path
@@ -28,12 +30,12 @@ def config() -> Config:
         prompts=prompts,
         critic_prompts=320,
         template=toy.template.without("weaknesses", "suggestions", "score"),
-        sampling=dataclasses.replace(toy.sampling, batch_size=64),
+        sampling=dataclasses.replace(toy.sampling, batch_size=32),
         sft=first,
         dpo=dataclasses.replace(toy.dpo, train=train),
-        critique=dataclasses.replace(toy.critique, max_new_tokens=24, batch_size=64),
+        critique=dataclasses.replace(toy.critique, max_new_tokens=24, batch_size=32),
         scoring=exact_scores,
-        evaluate=RefinedEvaluation(num_prompts=8, num_samples=2, reranked_prompts=4),
+        evaluate=RefinedEvaluation(num_prompts=16, num_samples=2, reranked_prompts=16),
     )
 
 

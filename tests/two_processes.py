@@ -1,0 +1,116 @@
+"""What test_multihost runs in one process with eight devices and in two processes with four devices each.
+
+    python tests/two_processes.py INDEX PORT FOLDER
+
+is process INDEX of the two. It prints what each function of PARTS returns, as one JSON object.
+"""
+
+import dataclasses
+import hashlib
+import json
+import sys
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import jax
+import numpy as np
+
+
+def sampled(folder: Path) -> dict[str, Any]:
+    """Responses, judgments and scores of the shipped model."""
+    import jaxsi
+    from jaxsi.runs.records import to_json
+    from jaxsi.sampling.scoring import score_choices
+    from jaxsi.stages.judge import JudgeConfig, judge
+    from jaxsi.text.chat import render_prompt
+    from jaxsi.toyworld import world
+    from jaxsi.toyworld.corpus import RUBRIC
+    from jaxsi.toyworld.seed import SHIPPED
+
+    lm = jaxsi.load(SHIPPED, dtype="float32")
+    assert lm.mesh.devices.size == 8
+    prompts = world.prompts(6, seed=3, held_out=False)
+    responses = jaxsi.generate(lm, prompts, num_samples=2, max_new_tokens=16, batch_size=8)
+    judging = JudgeConfig(num_samples=2, max_new_tokens=24)
+    judgments = judge(lm, prompts, responses, RUBRIC, judging, jax.random.key(0))
+    scores = jaxsi.score(lm, [prompt for prompt in prompts for _ in range(2)], responses)
+    texts = [render_prompt(lm.tokenizer, prompt.messages) for prompt in prompts]
+    choices = score_choices(lm, texts, [[[7], [8]]] * len(texts))
+    return {
+        "records": [to_json(record) for record in [*responses, *judgments]],
+        "scores": [*scores.tolist(), *choices.ravel().tolist()],
+        "fingerprint": lm.fingerprint,
+    }
+
+
+def saved(folder: Path) -> list[str]:
+    """The hashes of a training state after a step on a batch, of which each process makes its own rows."""
+    import tiny
+    from jaxsi.model import mesh
+    from jaxsi.runs import checkpoint
+    from jaxsi.training import batches as data, train
+    from jaxsi.training.optim import OptimConfig
+
+    lm = tiny.make_lm("2x2x2")
+    optimizer = OptimConfig(learning_rate=1e-2)
+    loss = train.SFTLoss(lm.config, lm.mesh, "float32", "none")
+    sequences = [data.encode_pair(lm.tokenizer, pair)[0] for pair in tiny.preference_pairs(12)]
+    batches = data.packed(sequences, 64, 8, lm.mesh, epochs=1, seed=0)
+    parts: list[tuple[int, int]] = []
+    collate = batches.collate
+    batch = dataclasses.replace(batches, collate=lambda part: parts.append(part[1:]) or collate(part))[0]
+    rows = 8 // jax.process_count()
+    assert parts == [(rows * jax.process_index(), rows * (jax.process_index() + 1))], parts
+    state, _ = train.train_step(
+        train.initial_state(lm.weights, optimizer), batch, 1e-2, loss=loss, optimizer=optimizer, accumulate=1
+    )
+    checkpoint.save(folder / "state", state._asdict(), {})
+    return [hashlib.sha256(np.asarray(x).tobytes()).hexdigest() for x in jax.tree.leaves(mesh.fetch(state._asdict()))]
+
+
+def exported(folder: Path) -> dict[str, Any]:
+    """Which files of an export this process writes, and how many bytes of them it reads to load them again."""
+    import tiny
+    from jaxsi.hf import export, weights
+
+    lm = tiny.make_lm("1x8x1")
+    files: list[str] = []
+    sizes: list[int] = []
+    save_file, open_file = export.save_file, weights._open
+
+    def save_and_note(tensors: Any, path: Path, **rest: Any) -> None:
+        files.append(path.name)
+        save_file(tensors, path, **rest)
+
+    class Slices:
+        def __init__(self, tensor: Any):
+            self.tensor = tensor
+
+        def __getitem__(self, index: Any) -> Any:
+            sizes.append(self.tensor[index].nbytes)
+            return self.tensor[index]
+
+    class File:
+        def __init__(self, file: Any):
+            self.file = file
+
+        def get_slice(self, name: str) -> Slices:
+            return Slices(self.file.get_slice(name))
+
+    with mock.patch.object(export, "save_file", save_and_note):
+        export.export(folder / "model", lm.config, lm.weights, dtype="float32", max_shard_bytes=50_000)
+    with mock.patch.object(weights, "_open", lambda stack, file: File(open_file(stack, file))):
+        loaded = jax.tree.leaves(weights.load_weights(folder / "model", lm.config, lm.mesh))
+    same = all(bool((a == b).all()) for a, b in zip(loaded, jax.tree.leaves(lm.weights), strict=True))
+    whole = sum(w.nbytes for w in loaded if w.sharding.is_fully_replicated)
+    return {"files": files, "read": sum(sizes) - whole, "size": sum(w.nbytes for w in loaded) - whole, "same": same}
+
+
+PARTS = (sampled, saved, exported)
+
+
+if __name__ == "__main__":
+    index, port = map(int, sys.argv[1:3])
+    jax.distributed.initialize(f"127.0.0.1:{port}", 2, index)
+    print(json.dumps({part.__name__: part(Path(sys.argv[3])) for part in PARTS}))

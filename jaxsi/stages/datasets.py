@@ -1,8 +1,8 @@
 """Public data sets as records, and the judge's own training data (EFT) from ranked responses.
 
-One loader per known set, which knows its columns; `source` is a hub name, a local file (JSON, JSONL, Parquet, CSV) or a
-folder. Rows that a set is known to contain and that give no record (another language, an unfinished conversation) are
-passed over; a missing column or a value of another shape is a SourceError.
+Each known set has one loader, which knows its columns. `source` is a hub name, a local file (JSON, JSONL, Parquet, CSV)
+or a folder. A loader skips rows that its set is known to contain and that cannot become a record (another language, an
+unfinished conversation). A missing column or a value of another shape is a SourceError.
 """
 
 import hashlib
@@ -29,7 +29,7 @@ class SourceError(Exception):
 
 
 def oasst(source: str = "OpenAssistant/oasst1", *, split: str = "train", columns: Columns = None) -> list[SFTExample]:
-    """Open Assistant: English first turns with the reply that humans ranked best (rank 0), the IFT set of the paper."""
+    """Open Assistant: English first turns with the reply that humans ranked best (rank 0); the paper's IFT set."""
     return [
         SFTExample(id=ranked.id, messages=ranked.messages, response=ranked.responses[0])
         for ranked in _oasst_replies(source, split, columns)
@@ -47,15 +47,15 @@ def oasst_rankings(
 def tulu2_mixture(
     source: str = "allenai/tulu-v2-sft-mixture", *, split: str = "train", columns: Columns = None
 ) -> list[SFTExample]:
-    """The Tulu 2 mixture: the last assistant turn of each conversation is the response, what precedes it the prompt."""
+    """The Tulu 2 mixture: each conversation's last assistant turn is the response, the turns before it the prompt."""
     examples = []
     for row in _rows("tulu2_mixture", source, split, ("id", "messages"), columns):
         messages = _messages("tulu2_mixture", row["id"], row["messages"])
         while messages and messages[-1]["role"] != "assistant":
             messages = messages[:-1]
         if len(messages) >= 2 and messages[-2]["role"] == "user" and messages[-1]["content"].strip():
-            example = SFTExample(id=str(row["id"]), messages=messages[:-1], response=messages[-1]["content"])
-            examples.append(example)
+            response = messages[-1]["content"]
+            examples.append(SFTExample(id=str(row["id"]), messages=messages[:-1], response=response))
     return _checked("tulu2_mixture", source, examples)
 
 
@@ -99,7 +99,7 @@ def hh_rlhf(
     for number, row in enumerate(_rows("hh_rlhf", source, split, ("chosen", "rejected"), columns)):
         chosen, rejected = (transcript_messages(row[column]) for column in ("chosen", "rejected"))
         if not chosen or not rejected or chosen[:-1] != rejected[:-1]:
-            continue  # the set has a few pairs that part earlier: they compare conversations, not responses
+            continue  # a few pairs differ earlier: they compare conversations, not responses
         if chosen[-1]["role"] == rejected[-1]["role"] == "assistant":
             texts = [chosen[-1]["content"], rejected[-1]["content"]]
             ranked.append(_ranked(f"hh-{number}", chosen[:-1], texts, [0.0, 1.0]))
@@ -107,9 +107,9 @@ def hh_rlhf(
 
 
 def transcript_messages(text: str) -> tuple[Message, ...]:
-    """Turns that begin in "Human:" or "Assistant:", each after a blank line, as stripped messages.
+    """Turns that begin with "Human:" or "Assistant:", each after a blank line, as stripped messages.
 
-    Text before the first turn is passed over.
+    Text before the first turn is ignored.
     """
     pieces = _TURN.split(text)[1:]
     return tuple(
@@ -119,7 +119,7 @@ def transcript_messages(text: str) -> tuple[Message, ...]:
 
 
 def as_responses(ranked: Iterable[RankedResponses]) -> tuple[list[Prompt], list[Response]]:
-    """Prompts and responses that `jaxsi.judge` takes; response i of prompt p has the id "p#i", and no token ids."""
+    """Prompts and responses as `jaxsi.judge` takes them. Response i of prompt p has the id "p#i" and no token ids."""
     prompts, responses = [], []
     for record in ranked:
         prompts.append(Prompt(id=record.id, messages=record.messages))
@@ -149,33 +149,33 @@ def eft_examples(
     seed: int = 0,
     ift: Sequence[SFTExample] = (),
 ) -> tuple[list[SFTExample], dict[str, float]]:
-    """Judge prompt -> justification and score: what the judge wrote where it ordered responses as humans did.
+    """Judge prompt -> justification and score: the judge's own texts for prompts on which it agrees with humans.
 
-    The paper's rule (Self-Rewarding, arXiv 2401.10020): judge human-ranked responses, keep where the orders agree,
-    resample so that no score dominates. Our reading of it: of the K judgments, the first k whose verdicts have no pair
-    of responses the wrong way round and at least one the right way round (equal scores are neither); then scores that
-    hold more than `max_share` of the examples are thinned out by `seed`, whatever the order of the records.
+    The paper's rule (Self-Rewarding, arXiv 2401.10020): judge human-ranked responses, keep those on which the orders
+    agree, and resample so that no score dominates. Our reading of it: take the first of the K judgments whose verdicts
+    order no pair of responses wrongly and at least one pair rightly (equal scores count as neither). Then thin out the
+    scores that hold more than `max_share` of the examples, by `seed` and independent of the order of the records.
 
     Args:
       judgments: of `as_responses(ranked)`, joined by id; the target is the text up to its verdict.
       ift: demonstrations whose prompts are left out, so that the two sets are disjoint.
 
-    Returns: examples with the ids of their responses, and counts: prompts, "in_ift", "disagree" (no k agrees), "agree",
-      "no_justification" (a bare score), "thinned", examples; and
-      "max_share_raised_to", where so few different scores were kept that none can hold less.
+    Returns: examples with the ids of their responses, and counts: prompts, "in_ift", "disagree" (none of the K agrees),
+      "agree", "no_justification" (a bare score), "thinned", examples; and "max_share_raised_to" if the kept examples
+      have so few different scores that `max_share` cannot be met.
 
-    Raises: ValueError for judgments that do not fit `ranked`.
+    Raises: ValueError: if the judgments do not fit `ranked`.
     """
     if not 0.0 < max_share <= 1.0:
-        raise ValueError(f"max_share is {max_share}; it lies in (0, 1]")
+        raise ValueError(f"max_share is {max_share}; give a number in (0, 1]")
     by_id = {judgment.id: judgment for judgment in judgments}
     if len(by_id) != len(judgments):
         raise ValueError(f"{len(judgments) - len(by_id)} of {len(judgments)} judgments repeat an id; ids are unique")
-    taken = {_normal(question_text(example.messages)) for example in ift}
+    ift_questions = {_normal(question_text(example.messages)) for example in ift}
     counts = dict.fromkeys(("in_ift", "disagree", "agree", "no_justification"), 0)
-    found: list[tuple[int, SFTExample]] = []
+    candidates: list[tuple[int, SFTExample]] = []
     for record in ranked:
-        if _normal(question_text(record.messages)) in taken:
+        if _normal(question_text(record.messages)) in ift_questions:
             counts["in_ift"] += 1
             continue
         verdicts = _first_agreeing(record, by_id, rubric)
@@ -187,17 +187,22 @@ def eft_examples(
                 counts["no_justification"] += 1
                 continue
             messages = Prompt.of("", judge_prompt).messages
-            found.append((score, SFTExample(id=f"{record.id}#{i}", messages=messages, response=target)))
-    least = 1 / max(len({score for score, _ in found}), 1)
-    examples = _thinned(found, max(max_share, least), seed)
-    told = {"prompts": len(ranked), **counts, "thinned": len(found) - len(examples), "examples": len(examples)}
-    return examples, told | ({"max_share_raised_to": least} if found and least > max_share else {})
+            candidates.append((score, SFTExample(id=f"{record.id}#{i}", messages=messages, response=target)))
+    least = 1 / max(len({score for score, _ in candidates}), 1)
+    examples = _thinned(candidates, max(max_share, least), seed)
+    statistics = {
+        "prompts": len(ranked),
+        **counts,
+        "thinned": len(candidates) - len(examples),
+        "examples": len(examples),
+    }
+    return examples, statistics | ({"max_share_raised_to": least} if candidates and least > max_share else {})
 
 
 def _first_agreeing(
     record: RankedResponses, by_id: Mapping[str, Judgment], rubric: Rubric
 ) -> list[tuple[int, int, str]]:
-    """(response number, score, text) of the first judgment number whose scores order the responses as the ranks do."""
+    """(response number, score, text) of the first judgment whose scores order the responses as the ranks do."""
     texts = []
     for i in range(len(record.responses)):
         judgment = by_id.get(f"{record.id}#{i}")
@@ -218,19 +223,19 @@ def _first_agreeing(
     return []
 
 
-def _thinned(found: Sequence[tuple[int, SFTExample]], max_share: float, seed: int) -> list[SFTExample]:
-    """At most as many examples of each score as let none exceed `max_share`; which ones is drawn by id."""
-    sizes = Counter(score for score, _ in found)
+def _thinned(scored: Sequence[tuple[int, SFTExample]], max_share: float, seed: int) -> list[SFTExample]:
+    """Examples cut to the same number for each score, so that none exceeds `max_share`; they are drawn by id."""
+    sizes = Counter(score for score, _ in scored)
     if not sizes:
         return []
     cap = max(sizes.values())
     while cap > 1 and cap > max_share * sum(min(size, cap) for size in sizes.values()) + 1e-9:
         cap -= 1
     groups: dict[int, list[tuple[bytes, str]]] = defaultdict(list)
-    for score, example in found:
+    for score, example in scored:
         groups[score].append((hashlib.sha256(f"{seed}\0{example.id}".encode()).digest(), example.id))
-    kept = {id for group in groups.values() for _, id in sorted(group)[:cap]}
-    return [example for _, example in found if example.id in kept]
+    ids = {id for group in groups.values() for _, id in sorted(group)[:cap]}
+    return [example for _, example in scored if example.id in ids]
 
 
 def _oasst_replies(source: str, split: str, columns: Columns) -> list[RankedResponses]:
@@ -258,7 +263,8 @@ def _oasst_replies(source: str, split: str, columns: Columns) -> list[RankedResp
 def _ranked(
     id: str, messages: tuple[Message, ...], texts: Sequence[str], order: Sequence[float], *, dense: bool = True
 ) -> RankedResponses:
-    """Sorted best (lowest `order`) first; dense: ranks count from 0 without gaps, equal values share one."""
+    """Responses sorted from the lowest `order`, which is best. `dense`: ranks count from 0 without gaps, and equal
+    values share one rank; otherwise the values themselves are the ranks."""
     places = {value: rank for rank, value in enumerate(sorted(set(order)))}
     rows = sorted(((places[value] if dense else int(value), i) for i, value in enumerate(order)))
     return RankedResponses(
@@ -269,23 +275,23 @@ def _ranked(
     )
 
 
-def _rows(name: str, source: str, split: str, wanted: Sequence[str], columns: Columns) -> Iterable[Row]:
-    """The rows with the wanted columns only, under the loader's names; structured CSV cells are read as JSON."""
-    names = {column: (columns or {}).get(column, column) for column in wanted}
-    unknown = set(columns or {}) - set(wanted)
+def _rows(name: str, source: str, split: str, required: Sequence[str], columns: Columns) -> Iterable[Row]:
+    """The rows with only the required columns, under the loader's names; structured CSV cells are read as JSON."""
+    names = {column: (columns or {}).get(column, column) for column in required}
+    unknown = set(columns or {}) - set(required)
     if unknown:
-        raise SourceError(f"{name}: columns maps {sorted(unknown)}; this set has {', '.join(wanted)}")
+        raise SourceError(f"{name}: columns maps {sorted(unknown)}; this set has {', '.join(required)}")
     table = _table(name, source, split)
     missing = [column for column in names.values() if column not in table.column_names]
     if missing:
-        meant = next(column for column, given in names.items() if given == missing[0])
+        ours = next(column for column, theirs in names.items() if theirs == missing[0])
         raise SourceError(
             f"{name} from {source}: no column {missing[0]!r}; it has {', '.join(table.column_names)}. "
-            f"Name it by columns={{{meant!r}: ...}} or check the source"
+            f"Name it by columns={{{ours!r}: ...}} or check the source"
         )
     is_csv = Path(source).suffix == ".csv"
     for number, row in enumerate(table.select_columns(list(names.values()))):
-        values = {column: row[given] for column, given in names.items()}
+        values = {column: row[theirs] for column, theirs in names.items()}
         if is_csv:
             values = {column: _cell(value) for column, value in values.items()}
         for column, value in values.items():
@@ -308,15 +314,15 @@ def _table(name: str, source: str, split: str) -> Any:
     path = Path(source)
     kind = _FORMATS.get(path.suffix)
     if path.is_file() and kind is None:
-        raise SourceError(f"{name}: {source} is no {', '.join(_FORMATS)} file; convert it to one of these")
+        raise SourceError(f"{name}: {source} is not a {', '.join(_FORMATS)} file; convert it to one of these")
     local = path.exists() or source.startswith((".", "/")) or kind is not None
     if local and not path.exists():
-        raise SourceError(f"{name}: there is no file {source}; check the path or give a hub name")
+        raise SourceError(f"{name}: the file {source} does not exist; check the path or give a hub name")
     try:
         if path.is_file() and kind is not None:
             return datasets.load_dataset(kind, data_files=str(path), split="train")
         return datasets.load_dataset(source, split=split)
-    except Exception as error:  # the library raises dozens of types; to the user they mean one of two things
+    except Exception as error:  # the library raises dozens of types, which for the user have two causes
         fix = "check that the file is whole" if local else "check name, split and network, or give a local file"
         raise SourceError(f"{name}: cannot read {source} ({type(error).__name__}: {error}); {fix}") from error
 
@@ -347,9 +353,9 @@ def _field(name: str, where: str, column: str, value: Any, key: str, kind: Any) 
 
 
 def _checked(name: str, source: str, records: list[Any]) -> list[Any]:
-    """Never silently nothing: a set that gives no record is of another shape than its loader expects."""
+    """Raises: SourceError: if no row became a record: the set then has another shape than its loader expects."""
     if not records:
-        raise SourceError(f"{name} from {source}: no row gives a record; check that this is the set and its split")
+        raise SourceError(f"{name} from {source}: no row became a record; check the name of the set and its split")
     return records
 
 

@@ -106,7 +106,7 @@ def test_parts_are_left_out_of_what_is_taught() -> None:
     [
         ({"request": "no slots"}, "the slots"),
         ({"weaknesses": "Suggestions:"}, "not all different"),
-        ({"score": "Points {score}"}, "is not read"),
+        ({"score": "Points {score}"}, "does not read"),
         ({"low": 5, "high": 5}, "low=5"),
         ({"parts": ("praise",)}, "praise"),
     ],

@@ -1,4 +1,4 @@
-"""Loaders on hand-made rows in each file format, their errors, and the making of the judge's training data."""
+"""Loaders on small files of each format, their errors, and the judge's training data (EFT)."""
 
 import csv
 import json
@@ -7,7 +7,7 @@ from collections import Counter
 import pytest
 
 from jaxsi.runs.records import Judgment, RankedResponses, SFTExample
-from jaxsi.stages import datasets as sources
+from jaxsi.stages import datasets
 from jaxsi.stages.datasets import SourceError, as_responses, eft_examples, transcript_messages
 from jaxsi.stages.prompts import Rubric
 
@@ -16,11 +16,11 @@ USER, REPLY = {"role": "user", "content": "Hi"}, {"role": "assistant", "content"
 
 @pytest.fixture(autouse=True)
 def cache(tmp_path, monkeypatch):
-    import datasets
+    from datasets import config, disable_progress_bars
 
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
-    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
-    datasets.disable_progress_bars()
+    monkeypatch.setattr(config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    monkeypatch.setattr(config, "HF_HUB_OFFLINE", True)
+    disable_progress_bars()
 
 
 def write(folder, rows, suffix="jsonl"):
@@ -64,11 +64,11 @@ OASST = [
 @pytest.mark.parametrize("suffix", ["jsonl", "json", "parquet", "csv"])
 def test_oasst(tmp_path, suffix):
     path = write(tmp_path, OASST, suffix)
-    assert sources.oasst(path) == [
+    assert datasets.oasst(path) == [
         SFTExample(id="r1", messages=({"role": "user", "content": "Why?"},), response="best"),
         SFTExample(id="r3", messages=({"role": "user", "content": "How?"},), response="only"),
     ]
-    (ranked,) = sources.oasst_rankings(path)
+    (ranked,) = datasets.oasst_rankings(path)
     assert (ranked.id, ranked.responses, ranked.ranks) == ("r1", ("best", "worse"), (0, 1))
 
 
@@ -81,7 +81,7 @@ def test_tulu2_mixture(tmp_path, suffix):
         {"id": "c", "messages": [USER]},
         {"id": "d", "messages": [USER, {"role": "assistant", "content": " "}]},
     ]
-    assert sources.tulu2_mixture(write(tmp_path, rows, suffix)) == [
+    assert datasets.tulu2_mixture(write(tmp_path, rows, suffix)) == [
         SFTExample(id="a", messages=(USER,), response="Hello"),
         SFTExample(id="b", messages=(system, USER, REPLY, USER), response="Again?"),
     ]
@@ -90,7 +90,7 @@ def test_tulu2_mixture(tmp_path, suffix):
 def test_nectar(tmp_path):
     prompt = "\n\nHuman: Hi\n\nAssistant: "
     answers = [{"answer": text, "rank": rank, "model": "m"} for text, rank in [("b", 2.0), ("a", 1.0), ("d", 4.0)]]
-    (ranked,) = sources.nectar(write(tmp_path, [{"prompt": prompt, "answers": answers}]))
+    (ranked,) = datasets.nectar(write(tmp_path, [{"prompt": prompt, "answers": answers}]))
     assert ranked.messages == (USER,)
     assert (ranked.responses, ranked.ranks) == (("a", "b", "d"), (0, 1, 2))
 
@@ -99,7 +99,7 @@ def test_ultrafeedback(tmp_path):
     completions = [
         {"response": r, "overall_score": s} for r, s in [("low", 2.5), ("high", 9.0), ("too", 9.0), ("mid", 4.0)]
     ]
-    (ranked,) = sources.ultrafeedback(write(tmp_path, [{"instruction": "Hi", "completions": completions}]))
+    (ranked,) = datasets.ultrafeedback(write(tmp_path, [{"instruction": "Hi", "completions": completions}]))
     assert ranked.messages == (USER,)
     assert (ranked.responses, ranked.ranks) == (("high", "too", "mid", "low"), (0, 0, 1, 2))
 
@@ -112,7 +112,7 @@ def test_hh_rlhf(tmp_path):
         {"chosen": "\n\nHuman: Hi", "rejected": "\n\nHuman: Ho"},
         {"chosen": "", "rejected": ""},
     ]
-    (ranked,) = sources.hh_rlhf(write(tmp_path, rows))
+    (ranked,) = datasets.hh_rlhf(write(tmp_path, rows))
     last = {"role": "user", "content": "Human: a colon\nAssistant: in a line"}
     assert ranked.messages == (USER, REPLY, last)
     assert (ranked.responses, ranked.ranks) == (("good", "bad"), (0, 1))
@@ -125,41 +125,41 @@ def test_transcript_keeps_blank_lines_inside_turns():
     )
 
 
-def test_columns_of_another_name(tmp_path):
+def test_columns_may_have_other_names(tmp_path):
     path = write(tmp_path, [{"question": "Hi", "completions": [{"response": "x", "overall_score": 1}]}])
     with pytest.raises(
         SourceError, match=r"no column 'instruction'; it has question, completions.*columns=\{'instruction'"
     ):
-        sources.ultrafeedback(path)
-    assert sources.ultrafeedback(path, columns={"instruction": "question"})[0].messages == (USER,)
+        datasets.ultrafeedback(path)
+    assert datasets.ultrafeedback(path, columns={"instruction": "question"})[0].messages == (USER,)
     with pytest.raises(SourceError, match=r"columns maps \['answer'\]"):
-        sources.ultrafeedback(path, columns={"answer": "x"})
+        datasets.ultrafeedback(path, columns={"answer": "x"})
 
 
 @pytest.mark.parametrize(
-    ("loader", "rows", "said"),
+    ("loader", "rows", "message"),
     [
-        (sources.nectar, [{"prompt": "x", "answers": "y"}], "nectar: row 0, column 'answers' holds str"),
-        (sources.nectar, [{"prompt": "x", "answers": [{"answer": "y"}]}], "no usable 'rank'"),
-        (sources.tulu2_mixture, [{"id": "a", "messages": [{"role": "tool", "content": "x"}]}], "row a.*role 'tool'"),
-        (sources.ultrafeedback, [{"instruction": None, "completions": []}], "row 0 has no 'instruction'"),
-        (sources.oasst, [oasst_row("a", None, "prompter", "Hi", lang="es")], "no row gives a record"),
+        (datasets.nectar, [{"prompt": "x", "answers": "y"}], "nectar: row 0, column 'answers' holds str"),
+        (datasets.nectar, [{"prompt": "x", "answers": [{"answer": "y"}]}], "no usable 'rank'"),
+        (datasets.tulu2_mixture, [{"id": "a", "messages": [{"role": "tool", "content": "x"}]}], "row a.*role 'tool'"),
+        (datasets.ultrafeedback, [{"instruction": None, "completions": []}], "row 0 has no 'instruction'"),
+        (datasets.oasst, [oasst_row("a", None, "prompter", "Hi", lang="es")], "no row became a record"),
     ],
 )
-def test_rows_of_another_shape(tmp_path, loader, rows, said):
-    with pytest.raises(SourceError, match=said):
+def test_error_names_a_row_of_another_shape(tmp_path, loader, rows, message):
+    with pytest.raises(SourceError, match=message):
         loader(write(tmp_path, rows))
 
 
-def test_sources_that_cannot_be_read(tmp_path):
-    with pytest.raises(SourceError, match=r"there is no file .*nope\.jsonl"):
-        sources.oasst(str(tmp_path / "nope.jsonl"))
+def test_unreadable_sources_are_errors(tmp_path):
+    with pytest.raises(SourceError, match=r"the file .*nope\.jsonl does not exist"):
+        datasets.oasst(str(tmp_path / "nope.jsonl"))
     (tmp_path / "rows.txt").write_text("x")
-    with pytest.raises(SourceError, match=r"rows\.txt is no \.json"):
-        sources.oasst(str(tmp_path / "rows.txt"))
+    with pytest.raises(SourceError, match=r"rows\.txt is not a \.json"):
+        datasets.oasst(str(tmp_path / "rows.txt"))
     (tmp_path / "broken.jsonl").write_text('{"a": 1}\n{"a": ')
     with pytest.raises(SourceError, match=r"oasst: cannot read .*broken\.jsonl.*check that the file is whole"):
-        sources.oasst(str(tmp_path / "broken.jsonl"))
+        datasets.oasst(str(tmp_path / "broken.jsonl"))
 
 
 RUBRIC = Rubric(name="test", template="Q: {prompt} A: {response}")
@@ -195,7 +195,7 @@ def eft(pairs, **arguments):
     return eft_examples([record for record, _ in pairs], flat, RUBRIC, **({"max_share": 1.0} | arguments))
 
 
-def test_as_responses_are_what_the_judgments_join():
+def test_as_responses_have_the_ids_that_judgments_join():
     prompts, responses = as_responses([ranked("a", 0, 1)])
     assert [p.id for p in prompts] == ["a"] and prompts[0].text == "question a"
     assert [(r.id, r.prompt_id, r.sample, r.text) for r in responses] == [
@@ -204,7 +204,7 @@ def test_as_responses_are_what_the_judgments_join():
     ]
 
 
-def test_kept_where_the_orders_agree():
+def test_eft_keeps_responses_that_judge_and_humans_order_alike():
     examples, counts = eft(
         [
             (ranked("a", 0, 1, 2), judgments("a", "Great. Score: 5 and so on", "Fine.\nScore: 3", "Poor. Score: 1")),
@@ -221,7 +221,7 @@ def test_kept_where_the_orders_agree():
     assert (counts["prompts"], counts["agree"], counts["disagree"], counts["examples"]) == (6, 2, 4, 6)
 
 
-def test_the_first_agreeing_judgment_number_is_taken_whole():
+def test_eft_takes_the_first_agreeing_judgment_whole():
     texts = judgments(
         "a", ("No. Score: 1", "Yes. Score: 4", "Oh. Score: 5"), ("Yes. Score: 2", "No. Score: 3", "Eh. Score: 0")
     )
@@ -229,12 +229,12 @@ def test_the_first_agreeing_judgment_number_is_taken_whole():
     assert [e.response for e in examples] == ["Yes. Score: 4", "No. Score: 3"]
 
 
-def test_a_bare_score_teaches_no_judging():
+def test_eft_leaves_out_bare_scores():
     examples, counts = eft([(ranked("a", 0, 1), judgments("a", "**Score: 4**", "Weak. Score: 1"))])
     assert [e.id for e in examples] == ["a#1"] and counts["no_justification"] == 1
 
 
-def test_prompts_of_the_ift_set_are_left_out():
+def test_eft_leaves_out_prompts_of_the_ift_set():
     ift = [SFTExample(id="x", messages=({"role": "user", "content": " Question  A "},), response="y")]
     pairs = [(ranked(id, 0, 1), judgments(id, "Yes. Score: 4", "No. Score: 1")) for id in "ab"]
     examples, counts = eft(pairs, ift=ift)
@@ -251,28 +251,28 @@ def many():
 
 
 def shares(examples):
-    found = Counter(e.response[-1] for e in examples)
-    return {score: count / len(examples) for score, count in found.items()}
+    counts = Counter(e.response[-1] for e in examples)
+    return {score: count / len(examples) for score, count in counts.items()}
 
 
-def test_no_score_dominates_after_resampling():
+def test_resampling_lets_no_score_dominate():
     raw, _ = eft(many())
     assert shares(raw)["4"] == 0.5
     thinned, counts = eft(many(), max_share=0.4)
     assert max(shares(thinned).values()) <= 0.4
-    kept = Counter(e.response[-1] for e in thinned)
-    assert kept == {"4": 40, "3": 40, "2": 12, "5": 8}  # the rare scores stay whole
+    sizes = Counter(e.response[-1] for e in thinned)
+    assert sizes == {"4": 40, "3": 40, "2": 12, "5": 8}  # the rare scores stay whole
     assert counts["thinned"] == 20 and counts["examples"] == 100
 
 
-def test_resampling_is_seeded_and_blind_to_order():
+def test_resampling_depends_on_the_seed_and_not_on_the_order():
     first, _ = eft(many(), max_share=0.4, seed=1)
     again, _ = eft(many()[::-1], max_share=0.4, seed=1)
     other, _ = eft(many(), max_share=0.4, seed=2)
     assert sorted(e.id for e in first) == sorted(e.id for e in again) != sorted(e.id for e in other)
 
 
-def test_a_share_that_cannot_be_met_is_the_least_that_can():
+def test_share_that_cannot_be_met_is_raised_to_the_least_possible():
     pairs = [(ranked("a", 0, 1), judgments("a", "Yes. Score: 4", "No. Score: 1"))]
     examples, counts = eft(pairs, max_share=0.4)
     assert len(examples) == 2 and counts["thinned"] == 0 and counts["max_share_raised_to"] == 0.5
@@ -282,7 +282,7 @@ def test_a_share_that_cannot_be_met_is_the_least_that_can():
     assert eft([], max_share=0.4)[0] == []
 
 
-def test_judgments_must_fit():
+def test_judgments_that_do_not_fit_are_errors():
     pair = (ranked("a", 0, 1), judgments("a", "Yes. Score: 4"))
     with pytest.raises(ValueError, match="a#1 has no judgment"):
         eft([pair])

@@ -1,4 +1,4 @@
-"""The adaptive reviser's prompt and the parser of what it writes."""
+"""The adaptive reviser's prompt and the parser of its answers."""
 
 from pathlib import Path
 
@@ -13,7 +13,7 @@ TEMPLATE = load_reviser_template()
 QUESTION = ({"role": "user", "content": "Name three rivers."},)
 
 
-def test_the_request_is_golden():
+def test_request_matches_the_golden_file():
     (message,) = TEMPLATE.ask(QUESTION, "Rhine, Elbe.")
     assert message["role"] == "user"
     assert message["content"] + "\n" == (GOLDEN / "seft_reviser.txt").read_text(encoding="utf-8")
@@ -21,7 +21,7 @@ def test_the_request_is_golden():
         assert label in message["content"]
 
 
-def test_without_a_slot_for_the_draft_it_stands_in_the_conversation():
+def test_draft_without_a_slot_becomes_a_turn_of_the_conversation():
     template = ReviserTemplate(name="chat", template="Label for {prompt}:", warm_up="Better:")
     assert template.ask(QUESTION, "Rhine.") == (
         *QUESTION,
@@ -31,13 +31,13 @@ def test_without_a_slot_for_the_draft_it_stands_in_the_conversation():
     assert template.ask_warm_up(QUESTION, "Rhine.")[-1]["content"] == "Better:"
 
 
-def test_slots_inside_the_texts_stay_text():
+def test_slot_names_inside_texts_stay_text():
     (message,) = TEMPLATE.ask(({"role": "user", "content": "{response}"},), "{prompt}")
     assert "### Task\n{response}\n\n### Draft\n{prompt}\n" in message["content"]
 
 
 @given(st.text(), st.integers(0, 2), st.sampled_from([TEMPLATE, TOY]))
-def test_what_is_written_is_read_again(text, place, template):
+def test_parse_reads_what_write_wrote(text, place, template):
     label = template.labels[place]
     assert template.parse(template.write(label, text)) == (label, text.strip() or None)
 
@@ -56,11 +56,11 @@ def test_what_is_written_is_read_again(text, place, template):
         ("[No Revise]\n[Major Revise]", ("[No Revise]", "[Major Revise]")),
     ],
 )
-def test_the_label_stands_at_the_beginning_or_there_is_none(generated, expected):
+def test_label_counts_only_at_the_beginning(generated, expected):
     assert TEMPLATE.parse(generated) == expected
 
 
-def test_the_longest_label_that_fits_is_meant():
+def test_longest_matching_label_wins():
     template = ReviserTemplate(
         name="t", template="x", warm_up="y", labels=("redo", "redo a bit", "good"), separator=" "
     )
@@ -76,12 +76,12 @@ def test_the_longest_label_that_fits_is_meant():
         ({"warm_up": "{prompt}{prompt}{response}"}, "warm_up.*exactly once each"),
         ({"labels": ("a", "A", "b")}, "three different ones"),
         ({"labels": ("a", "", "b")}, "three different ones"),
-        ({"labels": ("a", " c", "b")}, "white space at its ends"),
+        ({"labels": ("a", " c", "b")}, "white space at their ends"),
         ({"separator": ""}, "separator"),
         ({"separator": ": "}, "separator"),
     ],
 )
-def test_templates_that_cannot_work_are_refused(wrong, reason):
+def test_invalid_templates_are_errors(wrong, reason):
     good = {"name": "t", "template": "{prompt}{response}", "warm_up": "{prompt}{response}"}
     with pytest.raises(ValueError, match=reason):
         ReviserTemplate(**(good | wrong))

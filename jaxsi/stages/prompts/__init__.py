@@ -1,8 +1,8 @@
 """The papers' prompt templates as text files, and the parsers of what models write in reply.
 
-A template is data: `Rubric` fills it, `parse_score` and `parse_new_prompt` read the reply. A parser is given generated
-text only, never the prompt, so nothing in a judged response has to be stripped or escaped. What does not parse is None,
-never a number.
+A template is data: `Rubric` fills it, `parse_score` and `parse_new_prompt` read the reply. Parsers get only generated
+text, never the prompt, so judged responses need no stripping or escaping. Text that does not parse gives None, never a
+number.
 """
 
 import re
@@ -14,7 +14,7 @@ from importlib.resources.abc import Traversable
 from jaxsi.runs.config_snapshot import stored_as
 from jaxsi.runs.records import Message
 
-# The word "score", then an obligatory separator. ASCII keeps IGNORECASE from matching look-alikes such as "ſcore".
+# The word "score", then a mandatory separator. ASCII keeps IGNORECASE from matching look-alikes such as "ſcore".
 _MARKER = re.compile(r"(?<![A-Za-z0-9])score[* \t]*[:：=]", re.IGNORECASE | re.ASCII)
 # No line break between marker and number: "Score:\n1. The response ..." is an empty verdict followed by a list.
 _NUMBER = re.compile(r"[* \t\u00a0\u3000\[({<]*(0|[1-9][0-9]{0,3})(?![0-9A-Za-z_%])")
@@ -50,7 +50,7 @@ class Rubric:
             )
         if parse_score(f"{self.marker} {self.low}", self.low, self.high) != self.low:
             raise ValueError(
-                f"rubric {self.name!r}: marker {self.marker!r} is not one parse_score reads; "
+                f"rubric {self.name!r}: parse_score does not read the marker {self.marker!r}; "
                 "use the word Score and a colon"
             )
 
@@ -69,7 +69,7 @@ class Rubric:
 
 
 def check_slots(name: str, template: str) -> None:
-    """Raises ValueError where a template has not the slots `{prompt}` and `{response}` once each."""
+    """Raises: ValueError: if a template does not have the slots `{prompt}` and `{response}` once each."""
     slots = sorted(_SLOT.findall(template))
     if slots != ["prompt", "response"]:
         raise ValueError(
@@ -78,17 +78,20 @@ def check_slots(name: str, template: str) -> None:
 
 
 def fill_slots(template: str, prompt_text: str, response_text: str) -> str:
-    """A template with both texts inserted as they are, in one pass: a slot name inside them stays text."""
+    """A template with both texts inserted unchanged, in one pass: a slot name inside a text stays text."""
     values = {"prompt": prompt_text, "response": response_text}
     return _SLOT.sub(lambda slot: values[slot[1]], template)
 
 
 def load_rubric(name: str = "self_rewarding_judge") -> Rubric:
-    """The rubric of a template shipped in this package, scores 0 to 5. ValueError names the ones there are."""
+    """The rubric of a template shipped in this package, with scores 0 to 5.
+
+    Raises: ValueError: if no shipped rubric has this name; it lists the names.
+    """
     known = sorted(path.name.removesuffix(".txt") for path in _folder().iterdir() if path.name.endswith("_judge.txt"))
     if name not in known:
         raise ValueError(
-            f"no rubric named {name!r}; shipped: {', '.join(known)}. Build a Rubric for a template of your own"
+            f"rubric {name!r} is unknown; shipped: {', '.join(known)}. For your own template, build a Rubric"
         )
     return Rubric(name=name, template=load_template(name))
 
@@ -99,12 +102,12 @@ def load_template(name: str) -> str:
 
 
 def parse_score(text: str, low: int = 0, high: int = 5) -> int | None:
-    """The verdict in a judge's generated text, or None where it is not valid.
+    """The verdict in a judge's generated text, or None if it is not valid.
 
-    The last marker decides, and there is no falling back to an earlier one: `score` in any case, an obligatory `:`,
-    `：` or `=`, then on the same line optional `*`, space or opening bracket, then a whole number in `low..high`.
+    Only the last marker counts: `score` in any case, a mandatory `:`, `：` or `=`, then on the same line optional `*`,
+    spaces or opening brackets, then a whole number in `low..high`.
     None for "Score: 10", "3.5", "4.0", "-1", "05", "4-5", "Score: n/a", no marker, or text cut off after the marker.
-    "4/5" and "4 out of 5" are 4, but only over `high` itself: "4/10" is another scale and None.
+    "4/5" and "4 out of 5" are 4 if 5 is `high`; "4/10" is on another scale and None.
     The marker is that of the Self-Rewarding judge prompt (arXiv 2401.10020, figure 2); the rule is ours.
     """
     number = _verdict(text)
@@ -121,9 +124,9 @@ def parse_score(text: str, low: int = 0, high: int = 5) -> int | None:
 
 
 def up_to_verdict(text: str) -> str | None:
-    """A judge's text through the number after the last marker, without what follows; None where there is no number.
+    """A judge's text up to and with the number after the last marker; None if there is no number.
 
-    This is what a judge is taught to write: the justification, the verdict, and an end.
+    A judge is trained to write this: the justification, the verdict, and then the end.
     """
     number = _verdict(text)
     if number is None:
@@ -134,18 +137,18 @@ def up_to_verdict(text: str) -> str | None:
 
 
 def force_marker(text: str, marker: str) -> str:
-    """A judge's text through its last score marker, or with `marker` on a new line where it wrote none.
+    """A judge's text up to and with its last score marker, or with `marker` added on a new line if it has none.
 
-    A score string such as " 4" is appended to it to be scored.
+    The caller appends a score string such as " 4" and scores it.
     """
-    found = _last_marker(text)
-    if found is not None:
-        return text[: found.end()]
+    last = _last_marker(text)
+    if last is not None:
+        return text[: last.end()]
     return f"{text.rstrip()}\n{marker}".lstrip("\n")
 
 
 def question_text(messages: Sequence[Mapping[str, str]]) -> str:
-    """What a judge reads as the question: one user message as it is, a longer conversation with its roles named."""
+    """The question as a judge reads it: a single user message unchanged, a longer conversation with its roles named."""
     if len(messages) == 1:
         return messages[0]["content"]
     first, *rest = (f"{message['role'].capitalize()}: {message['content']}" for message in messages)
@@ -154,9 +157,9 @@ def question_text(messages: Sequence[Mapping[str, str]]) -> str:
 
 def ask_to_improve(messages: Sequence[Message], response: str, request: str) -> tuple[Message, ...]:
     """The conversation that PIT's improver answers and its gap reward model reads: the prompt, a response, and the
-    request to improve it, in which {prompt} stands for the prompt's text. The paper's layout is not known."""
-    asked = request.replace("{prompt}", question_text(messages))
-    return (*messages, {"role": "assistant", "content": response}, {"role": "user", "content": asked})
+    request to improve it. {prompt} in the request stands for the prompt's text. The paper's layout is not known."""
+    text = request.replace("{prompt}", question_text(messages))
+    return (*messages, {"role": "assistant", "content": response}, {"role": "user", "content": text})
 
 
 def render_few_shot(examples: Sequence[str]) -> str:
@@ -168,7 +171,7 @@ def render_few_shot(examples: Sequence[str]) -> str:
 
 
 def parse_new_prompt(generated: str) -> str | None:
-    """The first non-empty line of a generated text, without a leading "- " or "1. "; None where nothing is left."""
+    """The first non-empty line of a generated text, without a leading "- " or "1. "; None if nothing remains."""
     line = next((stripped for line in generated.splitlines() if (stripped := line.strip())), "")
     bullet = _LIST_ITEM.match(line)
     return (line[bullet.end() :] if bullet else line) or None
@@ -179,7 +182,7 @@ def _last_marker(text: str) -> re.Match[str] | None:
 
 
 def _verdict(text: str) -> re.Match[str] | None:
-    """The number after the last marker, whatever its range; None without one."""
+    """The number after the last marker, in any range; None if there is no such number."""
     marker = _last_marker(text)
     return None if marker is None else _NUMBER.match(text, marker.end())
 

@@ -1,4 +1,4 @@
-"""Language feedback as text: what a critic is asked, and how feedback is written and read (SRT, arXiv 2406.07168).
+"""Language feedback as text: the request to a critic, and the writing and parsing of feedback (SRT, arXiv 2406.07168).
 
     {y}
     ### Feedback
@@ -8,8 +8,8 @@
     ### Improved Response
     {r}
 
-The headings and their order are the paper's, the wording of the request is ours. A model learns to write exactly what
-`write` gives; `parse` is tolerant, and reads generated text only. A part that is not there is None.
+The headings and their order are the paper's, the wording of the request is ours. A model learns to write exactly the
+text of `write`; `parse` is tolerant and reads only generated text. A missing part is None.
 """
 
 import re
@@ -38,11 +38,11 @@ class Feedback(NamedTuple):
 @dataclass(frozen=True, kw_only=True)
 class CritiqueTemplate:
     """A critic's request with the slots `{prompt}` and `{response}`, and the headings of its feedback. `feedback`
-    begins it, `score` has the slot `{score}` for a whole number from `low` to `high`; `separator` stands between the
-    last heading and the improved response.
+    begins the feedback. `score` has the slot `{score}` for a whole number from `low` to `high`. `separator` stands
+    between the last heading and the improved response.
 
-    `parts`: which of weaknesses, suggestions and score a model is taught to write (the ablations of the paper's Table 6
-    leave some out). All headings begin lines.
+    `parts`: which of weaknesses, suggestions and score a model is trained to write (the ablations of the paper's
+    Table 6 leave some out). Every heading begins a line.
     """
 
     name: str
@@ -67,11 +67,11 @@ class CritiqueTemplate:
                 f"critique template {self.name!r}: low={self.low}, high={self.high}; 0 <= low < high <= 9999"
             )
         if unknown := set(self.parts) - {"weaknesses", "suggestions", "score"}:
-            raise ValueError(f"critique template {self.name!r}: {sorted(unknown)} are no parts of feedback")
+            raise ValueError(f"critique template {self.name!r}: {sorted(unknown)} are not parts of feedback")
         if parse_score(self.score.replace("{score}", str(self.high)), self.low, self.high) != self.high:
             raise ValueError(
-                f"critique template {self.name!r}: a score written as {self.score!r} is not read; it needs the word "
-                '"score", a colon and {score}'
+                f"critique template {self.name!r}: parse_score does not read a score written as {self.score!r}; use "
+                'the word "score", a colon and {score}'
             )
 
     @property
@@ -94,12 +94,12 @@ class CritiqueTemplate:
         return f"{response_text}\n{self.feedback}"
 
     def unmarked(self, text: str) -> str | None:
-        """The response in a generated text that ends where its feedback begins; None where it does not end so."""
+        """The response in a generated text that ends with the heading `feedback`; None if it ends otherwise."""
         body = text.removesuffix(self.feedback)
         return body.rstrip("\n") if body != text and body.endswith("\n") else None
 
     def write(self, weaknesses: str, suggestions: str, score: int, improved: str) -> str:
-        """What follows a marked response: a line break, the feedback by `parts`, and the improved response."""
+        """The text after a marked response: a line break, the feedback by `parts`, and the improved response."""
         lines = {
             "weaknesses": f"{self.weaknesses} {weaknesses}",
             "suggestions": f"{self.suggestions} {suggestions}",
@@ -110,39 +110,38 @@ class CritiqueTemplate:
         )
 
     def parse(self, generated: str) -> Feedback:
-        """The parts of a critic's text, in any order of the first three, headings in any case and with any marks.
-
-        The improved response is all that follows its heading, up to another beginning of feedback.
+        """The parts of a critic's text. The first three may come in any order, and headings in any case and with any
+        marks. The improved response is everything after its heading, up to the next heading `feedback`.
         """
         text = "\n" + generated
-        found: dict[str, tuple[int, int]] = {}
+        spans: dict[str, tuple[int, int]] = {}
         for name, heading in self._headings.items():
             match = _heading(heading).search(text)
             if match is not None:
-                found[name] = match.span()
-        starts = [*sorted(start for name, (start, _) in found.items() if name != "feedback"), len(text)]
+                spans[name] = match.span()
+        starts = [*sorted(start for name, (start, _) in spans.items() if name != "feedback"), len(text)]
 
         def section(name: str) -> str | None:
-            if name not in found:
+            if name not in spans:
                 return None
-            start, end = found[name]
+            start, end = spans[name]
             following = next(s for s in starts if s > start)
             return text[end:following].strip() or None
 
         improved = None
-        if "improved" in found:
-            rest = text[found["improved"][1] :]
+        if "improved" in spans:
+            rest = text[spans["improved"][1] :]
             again = _heading(self.feedback).search(rest)
             improved = (rest[: again.start()] if again else rest).strip() or None
-        early = "improved" not in found or all(
-            found[name][0] < found["improved"][0] for name in ("weaknesses", "suggestions", "score") if name in found
+        early = "improved" not in spans or all(
+            spans[name][0] < spans["improved"][0] for name in ("weaknesses", "suggestions", "score") if name in spans
         )
-        if not early:  # a heading inside the improved response is text, or the order is not what was asked for
-            before = self.parse(text[: found["improved"][0]])
+        if not early:  # a heading inside the improved response is text, or the parts are in another order
+            before = self.parse(text[: spans["improved"][0]])
             return before._replace(improved=improved)
         score = None
-        if "score" in found:
-            start = found["score"][0]
+        if "score" in spans:
+            start = spans["score"][0]
             line = text[start : next(s for s in starts if s > start)]
             score = parse_score(line, self.low, self.high)
         return Feedback(section("weaknesses"), section("suggestions"), score, improved)
@@ -158,7 +157,7 @@ def _words(heading: str) -> str:
 
 
 def _heading(heading: str) -> re.Pattern[str]:
-    """A line that begins with the heading's words, whatever marks stand around them."""
+    """A line that begins with the heading's words, with any marks around them."""
     marks = r"[#*_\s\d.)-]*?"
     words = r"\W+".join(map(re.escape, re.findall(r"\w+", heading)))
     return re.compile(rf"\n{marks}{words}\b[*_]*[ \t]*[:：]?[*_]*", re.IGNORECASE)

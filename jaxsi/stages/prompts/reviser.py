@@ -1,6 +1,6 @@
 """The adaptive reviser's prompt: a task and a draft in, a label and the final answer out (SEFT, arXiv 2406.10813).
 
-The wording is ours; the label strings are recalled, without a source (see methods/seft.py).
+The wording is ours; the label strings are from memory, without a source (see methods/seft.py).
 """
 
 import re
@@ -15,11 +15,12 @@ from jaxsi.stages.prompts import ask_to_improve, check_slots, fill_slots, load_t
 @stored_as("prompts.reviser.ReviserTemplate")
 @dataclass(frozen=True, kw_only=True)
 class ReviserTemplate:
-    """How a reviser is asked, and how its label stands before its answer: ``label + separator + answer``.
+    """The requests to a reviser, and the form of its answer: ``label + separator + answer``.
 
-    `template` asks the adaptive reviser, `warm_up` the one without labels. With the slots `{prompt}` and `{response}`
-    once each, a text is the whole request; without `{response}`, it is the user's message after a conversation in which
-    the draft was the assistant's answer. `labels`: rewrite, correct, keep, in this order. Example:
+    `template` is the request to the adaptive reviser, `warm_up` the one to the reviser without labels. A text with the
+    slots `{prompt}` and `{response}` once each is the whole request. A text without `{response}` is the user's message
+    after a conversation in which the draft was the assistant's answer. `labels`: rewrite, correct, keep, in this order.
+    Example:
     `ReviserTemplate(name="short", template="Q: {prompt} A: {response} Label, then answer:",
     warm_up="Q: {prompt} A: {response} Better:", labels=("wrong", "bad", "good"), separator=" ")`.
     """
@@ -36,8 +37,8 @@ class ReviserTemplate:
                 check_slots(f"reviser template {self.name!r}, {name}", text)
         if len({label.casefold() for label in self.labels}) != 3 or any(not x or x != x.strip() for x in self.labels):
             raise ValueError(
-                f"reviser template {self.name!r}: the labels are {self.labels}; give three different ones, none of "
-                "them empty or with white space at its ends"
+                f"reviser template {self.name!r}: the labels are {self.labels}; give three different ones, not empty "
+                "and without white space at their ends"
             )
         if not self.separator or self.separator.strip():
             raise ValueError(
@@ -65,21 +66,21 @@ class ReviserTemplate:
         return _ask(self.template, messages, response)
 
     def ask_warm_up(self, messages: Sequence[Message], response: str) -> tuple[Message, ...]:
-        """The request to the warm-up reviser, which writes the better answer alone."""
+        """The request to the warm-up reviser, which writes only the better answer."""
         return _ask(self.warm_up, messages, response)
 
     def write(self, label: str, text: str) -> str:
-        """What the adaptive reviser is taught to write."""
+        """The text that the adaptive reviser is trained to write."""
         return f"{label}{self.separator}{text}"
 
     def parse(self, generated: str) -> tuple[str | None, str | None]:
-        """(label, answer) of a reviser's generated text; None for what is not there.
+        """(label, answer) of a reviser's generated text; None for a part that is missing.
 
-        The text begins with a label, in any case, white space before it aside; a label inside the answer is text. A
-        label that runs on into a word ("goodness") is none.
+        The text must begin with a label, in any case, after optional white space. A label inside the answer is text. A
+        word that only begins like a label ("goodness") is not a label.
         """
         text = generated.lstrip()
-        for label in sorted(self.labels, key=len, reverse=True):  # one label may begin another
+        for label in sorted(self.labels, key=len, reverse=True):  # one label may be the beginning of another
             rest = text[len(label) :]
             runs_on = label[-1].isalnum() and re.match(r"\w", rest)
             if text[: len(label)].casefold() == label.casefold() and not runs_on:

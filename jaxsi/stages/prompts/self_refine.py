@@ -1,6 +1,6 @@
-"""Self-Refine's prompts: a model is asked for feedback on its response, then for a response that follows it.
+"""Self-Refine's prompts: a request for feedback on a response, then one for a response that follows the feedback.
 
-Madaan et al. 2023, arXiv 2303.17651; the wording is ours, and without the examples of the paper's tasks. All of it is
+Madaan et al. 2023, arXiv 2303.17651. The wording is ours and leaves out the examples of the paper's tasks. All of it is
 one conversation, so the model sees what it wrote:
 
     x, y_0, "feedback?" -> fb_0;   x, y_0, "feedback?", fb_0, "again!" -> y_1      (the paper's eq. 2 and 4)
@@ -16,7 +16,7 @@ from jaxsi.stages.prompts import load_template
 
 @dataclass(frozen=True, kw_only=True)
 class SelfRefineTemplate:
-    """The requests for feedback and for a new response; feedback with a line of `enough` alone asks for no change."""
+    """The requests for feedback and for a new response. Feedback with a line of only `enough` asks for no change."""
 
     feedback: str
     refine: str
@@ -25,7 +25,7 @@ class SelfRefineTemplate:
     def __post_init__(self) -> None:
         if not _words(self.enough) or self.enough not in self.feedback.splitlines():
             raise ValueError(
-                f"the request for feedback has no line {self.enough!r}, with which the model says that it is satisfied"
+                f"the request for feedback lacks the line {self.enough!r}, by which the model says it is satisfied"
             )
 
     def ask_feedback(self, messages: Sequence[Message], response: str) -> tuple[Message, ...]:
@@ -42,7 +42,7 @@ class SelfRefineTemplate:
         return (*messages, *turns)
 
     def is_enough(self, feedback: str) -> bool:
-        """Whether a line of the feedback says, alone, that nothing is to be improved: in any case, with any marks."""
+        """Whether a line of the feedback consists of the words of `enough`, in any case and with any marks."""
         return any(_words(line) == _words(self.enough) for line in feedback.splitlines())
 
 
@@ -53,8 +53,8 @@ def load_self_refine_template() -> SelfRefineTemplate:
     )
 
 
-def _turns(said: str, asked: str) -> tuple[Message, Message]:
-    return {"role": "assistant", "content": said}, {"role": "user", "content": asked}
+def _turns(reply: str, request: str) -> tuple[Message, Message]:
+    return {"role": "assistant", "content": reply}, {"role": "user", "content": request}
 
 
 def _words(line: str) -> str:

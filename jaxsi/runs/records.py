@@ -123,9 +123,7 @@ class Revision:
     response: Response
 
 
-Outcome = Literal[
-    "draft", "accepted", "kept", "rejected", "no response", "too long", "cut off", "empty", "ended"
-]  # fmt: skip
+Outcome = Literal["draft", "accepted", "kept", "rejected", "no response", "too long", "cut off", "empty", "ended"]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -157,18 +157,26 @@ class EndpointCritic:
         if counts["refusal"] or counts["length"]:
             _log.warning(
                 "%s: of %d answers %d are refusals, and %d are cut off by max_new_tokens = %d or belong to requests "
-                "that are too long", self.model, len(answers), counts["refusal"], counts["length"], self.max_new_tokens,
-            )  # fmt: skip
+                "that are too long",
+                self.model,
+                len(answers),
+                counts["refusal"],
+                counts["length"],
+                self.max_new_tokens,
+            )
         return answers
 
     def _ask_all(self, missing: Mapping[str, str], cache: "_Cache") -> None:
         """Asks for what is not in the cache. Each answer goes there as it comes."""
         expected = self.estimate(list(missing.values()))
         _log.warning(
-            "%s: %d calls, at most %d prompt and %d completion tokens%s", self.model, expected["calls"],
-            expected["prompt_tokens"], expected["completion_tokens"],
+            "%s: %d calls, at most %d prompt and %d completion tokens%s",
+            self.model,
+            expected["calls"],
+            expected["prompt_tokens"],
+            expected["completion_tokens"],
             f", {expected['cost']:.2f} in all" if self.prompt_price or self.completion_price else "",
-        )  # fmt: skip
+        )
         self._check_caps(cache.usage, sum((self._upper_bound(request) for request in missing.values()), Counter()))
         cache.check_writable()  # before anything is paid for
         in_flight: Counter[str] = Counter()

@@ -106,9 +106,16 @@ def test_records_survive_a_round_trip_and_rewrite_to_the_same_bytes(record, copi
 def test_floats_are_bit_for_bit_and_text_is_readable(tmp_path):
     logps = (-0.1, -1e-300, -0.0, -123456.78901234567, 5e-324)
     record = Response(
-        id="1#0", prompt_id="1", sample=0, text="né 字", token_ids=(1,), logps=logps, finish_reason="stop",
-        fingerprint="f", template="t",
-    )  # fmt: skip
+        id="1#0",
+        prompt_id="1",
+        sample=0,
+        text="né 字",
+        token_ids=(1,),
+        logps=logps,
+        finish_reason="stop",
+        fingerprint="f",
+        template="t",
+    )
     write_jsonl(tmp_path / "r.jsonl", [record])
     (back,) = read_jsonl(tmp_path / "r.jsonl", Response)
     assert [math.copysign(1, x) for x in back.logps] == [math.copysign(1, x) for x in logps]
@@ -142,9 +149,16 @@ def test_whole_number_in_a_float_field_becomes_a_float():
 )
 def test_error_names_a_wrong_field_and_its_line(change, names, tmp_path):
     good = {
-        "id": "1#0", "prompt_id": "1", "sample": 0, "text": "t", "token_ids": [1], "logps": [-1.0],
-        "finish_reason": "stop", "fingerprint": "f", "template": "t",
-    }  # fmt: skip
+        "id": "1#0",
+        "prompt_id": "1",
+        "sample": 0,
+        "text": "t",
+        "token_ids": [1],
+        "logps": [-1.0],
+        "finish_reason": "stop",
+        "fingerprint": "f",
+        "template": "t",
+    }
     path = tmp_path / "r.jsonl"
     path.write_text(json.dumps(good) + "\n" + json.dumps(good | change) + "\n")
     with pytest.raises(RecordError, match=f"r.jsonl:2: .*{names}"):

@@ -77,9 +77,12 @@ class CritiqueTemplate:
     @property
     def _headings(self) -> dict[str, str]:
         return {
-            "feedback": self.feedback, "weaknesses": self.weaknesses, "suggestions": self.suggestions,
-            "score": self.score.partition("{score}")[0], "improved": self.improved,
-        }  # fmt: skip
+            "feedback": self.feedback,
+            "weaknesses": self.weaknesses,
+            "suggestions": self.suggestions,
+            "score": self.score.partition("{score}")[0],
+            "improved": self.improved,
+        }
 
     def without(self, *parts: str) -> "CritiqueTemplate":
         """The template of an ablation."""

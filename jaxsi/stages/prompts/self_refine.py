@@ -10,10 +10,12 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from jaxsi.runs.config_snapshot import stored_as
 from jaxsi.runs.records import Message
 from jaxsi.stages.prompts import load_template
 
 
+@stored_as("prompts.self_refine.SelfRefineTemplate")
 @dataclass(frozen=True, kw_only=True)
 class SelfRefineTemplate:
     """The requests for feedback and for a new response. Feedback with a line of only `enough` asks for no change."""

@@ -1,4 +1,4 @@
-"""What is refused before any work, and before the run directory is touched."""
+"""Input that is refused before any work, and before the run directory is touched."""
 
 import dataclasses
 import json
@@ -9,6 +9,7 @@ import pytest
 from jaxsi.lm import LoadError
 from jaxsi.methods.preflight import check
 from jaxsi.methods.self_rewarding import EarlyStop, PromptFile
+from jaxsi.methods.start import is_complete
 from jaxsi.model.mesh import MeshConfig
 from jaxsi.runs.config_file import load_config
 from jaxsi.runs.records import Prompt, RecordError, write_jsonl
@@ -17,18 +18,18 @@ TOY = load_config(Path(__file__).parents[2] / "configs" / "self_rewarding" / "to
 TOY = dataclasses.replace(TOY, mesh=MeshConfig(data=1, fsdp=8))
 
 
-def test_the_toy_config_passes(tmp_path):
+def test_toy_config_passes(tmp_path):
     check(TOY, tmp_path)
 
 
 @pytest.mark.parametrize("section", ["judge", "prompts"])
-def test_a_text_that_fills_the_model_is_refused(section, tmp_path):
+def test_text_that_fills_all_positions_is_refused(section, tmp_path):
     cfg = dataclasses.replace(TOY, **{section: dataclasses.replace(getattr(TOY, section), max_new_tokens=99_999)})
     with pytest.raises(ValueError, match=rf"{section}\.max_new_tokens is 99999 .* no room for a prompt"):
         check(cfg, tmp_path)
 
 
-def test_a_generator_that_is_not_there_and_rows_beyond_the_positions_are_refused(tmp_path):
+def test_missing_generator_and_rows_beyond_the_positions_are_refused(tmp_path):
     with pytest.raises(LoadError, match="no such folder"):
         check(dataclasses.replace(TOY, prompts=dataclasses.replace(TOY.prompts, generator="./absent")), tmp_path)
     train = dataclasses.replace(TOY.dpo.train, max_length=99_999)
@@ -36,13 +37,13 @@ def test_a_generator_that_is_not_there_and_rows_beyond_the_positions_are_refused
         check(dataclasses.replace(TOY, dpo=dataclasses.replace(TOY.dpo, train=train)), tmp_path)
 
 
-def test_early_stop_prompts_fit(tmp_path):
+def test_too_long_early_stop_prompt_is_refused(tmp_path):
     stop = EarlyStop(prompts=lambda: [Prompt.of("long", "cat " * 5000)])
     with pytest.raises(RecordError, match=r"early_stop\.prompts: prompt 'long' has"):
         check(dataclasses.replace(TOY, early_stop=stop), tmp_path)
 
 
-def test_raised_iterations_need_prompts_that_no_iteration_has_had(tmp_path):
+def test_raised_iterations_need_unused_prompts(tmp_path):
     file = tmp_path / "prompts.jsonl"
     file.write_text("".join(json.dumps({"id": f"p{i}", "prompt": "Reverse: cat"}) + "\n" for i in range(2)))
     run = tmp_path / "run"
@@ -54,7 +55,7 @@ def test_raised_iterations_need_prompts_that_no_iteration_has_had(tmp_path):
     cfg = dataclasses.replace(TOY, prompts=PromptFile(path=str(file)))
     check(cfg, run)
     more = dataclasses.replace(cfg, iterations=4)
-    assert _is_complete(run, cfg) and not _is_complete(run, more)
+    assert is_complete(run, cfg) and not is_complete(run, more)
     with pytest.raises(RecordError, match=r"0 prompts for 1 iterations of new prompts \(2 are used\)"):
         check(more, run)
     check(dataclasses.replace(more, prompts=dataclasses.replace(cfg.prompts, repeat=True)), run)

@@ -22,7 +22,7 @@ from jaxsi.text.chat_template import (
     secret_name,
     written_strings,
 )
-from jaxsi.text.sentencepiece_model import BPE, CONTROL, MODEL_TYPE, ROLE_FIELDS, USER_DEFINED, SentencePieceModel
+from jaxsi.text.sentencepiece_model import SentencePieceModel
 
 SPECIAL_NAMES = ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token", "mask_token")
 _KEPT_FILES = (
@@ -263,11 +263,11 @@ class SentencePieceLibrary:
             raise TokenizerError(
                 path, f"not a SentencePiece model ({error})", "Copy the file again, or bring the model's tokenizer.json"
             ) from error
-        pieces, types, trainer = self._model.pieces, self._model.types, self._model.trainer
-        self._size = len(pieces)
-        ids = {piece: number for number, piece in enumerate(pieces)}
-        names = self._names(config, pieces, trainer)
-        special = {piece: ids[piece] for piece, kind in zip(pieces, types, strict=True) if kind == CONTROL}
+        self._size = len(self._model.pieces)
+        ids = {piece: number for number, piece in enumerate(self._model.pieces)}
+        # tokenizer_config.json overrules the model, also if it says null.
+        names = {name: text for name, text in self._model.names.items() if name not in config} | _special_names(config)
+        special = {piece: ids[piece] for piece in self._model.control}
         self._extra: dict[str, int] = {}
         listed = list(config.get("additional_special_tokens") or []) + list(config.get("extra_special_tokens") or [])
         for number, token in (config.get("added_tokens_decoder") or {}).items():
@@ -286,25 +286,15 @@ class SentencePieceLibrary:
                     path, f"has no piece {token!r}, which tokenizer_config.json names", "Correct the name there"
                 )
             special[token] = ids[token]
-        defined = [piece for piece, kind in zip(pieces, types, strict=True) if kind == USER_DEFINED]
         self.vocabulary = Vocabulary(
             size=max([self._size - 1, *self._extra.values()]) + 1,
             special=special,
-            added={text: ids[text] for text in (*defined, *self._extra) if text not in special},
+            added={text: ids[text] for text in (*self._model.user_defined, *self._extra) if text not in special},
             names=names,
             adds_bos="bos_token" in names and config.get("add_bos_token", True) is not False,
             chat_template=template,
         )
         self._matched = ControlStrings({**special, **self._extra}, frozenset())
-        self._bpe = trainer.get(MODEL_TYPE, 1) == BPE
-
-    @staticmethod
-    def _names(config: Mapping[str, Any], pieces: Sequence[str], trainer: Mapping[int, int]) -> dict[str, str]:
-        """Names from the model itself; tokenizer_config.json overrules it, a null there included."""
-        numbers = {name: trainer.get(field, default) for name, (field, default) in ROLE_FIELDS.items()}
-        # A role the model does not have is -1, written as 2**64 - 1.
-        names = {name: pieces[number] for name, number in numbers.items() if 0 <= number < len(pieces)}
-        return {name: text for name, text in names.items() if name not in config} | _special_names(config)
 
     def _encode(self, parts: Sequence[str | int], unread: frozenset[int]) -> list[int]:
         ids: list[int] = []
@@ -345,7 +335,7 @@ class SentencePieceLibrary:
         return text
 
     def tokenizer_config(self) -> dict[str, Any]:
-        kind = "LlamaTokenizer" if self._bpe else "PreTrainedTokenizerFast"
+        kind = "LlamaTokenizer" if self._model.is_bpe else "PreTrainedTokenizerFast"
         return {"tokenizer_class": kind, "legacy": self._legacy, **self.vocabulary.names}
 
 

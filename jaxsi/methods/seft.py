@@ -44,7 +44,7 @@ from jaxsi.stages.reviser_data import (
     revision_pairs,
     warm_up_examples,
 )
-from jaxsi.stages.self_instruct import PromptFile, next_part
+from jaxsi.stages.self_instruct import PromptFile, next_part, prompt_source
 from jaxsi.training.train import TrainConfig, seed_of, sft
 
 
@@ -106,6 +106,7 @@ class Config:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "prompts", prompt_source(self.prompts))
         if self.iterations < 1 or self.internal_rounds < 0:
             raise ValueError(
                 f"iterations is {self.iterations} (at least 1) and internal_rounds {self.internal_rounds} (at least 0)"

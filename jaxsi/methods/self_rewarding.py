@@ -34,7 +34,7 @@ from jaxsi.stages.datasets import as_responses, eft_examples
 from jaxsi.stages.judge import JudgeConfig, check_judge, compare, judgment_statistics
 from jaxsi.stages.pairs import best_and_worst, pair_statistics
 from jaxsi.stages.prompts import Rubric, load_rubric
-from jaxsi.stages.self_instruct import PromptFile, SelfInstruct, new_prompts, next_part
+from jaxsi.stages.self_instruct import PromptFile, PromptList, SelfInstruct, new_prompts, next_part, prompt_source
 from jaxsi.training.train import DPOConfig, TrainConfig, dpo, seed_of, sft
 
 
@@ -84,22 +84,22 @@ class EarlyStop:
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config:
     """Everything that decides a run. ``sft`` None: the given model is M_1, for those who bring an instruct model and
-    prompts.
+    prompts. ``prompts`` are invented by a model, or come from a file (its path is enough) or from a list of texts.
 
     ``judging`` is the judge stage, ``judge.judge`` or another function of its signature (the control arms are).
     ``evaluate(lm, config, scope)`` gives the figures of an iteration's summary.
     """
 
     model: str
-    seed_data: SeedData | None
-    prompts: SelfInstruct | PromptFile
+    seed_data: SeedData | None = None
+    prompts: SelfInstruct | PromptFile | PromptList
     sampling: SamplingConfig = SamplingConfig()
     judge: JudgeConfig = JudgeConfig()
     rubric: Rubric = load_rubric()
     judging: Callable[..., list[Judgment]] = judges.judge
     pairs: PairConfig = PairConfig()
-    sft: TrainConfig | None
-    dpo: DPOConfig
+    sft: TrainConfig | None = None
+    dpo: DPOConfig = DPOConfig()
     early_stop: EarlyStop | None = None
     evaluate: Callable[..., dict[str, Any]] | None = None
     mesh: MeshConfig = MeshConfig()
@@ -107,6 +107,7 @@ class Config:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "prompts", prompt_source(self.prompts))
         if self.iterations < 1:
             raise ValueError(f"iterations is {self.iterations}; it is at least 1 (M_1 alone)")
         if self.sampling.num_samples < 2:

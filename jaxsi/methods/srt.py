@@ -37,7 +37,7 @@ from jaxsi.stages.critique import (
     refinement_pairs,
 )
 from jaxsi.stages.prompts.critique import CritiqueTemplate, load_critique_template
-from jaxsi.stages.self_instruct import PromptFile, read_source
+from jaxsi.stages.self_instruct import PromptFile, prompt_source, read_source
 from jaxsi.training.train import DPOConfig, TrainConfig, dpo, sft
 
 
@@ -69,6 +69,7 @@ class Config:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "prompts", prompt_source(self.prompts))
         if self.critic_prompts < 1 or self.sampling.num_samples != 1:
             raise ValueError(
                 f"critic_prompts is {self.critic_prompts} (at least 1), sampling.num_samples "

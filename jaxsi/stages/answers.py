@@ -31,3 +31,28 @@ def read_answers(
     ``Scope.sharded``."""
     responses = [response for answer in answers for response in answer.responses]
     return reader(lm, [answer.prompt for answer in answers], responses, *settings)
+
+
+def as_records(
+    prompts: Sequence[Prompt | str], responses: Sequence[Response | str]
+) -> tuple[list[Prompt], list[Response]]:
+    """Prompts and responses as records. A text becomes a prompt with its place as id; response i, if it is a text,
+    answers prompt i.
+
+    Raises: ValueError if there are texts among the responses, but not one response for each prompt.
+    """
+    records = [p if isinstance(p, Prompt) else Prompt.of(str(i), p) for i, p in enumerate(prompts)]
+    if any(isinstance(response, str) for response in responses) and len(responses) != len(records):
+        raise ValueError(f"{len(responses)} responses to {len(records)} prompts; give one text for each prompt")
+    return records, [
+        response if isinstance(response, Response) else written(f"{records[i].id}#0", records[i].id, 0, response)
+        for i, response in enumerate(responses)
+    ]
+
+
+def written(id: str, prompt_id: str, sample: int, text: str) -> Response:
+    """A text that no model of ours sampled, as a response: without token ids, for those who read texts."""
+    return Response(
+        id=id, prompt_id=prompt_id, sample=sample, text=text, token_ids=(), logps=(), finish_reason="stop",
+        fingerprint="", template="",
+    )  # fmt: skip

@@ -63,6 +63,30 @@ class LocalCritic:
         ]  # fmt: skip
 
 
+@stored_as("critique_by")
+@dataclass(frozen=True)
+class CritiqueBy:
+    """A plain function of texts as a critic: see `critique_by`."""
+
+    function: Callable[[str, str], str]
+
+    def __call__(
+        self, prompts: Sequence[Prompt], responses: Sequence[Response], template: CritiqueTemplate, key: jax.Array
+    ) -> list[Critique]:
+        texts = {prompt.id: question_text(prompt.messages) for prompt in prompts}
+        return [
+            critique(response, self.function(texts[response.prompt_id], response.text), "stop", template, "")
+            for response in responses
+        ]
+
+
+def critique_by(function: Callable[[str, str], str]) -> CritiqueBy:
+    """A critic for SRT's ``critic``: `function(prompt, response)` returns what a critic would write by the run's
+    template, such as "Weaknesses: ... Suggestions: ... Score: 7 Improved response: ..."; what it leaves out is missing.
+    What holds for the function of ``judge_by`` holds for it."""
+    return CritiqueBy(function)
+
+
 def critic_requests(
     prompts: Sequence[Prompt], responses: Sequence[Response], template: CritiqueTemplate
 ) -> list[Prompt]:

@@ -2,6 +2,7 @@
 section 3.3). It is the reward of a response in a conversation that shows the reference and asks for a better one.
 """
 
+import dataclasses
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -10,8 +11,9 @@ from jaxsi.lm import LM
 from jaxsi.runs import metrics
 from jaxsi.runs.config_snapshot import stored_as
 from jaxsi.runs.records import Message, Prompt, Response
+from jaxsi.stages.judge import number
 from jaxsi.stages.pairs import Preference
-from jaxsi.stages.prompts import ask_to_improve
+from jaxsi.stages.prompts import ask_to_improve, question_text
 from jaxsi.text.chat import render_prompt, render_response
 from jaxsi.text.tokenizer import Tokenizer
 from jaxsi.training.batches import Sequence_
@@ -72,6 +74,30 @@ def _key(messages: Sequence[Message]) -> tuple[tuple[str, str], ...]:
     return tuple((message["role"], message["content"]) for message in messages)
 
 
+@stored_as("reward_by")
+@dataclasses.dataclass(frozen=True)
+class RewardBy:
+    """A plain function of texts in the place of `gaps`: see `reward_by`."""
+
+    function: Callable[[str, str], float]
+
+    def __call__(
+        self, lm: LM, items: Sequence[Item], request: str, *, batch_size: int = 64
+    ) -> tuple[np.ndarray, np.ndarray]:
+        pairs = []
+        for messages, response, reference in items:
+            prompt, text = question_text(messages), response.text if isinstance(response, Response) else response
+            pairs.append([number(self.function, prompt, answer) for answer in (text, reference)])
+        values_N2 = np.asarray(pairs, np.float32).reshape(-1, 2)  # None becomes NaN: no reward
+        return values_N2[:, 0] - values_N2[:, 1], np.zeros(len(items), np.float32)
+
+
+def reward_by(function: Callable[[str, str], float]) -> RewardBy:
+    """A reward for PIT's ``rewarding``: `function(prompt, response)` rewards a response, and the gap is the reward of
+    the response less that of the reference. What holds for the function of ``judge_by`` holds for it."""
+    return RewardBy(function)
+
+
 def with_room(lm: LM, prompts: Sequence[Prompt], longest: int) -> list[Prompt]:
     """The prompts after which the context of ``lm`` has room for ``longest`` tokens."""
     room = lm.config.max_positions - longest
@@ -97,8 +123,8 @@ class GapReward:
         self.zero = 0.0
         self.items: dict[str, tuple[tuple[Message, ...], str]] = {}  # messages and reference of each prompt
         self.prompts: list[Prompt] = []
-        for number, (prompt, reference) in enumerate(references):
-            id = f"{prompt.id}~{number}"
+        for place, (prompt, reference) in enumerate(references):
+            id = f"{prompt.id}~{place}"
             conversation = Prompt(id=id, messages=ask_to_improve(prompt.messages, reference, request))
             if reference.strip() and self.fits(conversation, reference):
                 self.items[id] = prompt.messages, reference

@@ -5,8 +5,9 @@ A judgment that does not parse, or whose judge prompt is too long for the model,
 
 import logging
 import math
+import numbers
 from collections import Counter, defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,7 +18,8 @@ from jaxsi.lm import LM
 from jaxsi.runs.config_snapshot import stored_as
 from jaxsi.runs.records import Judgment, Prompt, Response
 from jaxsi.sampling import generate, scoring
-from jaxsi.stages.prompts import Rubric, force_marker, question_text
+from jaxsi.stages.answers import as_records
+from jaxsi.stages.prompts import Rubric, force_marker, load_rubric, question_text
 from jaxsi.text.chat import render_prompt
 from jaxsi.text.tokenizer import Tokenizer
 
@@ -64,16 +66,17 @@ class JudgeConfig:
 @stored_as("feedback.judge")
 def judge(
     lm: LM,
-    prompts: Sequence[Prompt],
-    responses: Sequence[Response],
-    rubric: Rubric,
-    cfg: JudgeConfig,
-    key: jax.Array,
+    prompts: Sequence[Prompt | str],
+    responses: Sequence[Response | str],
+    rubric: Rubric | None = None,
+    cfg: JudgeConfig = JudgeConfig(),
+    key: jax.Array | None = None,
 ) -> list[Judgment]:
     """Judges each response by itself (pointwise) with `lm` as the judge (Self-Rewarding, arXiv 2401.10020, figure 2).
 
     Args:
-      prompts: at least those that the responses name.
+      prompts: at least those that the responses name; or texts, and then texts as responses, one for each.
+      rubric: that of the Self-Rewarding paper, by default.
       key: typed key of the stage; the noise of a judgment is folded from it, the response's id and its sample number.
 
     Returns: one Judgment per response, in the order of `responses`. Where the judge prompt leaves no room for
@@ -81,6 +84,9 @@ def judge(
 
     Raises: ValueError for a doubled response id, or a response whose prompt is not among `prompts`.
     """
+    prompts, responses = as_records(prompts, responses)
+    rubric = load_rubric() if rubric is None else rubric
+    key = jax.random.key(0) if key is None else key
     judge_prompts = _judge_prompts(prompts, responses, rubric)
     room = lm.config.max_positions - cfg.max_new_tokens
     if cfg.expected:
@@ -110,6 +116,53 @@ def judge(
     return [_judgment(lm, response, scores.get(response.id), generated, cfg) for response in responses]
 
 
+@stored_as("judge_by")
+@dataclass(frozen=True)
+class JudgeBy:
+    """A plain function of texts in the place of `judge`: see `judge_by`."""
+
+    function: Callable[[str, str], float | None]
+
+    def __call__(
+        self,
+        lm: LM,
+        prompts: Sequence[Prompt],
+        responses: Sequence[Response],
+        rubric: Rubric,
+        cfg: JudgeConfig,
+        key: jax.Array,
+    ) -> list[Judgment]:
+        texts = {prompt.id: question_text(prompt.messages) for prompt in prompts}
+        scores = [number(self.function, texts[r.prompt_id], r.text) for r in responses]
+        return [
+            Judgment(
+                id=response.id, prompt_id=response.prompt_id, scores=(score,), score=score, texts=("",),
+                fingerprint=lm.fingerprint, template=lm.tokenizer.template_hash,
+            )
+            for response, score in zip(responses, scores, strict=True)
+        ]  # fmt: skip
+
+
+def judge_by(function: Callable[[str, str], float | None]) -> JudgeBy:
+    """A judge for Self-Rewarding's ``judging``: `function(prompt, response)` scores a response, higher is better; None
+    is no score. It is a function that a module or a config file defines, or a `functools.partial` of one; the run keeps
+    a hash of its source, so it may not change on resume."""
+    return JudgeBy(function)
+
+
+def number(function: Callable[[str, str], float | None], prompt: str, response: str) -> float | None:
+    """What a function of the user says of a response. Raises: ValueError if that is no finite number."""
+    value = function(prompt, response)
+    if value is None:
+        return None
+    if not isinstance(value, numbers.Real) or not math.isfinite(value):  # NumPy's scalars are numbers, too
+        raise ValueError(
+            f"{getattr(function, '__qualname__', function)} returned {value!r} for the response {response!r:.80} to "
+            f"{prompt!r:.80}; it has to return a finite number, or None for no score"
+        )
+    return float(value)
+
+
 def judgment_statistics(judgments: Sequence[Judgment], *, low: int, high: int) -> dict[str, object]:
     """What the metrics of an iteration say about its judge (JSON-able; a rate without a denominator is None).
 
@@ -121,7 +174,7 @@ def judgment_statistics(judgments: Sequence[Judgment], *, low: int, high: int) -
     verdicts = [score for judgment in judgments for score in judgment.scores]
     valid = [score for score in verdicts if score is not None]
     means = [judgment.score for judgment in judgments if judgment.score is not None]
-    nearest = Counter(min(high, max(low, math.floor(score + 0.5))) for score in valid)
+    nearest = Counter(math.floor(score + 0.5) for score in valid)  # those of a user's function have their own range
     histogram = {str(value): nearest[value] / len(valid) if valid else None for value in range(low, high + 1)}
     shares = [count / len(valid) for count in nearest.values()]
     groups = [scores for scores in _scores_by_prompt(judgments).values() if len(scores) >= 2]

@@ -7,10 +7,12 @@ generated ones; the ROUGE-L threshold of 0.7 and the kind of blacklisted words a
 import functools
 import importlib.util
 import logging
+import os
 import re
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 import numpy as np
@@ -81,6 +83,28 @@ class PromptFile:
     path: str
     max_prompts: int | None = None
     repeat: bool = False
+
+
+@stored_as("self_instruct.PromptList")
+@dataclass(frozen=True)
+class PromptList:
+    """Prompts that are given as texts; an equal part of them for each iteration. The place of a text is its id."""
+
+    texts: tuple[str, ...]
+
+    def __call__(self) -> list[Prompt]:
+        return [Prompt.of(str(i), text) for i, text in enumerate(self.texts)]
+
+
+def prompt_source(given: Any) -> Any:
+    """A path as the `PromptFile` there, a list of texts as a `PromptList`, anything else as it is."""
+    if isinstance(given, str | os.PathLike):
+        return PromptFile(path=os.fspath(given))
+    if isinstance(given, list | tuple):
+        if wrong := [text for text in given if not isinstance(text, str) or not text.strip()]:
+            raise ValueError(f"prompts holds {wrong[0]!r:.80}; give a list of texts, the path of a file, or a function")
+        return PromptList(tuple(given))
+    return given
 
 
 def read_source(source: PromptFile | Callable[[], list[Prompt]]) -> list[Prompt]:

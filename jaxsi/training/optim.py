@@ -26,9 +26,10 @@ def linear(start: float, end: float, steps: int) -> optax.Schedule:
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class OptimConfig:
     """AdamW. ``end_learning_rate`` None keeps the learning rate constant after the warm-up. ``offload`` keeps the
-    moments, two thirds of a training state, in the host's memory between updates."""
+    moments, two thirds of a training state, in the host's memory between updates. The learning rate is by default that
+    of the Self-Rewarding paper's SFT."""
 
-    learning_rate: float
+    learning_rate: float = 5.5e-6
     end_learning_rate: float | None = None
     decay: Schedule = cosine
     warmup_steps: int = 0

@@ -42,8 +42,8 @@ class TrainConfig:
     padded length, so that short data compile once. ``checkpoint_every`` optimizer steps, a checkpoint to resume from.
     """
 
-    optim: OptimConfig
-    batch_size: int
+    optim: OptimConfig = OptimConfig()
+    batch_size: int = 16
     accumulate: int = 1
     epochs: int = 1
     max_steps: int | None = None
@@ -84,7 +84,7 @@ class DPOConfig:
     ``optimizer``, whether a round begins with new moments or takes over those of the round before.
     """
 
-    train: TrainConfig
+    train: TrainConfig = TrainConfig(optim=OptimConfig(learning_rate=1e-6))
     loss: Callable[..., losses.Loss] = losses.dpo
     beta: float = 0.1
     nll_coef: float = 0.0

@@ -1,0 +1,88 @@
+"""SFT and DPO by themselves, on texts: one training as a run of its own, which resumes like any other."""
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+from jaxsi.lm import LM
+from jaxsi.runs.config_snapshot import stored_as
+from jaxsi.runs.records import PreferencePair, Prompt, SFTExample, to_json
+from jaxsi.runs.run import Run
+from jaxsi.text.chat import written_response
+from jaxsi.training import train
+from jaxsi.training.train import DPOConfig, TrainConfig
+
+
+@stored_as("single.Training")
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Training:
+    """What decides the result: the weights to start from, a digest of the records, and the settings."""
+
+    model: str
+    data: str
+    training: TrainConfig | DPOConfig
+    seed: int
+
+
+def sft(
+    lm: LM,
+    examples: Sequence[SFTExample | tuple[str, str]],
+    run_dir: Path | str,
+    config: TrainConfig = TrainConfig(),
+    *,
+    seed: int = 0,
+) -> LM:
+    """Supervised fine-tuning of ``lm`` on examples, or on (prompt, response) texts, in ``run_dir``.
+
+    ``lm`` has float32 weights: ``load(..., weights_dtype="float32")``. ``load(run_dir)`` gives the result again.
+
+    Raises: RunConfigError if ``run_dir`` holds another training; TrainingError as ``training.train.sft``.
+    """
+    records = [e if isinstance(e, SFTExample) else _example(str(i), *e) for i, e in enumerate(examples)]
+    described = Training(model=lm.fingerprint, data=_digest(records), training=config, seed=seed)
+    with Run.open(run_dir, described) as run:
+        model = train.sft(lm, records, config, run.at("iter_1"))
+        run.update_summary({"status": "complete"})
+    return model
+
+
+def dpo(
+    lm: LM,
+    pairs: Sequence[PreferencePair | tuple[str, str, str]],
+    run_dir: Path | str,
+    config: DPOConfig = DPOConfig(),
+    *,
+    reference: LM | None = None,
+    seed: int = 0,
+) -> LM:
+    """Preference training of ``lm`` on pairs, or on (prompt, chosen, rejected) texts, in ``run_dir``; otherwise as
+    ``sft``. ``reference`` is ``lm`` by default."""
+    records = [pair if isinstance(pair, PreferencePair) else _pair(lm, str(i), *pair) for i, pair in enumerate(pairs)]
+    models = lm.fingerprint if reference is None else f"{lm.fingerprint} reference {reference.fingerprint}"
+    described = Training(model=models, data=_digest(records), training=config, seed=seed)
+    with Run.open(run_dir, described) as run:
+        model = train.dpo(lm, records, config, run.at("iter_1"), reference=reference)
+        run.update_summary({"status": "complete"})
+    return model
+
+
+def _example(id: str, prompt: str, response: str) -> SFTExample:
+    return SFTExample(id=id, messages=Prompt.of(id, prompt).messages, response=response)
+
+
+def _pair(lm: LM, id: str, prompt: str, chosen: str, rejected: str) -> PreferencePair:
+    sides = [
+        written_response(lm.tokenizer, f"{id}#{name}", id, text)
+        for name, text in (("chosen", chosen), ("rejected", rejected))
+    ]
+    return PreferencePair(
+        id=id, messages=Prompt.of(id, prompt).messages, chosen=sides[0], rejected=sides[1], chosen_score=1.0,
+        rejected_score=0.0,
+    )  # fmt: skip
+
+
+def _digest(records: Sequence[SFTExample | PreferencePair]) -> str:
+    lines = [json.dumps(to_json(record), ensure_ascii=False, sort_keys=True) for record in records]
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:16]

@@ -2,12 +2,12 @@
 
 import dataclasses
 import json
-from typing import ClassVar
 
 import numpy as np
 import pytest
 
 from jaxsi.toyworld import methods_table
+from jaxsi.toyworld.methods_table import InCommon
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -16,9 +16,6 @@ class Config:
     model: str = "given"
     iterations: int = 3
     seed: int = 0
-
-    ARM_FIELDS: ClassVar[frozenset[str]] = frozenset({"gain"})
-    SHARED: ClassVar[tuple[str, ...]] = ("start",)
 
 
 @pytest.fixture
@@ -51,6 +48,8 @@ def calls(monkeypatch):
 
     monkeypatch.setattr(methods_table, "_fingerprint", lambda model: model)
     monkeypatch.setattr(methods_table, "method_of", lambda cfg: method)
+    monkeypatch.setattr(methods_table, "carry_out", method)
+    monkeypatch.setitem(methods_table.IN_COMMON, "method", InCommon(frozenset({"gain"}), ("start",)))
     return calls
 
 

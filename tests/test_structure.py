@@ -269,8 +269,18 @@ def documented_commands() -> list[list[str]]:
     return list(commands.values())
 
 
+def documented_file(name: Path, folder: Path) -> Path | None:
+    """The Python file that docs/add_a_method.md says to save under this name, in ``folder``."""
+    page = (ROOT / "docs" / "add_a_method.md").read_text(encoding="utf-8")
+    if f"Save this as `{name}`" not in page:
+        return None
+    code = re.search(r"^```python\n(.*?)^```$", page, re.DOTALL | re.MULTILINE)[1]
+    (folder / name).write_text(code, encoding="utf-8")
+    return folder / name
+
+
 @pytest.mark.parametrize("command", documented_commands(), ids=" ".join)
-def test_documented_commands_parse(command):
+def test_documented_commands_parse(command, tmp_path):
     from jaxsi.cli.main import COMMANDS
 
     name = next((name for name in COMMANDS if command[: len(name.split())] == name.split()), None)
@@ -278,14 +288,15 @@ def test_documented_commands_parse(command):
     rest = [word for word in command[len(name.split()) :] if word not in ("--json", "--debug", "--help")]
     if name == "launch local":
         rest, launched = rest[: rest.index("--")], rest[rest.index("--") + 1 :]
-        test_documented_commands_parse(launched)
+        test_documented_commands_parse(launched, tmp_path)
     if name == "run":
         from jaxsi.cli.distributed import take_options
         from jaxsi.cli.run import _split, configure
 
         config, options, overrides = _split(take_options(rest)[1])
-        assert config is not None and (ROOT / config).is_file(), f"{config} is not a config of this repository"
-        configure(ROOT / config, overrides, options.prompts, options.max_prompts)
+        path = documented_file(config, tmp_path) or ROOT / config
+        assert path.is_file(), f"{config} is not a config of this repository"
+        configure(path, overrides, options.prompts, options.max_prompts)
     elif name == "plan":
         from jaxsi.perf.topologies import topology
 

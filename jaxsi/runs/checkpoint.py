@@ -234,7 +234,7 @@ def _read_manifest(path: Path) -> dict[str, Any]:
         manifest = json.loads((path / MANIFEST).read_bytes())
         seal = manifest.pop("sha256")
     except FileNotFoundError:
-        reason = "the save was interrupted (no jaxsi.json)" if path.is_dir() else "there is no such checkpoint"
+        reason = "the save was interrupted (no jaxsi.json)" if path.is_dir() else "the checkpoint does not exist"
         raise CheckpointError(path, reason, fix if path.is_dir() else "check the path") from None
     except OSError as error:
         raise CheckpointError(path, f"{MANIFEST} cannot be read: {error.strerror or error}", fix) from None
@@ -255,7 +255,7 @@ def _seal(manifest: dict[str, Any]) -> str:
 def _digest(file: Path) -> dict[str, Any]:
     with file.open("rb") as opened:
         digest = hashlib.file_digest(opened, "sha256").hexdigest()
-        os.fsync(opened.fileno())  # the manifest must not reach the disk before what it vouches for
+        os.fsync(opened.fileno())  # the manifest must not reach the disk before the files it describes
     return {"bytes": file.stat().st_size, "sha256": digest}
 
 
@@ -280,8 +280,8 @@ def _problems(path: Path, files: dict[str, Any]) -> list[str]:
     if misfits := _misfits(path, files):
         return misfits
     with _failing(path, "use another checkpoint"):
-        found = _digests(path, files)
-    return [f"{name} is damaged (its sha256 differs)" for name in files if found[name] != files[name]]
+        digests = _digests(path, files)
+    return [f"{name} is damaged (its sha256 differs)" for name in files if digests[name] != files[name]]
 
 
 def _verify(path: Path, manifest: dict[str, Any], groups: Iterable[str] | None) -> None:

@@ -25,7 +25,7 @@ Row = dict[str, Any]
 
 
 class SourceError(Exception):
-    """A data set that cannot be read as what it should be; the message names the set, the place and the fix."""
+    """A data set cannot be read as its loader expects; the message names the set, the place and the fix."""
 
 
 def oasst(source: str = "OpenAssistant/oasst1", *, split: str = "train", columns: Columns = None) -> list[SFTExample]:

@@ -257,7 +257,7 @@ def test_other_damage_is_found_without_reading_the_data(copy, harm):
         case "absent":
             shutil.rmtree(copy)
     assert not is_complete(copy)
-    with pytest.raises(CheckpointError, match=r"missing|bytes of|interrupted|damaged|no such checkpoint"):
+    with pytest.raises(CheckpointError, match=r"missing|bytes of|interrupted|damaged|does not exist"):
         restore(copy, abstract(tree()))
 
 

@@ -127,9 +127,13 @@ def test_process_without_known_peers_goes_on_alone_and_says_so(run, variables, w
 def slurm(index: int, port: int) -> dict[str, str]:
     """The variables of one of two tasks on this host. JAX takes the port from the job's number."""
     return {
-        "SLURM_JOB_ID": str(port), "SLURM_STEP_NODELIST": "localhost", "SLURM_NTASKS": "2",
-        "SLURM_PROCID": str(index), "SLURM_LOCALID": str(index), "SLURM_STEP_NUM_NODES": "1",
-    }  # fmt: skip
+        "SLURM_JOB_ID": str(port),
+        "SLURM_STEP_NODELIST": "localhost",
+        "SLURM_NTASKS": "2",
+        "SLURM_PROCID": str(index),
+        "SLURM_LOCALID": str(index),
+        "SLURM_STEP_NUM_NODES": "1",
+    }
 
 
 def by_variables(index: int, port: int) -> dict[str, str]:

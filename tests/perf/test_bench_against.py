@@ -15,9 +15,17 @@ from jaxsi.perf.bench_speed import TrainWork  # noqa: E402
 from jaxsi.perf.bench_work import Lognormal, generate_work, texts  # noqa: E402
 
 WORK = generate_work(
-    tiny.CONFIG, prompts=6, prompt_length=(4, 30), new=12, stop_lengths=Lognormal(1, 12, 6), judge=None, slots=4,
-    temperature=0.7, top_p=0.9, seed=0,
-)  # fmt: skip
+    tiny.CONFIG,
+    prompts=6,
+    prompt_length=(4, 30),
+    new=12,
+    stop_lengths=Lognormal(1, 12, 6),
+    judge=None,
+    slots=4,
+    temperature=0.7,
+    top_p=0.9,
+    seed=0,
+)
 
 
 @pytest.fixture(autouse=True)

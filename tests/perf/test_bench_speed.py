@@ -18,9 +18,16 @@ from jaxsi.perf.machine_rates import Ceilings
 from jaxsi.sampling import engine
 
 SMALL = {
-    "prompts": 6, "prompt_length": (4, 30), "new": 12, "stop_lengths": None, "judge": None, "slots": 4,
-    "temperature": 0.7, "top_p": 0.9, "seed": 0,
-}  # fmt: skip
+    "prompts": 6,
+    "prompt_length": (4, 30),
+    "new": 12,
+    "stop_lengths": None,
+    "judge": None,
+    "slots": 4,
+    "temperature": 0.7,
+    "top_p": 0.9,
+    "seed": 0,
+}
 
 
 @pytest.fixture

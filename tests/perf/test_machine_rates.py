@@ -17,9 +17,17 @@ from jaxsi.perf.bench_shapes import SHAPES
 from jaxsi.perf.machine_rates import Ceilings
 
 WINDOWED = ModelConfig(
-    family="mistral", vocab_size=100, embed_dim=12, num_layers=3, num_heads=6, num_kv_heads=2, head_dim=4, mlp_dim=20,
-    max_positions=64, windows=(None, 5, 1),
-)  # fmt: skip
+    family="mistral",
+    vocab_size=100,
+    embed_dim=12,
+    num_layers=3,
+    num_heads=6,
+    num_kv_heads=2,
+    head_dim=4,
+    mlp_dim=20,
+    max_positions=64,
+    windows=(None, 5, 1),
+)
 
 
 @pytest.mark.parametrize(("name", "count"), [("s", 31_990_272), ("l", 152_980_224)])

@@ -26,9 +26,16 @@ from jaxsi.runs.config_file import load_config
 CONFIGS = Path(__file__).parents[2] / "configs"
 SEVENTY = CONFIGS / "self_rewarding" / "llama2_70b_v5p128.py"
 SIZES = Sizes(
-    slots=8, wave=8, prompt_length=64, max_new_tokens=32, max_length=64, score_rows=8, batch_size=16, accumulate=2,
+    slots=8,
+    wave=8,
+    prompt_length=64,
+    max_new_tokens=32,
+    max_length=64,
+    score_rows=8,
+    batch_size=16,
+    accumulate=2,
     dtype="float32",
-)  # fmt: skip
+)
 MESH = "2x2x2"
 CONFIG = dataclasses.replace(
     tiny.CONFIG, embed_dim=256, mlp_dim=1024, vocab_size=1024

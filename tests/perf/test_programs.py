@@ -17,9 +17,16 @@ from jaxsi.sampling import slots
 from jaxsi.training import train
 
 SMALL = Sizes(
-    slots=8, wave=4, prompt_length=32, max_new_tokens=16, max_length=64, score_rows=8, batch_size=8, accumulate=2,
+    slots=8,
+    wave=4,
+    prompt_length=32,
+    max_new_tokens=16,
+    max_length=64,
+    score_rows=8,
+    batch_size=8,
+    accumulate=2,
     dtype="float32",
-)  # fmt: skip
+)
 WHOLE_SEQUENCES = ("prefill", "score", "sft", "reference", "dpo", "rl")
 COMPILED_ELSEWHERE = ("dpo", "dpo, prompt shared", "reward", "gap reward", "value", "rewards", "reference")
 
@@ -81,7 +88,7 @@ def test_dpo_with_large_vocabulary_takes_a_third_of_the_memory_of_full_logits(mo
         return jnp.take_along_axis(logps_BTV, targets_BT[..., None], axis=-1)[..., 0], None
 
     tiled = temporaries()
-    monkeypatch.setattr(decoder.head, "logps_and_entropies", full)
+    monkeypatch.setattr(decoder.lm_head, "logps_and_entropies", full)
     whole = temporaries()
     assert whole > 8192 * config.vocab_size * 4 / 2**30  # the full logits are among them
     assert tiled < whole / 3, (tiled, whole)

@@ -1,7 +1,7 @@
 """Tokenizers of a model folder: `tokenizer.json` through Hugging Face, `tokenizer.model` through tensorflow-text.
 
-`load_tokenizer` gives a `Tokenizer`. Text that goes in by `encode_text` or in a chat message never becomes a control
-id; honest text gives exactly the ids of the tokenizer's own library.
+`load_tokenizer` returns a `Tokenizer`. Text from `encode_text` or from a chat message never becomes a control id. Text
+without control strings gets exactly the ids of the tokenizer's own library.
 """
 
 import functools
@@ -25,14 +25,14 @@ from jaxsi.text.chat_template import (
 from jaxsi.text.sentencepiece_model import SentencePieceModel
 
 SPECIAL_NAMES = ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token", "mask_token")
-_KEPT_FILES = (
+_SAVED_FILES = (
     *("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
     *("vocab.json", "merges.txt", "chat_template.jinja"),
 )
 
 
 class TokenizerError(InputError, ValueError):
-    """A tokenizer cannot be loaded or used: names the path, what is wrong, and the fix."""
+    """A tokenizer cannot be loaded or used; names the path, the fault and the fix."""
 
     def __init__(self, path: Path, reason: str, fix: str):
         super().__init__(f"{path}: {reason}. {fix}")
@@ -41,10 +41,13 @@ class TokenizerError(InputError, ValueError):
 
 @dataclass(frozen=True, kw_only=True)
 class Vocabulary:
-    """What a tokenizer's files say, whichever library reads them.
+    """The contents of a tokenizer's files, whichever library reads them.
 
-    `special`: string -> id of the tokens declared special; `added`: the other added tokens; `names`: the variables of
-    the chat template, such as {"bos_token": "<s>"}; `adds_bos`: plain encoding with special tokens starts with BOS.
+    Attributes:
+      special: string -> id of the tokens declared special.
+      added: string -> id of the other added tokens.
+      names: the variables of the chat template, such as {"bos_token": "<s>"}.
+      adds_bos: whether plain encoding with special tokens starts with BOS.
     """
 
     size: int
@@ -70,12 +73,15 @@ class Library(Protocol):
 
 
 class Tokenizer:
-    """A tokenizer with its chat template. Using it changes nothing in it.
+    """A tokenizer with its chat template. Using it does not change it.
 
-    Attributes: `vocab_size`, `bos_id`, `eos_id` (None where the model has none), `pad_id` (falls back to eos, then 0:
-    masks never depend on it), `chat_template` (the tokenizer's, else `jaxsi-plain`), `template_name`, `template_hash`,
-    `controls` and `control_ids` (ids that text from outside can never become), `stop_ids` (eos, the eos list of
-    generation_config.json, the template's end of turn).
+    Attributes:
+      vocab_size: one more than the largest id.
+      bos_id, eos_id: None if the model has no such token.
+      pad_id: falls back to eos, then to 0; masks never depend on it.
+      chat_template, template_name, template_hash: of the tokenizer's own template, or else of `jaxsi-plain`.
+      controls, control_ids: the strings and ids that text from outside can never become.
+      stop_ids: eos, the eos list of generation_config.json, and the template's end of turn.
     """
 
     def __init__(self, library: Library, files: Mapping[str, bytes], generation_eos: Sequence[int] = ()):
@@ -85,18 +91,20 @@ class Tokenizer:
         self.bos_id, self.eos_id = vocabulary.id_of("bos_token"), vocabulary.id_of("eos_token")
         pad_id, unk_id = vocabulary.id_of("pad_token"), vocabulary.id_of("unk_token")
         self.pad_id = next((token for token in (pad_id, self.eos_id) if token is not None), 0)
-        own = vocabulary.chat_template
-        self.template_name = "tokenizer" if own is not None else DEFAULT_TEMPLATE_NAME
-        self.chat_template = own if own is not None else default_template(vocabulary.adds_bos)
-        self.names = {"bos_token": "", "eos_token": "", **vocabulary.names} if own is None else dict(vocabulary.names)
+        self.names = dict(vocabulary.names)
+        if vocabulary.chat_template is not None:
+            self.template_name, self.chat_template = "tokenizer", vocabulary.chat_template
+        else:
+            self.template_name, self.chat_template = DEFAULT_TEMPLATE_NAME, default_template(vocabulary.adds_bos)
+            self.names = {"bos_token": "", "eos_token": ""} | self.names
         compile_template(self.chat_template)  # a broken template is an error now, not at the first prompt
-        # Some fine-tunes add their turn markers without declaring them special: those the template writes are control.
+        # Some fine-tunes add turn markers without declaring them special: those that the template writes are control.
         written = written_strings(self.chat_template, self.names)
         markers = {text: token for text, token in vocabulary.added.items() if text in written}
         markers |= {text: token for text, token in vocabulary.added.items() if token in self._generation_eos}
         ids = {**vocabulary.special, **markers}
         role_ids = {self.bos_id, self.eos_id, pad_id}
-        # An unknown character is no control: only the string "<unk>" is kept apart, its id is ordinary.
+        # Only the string "<unk>" is kept out of texts. Its id is ordinary: it stands for any unknown character.
         self.control_ids = frozenset(token for token in ids.values() if token != unk_id or token in role_ids)
         self.controls = ControlStrings(ids, self.control_ids)
         rule = json.dumps([self.chat_template, sorted(self.names.items()), vocabulary.adds_bos])
@@ -118,9 +126,10 @@ class Tokenizer:
         return tuple(dict.fromkeys((*eos, *self._generation_eos, self.assistant_turn.end_of_turn)))
 
     def encode_text(self, text: str) -> list[int]:
-        """Ids of text from outside, without BOS and EOS: no control id whatever the text says.
+        """Ids of text from outside, without BOS and EOS, and without control ids whatever the text says.
 
-        Raises ValueError for half a surrogate pair, which no tokenizer can read.
+        Raises:
+          ValueError: if the text contains half a surrogate pair, which no tokenizer can read.
         """
         text.encode("utf-8")
         if not self.controls.pattern.search(text):
@@ -130,11 +139,11 @@ class Tokenizer:
         return self.encode_parts([text] if text else [])
 
     def encode_trusted(self, text: str) -> list[int]:
-        """Ids of text a chat template wrote: its control strings become control ids. Never for text from outside."""
+        """Ids of text that a chat template wrote: control strings become control ids. Not for text from outside."""
         return self._library.encode(text)
 
     def encode_parts(self, parts: Sequence[str | int]) -> list[int]:
-        """Ids of a text given as control ids (`int`) and text (`str`) in which control strings are just text."""
+        """Ids of a text in parts: control ids (`int`), and text (`str`) in which control strings are plain text."""
         ids = self._library.encode_parts(parts, self.controls.ids)
         expected = [part for part in parts if isinstance(part, int) and part in self.control_ids]
         if [token for token in ids if token in self.control_ids] != expected:
@@ -143,14 +152,19 @@ class Tokenizer:
         return ids
 
     def decode(self, ids: Sequence[int]) -> str:
-        """The text of `ids` without control tokens, everything else exactly; bytes that are no whole character give
-        U+FFFD, ids beyond the vocabulary (a padded embedding has such rows) give nothing."""
-        kept = (int(token) for token in ids)
-        return self._library.decode([t for t in kept if t not in self.control_ids and 0 <= t < self.vocab_size])
+        """The exact text of `ids`, without control tokens.
+
+        Bytes that do not form a whole character become U+FFFD. Ids beyond the vocabulary (a padded embedding has such
+        rows) are left out.
+        """
+        tokens = (int(token) for token in ids)
+        return self._library.decode([t for t in tokens if t not in self.control_ids and 0 <= t < self.vocab_size])
 
     def save(self, folder: str | Path) -> None:
-        """Write the tokenizer into `folder` as it was loaded, and its chat template, so that `transformers` and
-        `load_tokenizer` read the same ids. (generation_config.json belongs to the model's export.)"""
+        """Writes the tokenizer into `folder` as it was loaded, with its chat template.
+
+        `transformers` and `load_tokenizer` then give the same ids. (The model's export writes generation_config.json.)
+        """
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         files = dict(self._files)
@@ -164,7 +178,7 @@ class Tokenizer:
 
 
 @dataclass(frozen=True)
-class _Apart:
+class _SecretTokenizer:
     """A copy of a Hugging Face tokenizer whose control tokens have secret names, so that no text can spell one."""
 
     backend: Any
@@ -172,7 +186,7 @@ class _Apart:
     original: dict[int, int]
 
     @classmethod
-    def of(cls, backend: Any, controls: Mapping[str, int]) -> "_Apart":
+    def of(cls, backend: Any, controls: Mapping[str, int]) -> "_SecretTokenizer":
         import tokenizers
 
         spec = json.loads(backend.to_str())
@@ -188,9 +202,9 @@ class _Apart:
             model["vocab"] = [[renamed.get(text, text), score] for text, score in model["vocab"]]
         if model.get("unk_token") is not None:
             model["unk_token"] = renamed.get(model["unk_token"], model["unk_token"])
-        spec["post_processor"] = None  # it names control tokens, and only adds BOS and EOS
+        spec["post_processor"] = None  # it names control tokens, and all it does is add BOS and EOS
         copy = tokenizers.Tokenizer.from_str(json.dumps(spec, ensure_ascii=False))
-        # Tokens that are in no vocabulary are numbered anew on loading.
+        # Loading gives new numbers to tokens outside the vocabulary.
         numbered = {text: copy.token_to_id(text) for text in original}
         numbers = {number: original[text] for text, number in numbered.items() if number is not None}
         return cls(copy, {token: renamed[text] for text, token in controls.items()}, numbers)
@@ -201,15 +215,15 @@ class _Apart:
 
 
 class HuggingFaceLibrary:
-    """tokenizer.json, read by `transformers` (its class may adjust the file's rules) and run by `tokenizers`."""
+    """A tokenizer.json, read by `transformers` (its class may adjust the file's rules) and run by `tokenizers`."""
 
     def __init__(self, tokenizer: Any, folder: Path, template: str | None):
         self._backend = tokenizer.backend_tokenizer
-        # A tokenizer.json may carry its last training's padding and truncation; the copy here is ours alone.
+        # A tokenizer.json may still hold the padding and truncation of its last training. This copy is ours to change.
         self._backend.no_padding()
         self._backend.no_truncation()
         self._backend.encode_special_tokens = False
-        self._apart: _Apart | None = None
+        self._secret: _SecretTokenizer | None = None
         named = tokenizer.special_tokens_map
         names = {name: str(named[name]) for name in SPECIAL_NAMES if named.get(name) is not None}
         tokens = tokenizer.added_tokens_decoder
@@ -235,9 +249,9 @@ class HuggingFaceLibrary:
         return self._backend.encode(text, add_special_tokens=False).ids
 
     def encode_parts(self, parts: Sequence[str | int], controls: Mapping[str, int]) -> list[int]:
-        if self._apart is None:
-            self._apart = _Apart.of(self._backend, controls)
-        return self._apart.encode(parts)
+        if self._secret is None:
+            self._secret = _SecretTokenizer.of(self._backend, controls)
+        return self._secret.encode(parts)
 
     def decode(self, ids: Sequence[int]) -> str:
         return self._backend.decode(list(ids), skip_special_tokens=True)
@@ -249,10 +263,10 @@ class HuggingFaceLibrary:
 
 
 class SentencePieceLibrary:
-    """tokenizer.model through tensorflow_text.
+    """A tokenizer.model, through tensorflow_text.
 
-    SentencePiece puts a space before the text it is given. Between control tokens only the beginning of the whole text
-    gets one, as in `transformers` (all pieces do where tokenizer_config.json says `"legacy": true`).
+    SentencePiece puts a space before its text. If control tokens divide a text, only its first part gets one, as in
+    `transformers` (or every part, if tokenizer_config.json says `"legacy": true`).
     """
 
     def __init__(self, model: bytes, config: Mapping[str, Any], path: Path, template: str | None):
@@ -274,7 +288,7 @@ class SentencePieceLibrary:
             if token.get("lstrip") or token.get("rstrip"):
                 raise TokenizerError(
                     path.with_name("tokenizer_config.json"),
-                    f"added token {token['content']!r} takes the spaces beside it, which tokenizer.model cannot",
+                    f"added token {token['content']!r} takes the spaces beside it, which a tokenizer.model cannot do",
                     "Save the tokenizer with transformers, so that the folder has a tokenizer.json",
                 )
             if ids.setdefault(token["content"], int(number)) >= self._size:
@@ -313,7 +327,7 @@ class SentencePieceLibrary:
         return self._encode(self._split(text, self._matched), frozenset())
 
     def encode_parts(self, parts: Sequence[str | int], controls: Mapping[str, int]) -> list[int]:
-        # Added tokens that are no control keep their meaning in text; pieces that are lose it.
+        # In text, added tokens keep their meaning unless they are control tokens; control pieces lose theirs.
         extra = ControlStrings({t: n for t, n in self._extra.items() if t not in controls}, frozenset())
         split: list[str | int] = []
         for part in parts:
@@ -321,16 +335,16 @@ class SentencePieceLibrary:
         return self._encode(split, frozenset(n for n in controls.values() if n < self._size))
 
     def decode(self, ids: Sequence[int]) -> str:
-        text, run = "", []
+        text, pieces = "", []
         names = {number: token for token, number in self._extra.items()}
         for token in [*ids, None]:
             if token is not None and token < self._size:
-                run.append(token)
+                pieces.append(token)
                 continue
-            if run:
+            if pieces:
                 processor = self._model.processor(not text, frozenset())
-                text += processor.detokenize(run).numpy().decode("utf-8", errors="replace")
-                run = []
+                text += processor.detokenize(pieces).numpy().decode("utf-8", errors="replace")
+                pieces = []
             text += names.get(token, "") if token is not None else ""
         return text
 
@@ -357,7 +371,10 @@ _COPY_AGAIN = "Copy the file again from where the model came from"
 
 
 def _chat_template(folder: Path, config: Mapping[str, Any]) -> str | None:
-    """chat_template.jinja, else "chat_template" of tokenizer_config.json: a text, or named ones with a "default"."""
+    """The text of chat_template.jinja, or else "chat_template" of tokenizer_config.json.
+
+    The latter is one template, or named ones of which "default" is taken.
+    """
     path = folder / "chat_template.jinja"
     if path.is_file():
         return path.read_text(encoding="utf-8")
@@ -368,7 +385,7 @@ def _chat_template(folder: Path, config: Mapping[str, Any]) -> str | None:
         if "default" not in template:
             raise TokenizerError(
                 folder / "tokenizer_config.json",
-                f'has the chat templates {", ".join(map(repr, template))} and none named "default"',
+                f'has the chat templates {", ".join(map(repr, template))} but not one named "default"',
                 'Name the one to use "default"',
             )
         template = template["default"]
@@ -396,15 +413,15 @@ def _load_hugging_face(folder: Path, config: Mapping[str, Any], template: str | 
     try:
         kind = (config.get("tokenizer_class"), _read_json(folder / "config.json").get("model_type"))
         if kind == ("PreTrainedTokenizerFast", "llama"):
-            # The class that AutoTokenizer comes to, too, but for the import of PyTorch, where that is installed.
+            # AutoTokenizer chooses this class, too, but also imports PyTorch if that is installed.
             tokenizer = transformers.PreTrainedTokenizerFast.from_pretrained(str(folder), local_files_only=True)
         elif config.get("tokenizer_class") is not None:
             tokenizer = transformers.AutoTokenizer.from_pretrained(
                 str(folder), trust_remote_code=False, local_files_only=True
             )
         else:
-            # Without a class in tokenizer_config.json the file counts as it stands: guessing the class from the model's
-            # type would rebuild a byte-level file by SentencePiece rules.
+            # If tokenizer_config.json names no class, the file is read as it is. A class guessed from the model's type
+            # would rebuild a byte-level file by SentencePiece rules.
             options = _names_by_id(folder, _read_json(path)) | _special_names(config)
             tokenizer = transformers.PreTrainedTokenizerFast(
                 tokenizer_file=str(path), clean_up_tokenization_spaces=False, **options
@@ -412,13 +429,13 @@ def _load_hugging_face(folder: Path, config: Mapping[str, Any], template: str | 
     except TokenizerError:
         raise
     except Exception as error:  # the tokenizers library raises bare Exception for a file it cannot read
-        _read_json(path)  # says more where the file is no JSON at all; big files are not parsed twice without need
+        _read_json(path)  # its error says more if the file is not JSON; only now, or big files were parsed twice
         raise TokenizerError(path, f"cannot be read ({type(error).__name__}: {error})", _COPY_AGAIN) from error
     return HuggingFaceLibrary(tokenizer, folder, template)
 
 
 def _names_by_id(folder: Path, file: Mapping[str, Any]) -> dict[str, str]:
-    """{"eos_token": "</s>"} from special_tokens_map.json and the ids of config.json and generation_config.json."""
+    """{"eos_token": "</s>"} and so on, from special_tokens_map.json and the ids in the model's own configs."""
     texts = {token["id"]: token["content"] for token in file.get("added_tokens") or []}
     names = {}
     model = {**_read_json(folder / "config.json"), **_read_json(folder / "generation_config.json")}
@@ -431,7 +448,7 @@ def _names_by_id(folder: Path, file: Mapping[str, Any]) -> dict[str, str]:
 
 
 def _special_names(config: Mapping[str, Any]) -> dict[str, str]:
-    """Special tokens by name; each may be a string or an object with "content"."""
+    """Special tokens by name; the config has a string or an object with "content" for each."""
     named = {name: config[name] for name in SPECIAL_NAMES if config.get(name) is not None}
     return {name: value["content"] if isinstance(value, dict) else value for name, value in named.items()}
 
@@ -453,7 +470,7 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
     if isinstance(auto_map, list) or (isinstance(auto_map, dict) and "AutoTokenizer" in auto_map):
         raise TokenizerError(
             folder / "tokenizer_config.json",
-            'asks for Python code of its own ("auto_map"), which jaxsi never runs',
+            'wants the folder\'s own Python code to be run ("auto_map"), which jaxsi never does',
             'If tokenizer.json alone describes the tokenizer, remove "auto_map" and set "tokenizer_class" to '
             '"PreTrainedTokenizerFast"',
         )
@@ -470,8 +487,8 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
         raise TokenizerError(
             folder,
             f"has neither tokenizer.json nor tokenizer.model (it holds {found})",
-            "Copy it from where the model came from; a tokenizer of another format becomes a tokenizer.json by "
-            "transformers: AutoTokenizer.from_pretrained(FOLDER).save_pretrained(FOLDER)",
+            "Copy the file from where the model came from. To convert a tokenizer of another format to tokenizer.json, "
+            "use transformers: AutoTokenizer.from_pretrained(FOLDER).save_pretrained(FOLDER)",
         )
-    files = {name: (folder / name).read_bytes() for name in _KEPT_FILES if (folder / name).is_file()}
+    files = {name: (folder / name).read_bytes() for name in _SAVED_FILES if (folder / name).is_file()}
     return Tokenizer(library, files, _eos_list(_read_json(folder / "generation_config.json")))

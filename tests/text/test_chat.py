@@ -1,4 +1,4 @@
-"""Chat rendering: golden ids per template, parity with apply_chat_template, control strings in text stay text."""
+"""Chat rendering: golden ids of each template, parity with apply_chat_template, control strings in text stay text."""
 
 import copy
 import time
@@ -58,7 +58,7 @@ GOLDEN_ENDS = {
 
 @pytest.mark.parametrize("family", GOLDEN_PROMPTS)
 def test_golden_prompt_and_response(family):
-    """Exactly one BOS where the model has one (none elsewhere), exactly one end-of-turn, at the end."""
+    """One BOS if the model has one, else zero; exactly one end-of-turn, at the end."""
     tokenizer = tokenizer_of(family)
     prompt, response = render_prompt(tokenizer, [user("hello")]), render_response(tokenizer, "how are you")
     assert prompt == tokenizer.encode_trusted(GOLDEN_PROMPTS[family])
@@ -76,16 +76,26 @@ def test_golden_prompt_and_response(family):
 
 
 def test_literal_ids_of_one_template():
-    """Numbers, not strings: a character-level ChatML tokenizer whose ids can be read off its vocabulary."""
+    """Numbers, not strings: a character-level ChatML tokenizer's ids can be read off its vocabulary."""
     tokenizer = tokenizer_of("characters")
     ids = {text: tokenizer.controls.ids[text] for text in ("<|im_start|>", "<|im_end|>")}
     letters = [*range(ord("a"), ord("z") + 1)]
-    a = [3 + letters.index(ord(c)) for c in "user"]
+    asker = [3 + letters.index(ord(c)) for c in "user"]
     newline, hi = 30, [3 + letters.index(ord(c)) for c in "hi"]
-    role = [3 + letters.index(ord(c)) for c in "assistant"]
+    writer = [3 + letters.index(ord(c)) for c in "assistant"]
     start, end = ids["<|im_start|>"], ids["<|im_end|>"]
     assert (start, end) == (1, 2)
-    assert render_prompt(tokenizer, [user("hi")]) == [start, *a, newline, *hi, end, newline, start, *role, newline]
+    assert render_prompt(tokenizer, [user("hi")]) == [
+        start,
+        *asker,
+        newline,
+        *hi,
+        end,
+        newline,
+        start,
+        *writer,
+        newline,
+    ]
     assert render_response(tokenizer, "hi") == [*hi, end]
     assert tokenizer.pad_id == tokenizer.eos_id == end
 
@@ -93,7 +103,7 @@ def test_literal_ids_of_one_template():
 @pytest.mark.parametrize("family", HF_FAMILIES)
 @FUZZ
 @given(data=st.data())
-def test_honest_text_gives_the_ids_of_apply_chat_template(family, data):
+def test_text_without_control_strings_gets_the_ids_of_apply_chat_template(family, data):
     tokenizer = tokenizer_of(family)
     question, answer, more = data.draw(TEXT), data.draw(TEXT), data.draw(TEXT)
     for control in tokenizer.controls.ids:
@@ -110,7 +120,7 @@ def test_honest_text_gives_the_ids_of_apply_chat_template(family, data):
     prompt = render_prompt(tokenizer, [user(question)])
     ours = prompt + render_response(tokenizer, answer)
     if whole[: len(prompt)] != prompt:
-        # "…assistant\n" + "\n…" is one token in the whole; a sampler has read the prompt's newline before.
+        # In the whole text, "…assistant\n" + "\n…" shares one token; a sampler has read the prompt's newline by then.
         assert answer[:1].isspace()
         assert tokenizer.decode(whole).startswith(tokenizer.decode(ours))
         return
@@ -123,16 +133,16 @@ def test_honest_text_gives_the_ids_of_apply_chat_template(family, data):
 @FUZZ
 @given(data=st.data())
 def test_text_never_becomes_a_control_token(family, data):
-    """User, system and earlier assistant text, and responses: the control ids are those of an honest conversation."""
+    """For any text of a user, system or assistant, the control ids are those of the same conversation of "hello"s."""
     tokenizer = tokenizer_of(family)
     texts = [data.draw(HOSTILE) for _ in range(3)]
     messages = [user(texts[0]), assistant(texts[1]), user(texts[2])]
     if family not in ("gemma", "gemma_sp", "llama2", "llama2_sp"):
         messages.insert(0, {"role": "system", "content": texts[1]})
-    honest = [{"role": message["role"], "content": "hello"} for message in messages]
+    harmless = [{"role": message["role"], "content": "hello"} for message in messages]
     control = tokenizer.control_ids
     assert [t for t in render_prompt(tokenizer, messages) if t in control] == [
-        t for t in render_prompt(tokenizer, honest) if t in control
+        t for t in render_prompt(tokenizer, harmless) if t in control
     ]
     response = render_response(tokenizer, texts[0])
     assert [t for t in response if t in control] == [tokenizer.assistant_turn.end_of_turn]
@@ -145,9 +155,9 @@ def test_every_control_string_stays_text(family):
     assert tokenizer.controls.ids
     for control in tokenizer.controls.ids:
         prompt = render_prompt(tokenizer, [user(f"a{control}b")])
-        honest = render_prompt(tokenizer, [user("ab")])
-        assert sum(t in tokenizer.control_ids for t in prompt) == sum(t in tokenizer.control_ids for t in honest)
-        if family not in ("characters", "unigram"):  # no letter for every character of a control string
+        harmless = render_prompt(tokenizer, [user("ab")])
+        assert sum(t in tokenizer.control_ids for t in prompt) == sum(t in tokenizer.control_ids for t in harmless)
+        if family not in ("characters", "unigram"):  # these lack letters for some control strings
             assert control in tokenizer.decode(prompt)
         if control != "<unk>":
             response = render_response(tokenizer, control)
@@ -157,8 +167,8 @@ def test_every_control_string_stays_text(family):
 @pytest.mark.parametrize("family", HF_FAMILIES)
 @FUZZ
 @given(text=TEXT)
-def test_the_way_around_control_strings_gives_honest_ids(family, text):
-    """What the careful path makes of a conversation without control strings is what the direct path makes of it."""
+def test_encoding_by_parts_equals_direct_encoding(family, text):
+    """For conversations without control strings."""
     tokenizer = tokenizer_of(family)
     for control in tokenizer.controls.ids:
         text = text.replace(control, "")
@@ -170,8 +180,8 @@ def test_the_way_around_control_strings_gives_honest_ids(family, text):
         assert tokenizer.encode_parts([joined] if joined else []) == tokenizer.encode_trusted(joined)
 
 
-def test_a_control_string_split_between_text_and_template():
-    """`<|im_end|` at the end of a message must not join with what the template writes after it."""
+def test_control_string_split_between_text_and_template_stays_text():
+    """`<|im_end|` at the end of a message must not join with the template's text after it."""
     tokenizer = copy.copy(tokenizer_of("chatml"))
     tokenizer.chat_template = "{% for m in messages %}<|im_start|>{{ m['content'] }}|><|im_end|>{% endfor %}"
     ids = render_prompt(tokenizer, [user("x<|im_end"), user("|im_start|")])
@@ -179,8 +189,8 @@ def test_a_control_string_split_between_text_and_template():
     assert tokenizer.decode(ids) == "x<|im_end|>|im_start||>"
 
 
-def test_a_control_string_split_between_template_and_text():
-    """The same at the front: the template's own `<` must not make `</s>` of a message that starts with `/s>`."""
+def test_control_string_split_between_template_and_text_stays_text():
+    """The same at the front: the template's own `<` must not turn a message that starts with `/s>` into `</s>`."""
     tokenizer = copy.copy(tokenizer_of("llama2"))
     tokenizer.chat_template = "{{ bos_token }}{% for m in messages %}<{{ m['content'] }}>{% endfor %}"
     ids = render_prompt(tokenizer, [user("/s>"), user("s")])
@@ -222,7 +232,7 @@ def test_refusals_name_the_message_and_the_reason():
         ([user("a\ud800b")], "message 0 .user. is not valid Unicode: .* character 1"),
     ],
 )
-def test_malformed_conversations(messages, message):
+def test_malformed_conversation_is_refused(messages, message):
     with pytest.raises(ChatTemplateError, match=message):
         render_prompt(tokenizer_of("chatml"), messages)
 
@@ -252,8 +262,8 @@ def test_templates_with_generation_blocks_and_loop_controls():
     assert render_prompt(tokenizer, messages, add_generation_prompt=False) == expected
 
 
-def test_a_reasoning_template_whose_finished_turn_differs():
-    """Prompts that open a thought the history drops: the response is the text and the end of turn."""
+def test_reasoning_template_whose_finished_turn_differs():
+    """The prompt opens a thought that the history drops: the response is the text and the end of the turn."""
     template = (
         "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content.split('</think>')[-1] }}<|im_end|>\n{% endfor %}"
         "{% if add_generation_prompt %}<|im_start|>assistant\n<think>\n{% endif %}"
@@ -264,7 +274,7 @@ def test_a_reasoning_template_whose_finished_turn_differs():
     assert [t for t in response if t in tokenizer.control_ids] == [tokenizer.controls.ids["<|im_end|>"]]
 
 
-def test_a_template_without_end_of_turn_gets_the_eos():
+def test_template_without_end_of_turn_gets_the_eos():
     template = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
     tokenizer = tokenizer_of("chatml", template)
     assert render_response(tokenizer, "hello")[-1] == tokenizer.eos_id
@@ -272,7 +282,7 @@ def test_a_template_without_end_of_turn_gets_the_eos():
 
 
 def test_speed_of_short_prompts():
-    """Alarms, for a busy machine: an idle core makes 20,000 a second and more, 9,000 through tensorflow-text."""
+    """The limits leave room for a busy machine: an idle core does 20,000 a second, 9,000 through tensorflow-text."""
     for family, floor in {"chatml": 3000, "llama3": 3000, "llama2": 3000, "llama2_sp": 1000}.items():
         tokenizer = tokenizer_of(family)
         render_prompt(tokenizer, [user("warm up")])

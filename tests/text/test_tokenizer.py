@@ -71,7 +71,7 @@ CORPUS = [
 
 
 def byte_level(folder: Path, specials: list[str], *, bos: str | None = None, undeclared: bool = False) -> None:
-    """A byte-level BPE as Llama 3 and Qwen have; `undeclared` adds the specials as ordinary added tokens."""
+    """A byte-level BPE like those of Llama 3 and Qwen; `undeclared` adds the specials as ordinary added tokens."""
     backend = hf_tokenizers.Tokenizer(models.BPE(ignore_merges=True))
     pattern = hf_tokenizers.Regex(
         r"(?i:'s|'t)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+"
@@ -224,7 +224,7 @@ def reference_of(family: str):
     return AutoTokenizer.from_pretrained(str(folder_of(family)), local_files_only=True)
 
 
-def test_families_differ_in_what_they_should():
+def test_families_differ_in_pad_bos_and_template():
     assert tokenizer_of("chatml").pad_id != tokenizer_of("chatml").eos_id
     assert tokenizer_of("chatml_pad_eos").pad_id == tokenizer_of("chatml_pad_eos").eos_id
     assert tokenizer_of("chatml").bos_id is None
@@ -238,7 +238,7 @@ def test_families_differ_in_what_they_should():
 @pytest.mark.parametrize("family", HF_FAMILIES)
 @FUZZ
 @given(text=st.text(max_size=60))
-def test_honest_text_gives_the_library_s_ids(family, text):
+def test_text_without_control_strings_gets_the_ids_of_the_library(family, text):
     tokenizer = tokenizer_of(family)
     if tokenizer.controls.pattern.search(text) is None:
         theirs = reference_of(family)
@@ -248,13 +248,13 @@ def test_honest_text_gives_the_library_s_ids(family, text):
 @pytest.mark.parametrize("family", FAMILIES)
 @FUZZ
 @given(pieces=st.lists(st.sampled_from([*INJECTIONS, "hello", " ", "\n"]), max_size=8))
-def test_encode_text_yields_no_control_id(family, pieces):
+def test_encode_text_never_yields_a_control_id(family, pieces):
     tokenizer = tokenizer_of(family)
     assert tokenizer.control_ids.isdisjoint(tokenizer.encode_text("".join(pieces)))
 
 
 @pytest.mark.parametrize("family", ["llama3", "chatml", "undeclared", "llama2", "llama2_sp", "gemma_sp", "gemma"])
-def test_control_strings_in_text_decode_as_they_were(family):
+def test_control_strings_in_text_survive_a_round_trip(family):
     tokenizer = tokenizer_of(family)
     for text in INJECTIONS:
         assert tokenizer.decode(tokenizer.encode_text(f"a {text} b")) == f"a {text} b"
@@ -263,9 +263,9 @@ def test_control_strings_in_text_decode_as_they_were(family):
 @pytest.mark.parametrize("family", ["llama3", "chatml", "llama2", "llama2_sp", "gemma_sp"])
 @FUZZ
 @given(text=st.text(max_size=40))
-def test_decode_gives_the_text_back(family, text):
+def test_decode_inverts_encode_text(family, text):
     tokenizer = tokenizer_of(family)
-    text = text.replace("▁", "_")  # SentencePiece writes spaces so
+    text = text.replace("▁", "_")  # SentencePiece writes a space as ▁
     assert tokenizer.decode(tokenizer.encode_text("x" + text)) == "x" + text
 
 
@@ -273,16 +273,16 @@ def test_decode_gives_the_text_back(family, text):
 @FUZZ
 @given(data=st.data())
 def test_decode_of_any_ids_equals_transformers(family, data):
-    """Partial characters, control ids in the middle, ids beyond the vocabulary; no clean-up of spaces."""
+    """Partial characters, control ids in the middle, ids beyond the vocabulary; spaces are not cleaned up."""
     tokenizer = tokenizer_of(family)
     ids = data.draw(st.lists(st.integers(0, tokenizer.vocab_size + 5), max_size=20))
     theirs = reference_of(family)
-    known = [token for token in ids if token < len(theirs)]
-    expected = theirs.decode(known, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+    known_ids = [token for token in ids if token < len(theirs)]
+    expected = theirs.decode(known_ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
     assert tokenizer.decode(ids) == expected
 
 
-def test_spaces_and_partial_characters_are_kept():
+def test_decode_keeps_spaces_and_partial_characters():
     tokenizer = tokenizer_of("chatml")
     text = " don 't , stop . \n\n I 'm  here !  "
     assert tokenizer.decode(tokenizer.encode_text(text)) == text
@@ -296,7 +296,7 @@ def test_spaces_and_partial_characters_are_kept():
 
 
 def test_undeclared_turn_markers_are_control():
-    """Fine-tunes that add `<|im_start|>` as an ordinary token; `<think>` beside it stays text."""
+    """For fine-tunes that add `<|im_start|>` as an ordinary token. `<think>` beside it stays text."""
     tokenizer = tokenizer_of("undeclared")
     assert {"<|im_start|>", "<|im_end|>"} <= set(tokenizer.controls.ids)
     assert "<think>" not in tokenizer.controls.ids
@@ -305,7 +305,7 @@ def test_undeclared_turn_markers_are_control():
 
 
 def test_normalised_look_alikes_stay_text(tmp_path):
-    """A special token matched after NFKC: full-width brackets would spell it."""
+    """NFKC turns full-width brackets into those of a special token."""
     folder = build("plain", tmp_path / "m")
     spec = json.loads((folder / "tokenizer.json").read_text())
     spec["normalizer"] = {"type": "NFKC"}
@@ -321,7 +321,7 @@ def test_normalised_look_alikes_stay_text(tmp_path):
 
 
 @pytest.mark.parametrize("family", ["chatml", "llama2_sp"])
-def test_use_changes_nothing(family):
+def test_use_does_not_change_the_tokenizer(family):
     tokenizer = tokenizer_of(family)
     library = tokenizer._library
 
@@ -340,11 +340,11 @@ def test_use_changes_nothing(family):
         assert reference_of(family).padding_side == "right"
 
 
-def test_stop_ids_come_from_generation_config_too(tmp_path):
+def test_stop_ids_include_those_of_generation_config(tmp_path):
     folder = build("llama3", tmp_path / "m")
-    load = load_tokenizer(folder)
-    ids = load.controls.ids
-    assert load.stop_ids == (ids["<|eot_id|>"],)
+    tokenizer = load_tokenizer(folder)
+    ids = tokenizer.controls.ids
+    assert tokenizer.stop_ids == (ids["<|eot_id|>"],)
     (folder / "generation_config.json").write_text(
         json.dumps({"eos_token_id": [ids["<|end_of_text|>"], ids["<|eot_id|>"]]})
     )
@@ -353,8 +353,8 @@ def test_stop_ids_come_from_generation_config_too(tmp_path):
     assert load_tokenizer(folder).stop_ids == (ids["<|eot_id|>"], ids["<|end_of_text|>"])
 
 
-def test_an_undeclared_stop_token_of_the_generation_config_is_control(tmp_path):
-    """`<think>` here stands for any added token that is not special and that the template does not write."""
+def test_undeclared_stop_token_of_generation_config_is_control(tmp_path):
+    """Here `<think>` stands for any added token that is not special and that the template does not write."""
     folder = build("chatml", tmp_path / "m")
     stop = load_tokenizer(folder).encode_text("<think>")
     (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": stop}))
@@ -364,22 +364,22 @@ def test_an_undeclared_stop_token_of_the_generation_config_is_control(tmp_path):
 
 
 def test_both_dialects_of_chat_templates_agree(tmp_path):
-    in_file = build("chatml", tmp_path / "file")
-    in_config = build("chatml", tmp_path / "config")
-    (in_config / "chat_template.jinja").unlink()
-    config = json.loads((in_config / "tokenizer_config.json").read_text())
+    with_file = build("chatml", tmp_path / "file")
+    with_config = build("chatml", tmp_path / "config")
+    (with_config / "chat_template.jinja").unlink()
+    config = json.loads((with_config / "tokenizer_config.json").read_text())
     config["chat_template"] = [{"name": "rag", "template": "x"}, {"name": "default", "template": CHATML}]
-    (in_config / "tokenizer_config.json").write_text(json.dumps(config))
-    assert load_tokenizer(in_file).template_hash == load_tokenizer(in_config).template_hash
+    (with_config / "tokenizer_config.json").write_text(json.dumps(config))
+    assert load_tokenizer(with_file).template_hash == load_tokenizer(with_config).template_hash
     config["chat_template"] = [{"name": "rag", "template": "x"}]
-    (in_config / "tokenizer_config.json").write_text(json.dumps(config))
-    with pytest.raises(TokenizerError, match="'rag' and none named"):
-        load_tokenizer(in_config)
+    (with_config / "tokenizer_config.json").write_text(json.dumps(config))
+    with pytest.raises(TokenizerError, match="'rag' but not one named"):
+        load_tokenizer(with_config)
 
 
 @pytest.mark.parametrize("family", [family for family in FAMILIES if family not in ("unigram", "gemma_sp")])
 def test_saved_tokenizers_load_again(family, tmp_path):
-    """In jaxsi and in `transformers`: same ids, same template, a base model's default template included."""
+    """They give the same ids and template in jaxsi and in `transformers`, also with the default template."""
     from transformers import AutoTokenizer
 
     source = build(family, tmp_path / "source")
@@ -395,8 +395,8 @@ def test_saved_tokenizers_load_again(family, tmp_path):
     assert theirs.apply_chat_template(messages, add_generation_prompt=True, return_dict=False) == ids
 
 
-def test_a_bare_tokenizer_json(tmp_path):
-    """Names by id from config.json; saving writes the config that transformers needs."""
+def test_tokenizer_json_without_tokenizer_config(tmp_path):
+    """The names come from the ids in config.json; saving writes the config that transformers needs."""
     from transformers import AutoTokenizer
 
     folder = build("plain", tmp_path / "m")
@@ -418,7 +418,7 @@ def test_a_bare_tokenizer_json(tmp_path):
 @pytest.mark.parametrize("family", ["llama2_sp", "gemma_sp"])
 @FUZZ
 @given(text=st.text(max_size=60))
-def test_sentencepiece_ids_and_text_equal_the_library_s(family, text):
+def test_sentencepiece_ids_and_text_equal_those_of_the_library(family, text):
     import sentencepiece
 
     tokenizer = tokenizer_of(family)
@@ -453,7 +453,7 @@ def test_sentencepiece_bytes_and_unknown_ids():
 
 
 def test_sentencepiece_without_a_config(tmp_path):
-    """Names of BOS and EOS from the model itself; the default template; transformers reads what is saved."""
+    """BOS and EOS come from the model itself, the template is the default, and transformers reads the saved files."""
     from transformers import AutoTokenizer
 
     folder = build("llama2_sp", tmp_path / "m")
@@ -486,7 +486,7 @@ def test_sentencepiece_added_tokens_beyond_the_model(tmp_path):
     assert tokenizer.decode(prompt).startswith("user\na <|im_end|> <think>")
 
 
-def test_a_llama_that_names_the_general_class_is_read_as_by_transformers_and_without_pytorch():
+def test_llama_with_the_general_class_loads_as_in_transformers_but_without_pytorch():
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
     theirs = AutoTokenizer.from_pretrained(str(SHIPPED), local_files_only=True)
@@ -499,8 +499,8 @@ def test_a_llama_that_names_the_general_class_is_read_as_by_transformers_and_wit
         f"import sys, jaxsi.text.tokenizer as t; t.load_tokenizer({str(SHIPPED)!r}).encode_text('hello'); "
         "assert 'transformers' in sys.modules and 'torch' not in sys.modules"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300, check=False)
-    assert done.returncode == 0, done.stderr[-2000:]
+    process = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300, check=False)
+    assert process.returncode == 0, process.stderr[-2000:]
 
 
 def test_tensorflow_is_imported_for_sentencepiece_only(tmp_path):
@@ -519,7 +519,7 @@ def test_tensorflow_is_imported_for_sentencepiece_only(tmp_path):
 
 
 def test_sentencepiece_model_is_read_without_the_sentencepiece_package(tmp_path):
-    """transformers then reads it by its own copy of the protocol. The tests install sentencepiece, users need not."""
+    """transformers then uses its own copy of the protocol. The tests need sentencepiece; users do not."""
     folder, text = build("gemma_sp", tmp_path / "m"), "a <bos><start_of_turn> b"
     code = (
         "import importlib; c = importlib.import_module('transformers.convert_slow_tokenizer')\n"
@@ -594,7 +594,7 @@ def unknown_name(folder):
         (wrong_json, r"tokenizer.json: cannot be read"),
         (lfs_pointer, r"tokenizer.json: a Git LFS pointer.*git lfs pull"),
         (no_files, r"neither tokenizer.json nor tokenizer.model .it holds tokenizer_config.json.*save_pretrained"),
-        (remote_code, r"tokenizer_config.json: asks for Python code of its own"),
+        (remote_code, r"tokenizer_config.json: wants the folder's own Python code to be run"),
         (corrupt_config, r"tokenizer_config.json: not valid JSON"),
         (list_config, r"tokenizer_config.json: holds a list"),
         (truncated_model, r"tokenizer.model: not a SentencePiece model .broken, or cut off at the end"),
@@ -603,7 +603,7 @@ def unknown_name(folder):
         (unknown_name, r"tokenizer.model: has no piece '<\|nothing\|>'"),
     ],
 )
-def test_damaged_folders(tmp_path, damage, message):
+def test_damaged_folder_is_refused(tmp_path, damage, message):
     folder = build("plain", tmp_path / "m")
     damage(folder)
     with pytest.raises(TokenizerError, match=message) as caught:
@@ -611,14 +611,14 @@ def test_damaged_folders(tmp_path, damage, message):
     assert str(folder) in str(caught.value)
 
 
-def test_missing_folder_and_broken_template(tmp_path):
+def test_missing_folder_and_broken_template_are_refused(tmp_path):
     with pytest.raises(TokenizerError, match="nowhere: no such folder"):
         load_tokenizer(tmp_path / "nowhere")
     with pytest.raises(ChatTemplateError, match="does not parse: line 1"):
         load_tokenizer(build("chatml", tmp_path / "m", "{% if %}"))
 
 
-def test_half_a_surrogate_pair_is_an_error():
+def test_half_a_surrogate_pair_is_refused():
     for family in ("chatml", "llama2_sp"):
         with pytest.raises(ValueError, match="surrogates not allowed"):
             tokenizer_of(family).encode_text("a\ud800")

@@ -18,7 +18,7 @@ from jax.sharding import AbstractMesh, AxisType
 
 from jaxsi.cli import bench
 from jaxsi.cli.run import run
-from jaxsi.methods import method_of
+from jaxsi.methods.start import method_of
 from jaxsi.model import decoder, mesh as meshlib
 from jaxsi.model.decoder import ModelConfig
 from jaxsi.perf.architectures import published
@@ -27,6 +27,7 @@ from jaxsi.runs.config_snapshot import describe_config, parts_of
 from jaxsi.stages.critique import LocalCritic
 from jaxsi.stages.endpoint import EndpointCritic
 from jaxsi.stages.self_instruct import SelfInstruct
+from jaxsi.toyworld import methods_table
 from jaxsi.training import optim, train
 from jaxsi.training.batches import GroupBatch, PairBatch, TokenBatch
 from jaxsi.training.reward import BRADLEY_TERRY, GAP, RewardLoss
@@ -133,7 +134,8 @@ def test_ablations_differ_from_the_toy_config_and_one_another(path):
     for name, cfg in ablations.items():
         assert type(cfg) is type(toy)
         changed = {field.partition(".")[0] for field in differences(toy, cfg)}
-        assert changed <= type(cfg).ARM_FIELDS | {"template", "refinement_only", "learner"}, name
+        allowed = methods_table.IN_COMMON[path.parent.name].fields | {"template", "refinement_only", "learner"}
+        assert changed <= allowed, name
 
 
 def flags(path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch) -> set[str]:

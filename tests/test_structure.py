@@ -94,12 +94,28 @@ def test_imports_go_down_from_room_to_room():
     assert found == ([], [])
 
 
-def test_no_method_imports_another():
-    for path in MODULES:
-        if path.parts[1] == "methods" and path.name not in ("__init__.py", "lifecycle.py"):
-            others = {name for name in imported(path) if name.startswith("jaxsi.methods.")}
-            others -= {"jaxsi.methods.lifecycle"}
-            assert not others, f"{path} imports {others}; what two methods share moves down"
+# Modules of `methods` that are not methods.
+AROUND_METHODS = {"__init__", "lifecycle", "preflight", "single", "start"}
+METHODS = [path for path in MODULES if path.parts[1] == "methods" and path.stem not in AROUND_METHODS]
+
+
+def test_method_imports_no_other_method():
+    for path in METHODS:
+        others = {name for name in imported(path) if name.startswith("jaxsi.methods.")} - {"jaxsi.methods.lifecycle"}
+        assert not others, f"{path} imports {others}; what two methods share moves down"
+
+
+@pytest.mark.parametrize("path", METHODS, ids=str)
+def test_method_holds_what_the_paper_does_and_nothing_else(path):
+    """Memory, files, completeness and stage factories have their homes elsewhere."""
+    text = (ROOT / path).read_text(encoding="utf-8")
+    leaks = r"\.release\(|^\s*del |checkpoint|is_complete\(.*path|_and_counts|\blambda\b|cache_clear|\"status\"|noqa"
+    assert not re.findall(leaks, text, re.MULTILINE)
+    for node in ast.walk(parsed(path)):
+        if isinstance(node, ast.ClassDef):
+            assert "ClassVar" not in ast.unparse(node), f"{path}: {node.name} has settings of the project"
+        if isinstance(node, ast.FunctionDef) and node.returns is not None:
+            assert not ast.unparse(node.returns).startswith("Callable"), f"{path}: {node.name} makes a stage"
 
 
 @pytest.mark.parametrize(

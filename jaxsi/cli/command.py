@@ -9,8 +9,9 @@ Arguments = TypeVar("Arguments")
 EVERY_COMMAND = """Options of every command: --json prints one JSON object on stdout instead of the table (progress and
 messages go to stderr); --debug shows the traceback of an error; -h, --help.
 Several processes: --distributed joins the others, found through SLURM, GKE, JobSet, TPU metadata, Open MPI, or the
-variables JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID. Or give --coordinator HOST:PORT,
---num-processes N and --process-id I. If a process dies, the others end after --heartbeat SECONDS (100)."""
+variables JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID. Or name the
+others with --coordinator HOST:PORT, --num-processes N and --process-id I. If a process dies, the others end after
+100 seconds, or --heartbeat SECONDS."""
 
 
 class UsageError(Exception):

@@ -104,8 +104,20 @@ def pit(cfg: Config, run: Run) -> LM:
 def before_the_curriculum(
     cfg: Config, run: Run, of_sft: Sequence[Preference], of_rm: Sequence[Preference], of_rl: Sequence[Preference]
 ) -> tuple[LM, LM, LM, list[Prompt]]:
-    """A, B and the policy's part of C: M_P^RL, M_PIT^SFT, r_gap, and the prompts of D_RL. The other models, M_0 among
-    them, take memory for as long as this function runs."""
+    """A, B and the policy's part of C: M_P^RL, M_PIT^SFT, r_gap, and the prompts of D_RL."""
+    policy, improver, policy_reward, gap_reward = supervised_and_reward_models(cfg, run, of_sft, of_rm)
+    longest = max(cfg.policy_rl.max_new_tokens, cfg.sampling.max_new_tokens)
+    prompts = with_room(policy, [Prompt(id=pair.id, messages=pair.messages) for pair in of_rl], longest)
+    run.at("iter_0").value("too_long", int, len(of_rl) - len(prompts))
+    reward = RewardOf(policy_reward, cfg.policy_rl.rows_at_once)
+    policy = cfg.learner(policy, policy, prompts, reward, cfg.policy_rl, run.at("policy_rl"))  # M_P^RL
+    return policy, improver, gap_reward, prompts
+
+
+def supervised_and_reward_models(
+    cfg: Config, run: Run, of_sft: Sequence[Preference], of_rm: Sequence[Preference]
+) -> tuple[LM, LM, LM, LM]:
+    """A and B. They are a function of their own because M_0 takes memory for as long as it runs, and no longer."""
     base = begin(cfg, run)
     policy = sft(base, demonstrations(of_sft), cfg.sft, run.at("policy"))  # M_P^SFT
     improver = sft(base, improvements(of_sft, cfg.request), cfg.sft, run.at("iter_0"))  # M_PIT^SFT
@@ -115,13 +127,7 @@ def before_the_curriculum(
     gap_groups = [gap_group(base.tokenizer, pair, cfg.request) for pair in of_rm]
     gap_reward = train_reward(improver, gap_groups, GAP, cfg.reward, run.at("gap_reward"))  # r_gap
     summarise(cfg, run, "base", base, None, gap_reward)
-
-    longest = max(cfg.policy_rl.max_new_tokens, cfg.sampling.max_new_tokens)
-    prompts = with_room(base, [Prompt(id=pair.id, messages=pair.messages) for pair in of_rl], longest)
-    run.at("iter_0").value("too_long", int, len(of_rl) - len(prompts))
-    reward = RewardOf(policy_reward, cfg.policy_rl.rows_at_once)
-    policy = cfg.learner(policy, policy, prompts, reward, cfg.policy_rl, run.at("policy_rl"))  # M_P^RL
-    return policy, improver, gap_reward, prompts
+    return policy, improver, policy_reward, gap_reward
 
 
 def split_in_three(pairs: Sequence[Preference], seed: int) -> list[list[Preference]]:

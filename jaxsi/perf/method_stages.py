@@ -295,10 +295,10 @@ def _pit(plan: _Plan) -> Iterator[Stage]:
     request = plan.prompt + answer + round(len(cfg.request) / CHARACTERS_PER_TOKEN)
     value = cfg.learner is ppo
     yield plan.training("sft of the policy", "sft", cfg.sft, part, plan.prompt + answer, Held(1), each=False)
-    yield plan.training("policy's reward", "reward", cfg.reward, part, plan.prompt + answer, Held(2), each=False)
-    yield from _reinforcing(plan, "policy rl", cfg.policy_rl, plan.prompt, 3, each=False, value=value)
     yield plan.training("sft of the improver", "sft", cfg.sft, part, request + answer, Held(2), each=False)
-    yield plan.training("gap reward", "gap reward", cfg.reward, part, request + answer, Held(3), each=False)
+    yield plan.training("policy's reward", "reward", cfg.reward, part, plan.prompt + answer, Held(3), each=False)
+    yield plan.training("gap reward", "gap reward", cfg.reward, part, request + answer, Held(4), each=False)
+    yield from _reinforcing(plan, "policy rl", cfg.policy_rl, plan.prompt, 4, each=False, value=value)
     yield plan.sampling("references", part, plan.prompt, cfg.sampling, Held(4))
     steps = max(cfg.rounds)
     yield from _reinforcing(plan, "rl", dataclasses.replace(cfg.rl, steps=steps), request, 4, each=True, value=value)

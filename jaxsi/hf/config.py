@@ -1,7 +1,6 @@
 """Hugging Face's config.json, in the dialects of transformers 4 and 5, to and from ``ModelConfig``.
 
-With ``hf.py``, whose other half it is, the only module that knows Hugging Face's names. What it does not know it
-refuses by name: a key that was skipped could be the one that changes the model.
+Only this folder knows Hugging Face's names. An unknown key is refused by name, because it could change the model.
 """
 
 import json
@@ -19,7 +18,7 @@ MAX_JSON_BYTES = 64 * 2**20  # an index of a few thousand tensors takes a few hu
 
 
 class HFError(InputError, ValueError):
-    """A Hugging Face folder that cannot be read or written; the message names file, key or tensor, value and fix."""
+    """A Hugging Face folder cannot be read or written; names the file, the key or tensor, its value and the fix."""
 
 
 def _words(text: str) -> frozenset[str]:
@@ -27,14 +26,14 @@ def _words(text: str) -> frozenset[str]:
 
 
 class Family(NamedTuple):
-    """What sets one ``model_type`` apart: its class, the keys only it has and the values of absent keys."""
+    """The peculiarities of one ``model_type``: its class, the keys that only it has, and the values of absent keys."""
 
     architecture: str
     keys: frozenset[str]
     defaults: Mapping[str, Any]
 
 
-# Values that transformers assumes where the key is absent; a key that is neither here nor in the file is an error.
+# Values that transformers assumes if the key is absent; a key that is neither here nor in the file is an error.
 _DEFAULTS = {"rms_norm_eps": 1e-6, "tie_word_embeddings": False}
 _QWEN_DEFAULTS = _DEFAULTS | {"use_sliding_window": False, "sliding_window": 4096, "max_window_layers": 28}
 _QWEN_KEYS = frozenset({"use_sliding_window", "sliding_window", "max_window_layers", "layer_types"})
@@ -58,13 +57,13 @@ FAMILIES: Mapping[str, Family] = {
     ),
 }
 
-# Keys of config.json that decide the function of the decoder and are read.
+# Keys of config.json that change the function of the decoder and are read.
 _USED_KEYS = _words(
     "model_type architectures vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads "
     "num_key_value_heads head_dim max_position_embeddings rms_norm_eps tie_word_embeddings rope_theta rope_scaling "
     "rope_parameters original_max_position_embeddings"
 )
-# Keys whose only supported value is this one: it means that the feature is off.
+# Keys with only one supported value, which means that the feature is off.
 _ONLY: Mapping[str, Any] = {
     "hidden_act": "silu",
     "mlp_bias": False,
@@ -79,8 +78,8 @@ _ONLY: Mapping[str, Any] = {
     "tie_encoder_decoder": False,
     "pruned_heads": {},
 }
-# Keys that cannot change the logits: token ids and sampling (the tokenizer and generation_config.json decide),
-# training, initialisation, outputs, classification heads, the writer's marks.
+# Keys that cannot change the logits: token ids and sampling (the tokenizer and generation_config.json decide those),
+# training, initialisation, outputs, classification heads, and notes of the program that wrote the file.
 _IRRELEVANT = _words(
     "bos_token_id eos_token_id pad_token_id sep_token_id cls_token_id unk_token_id decoder_start_token_id "
     "forced_bos_token_id forced_eos_token_id prefix suppress_tokens begin_suppress_tokens bad_words_ids "
@@ -107,14 +106,14 @@ def read_config(folder: Path) -> ModelConfig:
     """The decoder that ``folder/config.json`` describes, in the dialect of transformers 4 or 5.
 
     Raises:
-      HFError: the file is absent or broken, the model_type is not one of ``FAMILIES``, or a key is neither used nor
-        known to be without effect.
+      HFError: if the file is absent or broken, the model_type is not in ``FAMILIES``, or a key is neither used nor
+        known to have no effect.
     """
     file = Path(folder) / "config.json"
     raw = read_json(file)
     try:
         return parse_config(raw)
-    except ValueError as error:  # ours, or ModelConfig's own checks
+    except ValueError as error:  # HFError, or from ModelConfig's own checks
         raise HFError(f"{file}: {error}") from error
 
 
@@ -164,13 +163,13 @@ def parse_config(raw: Mapping[str, Any]) -> ModelConfig:
 
 
 def config_json(config: ModelConfig, *, dtype: Any) -> dict[str, Any]:
-    """The contents of a config.json that transformers (5.3 and later) and ``parse_config`` read back to ``config``.
+    """The contents of a config.json that transformers (5.3 and later) and ``parse_config`` turn back into ``config``.
 
     Args:
       dtype: of the weights beside it.
 
     Raises:
-      HFError: Hugging Face's class of the family cannot express ``config``.
+      HFError: if Hugging Face's class of the family cannot express ``config``.
     """
     raw: dict[str, Any] = {
         "model_type": config.family,
@@ -186,7 +185,7 @@ def config_json(config: ModelConfig, *, dtype: Any) -> dict[str, Any]:
         "max_position_embeddings": config.max_positions,
         "rms_norm_eps": config.norm_eps,
         "tie_word_embeddings": config.tie_embeddings,
-        "bos_token_id": None,  # or transformers takes the family's own
+        "bos_token_id": None,  # otherwise transformers takes the family's default
         "eos_token_id": None,
         "pad_token_id": None,
         "dtype": jnp.dtype(dtype).name,
@@ -224,7 +223,7 @@ def _family(raw: Mapping[str, Any]) -> Family:
 
 
 def _architecture(family: Family, scalar_head: bool) -> str:
-    """The family's class with a language-model head, or with a scalar one (transformers: one label)."""
+    """The family's class with a language-model head, or with a scalar head (in transformers: one label)."""
     return family.architecture.replace("CausalLM", "SequenceClassification") if scalar_head else family.architecture
 
 
@@ -233,7 +232,7 @@ def _scalar_head(raw: Mapping[str, Any], family: Family) -> bool:
         return False
     labels = len(raw["id2label"]) if isinstance(raw.get("id2label"), dict) else raw.get("num_labels", 2)
     if labels != 1:
-        raise HFError(f"a classifier of {labels} labels (id2label) is not supported; a reward model has 1")
+        raise HFError(f"a classifier of {labels} labels (id2label) is not supported; a reward model must have 1")
     return True
 
 
@@ -259,7 +258,7 @@ def _flag(raw: Mapping[str, Any], key: str) -> bool:
 
 
 def _windows(raw: Mapping[str, Any], model_type: str, layers: int) -> tuple[int | None, ...] | None:
-    """The window of each layer, or None where no layer has one."""
+    """The window of each layer, or None if all layers have full attention."""
     if model_type == "mistral":
         return None if raw["sliding_window"] is None else (_count(raw, "sliding_window"),) * layers
     if model_type not in ("qwen2", "qwen3"):
@@ -297,57 +296,57 @@ _ROPE_KEYS = {
 
 
 def _rope(raw: Mapping[str, Any]) -> Rope:
-    """Both dialects: ``rope_parameters`` (theta in it), or ``rope_theta`` beside ``rope_scaling``."""
+    """Reads both dialects: ``rope_parameters`` with theta in it, or ``rope_theta`` beside ``rope_scaling``."""
     old, new = raw.get("rope_scaling") or {}, raw.get("rope_parameters") or {}
     for key, value in (("rope_scaling", old), ("rope_parameters", new)):
         if not isinstance(value, dict):
             raise HFError(f"{key} = {value!r} must be an object")
-    given: dict[str, Any] = {"rope_theta": raw.get("rope_theta")}
+    rope: dict[str, Any] = {"rope_theta": raw.get("rope_theta")}
     for key, value in [*old.items(), *new.items()]:
-        if given.get(key) is not None and value is not None and given[key] != value:
-            raise HFError(f"{key} is both {given[key]!r} and {value!r} in rope_theta, rope_scaling and rope_parameters")
-        given[key] = value if given.get(key) is None else given[key]
-    given = {key: value for key, value in given.items() if value is not None}
-    theta = _number(given, "rope_theta") if "rope_theta" in given else 10_000.0
-    kind = given.get("rope_type", given.get("type", "default"))
+        if rope.get(key) is not None and value is not None and rope[key] != value:
+            raise HFError(f"{key} is both {rope[key]!r} and {value!r} in rope_theta, rope_scaling and rope_parameters")
+        rope[key] = value if rope.get(key) is None else rope[key]
+    rope = {key: value for key, value in rope.items() if value is not None}
+    theta = _number(rope, "rope_theta") if "rope_theta" in rope else 10_000.0
+    kind = rope.get("rope_type", rope.get("type", "default"))
     if not isinstance(kind, str) or kind not in _ROPE_KEYS:
         raise HFError(f"rope type {kind!r} is not supported; supported are {', '.join(_ROPE_KEYS)}")
-    for key, value in given.items():
+    for key, value in rope.items():
         if key == "partial_rotary_factor" and value != 1:
             raise HFError(f"partial_rotary_factor = {value!r} is not supported, only 1.0 is")
         if key not in _ROPE_KEYS[kind] | {"rope_theta", "rope_type", "type", "partial_rotary_factor"}:
             raise HFError(f"{key} = {value!r} is not known for rope type {kind!r}, and it could change the model")
-    # As in transformers: the key beside the object wins over the one in it, and the default is the model's own length.
+    # As in transformers: the key beside the object overrides the one in it; the default is the model's own length.
     original = raw.get("original_max_position_embeddings")
-    given["original"] = original or given.get("original_max_position_embeddings") or raw.get("max_position_embeddings")
+    rope["original"] = original or rope.get("original_max_position_embeddings") or raw.get("max_position_embeddings")
     match kind:
         case "linear":
-            return Rope(theta=theta, scaling=("linear", _number(given, "factor")))
+            return Rope(theta=theta, scaling=("linear", _number(rope, "factor")))
         case "llama3":
-            factors = (_number(given, key) for key in ("factor", "low_freq_factor", "high_freq_factor"))
-            return Rope(theta=theta, scaling=("llama3", *factors, _count(given, "original")))
+            factors = (_number(rope, key) for key in ("factor", "low_freq_factor", "high_freq_factor"))
+            return Rope(theta=theta, scaling=("llama3", *factors, _count(rope, "original")))
         case "yarn":
-            return Rope(theta=theta, scaling=_yarn(given, raw))
+            return Rope(theta=theta, scaling=_yarn(rope, raw))
         case _:
             return Rope(theta=theta)
 
 
-def _yarn(given: Mapping[str, Any], raw: Mapping[str, Any]) -> tuple[Any, ...]:
-    original = _count(given, "original")
-    factor = _number(given, "factor") if "factor" in given else _count(raw, "max_position_embeddings") / original
+def _yarn(rope: Mapping[str, Any], raw: Mapping[str, Any]) -> tuple[Any, ...]:
+    original = _count(rope, "original")
+    factor = _number(rope, "factor") if "factor" in rope else _count(raw, "max_position_embeddings") / original
 
     def mscale(weight: float) -> float:
         return 1.0 if factor <= 1 else 0.1 * weight * math.log(factor) + 1.0
 
-    if "attention_factor" in given:
-        attention_factor = _number(given, "attention_factor")
-    elif given.get("mscale") and given.get("mscale_all_dim"):
-        attention_factor = mscale(_number(given, "mscale")) / mscale(_number(given, "mscale_all_dim"))
+    if "attention_factor" in rope:
+        attention_factor = _number(rope, "attention_factor")
+    elif rope.get("mscale") and rope.get("mscale_all_dim"):
+        attention_factor = mscale(_number(rope, "mscale")) / mscale(_number(rope, "mscale_all_dim"))
     else:
         attention_factor = mscale(1.0)
-    fast = _number(given, "beta_fast") if given.get("beta_fast") else 32.0
-    slow = _number(given, "beta_slow") if given.get("beta_slow") else 1.0
-    truncate = _flag(given, "truncate") if "truncate" in given else True
+    fast = _number(rope, "beta_fast") if rope.get("beta_fast") else 32.0
+    slow = _number(rope, "beta_slow") if rope.get("beta_slow") else 1.0
+    truncate = _flag(rope, "truncate") if "truncate" in rope else True
     return ("yarn", factor, fast, slow, original, attention_factor, truncate)
 
 
@@ -366,8 +365,8 @@ def _rope_json(config: ModelConfig) -> dict[str, Any]:
             scaling |= {"original_max_position_embeddings": original, "attention_factor": attention_factor}
             scaling["truncate"] = truncate
         case other:
-            raise HFError(f"rope scaling {other!r} has no form in config.json")
-    # Both dialects: a reader of the old one would take a missing rope_theta for 10000 and say nothing.
+            raise HFError(f"rope scaling {other!r} cannot be written into config.json")
+    # In both dialects: a reader of the old one would silently replace a missing rope_theta by 10000.
     return {**theta, "rope_scaling": scaling, "rope_parameters": scaling | theta}
 
 

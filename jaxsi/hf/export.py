@@ -1,4 +1,4 @@
-"""The project's tree of weights as a Hugging Face folder: every process writes files of its own."""
+"""Writes our tree of weights as a Hugging Face folder; every process writes its own files."""
 
 import json
 import math
@@ -13,7 +13,8 @@ import jax
 import numpy as np
 from safetensors.numpy import save_file
 
-from jaxsi.hf.weights import DTYPES, INDEX, NAMES, WEIGHTS, HFError, Layout, config_json, expected_tensors
+from jaxsi.hf.config import HFError, config_json
+from jaxsi.hf.weights import DTYPES, INDEX, NAMES, WEIGHTS, Layout, expected_tensors
 from jaxsi.model import mesh as meshlib
 from jaxsi.model.decoder import ModelConfig, Parameter, Weights, parameters
 
@@ -32,19 +33,21 @@ def export(
 ) -> None:
     """Writes a folder that transformers and ``load_weights`` read. It appears complete or not at all.
 
-    With several processes all call it, on one shared file system: file i is written by process i mod n, the rest by
-    process 0. The bytes do not depend on the processes or the mesh; a host holds the tensors of one file at a time.
+    If there are several processes, all must call this, on one shared file system: process i mod n writes file i, and
+    process 0 the rest. The bytes do not depend on the processes or the mesh. A host holds the tensors of one file at a
+    time.
 
     Args:
       folder: absent or empty.
       weights: the stacked tree.
       dtype: of the files: float32, float16 or bfloat16.
       generation: contents of generation_config.json; its bos, eos and pad ids also go to config.json.
-      max_shard_bytes: weights over this are split into files of at most this size (one tensor may exceed it).
-      extras: writes what else belongs into the folder (tokenizer files), given the folder under construction.
+      max_shard_bytes: larger weights are divided into files of at most this size (a single tensor may exceed it).
+      extras: writes other files (the tokenizer) into the folder under construction, its argument.
 
     Raises:
-      HFError: the folder is not empty, the dtype is unknown, the config has no Hugging Face form, or the disk refuses.
+      HFError: if the folder is not empty, the dtype is unknown, Hugging Face cannot express the config, or the folder
+        cannot be written.
     """
     folder = Path(folder)
     if np.dtype(dtype) not in DTYPES.values():
@@ -52,8 +55,8 @@ def export(
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise HFError(f"{folder}: exists and is not an empty folder; give another name or remove it")
     ids = {f"{name}_token_id": (generation or {}).get(f"{name}_token_id") for name in ("bos", "eos", "pad")}
-    described = config_json(config, dtype=dtype) | ids
-    # Two exports to one name at a time do not meet; all processes of one do.
+    raw_config = config_json(config, dtype=dtype) | ids
+    # All processes of one export share this name; two exports to the same folder at the same time do not.
     target = folder.parent / f".{folder.name}.{_agreed_word()}.partial"
     files = _files(config, np.dtype(dtype), max_shard_bytes)
     lead = jax.process_index() == 0
@@ -65,7 +68,7 @@ def export(
         _barrier(f"files {folder.name}")
         if lead:
             _write_index(target, files, config, np.dtype(dtype))
-            _write_json(target / "config.json", described)
+            _write_json(target / "config.json", raw_config)
             if generation is not None:
                 _write_json(target / "generation_config.json", {k: v for k, v in generation.items() if v is not None})
             if extras is not None:
@@ -77,7 +80,7 @@ def export(
         _barrier(f"done {folder.name}")
     except OSError as error:
         raise HFError(
-            f"{folder}: cannot be written ({error}); nothing is left there; free space or name another"
+            f"{folder}: cannot be written ({error}); nothing is left there; free some space or name another folder"
         ) from error
     finally:
         if lead:
@@ -85,7 +88,7 @@ def export(
 
 
 class _Tensor(NamedTuple):
-    """A tensor of the files and where it comes from; ``layer`` None for what is in no layer."""
+    """A tensor of the files and its source in our tree; ``layer`` is None outside the layers."""
 
     name: str
     ours: str
@@ -109,7 +112,7 @@ def _sizes(config: ModelConfig, dtype: np.dtype) -> dict[str, int]:
 
 
 def _files(config: ModelConfig, dtype: np.dtype, limit: int) -> dict[str, list[_Tensor]]:
-    """What goes into which file."""
+    """The tensors of each file."""
     sizes, parts = _sizes(config, dtype), [[]]
     if sum(sizes.values()) <= limit:
         return {WEIGHTS: _tensors(config)}
@@ -121,21 +124,21 @@ def _files(config: ModelConfig, dtype: np.dtype, limit: int) -> dict[str, list[_
 
 
 def _write_files(target: Path, files: dict[str, list[_Tensor]], weights: Weights, dtype: np.dtype) -> None:
-    """All processes gather every tensor, for each holds but pieces; that of the file's turn keeps and writes it."""
-    for turn, (file, tensors) in enumerate(files.items()):
-        own = turn % jax.process_count() == jax.process_index()
-        kept: dict[str, np.ndarray] = {}
+    """All processes gather every tensor, because each holds only pieces; one process per file keeps and writes them."""
+    for number, (file, tensors) in enumerate(files.items()):
+        is_writer = number % jax.process_count() == jax.process_index()
+        arrays: dict[str, np.ndarray] = {}
         for tensor in tensors:
             whole = _gathered(tensor, weights)
-            if own:
-                kept[tensor.name] = _as_in_file(tensor, whole, dtype)
-        if own:
-            save_file(kept, target / file, metadata={"format": "pt"})
+            if is_writer:
+                arrays[tensor.name] = _as_in_file(tensor, whole, dtype)
+        if is_writer:
+            save_file(arrays, target / file, metadata={"format": "pt"})
             _sync(target / file)
 
 
 def _gathered(tensor: _Tensor, weights: Weights) -> np.ndarray:
-    """Our array on every host, of a stacked one the one layer."""
+    """The whole array on every host; of a stacked array, the one layer."""
     return meshlib.fetch(weights[tensor.ours] if tensor.layer is None else weights["layers"][tensor.ours][tensor.layer])
 
 
@@ -165,13 +168,13 @@ def _sync(path: Path) -> None:
 
 
 def _agreed_word() -> str:
-    """Eight hex digits that process 0 draws."""
-    drawn = np.frombuffer(secrets.token_bytes(4), np.uint8)
+    """Eight hex digits that process 0 draws for all."""
+    word = np.frombuffer(secrets.token_bytes(4), np.uint8)
     if jax.process_count() > 1:
         from jax.experimental import multihost_utils
 
-        drawn = np.asarray(multihost_utils.broadcast_one_to_all(drawn))
-    return drawn.astype(np.uint8).tobytes().hex()
+        word = np.asarray(multihost_utils.broadcast_one_to_all(word))
+    return word.astype(np.uint8).tobytes().hex()
 
 
 def _barrier(name: str) -> None:

@@ -1,7 +1,6 @@
-"""Hugging Face folders: safetensors into the project's tree of weights, each device reading its own slices.
+"""Hugging Face folders: reads safetensors into our tree of weights; each device reads its own slices.
 
-With ``hf_config.py`` and ``hf_export.py``, the way back, the only module that knows Hugging Face's names. No code of a
-folder is run, no pickle is opened.
+Only this folder knows Hugging Face's names. Code in a model folder is never run, and a pickle is never opened.
 """
 
 import contextlib
@@ -30,10 +29,10 @@ DTYPES = {"F32": np.dtype(np.float32), "F16": np.dtype(np.float16), "BF16": np.d
 
 
 class Layout(NamedTuple):
-    """How a tensor of the file is laid out against one layer of ours.
+    """How the layout of a tensor in the file relates to that of our layer.
 
-    ``file_shape(shape)`` is the file's shape for our shape; ``read(tensor, index, shape)`` cuts our ``index`` (one
-    slice a dimension) out of the file's lazily sliced tensor; ``write(array)`` gives the file's array.
+    ``file_shape(shape)`` is the file's shape for our shape. ``read(tensor, index, shape)`` cuts our ``index`` (one
+    slice per dimension) out of the file's tensor, which is sliced lazily. ``write(array)`` returns the file's array.
     """
 
     file_shape: Callable[[tuple[int, ...]], tuple[int, ...]]
@@ -60,8 +59,8 @@ def _read_into_embed(tensor: Any, index: tuple[slice, ...], shape: tuple[int, ..
 SAME = Layout(lambda s: s, lambda tensor, index, _: tensor[index], lambda x: x)
 TRANSPOSED = Layout(lambda s: (s[1], s[0]), lambda tensor, index, _: tensor[index[1], index[0]].T, lambda x: x.T)
 ONE_ROW = Layout(lambda s: (1, *s), lambda tensor, index, _: tensor[0:1, index[0]][0], lambda x: x[None])
-# [D, H, C] <- [H*C, D]; [H, C, D] <- [D, H*C]; [H, C] <- [H*C]. The halves of a head stay in place: rotations pair them
-# as Hugging Face's do.
+# [D, H, C] <- [H*C, D]; [H, C, D] <- [D, H*C]; [H, C] <- [H*C]. The halves of a head stay in place: our rotations pair
+# them as Hugging Face's do.
 OUT_OF_EMBED = Layout(
     lambda s: (s[1] * s[2], s[0]), _read_out_of_embed, lambda x: x.transpose(1, 2, 0).reshape(-1, x.shape[0])
 )
@@ -74,7 +73,7 @@ HEADS_BIAS = Layout(
     lambda x: x.reshape(-1),
 )
 
-Names = Mapping[str, tuple[str, Layout]]  # our name -> the file's name ({} is the layer) and the layout
+Names = Mapping[str, tuple[str, Layout]]  # our name -> the file's name ({} is the layer number) and the layout
 
 _BASE_NAMES: Names = {
     "embed": ("model.embed_tokens.weight", SAME),
@@ -128,15 +127,16 @@ def load_weights(
     dtype: Any = jnp.float32,
     rules: meshlib.Rules = meshlib.TRAINING_RULES,
 ) -> Weights:
-    """The stacked tree of weights, each array built shard by shard from slices of the files.
+    """The stacked tree of weights; each array is built shard by shard from slices of the files.
 
     Args:
-      folder: with model.safetensors, or shards and their index; tensors are float32, float16 or bfloat16, also mixed.
+      folder: with model.safetensors, or shards and their index. Tensors are float32, float16 or bfloat16, or a mix.
       dtype: of the result.
 
     Raises:
-      HFError: no safetensors, a broken file; a tensor missing, unknown, of the wrong shape or dtype, or not finite.
-      MeshError: a dimension does not divide by the mesh.
+      HFError: if there are no safetensors, a file is broken, or a tensor is missing, unknown, of the wrong shape or
+        dtype, or not finite.
+      MeshError: if the mesh does not divide a dimension.
     """
     shardings = weight_shardings(config, mesh, rules)
     expected = expected_tensors(config)
@@ -157,8 +157,8 @@ def load_weights(
                 if bounds not in cache:
                     inner = tuple(slice(*b) for b in (bounds[1:] if stacked else bounds))
                     layers = range(*bounds[0]) if stacked else [0]
-                    out = np.empty([stop - start for start, stop in bounds], dtype)
-                    for layer, target in zip(layers, out if stacked else [out], strict=True):
+                    block = np.empty([stop - start for start, stop in bounds], dtype)
+                    for layer, target in zip(layers, block if stacked else [block], strict=True):
                         file_name = pattern.format(layer)
                         tensor = files[found[file_name].file].get_slice(file_name)
                         target[...] = layout.read(tensor, inner, shape).astype(dtype)
@@ -166,7 +166,7 @@ def load_weights(
                             raise HFError(
                                 f"{found[file_name].file}: tensor {file_name} has values not finite in {dtype}"
                             )
-                    cache[bounds] = out
+                    cache[bounds] = block
                 return cache[bounds]
 
             return jax.make_array_from_callback(parameter.shape, sharding, callback)
@@ -180,7 +180,7 @@ def load_weights(
 
 
 def expected_tensors(config: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """Name and shape of every tensor that a folder of this model has."""
+    """Name and shape of every tensor in a folder of this model."""
     names, tree = NAMES[config.family], parameters(config)
     expected: dict[str, tuple[int, ...]] = {}
     for name, p in [(n, p) for n, p in tree.items() if isinstance(p, Parameter)]:
@@ -193,11 +193,11 @@ def expected_tensors(config: ModelConfig) -> dict[str, tuple[int, ...]]:
 
 
 def _read_headers(folder: Path, tensors: int) -> dict[str, Tensor]:
-    """All tensors of the folder's files by name. Names are only looked up, never used as paths."""
+    """All tensors of the folder's files, by name. Names of tensors are never used as paths."""
     if (folder / INDEX).is_file() and not (folder / WEIGHTS).is_file():
         weight_map = read_json(folder / INDEX).get("weight_map")
         if not isinstance(weight_map, dict) or not weight_map:
-            raise HFError(f"{folder / INDEX}: no weight_map in it")
+            raise HFError(f"{folder / INDEX}: has no weight_map; download it again")
         for name in set(map(str, weight_map.values())):
             if Path(name).name != name or not name.endswith(".safetensors") or not (folder / name).is_file():
                 raise HFError(f"{folder / INDEX}: {name!r} is not a safetensors file of this folder; download it again")
@@ -211,32 +211,32 @@ def _read_headers(folder: Path, tensors: int) -> dict[str, Tensor]:
             if pickles
             else "no weights"
         )
-        raise HFError(f"{folder}: neither {WEIGHTS} nor {INDEX} is in it: {found}")
+        raise HFError(f"{folder}: has neither {WEIGHTS} nor {INDEX}: {found}")
     merged: dict[str, Tensor] = {}
     for file in files:
         for name, tensor in _read_header(file, tensors).items():
             if name in merged:
                 raise HFError(f"{file}: tensor {name} is also in {merged[name].file.name}")
             if weight_map is not None and weight_map.get(name) != file.name:
-                raise HFError(f"{file}: tensor {name} is in it, but the index says {weight_map.get(name)}")
+                raise HFError(f"{file}: contains tensor {name}, but the index says {weight_map.get(name)}")
             merged[name] = tensor
-    lost = sorted(set(weight_map or ()) - set(merged))
-    if lost:
+    missing = sorted(set(weight_map or ()) - set(merged))
+    if missing:
         raise HFError(
-            f"{folder / INDEX}: tensor {lost[0]} (and {len(lost) - 1} more) is not in the file that the index says"
+            f"{folder / INDEX}: tensor {missing[0]} (and {len(missing) - 1} more) is not in the file that it says"
         )
     return merged
 
 
 def _read_header(file: Path, tensors: int) -> dict[str, Tensor]:
-    """The header of one file, its size bounded by the number of tensors that the model can have."""
+    """The header of one file; its size is limited by the number of tensors that the model has."""
     limit = 2**16 + 1024 * tensors
     size = file.stat().st_size
     with open(file, "rb") as f:
         start = f.read(8)
         length = struct.unpack("<Q", start)[0] if len(start) == 8 else size
         if length > size - 8:
-            raise HFError(f"{file}: its header claims {length} bytes of {size}: truncated or not safetensors")
+            raise HFError(f"{file}: its header claims {length} bytes of {size}: truncated, or not safetensors")
         if length > limit:
             raise HFError(
                 f"{file}: its header has {length} bytes, over the {limit} that this model's {tensors} tensors need"
@@ -254,10 +254,11 @@ def _read_header(file: Path, tensors: int) -> dict[str, Tensor]:
         found = {name: Tensor(file, t["dtype"], tuple(t["shape"])) for name, t in header.items()}
         end = max((t["data_offsets"][1] for t in header.values()), default=0)
     except (ValueError, TypeError, KeyError, AttributeError, IndexError, RecursionError) as error:
-        raise HFError(f"{file}: its header is not safetensors': {error!r}") from error
+        raise HFError(f"{file}: its header is not that of a safetensors file: {error!r}") from error
     if end != size - 8 - length:
         raise HFError(
-            f"{file}: {size} bytes, its header says {end + 8 + length}: truncated or appended to; download it again"
+            f"{file}: has {size} bytes, but its header says {end + 8 + length}: truncated or extended; "
+            "download it again"
         )
     return found
 
@@ -274,7 +275,7 @@ def _check_tensors(
     extra = sorted(set(found) - set(expected) - ignored)
     if extra:
         raise HFError(
-            f"{folder}: {len(extra)} tensors are not of a {config.family} model of this config: {_few(extra)}"
+            f"{folder}: {len(extra)} tensors do not belong to a {config.family} model of this config: {_few(extra)}"
         )
     for name, shape in expected.items():
         if found[name].shape != shape:

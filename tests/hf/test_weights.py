@@ -14,8 +14,9 @@ import pytest
 from hypothesis import given, settings, strategies as st
 from safetensors.numpy import load_file, save_file
 
-from jaxsi.hf import config as hf_config, export, weights as hf
-from jaxsi.hf.weights import HFError
+from jaxsi.hf import export
+from jaxsi.hf.config import FAMILIES, HFError, config_json, parse_config, read_config
+from jaxsi.hf.weights import INDEX, WEIGHTS, _open, load_weights
 from jaxsi.model import decoder, mesh as meshlib
 from jaxsi.model.decoder import ModelConfig, Rope
 from jaxsi.model.mesh import MeshConfig, make_mesh
@@ -37,9 +38,17 @@ RAW: dict[str, Any] = {
     "vocab_size": 98,
 }
 LLAMA = ModelConfig(
-    family="llama", vocab_size=98, embed_dim=36, num_layers=2, num_heads=6, num_kv_heads=2, head_dim=6, mlp_dim=52,
-    max_positions=128, rope=Rope(theta=500_000.0),
-)  # fmt: skip
+    family="llama",
+    vocab_size=98,
+    embed_dim=36,
+    num_layers=2,
+    num_heads=6,
+    num_kv_heads=2,
+    head_dim=6,
+    mlp_dim=52,
+    max_positions=128,
+    rope=Rope(theta=500_000.0),
+)
 QWEN3 = dataclasses.replace(
     LLAMA, family="qwen3", head_dim=10, qk_norm=True, qkv_bias=True, o_bias=True, windows=(None, 5)
 )
@@ -85,9 +94,9 @@ def raw_of(model_type: str, **changes: Any) -> dict[str, Any]:
         ),
     ],
 )
-def test_both_dialects(raw: dict[str, Any], expected: ModelConfig, tmp_path: Path) -> None:
+def test_config_is_read_in_both_dialects(raw: dict[str, Any], expected: ModelConfig, tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps(raw))
-    assert hf.read_config(tmp_path) == expected
+    assert read_config(tmp_path) == expected
 
 
 @pytest.mark.parametrize("dialect", ["old", "older", "new", "both"])
@@ -97,20 +106,26 @@ def test_both_dialects(raw: dict[str, Any], expected: ModelConfig, tmp_path: Pat
         ("linear", {"factor": 2}, ("linear", 2.0)),
         ("llama3", LLAMA3, ("llama3", 8.0, 1.0, 4.0, 32)),
         ("yarn", YARN, ("yarn", 4.0, 32.0, 1.0, 32, 0.1 * np.log(4.0) + 1.0, True)),
-        ("yarn", YARN | {"attention_factor": 0.5, "beta_fast": 16, "beta_slow": 2, "truncate": False},
-         ("yarn", 4.0, 16.0, 2.0, 32, 0.5, False)),
-        ("yarn", YARN | {"mscale": 0.5, "mscale_all_dim": 2.0},
-         ("yarn", 4.0, 32.0, 1.0, 32, (0.05 * np.log(4.0) + 1.0) / (0.2 * np.log(4.0) + 1.0), True)),
+        (
+            "yarn",
+            YARN | {"attention_factor": 0.5, "beta_fast": 16, "beta_slow": 2, "truncate": False},
+            ("yarn", 4.0, 16.0, 2.0, 32, 0.5, False),
+        ),
+        (
+            "yarn",
+            YARN | {"mscale": 0.5, "mscale_all_dim": 2.0},
+            ("yarn", 4.0, 32.0, 1.0, 32, (0.05 * np.log(4.0) + 1.0) / (0.2 * np.log(4.0) + 1.0), True),
+        ),
         ("yarn", {"factor": None}, ("yarn", 1.0, 32.0, 1.0, 128, 1.0, True)),
     ],
-)  # fmt: skip
-def test_rope_scaling(dialect: str, kind: str, keys: dict[str, Any], scaling: tuple) -> None:
+)
+def test_rope_scaling_is_read_in_every_dialect(dialect: str, kind: str, keys: dict[str, Any], scaling: tuple) -> None:
     old = {"type" if dialect == "older" else "rope_type": kind, **keys}
     new = {"rope_type": kind, "rope_theta": 500_000.0, **keys}
     raw = {k: v for k, v in RAW.items() if k != "rope_theta" or dialect != "new"}
     raw |= {"rope_parameters": new} if dialect in ("new", "both") else {}
     raw |= {"rope_scaling": old} if dialect != "new" else {}
-    rope = hf_config.parse_config(raw).rope
+    rope = parse_config(raw).rope
     assert rope.theta == 500_000.0
     assert rope.scaling == pytest.approx(scaling)
 
@@ -155,11 +170,11 @@ def test_rope_scaling(dialect: str, kind: str, keys: dict[str, Any], scaling: tu
         (raw_of("qwen3", layer_types=["full_attention", "linear_attention"]), "layer_types = "),
         (raw_of("qwen2", use_sliding_window=True, max_window_layers=-1), "max_window_layers = -1"),
     ],
-)  # fmt: skip
-def test_what_is_not_supported_is_named(changes: dict[str, Any], message: str, tmp_path: Path) -> None:
+)
+def test_unsupported_config_is_refused_by_name(changes: dict[str, Any], message: str, tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps(RAW | changes))
     with pytest.raises(HFError, match=message) as error:
-        hf.read_config(tmp_path)
+        read_config(tmp_path)
     assert str(tmp_path / "config.json") in str(error.value)
 
 
@@ -167,15 +182,15 @@ def test_what_is_not_supported_is_named(changes: dict[str, Any], message: str, t
     ("text", "message"),
     [("{", "not JSON"), ("[1]", "holds a list"), ("\udcff", "not JSON"), ("[" * 100_000, "not JSON")],
 )
-def test_broken_config(text: str, message: str, tmp_path: Path) -> None:
+def test_broken_config_is_refused(text: str, message: str, tmp_path: Path) -> None:
     (tmp_path / "config.json").write_bytes(text.encode("utf-8", "surrogateescape"))
     with pytest.raises(HFError, match=message):
-        hf.read_config(tmp_path)
+        read_config(tmp_path)
 
 
-def test_no_config(tmp_path: Path) -> None:
+def test_missing_config_is_refused(tmp_path: Path) -> None:
     with pytest.raises(HFError, match=r"config\.json: cannot be read"):
-        hf.read_config(tmp_path / "nowhere")
+        read_config(tmp_path / "nowhere")
 
 
 floats = st.floats(0.25, 64.0)
@@ -189,7 +204,7 @@ ropes = st.one_of(
 
 @st.composite
 def configs(draw: Callable) -> ModelConfig:
-    family = draw(st.sampled_from(sorted(hf_config.FAMILIES)))
+    family = draw(st.sampled_from(sorted(FAMILIES)))
     layers, heads = draw(st.integers(1, 4)), draw(st.integers(1, 4))
     width = draw(st.integers(1, 4096))
     some = st.lists(st.sampled_from([None, width]), min_size=layers, max_size=layers).map(tuple)
@@ -218,9 +233,9 @@ def configs(draw: Callable) -> ModelConfig:
 
 @settings(max_examples=100, deadline=None)
 @given(configs())
-def test_config_json_reads_back(config: ModelConfig) -> None:
-    raw = json.loads(json.dumps(hf.config_json(config, dtype="bfloat16")))
-    assert hf_config.parse_config(raw) == config
+def test_config_json_round_trip(config: ModelConfig) -> None:
+    raw = json.loads(json.dumps(config_json(config, dtype="bfloat16")))
+    assert parse_config(raw) == config
     assert raw["dtype"] == raw["torch_dtype"] == "bfloat16"
 
 
@@ -235,16 +250,16 @@ def test_config_json_reads_back(config: ModelConfig) -> None:
         dataclasses.replace(QWEN3, qk_norm=False),
     ],
 )
-def test_a_config_that_the_family_cannot_express(config: ModelConfig) -> None:
+def test_config_that_the_family_cannot_express_is_refused(config: ModelConfig) -> None:
     with pytest.raises(HFError, match=f"model_type '{config.family}' cannot express"):
-        hf.config_json(config, dtype="float32")
+        config_json(config, dtype="float32")
 
 
 # ----------------------------------------------------------------------------------------------------------------- load
 
 
 def tensors_of(config: ModelConfig) -> dict[str, np.ndarray]:
-    """The file of a random model, in Hugging Face's names and layouts written out by hand."""
+    """The tensors of a random model, with Hugging Face's names and layouts written out by hand."""
     rng = np.random.default_rng(0)
     embed, heads, kv = config.embed_dim, config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
     shapes: dict[str, tuple[int, ...]] = {
@@ -277,12 +292,12 @@ def tensors_of(config: ModelConfig) -> dict[str, np.ndarray]:
 
 
 def stacked(config: ModelConfig, tensors: dict[str, np.ndarray]) -> dict[str, Any]:
-    """Our tree of the file, by the rules of the architecture, written out by hand."""
+    """Our tree of these tensors, by the rules of the architecture, written out by hand."""
     D, H, K, C = config.embed_dim, config.num_heads, config.num_kv_heads, config.head_dim
 
     def layers(name: str, convert: Callable[[np.ndarray], np.ndarray] = lambda x: x) -> np.ndarray:
-        found = [tensors[f"model.layers.{i}.{name}"] for i in range(config.num_layers)]
-        return np.stack([convert(x.astype(np.float32)) for x in found])
+        arrays = [tensors[f"model.layers.{i}.{name}"] for i in range(config.num_layers)]
+        return np.stack([convert(x.astype(np.float32)) for x in arrays])
 
     tree = {
         "attention_norm": layers("input_layernorm.weight"),
@@ -329,27 +344,27 @@ def save_sharded(folder: Path, tensors: dict[str, np.ndarray], parts: int) -> di
     for file, members in files.items():
         save_file({name: tensors[name] for name in members}, folder / file)
     weight_map = {name: file for file, members in files.items() for name in members}
-    (folder / hf.INDEX).write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    (folder / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
     return weight_map
 
 
 @pytest.mark.parametrize("config", [LLAMA, QWEN2, QWEN3, MISTRAL], ids=lambda c: c.family)
 @pytest.mark.parametrize("make", [one_device, mesh_222])
-def test_load_is_the_file_on_any_mesh(config: ModelConfig, make: Callable, tmp_path: Path) -> None:
+def test_loaded_weights_equal_the_file_on_any_mesh(config: ModelConfig, make: Callable, tmp_path: Path) -> None:
     tensors, mesh = tensors_of(config), make()
-    save_file(tensors, tmp_path / hf.WEIGHTS)
-    weights = hf.load_weights(tmp_path, config, mesh)
+    save_file(tensors, tmp_path / WEIGHTS)
+    weights = load_weights(tmp_path, config, mesh)
     assert_equal(weights, stacked(config, tensors))
     shardings = decoder.weight_shardings(config, mesh)
     jax.tree.map(lambda w, s: w.sharding == s or pytest.fail(f"{w.sharding} is not {s}"), weights, shardings)
 
 
-def test_mixed_dtypes_in_shards(tmp_path: Path) -> None:
+def test_shards_of_mixed_dtypes_are_loaded(tmp_path: Path) -> None:
     dtypes = (np.float32, np.float16, jnp.bfloat16)
     tensors = {n: x.astype(dtypes[i % 3]) for i, (n, x) in enumerate(tensors_of(QWEN3).items())}
     save_sharded(tmp_path, tensors, 3)
-    assert_equal(hf.load_weights(tmp_path, QWEN3, mesh_222()), stacked(QWEN3, tensors))
-    low = hf.load_weights(tmp_path, QWEN3, mesh_222(), dtype=jnp.bfloat16, rules=meshlib.SAMPLING_RULES)
+    assert_equal(load_weights(tmp_path, QWEN3, mesh_222()), stacked(QWEN3, tensors))
+    low = load_weights(tmp_path, QWEN3, mesh_222(), dtype=jnp.bfloat16, rules=meshlib.SAMPLING_RULES)
     assert {w.dtype for w in jax.tree.leaves(low)} == {np.dtype(jnp.bfloat16)}
     assert_equal(low, jax.tree.map(lambda w: w.astype(jnp.bfloat16), stacked(QWEN3, tensors)))
 
@@ -357,9 +372,8 @@ def test_mixed_dtypes_in_shards(tmp_path: Path) -> None:
 def test_only_the_needed_slices_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config = dataclasses.replace(LLAMA, embed_dim=32, vocab_size=64, mlp_dim=64, num_heads=8, num_kv_heads=4)
     tensors = tensors_of(config)
-    save_file(tensors, tmp_path / hf.WEIGHTS)
+    save_file(tensors, tmp_path / WEIGHTS)
     reads: list[tuple[str, int]] = []
-    real_open = hf._open
 
     class Recorded:
         def __init__(self, name: str, tensor: Any) -> None:
@@ -377,23 +391,23 @@ def test_only_the_needed_slices_are_read(tmp_path: Path, monkeypatch: pytest.Mon
         def get_slice(self, name: str) -> Recorded:
             return Recorded(name, self.file.get_slice(name))
 
-    monkeypatch.setattr(hf, "_open", lambda stack, file: Opened(real_open(stack, file)))
+    monkeypatch.setattr("jaxsi.hf.weights._open", lambda stack, file: Opened(_open(stack, file)))
     mesh = make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
-    hf.load_weights(tmp_path, config, mesh)
+    load_weights(tmp_path, config, mesh)
     for name, array in tensors.items():
         sizes = [size for read, size in reads if read == name]
         parts = 1 if array.ndim == 1 and "norm" not in name else 2 if array.ndim == 1 else 4
-        assert sizes == [array.size // parts] * parts, name  # each slice once, though two replicas hold it
+        assert sizes == [array.size // parts] * parts, name  # each slice is read once, although two replicas hold it
 
 
-def test_known_extras_are_ignored(tmp_path: Path) -> None:
+def test_known_extra_tensors_are_ignored(tmp_path: Path) -> None:
     tensors = tensors_of(QWEN2)
     extras = {
         "lm_head.weight": tensors["model.embed_tokens.weight"],
         "model.layers.0.self_attn.rotary_emb.inv_freq": np.ones(3),
     }
-    save_file(tensors | extras, tmp_path / hf.WEIGHTS)
-    assert_equal(hf.load_weights(tmp_path, QWEN2, one_device()), stacked(QWEN2, tensors))
+    save_file(tensors | extras, tmp_path / WEIGHTS)
+    assert_equal(load_weights(tmp_path, QWEN2, one_device()), stacked(QWEN2, tensors))
 
 
 GATE = "model.layers.1.mlp.gate_proj.weight"
@@ -404,7 +418,10 @@ GATE = "model.layers.1.mlp.gate_proj.weight"
     [
         (lambda t: {n: x for n, x in t.items() if n != GATE}, rf"1 of 21 tensors are missing: {GATE}"),
         (lambda t: {n: x for n, x in t.items() if "layers.1" not in n}, r"9 of 21 tensors are missing: .*, \.\.\."),
-        (lambda t: t | {"model.layers.2.mlp.gate_proj.weight": t[GATE]}, r"1 tensors are not of a llama .*layers\.2"),
+        (
+            lambda t: t | {"model.layers.2.mlp.gate_proj.weight": t[GATE]},
+            r"1 tensors do not belong to a llama .*layers\.2",
+        ),
         (lambda t: t | {"model.layers.0.self_attn.q_proj.bias": np.ones(36)}, r"q_proj\.bias"),
         (lambda t: t | {"../../outside": np.ones(1)}, "outside"),
         (lambda t: t | {GATE: t[GATE].T.copy()}, rf"tensor {GATE} has shape \(36, 52\), .*asks for \(52, 36\)"),
@@ -412,18 +429,18 @@ GATE = "model.layers.1.mlp.gate_proj.weight"
         (lambda t: t | {GATE: np.where(t[GATE] > 3, np.float32(np.nan), t[GATE])}, f"{GATE} has values not"),
         (lambda t: t | {GATE: np.full_like(t[GATE], np.inf)}, f"{GATE} has values not finite"),
     ],
-)  # fmt: skip
-def test_wrong_tensors_are_named(change: Callable, message: str, tmp_path: Path) -> None:
-    save_file(change(tensors_of(LLAMA)), tmp_path / hf.WEIGHTS)
+)
+def test_wrong_tensor_is_refused_by_name(change: Callable, message: str, tmp_path: Path) -> None:
+    save_file(change(tensors_of(LLAMA)), tmp_path / WEIGHTS)
     with pytest.raises(HFError, match=message):
-        hf.load_weights(tmp_path, LLAMA, mesh_222())
+        load_weights(tmp_path, LLAMA, mesh_222())
 
 
-def test_a_value_too_large_for_the_dtype_is_named(tmp_path: Path) -> None:
+def test_value_too_large_for_the_dtype_is_refused(tmp_path: Path) -> None:
     tensors = tensors_of(LLAMA)
-    save_file(tensors | {GATE: tensors[GATE] + np.float32(1e6)}, tmp_path / hf.WEIGHTS)
+    save_file(tensors | {GATE: tensors[GATE] + np.float32(1e6)}, tmp_path / WEIGHTS)
     with pytest.warns(RuntimeWarning, match="overflow"), pytest.raises(HFError, match="not finite in float16"):
-        hf.load_weights(tmp_path, LLAMA, one_device(), dtype=jnp.float16)
+        load_weights(tmp_path, LLAMA, one_device(), dtype=jnp.float16)
 
 
 def header(entries: str, data: bytes = b"") -> bytes:
@@ -436,38 +453,38 @@ ONE = '{"a":{"dtype":"F32","shape":[1],"data_offsets":[0,4]}'
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (b"", "truncated or not safetensors"),
-        (b"PK\x03\x04 a pickle in a zip archive", "truncated or not safetensors"),
+        (b"", "truncated, or not safetensors"),
+        (b"PK\x03\x04 a pickle in a zip archive", "truncated, or not safetensors"),
         (struct.pack("<Q", 2**62) + b"{}", "header claims 4611686018427387904 bytes"),
         (header(" " * 2_000_000), "its header has 2000000 bytes, over the "),
-        (header("not json"), "not safetensors'"),
-        (header("[1]"), "not safetensors'"),
-        (header('{"a": 1}'), "not safetensors'"),
-        (header("[" * 50_000), "not safetensors'"),
+        (header("not json"), "not that of a safetensors file"),
+        (header("[1]"), "not that of a safetensors file"),
+        (header('{"a": 1}'), "not that of a safetensors file"),
+        (header("[" * 50_000), "not that of a safetensors file"),
         (header(ONE + ',"a":{"dtype":"F32","shape":[1],"data_offsets":[0,4]}}', b"\0" * 4), "appears twice"),
-        (header(ONE + "}", b"\0" * 2), "truncated or appended to"),
-        (header(ONE + "}", b"\0" * 9), "truncated or appended to"),
+        (header(ONE + "}", b"\0" * 2), "truncated or extended"),
+        (header(ONE + "}", b"\0" * 9), "truncated or extended"),
     ],
     ids=range(11),
 )
-def test_hostile_files(content: bytes, message: str, tmp_path: Path) -> None:
-    (tmp_path / hf.WEIGHTS).write_bytes(content)
+def test_hostile_file_is_refused(content: bytes, message: str, tmp_path: Path) -> None:
+    (tmp_path / WEIGHTS).write_bytes(content)
     with pytest.raises(HFError, match=message):
-        hf.load_weights(tmp_path, LLAMA, one_device())
+        load_weights(tmp_path, LLAMA, one_device())
 
 
-def test_overlapping_offsets(tmp_path: Path) -> None:
-    """What the header check lets through, the library's own check must not."""
+def test_overlapping_offsets_are_refused(tmp_path: Path) -> None:
+    """Our check of the header does not see them; the check of the library must."""
     tensors = tensors_of(LLAMA)
-    save_file(tensors, tmp_path / hf.WEIGHTS)
-    raw = (tmp_path / hf.WEIGHTS).read_bytes()
+    save_file(tensors, tmp_path / WEIGHTS)
+    raw = (tmp_path / WEIGHTS).read_bytes()
     length = struct.unpack("<Q", raw[:8])[0]
     entries = json.loads(raw[8 : 8 + length])
     up = GATE.replace("gate", "up")
     entries[GATE]["data_offsets"] = entries[up]["data_offsets"]
-    (tmp_path / hf.WEIGHTS).write_bytes(header(json.dumps(entries), raw[8 + length :]))
+    (tmp_path / WEIGHTS).write_bytes(header(json.dumps(entries), raw[8 + length :]))
     with pytest.raises(HFError, match=r"model\.safetensors"):
-        hf.load_weights(tmp_path, LLAMA, one_device())
+        load_weights(tmp_path, LLAMA, one_device())
 
 
 @pytest.mark.parametrize(
@@ -482,33 +499,33 @@ def test_overlapping_offsets(tmp_path: Path) -> None:
         (lambda m: m | {GATE: 7}, "'7' is not a safetensors file"),
         (
             lambda m: m | {GATE: next(f for f in m.values() if f != m[GATE])},
-            f"tensor {GATE} is in it, but the index says",
+            f"contains tensor {GATE}, but the index says",
         ),
-        (lambda m: m | {"model.extra": m[GATE]}, r"tensor model\.extra .* is not in the file that the index says"),
+        (lambda m: m | {"model.extra": m[GATE]}, r"tensor model\.extra .* is not in the file that it says"),
     ],
 )
-def test_broken_index(change: Callable, message: str, tmp_path: Path) -> None:
+def test_broken_index_is_refused(change: Callable, message: str, tmp_path: Path) -> None:
     weight_map = change(save_sharded(tmp_path, tensors_of(LLAMA), 2))
-    (tmp_path / hf.INDEX).write_text(json.dumps({"weight_map": weight_map}))
+    (tmp_path / INDEX).write_text(json.dumps({"weight_map": weight_map}))
     with pytest.raises(HFError, match=message):
-        hf.load_weights(tmp_path, LLAMA, one_device())
+        load_weights(tmp_path, LLAMA, one_device())
 
 
 @pytest.mark.parametrize("name", ["pytorch_model.bin", "model.pt", "weights.pkl"])
-def test_pickles_are_refused_unopened(name: str, tmp_path: Path) -> None:
+def test_pickles_are_refused_without_opening_them(name: str, tmp_path: Path) -> None:
     (tmp_path / name).write_bytes(b"cos\nsystem\n(S'exit 1'\ntR.")
     with pytest.raises(HFError, match=f"there is {name}, a pickle.* convert it to safetensors"):
-        hf.load_weights(tmp_path, LLAMA, one_device())
+        load_weights(tmp_path, LLAMA, one_device())
 
 
-def test_no_weights(tmp_path: Path) -> None:
+def test_folder_without_weights_is_refused(tmp_path: Path) -> None:
     with pytest.raises(HFError, match="no weights"):
-        hf.load_weights(tmp_path, LLAMA, one_device())
+        load_weights(tmp_path, LLAMA, one_device())
 
 
-def test_divisibility_is_checked_before_the_files(tmp_path: Path) -> None:
-    with pytest.raises(meshlib.MeshError, match="does not divide in 8 parts"):
-        hf.load_weights(tmp_path, LLAMA, make_mesh(MeshConfig(fsdp=8)))
+def test_mesh_is_checked_before_the_files_are_read(tmp_path: Path) -> None:
+    with pytest.raises(meshlib.MeshError, match="is not divisible by 8"):
+        load_weights(tmp_path, LLAMA, make_mesh(MeshConfig(fsdp=8)))
 
 
 # --------------------------------------------------------------------------------------------------------------- export
@@ -520,17 +537,17 @@ def weights_of(config: ModelConfig, mesh: jax.sharding.Mesh) -> decoder.Weights:
 
 @pytest.mark.parametrize("config", [LLAMA, QWEN2, QWEN3, MISTRAL], ids=lambda c: c.family)
 @pytest.mark.parametrize("limit", [export.MAX_SHARD_BYTES, 20_000])
-def test_export_then_load_is_the_same_bits(config: ModelConfig, limit: int, tmp_path: Path) -> None:
+def test_export_then_load_returns_the_same_bits(config: ModelConfig, limit: int, tmp_path: Path) -> None:
     mesh = mesh_222()
     weights, folder = weights_of(config, mesh), tmp_path / "deep" / "out"
     export.export(folder, config, weights, dtype="float32", max_shard_bytes=limit)
-    assert hf.read_config(folder) == config
-    assert_equal(hf.load_weights(folder, config, mesh), weights)
+    assert read_config(folder) == config
+    assert_equal(load_weights(folder, config, mesh), weights)
     files = sorted(p.name for p in folder.iterdir())
     written = {n: x for f in files if f.endswith(".safetensors") for n, x in load_file(folder / f).items()}
     assert_equal(written, tensors_of(config))
     if limit == 20_000:
-        index = json.loads((folder / hf.INDEX).read_text())
+        index = json.loads((folder / INDEX).read_text())
         assert set(index["weight_map"]) == set(written)
         assert index["metadata"]["total_size"] == sum(x.nbytes for x in written.values())
         assert files[2] == f"model-00002-of-{len(files) - 2:05d}.safetensors"
@@ -538,9 +555,9 @@ def test_export_then_load_is_the_same_bits(config: ModelConfig, limit: int, tmp_
         assert files == ["config.json", "model.safetensors"]
 
 
-def test_export_in_bfloat16_with_everything_beside_it(tmp_path: Path) -> None:
+def test_export_in_bfloat16_with_all_other_files(tmp_path: Path) -> None:
     weights = weights_of(QWEN2, one_device())
-    (tmp_path / "out").mkdir()  # an empty folder may be there already
+    (tmp_path / "out").mkdir()  # an empty folder may already exist
     export.export(
         tmp_path / "out",
         QWEN2,
@@ -556,7 +573,7 @@ def test_export_in_bfloat16_with_everything_beside_it(tmp_path: Path) -> None:
     }
     config = json.loads((tmp_path / "out/config.json").read_text())
     assert (config["eos_token_id"], config["bos_token_id"], config["dtype"]) == ([3, 5], None, "bfloat16")
-    loaded = hf.load_weights(tmp_path / "out", QWEN2, one_device(), dtype=jnp.bfloat16)
+    loaded = load_weights(tmp_path / "out", QWEN2, one_device(), dtype=jnp.bfloat16)
     assert_equal(loaded, jax.tree.map(lambda w: np.asarray(w).astype(jnp.bfloat16), weights))
     assert list(tmp_path.iterdir()) == [tmp_path / "out"]
 
@@ -569,7 +586,7 @@ def test_export_appears_complete_or_not_at_all(tmp_path: Path, monkeypatch: pyte
     weights, seen = weights_of(LLAMA, one_device()), []
 
     def fail(folder: Path) -> None:
-        seen.append(((tmp_path / "out").exists(), (folder / hf.WEIGHTS).exists()))
+        seen.append(((tmp_path / "out").exists(), (folder / WEIGHTS).exists()))
         raise StopError
 
     with pytest.raises(StopError):
@@ -586,7 +603,7 @@ def test_export_appears_complete_or_not_at_all(tmp_path: Path, monkeypatch: pyte
     assert list(tmp_path.iterdir()) == []
 
 
-def test_export_overwrites_nothing(tmp_path: Path) -> None:
+def test_export_does_not_overwrite_a_folder(tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
     (tmp_path / "out/precious").write_text("1")
     with pytest.raises(HFError, match="is not an empty folder"):

@@ -42,12 +42,13 @@ def two(tmp_path_factory):
 
 @pair_of_processes
 @pytest.mark.slow
-def test_two_processes_sample_judge_and_score_as_one(two, tmp_path):
+def test_two_processes_sample_judge_score_and_write_prompts_as_one(two, tmp_path):
     one = two_processes.sampled(tmp_path)
-    assert len(one["records"]) == 12 + 12
+    assert len(one["records"]) == 12 + 12 and len(one["prompts"]) == 6
     for process in two[0]:
         other = process["sampled"]
         assert other["records"] == one["records"]
+        assert other["prompts"] == one["prompts"]
         assert other["scores"] == pytest.approx(one["scores"], abs=1e-4)
         assert other["fingerprint"] == one["fingerprint"]
 
@@ -143,7 +144,7 @@ def whole(tmp_path_factory):
 def test_run_resumes_to_the_same_bytes_after_a_kill_of_one_process_and_signals_to_it(whole, tmp_path):
     directory = tmp_path / "run"
     processes = start_run(directory)
-    wait_for(directory, "iter_1/eft_judgments", processes)
+    wait_for(directory, "iter_1/responses", processes)
     os.killpg(processes[1].pid, signal.SIGKILL)
     began = time.monotonic()
     (code, _, err), _ = ended(processes, 120)
@@ -152,7 +153,7 @@ def test_run_resumes_to_the_same_bytes_after_a_kill_of_one_process_and_signals_t
 
     # A stage that is not cut in parts, then training. Until its first step nobody asks for signals, since a program is
     # compiled: the other process has time to hear of it.
-    for place in ("iter_2/prompts", "iter_2/dpo"):
+    for place in ("iter_1/eval_responses", "iter_2/dpo"):
         processes = start_run(directory)
         wait_for(directory, place, processes)
         processes[1].send_signal(signal.SIGTERM)
@@ -172,11 +173,11 @@ def test_run_of_two_processes_is_that_of_one_up_to_rounding(whole, tmp_path):
     one = finished_run(tmp_path / "one", count=1)
     hashes, others = artefacts(one), artefacts(whole)
     assert hashes.keys() == others.keys()
-    for name in ("iter_1/ift.jsonl", "iter_1/rankings.jsonl"):
+    for name in ("iter_0/demonstrations.jsonl", "iter_0/eval_responses.jsonl", "iter_1/responses.jsonl"):
         assert hashes[name] == others[name]
-    losses = [json.loads((run / "sft_baseline" / "train.jsonl").read_text().splitlines()[0]) for run in (one, whole)]
+    losses = [json.loads((run / "iter_1" / "train.jsonl").read_text().splitlines()[0]) for run in (one, whole)]
     assert losses[0]["loss"] == pytest.approx(losses[1]["loss"], rel=1e-6)
-    for folder in ("sft_baseline", "iter_1", "iter_2"):
+    for folder in ("iter_1", "iter_2"):
         weights = [lmlib.load(run / folder / "checkpoint", dtype="float32").weights for run in (one, whole)]
         for a, b in zip(*map(jax.tree.leaves, weights), strict=True):
             assert np.linalg.norm(np.asarray(a) - np.asarray(b)) < 1e-5 * np.linalg.norm(np.asarray(a))

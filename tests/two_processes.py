@@ -18,18 +18,19 @@ import numpy as np
 
 
 def sampled(folder: Path) -> dict[str, Any]:
-    """Responses, judgments and scores of the shipped model."""
+    """Responses, judgments, scores and new prompts of the shipped model."""
     import jaxsi
+    from jaxsi.model.mesh import make_mesh
     from jaxsi.runs.records import to_json
     from jaxsi.sampling.scoring import score_choices
     from jaxsi.stages.judge import JudgeConfig, judge
+    from jaxsi.stages.self_instruct import SelfInstruct, new_prompts
     from jaxsi.text.chat import render_prompt
     from jaxsi.toyworld import world
     from jaxsi.toyworld.corpus import RUBRIC
     from jaxsi.toyworld.seed import SHIPPED
 
-    lm = jaxsi.load(SHIPPED, dtype="float32")
-    assert lm.mesh.devices.size == 8
+    lm = jaxsi.load(SHIPPED, make_mesh(devices=jax.devices()[::4]), dtype="float32")  # one device a process
     prompts = world.prompts(6, seed=3, held_out=False)
     responses = jaxsi.generate(lm, prompts, num_samples=2, max_new_tokens=16, batch_size=8)
     judging = JudgeConfig(num_samples=2, max_new_tokens=24)
@@ -37,7 +38,10 @@ def sampled(folder: Path) -> dict[str, Any]:
     scores = jaxsi.score(lm, [prompt for prompt in prompts for _ in range(2)], responses)
     texts = [render_prompt(lm.tokenizer, prompt.messages) for prompt in prompts]
     choices = score_choices(lm, texts, [[[7], [8]]] * len(texts))
+    writing = SelfInstruct(num_prompts=6, max_new_tokens=16, batch_size=8, min_words=3)
+    written = new_prompts(lm, world.prompts(16, seed=4, held_out=False), writing, jax.random.key(1))
     return {
+        "prompts": [to_json(prompt) for prompt in written],
         "records": [to_json(record) for record in [*responses, *judgments]],
         "scores": [*scores.tolist(), *choices.ravel().tolist()],
         "fingerprint": lm.fingerprint,

@@ -1,4 +1,4 @@
-"""Attention over whole sequences and over a cache. Dimension letters as in model.py."""
+"""Attention over whole sequences and over a cache. Dimension letters as in decoder.py."""
 
 import functools
 import math
@@ -14,9 +14,9 @@ from jaxsi.model.cpu_matmul import settle
 from jaxsi.model.kv_cache import Stored
 from jaxsi.model.tiles import over_tiles
 
-QUERY_TILE = 512  # queries whose scores exist at a time: memory grows with T, not with T squared
+QUERY_TILE = 512  # queries whose scores exist at a time, so that memory grows with T and not with T squared
 SHARED = -1  # the segment that every token after it in its row sees
-UNSEEN = -1e30  # the score of a key that is not seen; finite, for the padded queries of the last tile see none
+UNSEEN = -1e30  # the score of a hidden key; finite, because the padded queries of the last tile see no key at all
 
 
 def attend(q_BTHC: jax.Array, k_BKSC: jax.Array, v_BKSC: jax.Array, mask_BTS: jax.Array) -> jax.Array:
@@ -31,9 +31,11 @@ def attend(q_BTHC: jax.Array, k_BKSC: jax.Array, v_BKSC: jax.Array, mask_BTS: ja
 
 
 def attend_last(q_BHC: jax.Array, keys: Stored, values: Stored, mask_BS: jax.Array) -> jax.Array:
-    """``attend`` for one query a row -> [B, H, C]. Keys and values are read where they lie: written with a query axis
-    of length 1, XLA copies both into another layout in every step. The scales of an int8 cache multiply the scores and
-    the shares, not the columns."""
+    """``attend`` for one query per row -> [B, H, C].
+
+    Keys and values are read in place. (With a query axis of length 1, XLA would copy both into another layout at every
+    step.) The scales of an int8 cache multiply the scores and the shares, not the columns.
+    """
     B, H, C = q_BHC.shape
     (k_BKSC, by_key_BKS), (v_BKSC, by_value_BKS) = (kv_cache.split(stored, q_BHC.dtype) for stored in (keys, values))
     K = k_BKSC.shape[1]
@@ -61,24 +63,25 @@ def attend_causally(
     mesh: Mesh | None = None,
     tile: int = QUERY_TILE,
 ) -> jax.Array:
-    """Attention [B, T, H, C] of sequences to themselves (S = T): each token sees its own segment, and the segment
-    ``SHARED``, up to itself, at most ``window`` positions back. Padding is a segment of its own (id 0); what comes out
-    there is not defined.
+    """Attention [B, T, H, C] of sequences to themselves (S = T).
 
-    On a mesh of TPUs it is Splash attention, on one of GPUs cuDNN's, where these take the shapes and the window is
-    known as an ``int``; else, and without a mesh, it is XLA's, more than ``tile`` queries in tiles. The mesh decides,
-    not the backend: programs for other machines are compiled ahead of time. No path keeps the scores for the backward
-    pass.
+    Each token sees its own segment and the segment ``SHARED``, up to itself and at most ``window`` positions back.
+    Padding is a segment of its own (id 0), whose output is undefined.
+
+    On a mesh of TPUs this is Splash attention, on a mesh of GPUs cuDNN's, if these take the shapes and the window is an
+    ``int``. Otherwise, and without a mesh, it is XLA's, by tiles if there are more than ``tile`` queries. The mesh
+    decides, not the backend: programs for other machines are compiled ahead of time. The scores are never kept for the
+    backward pass.
 
     Args:
       positions_BT: count up by one within a segment.
-      lengths_B: int32, where no row holds more than one segment: its tokens, with padding behind them. cuDNN has no
-        segments and is used only with these.
-      forked: rows are the segment ``SHARED``, then 1, then 2.
+      lengths_B: int32; the number of tokens in each row, if every row is one segment with padding behind it. cuDNN has
+        no segments and is used only with these.
+      forked: whether rows consist of the segments ``SHARED``, 1 and 2, in this order.
     """
     if mesh is not None and isinstance(window, int) and fused_attention.divides(q_BTHC, k_BKSC, mesh):
         platform = meshlib.platform(mesh)
-        # Splash measures windows in columns: those of the second branch are not its positions.
+        # Splash measures windows in columns, and the second branch's columns are not its positions.
         unbroken = not forked or window >= q_BTHC.shape[1]
         if platform == "tpu" and fused_attention.splash_takes(q_BTHC) and unbroken:
             kernel = functools.partial(fused_attention.splash, window=window)
@@ -100,7 +103,8 @@ def attend_causally(
 def each_branch(
     attention: Callable[..., jax.Array], q_BTHC: jax.Array, k_BKTC: jax.Array, v_BKTC: jax.Array, segments_BT: jax.Array
 ) -> jax.Array:
-    """Forked rows by attention that knows equal segments only: once for each branch, the shared tokens in both."""
+    """Attention on forked rows by a kernel that only compares segments: it runs once per branch, each time with the
+    shared tokens."""
 
     def seen_with(branch: int) -> jax.Array:
         belongs_BT = (segments_BT == SHARED) | (segments_BT == branch)
@@ -110,17 +114,20 @@ def each_branch(
 
 
 class _Places(NamedTuple):
-    """Where the tokens are: what decides who sees whom."""
+    """Where the tokens are, which decides what each of them sees."""
 
     segments_BS: jax.Array
     positions_BS: jax.Array
     window: jax.Array
 
     def seen_from(self, start: Any, size: int) -> jax.Array:
-        """[B, size, S] bool: which keys the queries from ``start`` on see."""
+        """[B, size, S] bool: the keys that ``size`` queries from ``start`` on see."""
         S = self.segments_BS.shape[1]
-        pad = lambda x_BS: jnp.pad(x_BS, ((0, 0), (0, -S % size)))  # noqa: E731
-        cut = lambda x_BS: jax.lax.dynamic_slice_in_dim(pad(x_BS), start, size, axis=1)[:, :, None]  # noqa: E731
+
+        def cut(x_BS: jax.Array) -> jax.Array:
+            padded_BS = jnp.pad(x_BS, ((0, 0), (0, -S % size)))
+            return jax.lax.dynamic_slice_in_dim(padded_BS, start, size, axis=1)[:, :, None]
+
         same_BtS = (cut(self.segments_BS) == self.segments_BS[:, None]) | (self.segments_BS == SHARED)[:, None]
         distance_BtS = cut(self.positions_BS) - self.positions_BS[:, None]
         earlier_tS = (start + jnp.arange(size))[:, None] >= jnp.arange(S)[None]
@@ -132,7 +139,7 @@ def _scores(q_BKtGC: jax.Array, k_BKSC: jax.Array, places: _Places, start: Any) 
     B, K, t, G, C = q_BKtGC.shape
     q_BKTC = q_BKtGC.reshape(B, K, t * G, C)
     scores_BKTS = jnp.einsum("BKTC,BKSC->BKTS", q_BKTC, k_BKSC, preferred_element_type=jnp.float32) / math.sqrt(C)
-    seen_BtS = settle(places.seen_from(start, t))  # once, not for every head
+    seen_BtS = settle(places.seen_from(start, t))  # computed once, not for every head
     return jnp.where(seen_BtS[:, None, :, None], scores_BKTS.reshape(B, K, t, G, -1), UNSEEN)
 
 
@@ -156,8 +163,11 @@ def _forward(q_BKTGC: jax.Array, k_BKSC: jax.Array, v_BKSC: jax.Array, places: _
 
 
 def _backward(tile: int, saved: Any, by_attended_BKTGC: jax.Array) -> Any:
-    """The gradient of softmax attention: with P the shares and dO that of the output, dV = P' dO, dS = P (dO V' -
-    rowsum(dO O)), dQ = dS K, dK = dS' Q."""
+    """The gradient of softmax attention.
+
+    With the shares P and the gradient dO of the output: dV = P' dO, dS = P (dO V' - rowsum(dO O)), dQ = dS K,
+    dK = dS' Q.
+    """
     q_BKTGC, k_BKSC, v_BKSC, places, attended_BKTGC, mass_BKTG = saved
     q_BKTGC, k_BKSC, v_BKSC, by_attended_BKTGC = settle((q_BKTGC, k_BKSC, v_BKSC, by_attended_BKTGC))
     product_BKTG = jnp.sum(attended_BKTGC.astype(jnp.float32) * by_attended_BKTGC.astype(jnp.float32), axis=-1)
@@ -165,7 +175,10 @@ def _backward(tile: int, saved: Any, by_attended_BKTGC: jax.Array) -> Any:
     def step(sums: Any, start: Any, tiles: Any) -> Any:
         q_BKtGC, by_BKtGC, product_BKtG, mass_BKtG = tiles
         B, K, t, G, C = q_BKtGC.shape
-        flat = lambda x: x.reshape(B, K, t * G, x.shape[-1])  # noqa: E731
+
+        def flat(x: jax.Array) -> jax.Array:
+            return x.reshape(B, K, t * G, x.shape[-1])
+
         shares_BKtGS = jnp.exp(_scores(q_BKtGC, k_BKSC, places, start) - mass_BKtG[..., None])
         by_shares = jnp.einsum("BKTC,BKSC->BKTS", flat(by_BKtGC), v_BKSC, preferred_element_type=jnp.float32)
         by_scores_BKtGS = shares_BKtGS * (by_shares.reshape(shares_BKtGS.shape) - product_BKtG[..., None])

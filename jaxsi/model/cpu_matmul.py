@@ -1,7 +1,7 @@
-"""Products of activations and weights, with a gradient that XLA's processor backend does at the speed of its products.
+"""Matmul of activations and weights whose gradient stays on XLA:CPU's fast path.
 
-Left to itself it merges the transpositions of the gradient with what made the operands, and then either copies column
-by column or leaves its fast path: a training step in bfloat16 took six times as long (JAX 0.12).
+Left alone, XLA:CPU fuses the transpositions of the gradient with the operations that produce the operands. Then it
+copies column by column, or leaves its fast path: a training step in bfloat16 took six times as long (JAX 0.12).
 """
 
 from typing import Any, TypeVar
@@ -10,12 +10,12 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-PRODUCT = "product"  # what a product is called, for remat to keep it
+PRODUCT = "product"  # the checkpoint name of a product, by which remat keeps it
 Tree = TypeVar("Tree")
 
 
 def settle(tree: Tree) -> Tree:
-    """On processors, makes arrays before what reads them and apart from it; elsewhere nothing."""
+    """On CPU, computes the arrays before the operations that read them, unfused. Elsewhere does nothing."""
     return jax.lax.platform_dependent(tree, cpu=jax.lax.optimization_barrier, default=lambda x: x)
 
 

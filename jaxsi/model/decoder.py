@@ -35,7 +35,7 @@ class ModelError(InputError, ValueError):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Rope:
-    """Rotary position embedding: base and, where the model was stretched, the rule of the stretching.
+    """Rotary position embedding: the base and, if the model was stretched to longer texts, the rule for that.
 
     ``scaling`` is None, ("linear", factor), ("llama3", factor, low_freq_factor, high_freq_factor, original_positions)
     or ("yarn", factor, beta_fast, beta_slow, original_positions, attention_factor, truncate).
@@ -47,10 +47,10 @@ class Rope:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ModelConfig:
-    """Everything that decides the decoder's function, in the project's names (``hf.py`` reads it from config.json).
+    """Everything that decides the decoder's function, in our own names (``hf/config.py`` reads it from config.json).
 
-    ``windows`` has one entry a layer: how many positions back it sees, itself included; None is no limit. With
-    ``scalar_head`` the model gives one number at each token in place of logits: a reward or a value.
+    ``windows`` has one entry per layer: how many positions back it sees, its own included; None means no limit. With
+    ``scalar_head`` the model outputs one number at each token in place of logits: a reward or a value.
     """
 
     family: str
@@ -81,7 +81,7 @@ class ModelConfig:
 
 
 class Parameter(NamedTuple):
-    """One declaration of a weight: its shape, the logical name of each dimension, and how it starts."""
+    """The declaration of a weight: its shape, the logical name of each dimension, and its initialiser."""
 
     shape: tuple[int, ...]
     axes: tuple[str, ...]
@@ -89,7 +89,7 @@ class Parameter(NamedTuple):
 
 
 def parameters(config: ModelConfig) -> dict[str, Any]:
-    """The declaration of every weight, as the tree that the weights themselves form."""
+    """The declaration of every weight, as a tree of the same form as the weights."""
     c = config
     one = nnx.initializers.ones_init()
     zero = nnx.initializers.zeros_init()
@@ -126,7 +126,7 @@ def parameters(config: ModelConfig) -> dict[str, Any]:
         "final_norm": Parameter((c.embed_dim,), ("embed",), one),
     }
     if c.scalar_head:
-        # Zeros: an untrained reward model prefers nothing, so its loss at step 0 is known exactly.
+        # Zeros: an untrained reward model has no preferences, so its loss at step 0 is known exactly.
         tree["score"] = Parameter((c.embed_dim,), ("embed",), zero)
     elif not c.tie_embeddings:
         tree["lm_head"] = Parameter((c.embed_dim, c.vocab_size), ("embed", "vocab"), normal)
@@ -140,16 +140,14 @@ def map_parameters(f: Callable[[Parameter], Any], config: ModelConfig) -> Weight
 
 def count_parameters(config: ModelConfig) -> int:
     """Number of weights (a tied head counts once)."""
-    return sum(
-        math.prod(p.shape) for p in jax.tree.leaves(parameters(config), is_leaf=lambda x: isinstance(x, Parameter))
-    )
+    return sum(jax.tree.leaves(map_parameters(lambda p: math.prod(p.shape), config)))
 
 
 def weight_shardings(config: ModelConfig, mesh: Mesh, rules: meshlib.Rules = meshlib.TRAINING_RULES) -> Weights:
     """The sharding of every weight on ``mesh``.
 
     Raises:
-      MeshError: a dimension does not divide by the mesh axes that cut it.
+      MeshError: if a dimension is not a multiple of the mesh axes that divide it.
     """
 
     def shard(p: Parameter) -> jax.sharding.NamedSharding:
@@ -157,7 +155,7 @@ def weight_shardings(config: ModelConfig, mesh: Mesh, rules: meshlib.Rules = mes
             parts = meshlib.axis_size(mesh, axis, rules)
             if size % parts:
                 raise meshlib.MeshError(
-                    f"{axis} = {size} of the model does not divide in {parts} parts (mesh axis {rules[axis]}); "
+                    f"{axis} = {size} of the model is not divisible by {parts} (mesh axis {rules[axis]}); "
                     f"choose a mesh whose {rules[axis]} size divides {size}"
                 )
         return meshlib.sharding(mesh, p.axes, rules)
@@ -184,7 +182,7 @@ class Layers(nnx.Module):
 
 
 class Decoder(nnx.Module):
-    """A causal language model. ``weights`` is its state as a plain tree, which every function of this module takes."""
+    """A causal language model. ``weights`` is its state as a plain tree, which the functions of this module take."""
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs) -> None:
         self.config = config
@@ -203,8 +201,11 @@ class Decoder(nnx.Module):
 
 
 def initialise(config: ModelConfig, mesh: Mesh, key: jax.Array) -> Weights:
-    """Fresh float32 weights, made directly in their shardings."""
-    make = lambda key: Decoder(config, rngs=nnx.Rngs(params=key)).weights  # noqa: E731
+    """Fresh float32 weights, created directly in their shardings."""
+
+    def make(key: jax.Array) -> Weights:
+        return Decoder(config, rngs=nnx.Rngs(params=key)).weights
+
     return jax.jit(make, out_shardings=weight_shardings(config, mesh))(key)
 
 
@@ -227,7 +228,7 @@ def rms_norm(x: jax.Array, scale: jax.Array, eps: float) -> jax.Array:
 
 
 def rope_frequencies(config: ModelConfig) -> tuple[list[float], float]:
-    """Angular frequency of each pair of dimensions (C / 2 of them) and the factor on cos and sin (1 but for yarn)."""
+    """Angular frequency of each of the C / 2 pairs of dimensions, and the factor on cos and sin (1 except for yarn)."""
     theta, scaling, dim = config.rope.theta, config.rope.scaling, config.head_dim
     plain = [theta ** (-i / dim) for i in range(0, dim, 2)]
     match scaling:
@@ -239,10 +240,10 @@ def rope_frequencies(config: ModelConfig) -> tuple[list[float], float]:
             return [_llama3_frequency(f, factor, low, high, original) for f in plain], 1.0
         case ("yarn", factor, beta_fast, beta_slow, original, attention_factor, truncate):
 
-            def turns_at(rotations: float) -> float:  # the dimension that makes so many turns over the original length
+            def dimension_at(rotations: float) -> float:  # that turns this often over the original length
                 return dim * math.log(original / (rotations * 2 * math.pi)) / (2 * math.log(theta))
 
-            first, last = turns_at(beta_fast), turns_at(beta_slow)
+            first, last = dimension_at(beta_fast), dimension_at(beta_slow)
             if truncate:
                 first, last = math.floor(first), math.ceil(last)
             first, last = max(first, 0), min(last, dim - 1)
@@ -272,7 +273,7 @@ def rotate(x_BTHC: jax.Array, positions_BT: jax.Array, config: ModelConfig) -> j
 
 
 def _project(h_BTD: jax.Array, w_DHC: jax.Array) -> jax.Array:
-    """Heads [B, T, H, C], as one product of matrices."""
+    """Heads [B, T, H, C], by one matrix product."""
     D, H, C = w_DHC.shape
     return multiply(h_BTD, w_DHC.reshape(D, H * C)).reshape(*h_BTD.shape[:2], H, C)
 
@@ -330,17 +331,19 @@ def hidden_states(
 ) -> jax.Array:
     """Normalised last hidden states [B, T, D] of whole sequences, from stacked weights.
 
-    Rows hold one sequence each, with padding behind it (give ``lengths_B``: fused attention on GPU needs them), or
-    several (give positions and segments), or T tokens of one (give neither). Fused attention on TPU and GPU has static
-    windows: layers whose windows differ go through XLA's.
+    A row holds one sequence with padding behind it (pass ``lengths_B``, which fused attention on GPU needs), or several
+    sequences (pass positions and segments), or T tokens of one sequence (pass neither). Fused attention on TPU and GPU
+    needs a static window: if the windows of the layers differ, they use XLA's attention.
 
     Args:
-      tokens_BT: int32. positions_BT: int32, default 0, 1, ...; segments_BT: int32; tokens see only their own segment,
-        and ``attention.SHARED``; padding has the segment 0. lengths_B: int32, with segments only where these say the
-        same. forked: as in ``attend_causally``.
+      tokens_BT: int32.
+      positions_BT: int32, default 0, 1, ...
+      segments_BT: int32. Tokens see only their own segment and ``attention.SHARED``; padding is segment 0.
+      lengths_B: int32. If segments are passed too, both must say the same.
+      forked: as in ``attend_causally``.
       dtype: of the computation; norms, softmax and rotations are in float32.
-      remat: what the backward pass computes again, in place of keeping it: nothing; all of a layer but its products
-        with weights; or all of it.
+      remat: what the backward pass computes again instead of keeping it: nothing ("none"); all of a layer except its
+        products with weights ("products"); all of a layer ("full").
     """
     B, T = tokens_BT.shape
     columns_BT = jnp.broadcast_to(jnp.arange(T, dtype=jnp.int32), (B, T))
@@ -352,6 +355,7 @@ def hidden_states(
             segments_BT = (columns_BT < lengths_B[:, None]).astype(jnp.int32)
     layer_windows = windows(config)
     one_window = len(set(layer_windows)) == 1
+    attention = functools.partial(attend_causally, lengths_B=lengths_B, forked=forked, mesh=mesh)
 
     def place(x_BTD: jax.Array) -> jax.Array:
         return x_BTD if mesh is None else meshlib.constrain(x_BTD, mesh, ("batch", "sequence", None))
@@ -359,10 +363,8 @@ def hidden_states(
     def block(x_BTD: jax.Array, layer_and_window: tuple[Weights, jax.Array]) -> tuple[jax.Array, None]:
         layer, window = layer_and_window
         q_BTHC, k_BKSC, v_BKSC = qkv(layer, config, x_BTD, positions_BT)
-        attended_BTHC = attend_causally(
-            q_BTHC, k_BKSC, v_BKSC, segments_BT, positions_BT, layer_windows[0] if one_window else window,
-            lengths_B=lengths_B, forked=forked, mesh=mesh,
-        )  # fmt: skip
+        window = layer_windows[0] if one_window else window
+        attended_BTHC = attention(q_BTHC, k_BKSC, v_BKSC, segments_BT, positions_BT, window)
         return place(after_attention(layer, config, x_BTD, attended_BTHC)), None
 
     match remat:
@@ -373,7 +375,7 @@ def hidden_states(
         case "none":
             pass
         case _:
-            raise ModelError(f"remat is {remat!r}; it is one of {', '.join(get_args(Remat))}")
+            raise ModelError(f"remat is {remat!r}; it must be one of {', '.join(get_args(Remat))}")
     x_BTD = place(embed(weights, tokens_BT, dtype))
     x_BTD, _ = jax.lax.scan(block, x_BTD, (weights["layers"], jnp.asarray(layer_windows, jnp.int32)))
     return rms_norm(x_BTD, weights["final_norm"], config.norm_eps)
@@ -382,7 +384,7 @@ def hidden_states(
 def logits(weights: Weights, config: ModelConfig, hidden: jax.Array) -> jax.Array:
     """Next-token logits [..., V] float32 of hidden states [..., D].
 
-    Raises: ModelError for a model with a scalar head.
+    Raises: ModelError: if the model has a scalar head.
     """
     _check_text_head(config)
     return jnp.matmul(hidden, _head(weights, config, hidden.dtype), preferred_element_type=jnp.float32)
@@ -390,7 +392,10 @@ def logits(weights: Weights, config: ModelConfig, hidden: jax.Array) -> jax.Arra
 
 def _check_text_head(config: ModelConfig) -> None:
     if config.scalar_head:
-        raise ModelError("this model has a scalar head (a reward or value model): it writes and scores no text")
+        raise ModelError(
+            "this model has a scalar head (a reward or value model), so it cannot write or score text; "
+            "use a model with a language-model head"
+        )
 
 
 def _head(weights: Weights, config: ModelConfig, dtype: Any) -> jax.Array:
@@ -405,13 +410,14 @@ def token_logps(
     *,
     tile_bytes: int = lm_head.TILE_BYTES,
 ) -> jax.Array:
-    """Log-probability [B, T] float32 of ``targets_BT`` under the untruncated softmax at temperature 1, by tiles of
-    tokens: no [B, T, V] ever exists.
+    """Log-probability [B, T] float32 of ``targets_BT`` under the untruncated softmax at temperature 1.
+
+    Works by tiles of tokens: a [B, T, V] array never exists.
 
     Args:
       tile_bytes: the largest float32 tile of logits, over all devices.
 
-    Raises: ModelError for a model with a scalar head.
+    Raises: ModelError: if the model has a scalar head.
     """
     _check_text_head(config)
     matrix_DV = _head(weights, config, hidden_BTD.dtype)
@@ -427,10 +433,11 @@ def predicted_logps(
     *,
     mesh: Mesh | None = None,
 ) -> jax.Array:
-    """Log-probability [B, R] float32 of the tokens ``targets_BR`` after the hidden states in the columns ``places_BR``;
-    0 where a target is -1. The head runs on these columns alone.
+    """Log-probability [B, R] float32 of the tokens ``targets_BR`` after the hidden states in the columns ``places_BR``.
 
-    Raises: ModelError for a model with a scalar head.
+    It is 0 if the target is -1. The head runs on these columns only.
+
+    Raises: ModelError: if the model has a scalar head.
     """
     hidden_BRD = jnp.take_along_axis(hidden_BTD, places_BR[..., None], axis=1)
     tile_bytes = lm_head.TILE_BYTES * (1 if mesh is None else mesh.size)
@@ -450,12 +457,13 @@ def sequence_logps(
     remat: Remat = "none",
     mesh: Mesh | None = None,
 ) -> jax.Array:
-    """Log-probability [B, T] float32 of each token given those before it; column 0, which nothing predicts, is 0. Rows
-    as in ``hidden_states``."""
+    """Log-probability [B, T] float32 of each token after those before it, for rows as in ``hidden_states``.
+
+    Column 0, which is never predicted, is 0.
+    """
     hidden_BTD = hidden_states(
-        weights, config, tokens_BT, positions_BT, segments_BT,
-        lengths_B=lengths_B, dtype=dtype, remat=remat, mesh=mesh,
-    )  # fmt: skip
+        weights, config, tokens_BT, positions_BT, segments_BT, lengths_B=lengths_B, dtype=dtype, remat=remat, mesh=mesh
+    )
     targets_BT = jnp.roll(tokens_BT, -1, axis=1)
     tile_bytes = lm_head.TILE_BYTES * (1 if mesh is None else mesh.size)
     logps_BT = token_logps(weights, config, hidden_BTD, targets_BT, tile_bytes=tile_bytes)
@@ -474,16 +482,17 @@ def scalar_values(
     remat: Remat = "none",
     mesh: Mesh | None = None,
 ) -> jax.Array:
-    """The scalar head's number [B, T] float32 at each token, of that token and those before it. Rows as in
-    ``hidden_states``."""
+    """The output [B, T] float32 of the scalar head at each token, for rows as in ``hidden_states``.
+
+    It depends on that token and those before it.
+    """
     hidden_BTD = hidden_states(
-        weights, config, tokens_BT, positions_BT, segments_BT,
-        lengths_B=lengths_B, dtype=dtype, remat=remat, mesh=mesh,
-    )  # fmt: skip
+        weights, config, tokens_BT, positions_BT, segments_BT, lengths_B=lengths_B, dtype=dtype, remat=remat, mesh=mesh
+    )
     return jnp.einsum("BTD,D->BT", hidden_BTD.astype(jnp.float32), weights["score"].astype(jnp.float32))
 
 
 @functools.partial(jax.jit, static_argnames=("config", "dtype"))
 def full_logits(weights: Weights, config: ModelConfig, tokens_BT: jax.Array, dtype: Any) -> jax.Array:
-    """[B, T] int32 -> [B, T, V] float32, for inspection: training and scoring never make this array."""
+    """[B, T] int32 -> [B, T, V] float32, for inspection: training and scoring never build this array."""
     return logits(weights, config, hidden_states(weights, config, tokens_BT, dtype=dtype))

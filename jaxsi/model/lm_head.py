@@ -1,5 +1,7 @@
-"""The head over tiles of tokens: log-probabilities and entropies without the logits of a whole batch. Dimension letters
-as in model.py; n tiles of t tokens."""
+"""The head over tiles of tokens: log-probabilities and entropies without the logits of a whole batch.
+
+Dimension letters as in decoder.py; t tokens of a tile.
+"""
 
 import functools
 from typing import Any
@@ -17,19 +19,18 @@ TILE_BYTES = 2**27  # of float32 logits, on each device
 def logps_and_entropies(
     hidden_BTD: jax.Array, head_DV: jax.Array, targets_BT: jax.Array, *, tile_bytes: int = TILE_BYTES
 ) -> tuple[jax.Array, jax.Array]:
-    """Under the softmax of ``hidden_BTD @ head_DV`` at temperature 1: the log-probabilities [B, T] float32 of
-    ``targets_BT`` (int32), and the entropies [B, T] in nats.
+    """Log-probabilities [B, T] float32 of ``targets_BT`` (int32), and entropies [B, T] in nats.
 
-    The backward pass computes the logits of a tile again and keeps of the forward pass two numbers a token. What is not
-    used costs nothing.
+    Both are under the softmax of ``hidden_BTD @ head_DV`` at temperature 1. The backward pass keeps two numbers per
+    token from the forward pass and computes the logits of a tile again. An unused output costs nothing.
 
     Args:
       tile_bytes: the largest float32 tile of logits, over all devices.
     """
     B, T, _ = hidden_BTD.shape
     most = max(1, tile_bytes // (4 * B * head_DV.shape[1]))
-    # As few tiles as possible, even, padded at the end: T may be prime (a shifted sequence often is). Matrix units like
-    # multiples of 8.
+    # As few tiles as possible, all of the same size, with padding at the end: T may be prime (the length of a shifted
+    # sequence often is). Matrix units prefer multiples of 8.
     step = 8 if 8 <= most < T else 1
     tiles = max(1, -(-T // (most // step * step)))
     tile = -(-T // (tiles * step)) * step
@@ -44,7 +45,7 @@ def _logits(hidden_BtD: jax.Array, head_DV: jax.Array) -> jax.Array:
 
 
 def _is_target(targets_Bt: jax.Array, V: int) -> jax.Array:
-    """[B, t, V] bool. Masked, not gathered: each shard of the vocabulary has what it holds."""
+    """[B, t, V] bool. A mask, not a gather: each device needs only its own shard of the vocabulary."""
     return jnp.arange(V)[None, None] == targets_Bt[..., None]
 
 
@@ -66,14 +67,14 @@ def _by_tiles(
 
 
 def _forward(hidden: Any, head: Any, targets: Any, tile: int) -> Any:
-    made = _by_tiles(hidden.value, head.value, targets.value, tile)
-    return made, (hidden.value, head.value, targets.value, made[1])
+    logps, entropies = _by_tiles(hidden.value, head.value, targets.value, tile)
+    return (logps, entropies), (hidden.value, head.value, targets.value, entropies)
 
 
-def _backward(tile: int, saved: Any, by_made: Any) -> Any:
-    """By logit l of a token with the shares p: logp gives onehot - p, the entropy H gives -p (ln p + H)."""
+def _backward(tile: int, saved: Any, by_outputs: Any) -> Any:
+    """The gradients by the logits of a token with shares p: onehot - p of its logp, -p (ln p + H) of its entropy H."""
     hidden_BTD, head_DV, targets_BT, entropies_BT = saved
-    by_logps, by_entropies = by_made
+    by_logps, by_entropies = by_outputs
 
     def step(by_head_DV: jax.Array, start: Any, inputs: dict[str, jax.Array]) -> tuple[jax.Array, jax.Array]:
         hidden_BtD = inputs["hidden"]

@@ -1,7 +1,7 @@
 """Device meshes and the two tables that map logical axes to mesh axes. The only module that knows device axes.
 
 A mesh always has the three axes ``data``, ``fsdp`` and ``tensor``; one device is the mesh 1x1x1. Axes are Auto: XLA's
-partitioner places what the rules leave open.
+partitioner decides what the rules leave open.
 """
 
 import dataclasses
@@ -31,7 +31,8 @@ TRAINING_RULES: Rules = {
     "vocab": "tensor",
     "layers": None,
 }
-# Sampling: the same, but every fsdp group holds whole rows, or each decoded token would gather the weights again.
+# Sampling: the same, except that every fsdp group holds whole rows. Otherwise each decoded token would gather the
+# weights again.
 SAMPLING_RULES: Rules = {**TRAINING_RULES, "embed": None}
 
 
@@ -42,7 +43,7 @@ class MeshError(InputError, ValueError):
 @stored_as("mesh.MeshConfig")
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class MeshConfig:
-    """Sizes of the mesh axes; -1 for at most one of them takes all the devices that are left."""
+    """Sizes of the mesh axes. At most one may be -1: it takes all remaining devices."""
 
     data: int = 1
     fsdp: int = -1
@@ -51,34 +52,34 @@ class MeshConfig:
     def __post_init__(self) -> None:
         sizes = (self.data, self.fsdp, self.tensor)
         if sum(s == -1 for s in sizes) > 1 or any(s < 1 and s != -1 for s in sizes):
-            raise MeshError(f"mesh sizes are positive, with at most one -1, not data x fsdp x tensor = {sizes}")
+            raise MeshError(f"data x fsdp x tensor is {sizes}; mesh sizes must be positive, with at most one -1")
 
 
 def sizes(config: MeshConfig, devices: int) -> tuple[int, int, int]:
-    """data x fsdp x tensor on so many devices.
+    """data x fsdp x tensor on this number of devices.
 
     Raises:
-      MeshError: the sizes do not multiply to the number of devices.
+      MeshError: if the product of the sizes is not the number of devices.
     """
-    given = [config.data, config.fsdp, config.tensor]
-    if -1 in given:
-        fixed = -int(np.prod(given))
+    shape = [config.data, config.fsdp, config.tensor]
+    if -1 in shape:
+        fixed = -int(np.prod(shape))
         if devices % fixed:
-            raise MeshError(f"{devices} devices do not divide by {fixed}; change the mesh {config}")
-        given[given.index(-1)] = devices // fixed
-    if int(np.prod(given)) != devices:
+            raise MeshError(f"{devices} devices are not divisible by {fixed}; change the mesh {config}")
+        shape[shape.index(-1)] = devices // fixed
+    if int(np.prod(shape)) != devices:
         raise MeshError(
-            f"mesh data x fsdp x tensor = {'x'.join(map(str, given))} needs {int(np.prod(given))} devices, "
+            f"mesh data x fsdp x tensor = {'x'.join(map(str, shape))} needs {int(np.prod(shape))} devices, "
             f"there are {devices}; set one axis to -1 to take all of them"
         )
-    return given[0], given[1], given[2]
+    return shape[0], shape[1], shape[2]
 
 
 def make_mesh(config: MeshConfig | None = None, devices: list[jax.Device] | None = None) -> Mesh:
     """The mesh ``data x fsdp x tensor`` over ``devices`` (all by default).
 
     Raises:
-      MeshError: the sizes do not multiply to the number of devices.
+      MeshError: if the product of the sizes is not the number of devices.
     """
     devices = list(jax.devices() if devices is None else devices)
     shape = sizes(config or MeshConfig(), len(devices))
@@ -96,31 +97,35 @@ def sharding(mesh: Mesh, axes: tuple[str | None, ...], rules: Rules = TRAINING_R
 
 
 def axis_size(mesh: Mesh | AbstractMesh, axis: str, rules: Rules = TRAINING_RULES) -> int:
-    """In how many parts the rules cut the logical axis ``axis``."""
+    """Number of parts into which the rules divide the logical axis ``axis``."""
     names = rules[axis]
     names = () if names is None else (names,) if isinstance(names, str) else names
     return int(np.prod([mesh.shape[name] for name in names], dtype=int))
 
 
 def platform(mesh: Mesh | AbstractMesh) -> str:
-    """ "cpu", "gpu" or "tpu": of the devices of the mesh, which another machine may have. A mesh without devices, on
-    which programs are only lowered, counts as "cpu"."""
+    """Kind of the devices of the mesh: "cpu", "gpu" or "tpu". They may belong to another machine.
+
+    A mesh without devices, on which programs are only lowered, counts as "cpu".
+    """
     if isinstance(mesh, AbstractMesh):
         return "cpu"
     return mesh.devices.flat[0].platform
 
 
 def put(x: np.ndarray, mesh: Mesh, axes: tuple[str | None, ...]) -> jax.Array:
-    """An array that every process has, on the mesh; a process copies what its own devices hold. (``jax.device_put``
-    would first compare the arrays of all processes: one more exchange between hosts for each.)"""
-    where = sharding(mesh, axes)
-    if where.is_fully_addressable:
-        return jax.device_put(x, where)
-    return jax.make_array_from_callback(x.shape, where, lambda index: x[index])
+    """Puts an array that every process has onto the mesh; each process copies the parts for its own devices.
+
+    (``jax.device_put`` would first compare the arrays of all processes: one more exchange between hosts per array.)
+    """
+    layout = sharding(mesh, axes)
+    if layout.is_fully_addressable:
+        return jax.device_put(x, layout)
+    return jax.make_array_from_callback(x.shape, layout, lambda index: x[index])
 
 
 def fetch(tree: Any) -> Any:
-    """NumPy of arrays on the mesh, on every process: what another process holds is gathered."""
+    """Arrays of the mesh as NumPy arrays on every process; parts that another process holds are gathered."""
 
     def one(x: jax.Array) -> np.ndarray:
         if x.is_fully_addressable or x.is_fully_replicated:
@@ -133,5 +138,5 @@ def fetch(tree: Any) -> Any:
 
 
 def constrain(x: jax.Array, mesh: Mesh, axes: tuple[str | None, ...], rules: Rules = TRAINING_RULES) -> jax.Array:
-    """``x`` with its layout on the mesh stated, inside jit."""
+    """Inside jit: states the layout of ``x`` on the mesh."""
     return jax.lax.with_sharding_constraint(x, sharding(mesh, axes, rules))

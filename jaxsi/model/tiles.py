@@ -1,4 +1,4 @@
-"""Work over tiles of an axis, so that what is made of a whole axis need not exist at once."""
+"""Work over tiles of an axis, so that the results for a whole axis need not exist at once."""
 
 from typing import Any
 
@@ -7,8 +7,11 @@ import jax.numpy as jnp
 
 
 def over_tiles(step: Any, carry: Any, tree: Any, tile: int, *, axis: int) -> tuple[Any, Any]:
-    """``step(carry, start, tiles) -> (carry, made)`` over tiles of ``tile`` places, which divide it, of ``axis`` of the
-    arrays of ``tree``; the last carry, and what was made, put together along ``axis``."""
+    """Runs ``step(carry, start, tiles) -> (carry, outputs)`` over tiles of ``axis`` of the arrays in ``tree``.
+
+    The length of the axis must be a multiple of ``tile``. Returns the last carry, and the outputs concatenated along
+    ``axis``.
+    """
     T = jax.tree.leaves(tree)[0].shape[axis]
     if tile == T:
         return step(carry, 0, tree)
@@ -20,5 +23,5 @@ def over_tiles(step: Any, carry: Any, tree: Any, tile: int, *, axis: int) -> tup
         return jnp.moveaxis(x, 0, axis).reshape(*x.shape[1 : axis + 1], T, *x.shape[axis + 2 :])
 
     inputs = (jnp.arange(0, T, tile), jax.tree.map(split, tree))
-    carry, made = jax.lax.scan(lambda carry, tiles: step(carry, *tiles), carry, inputs)
-    return carry, jax.tree.map(join, made)
+    carry, outputs = jax.lax.scan(lambda carry, tiles: step(carry, *tiles), carry, inputs)
+    return carry, jax.tree.map(join, outputs)

@@ -16,8 +16,9 @@ def _parsed(model: bytes) -> Any:
     # loads both fails. Imported here because it takes a second.
     from transformers.convert_slow_tokenizer import import_protobuf
 
+    protocol: Any = import_protobuf()
     try:
-        return import_protobuf().ModelProto.FromString(model)
+        return protocol.ModelProto.FromString(model)
     except DecodeError as error:
         raise ValueError("broken, or cut off at the end") from error
 

@@ -1,3 +1,5 @@
+"""Attention: the equation by hand, its gradient, and the compiled programs' memory and copies."""
+
 import math
 import re
 
@@ -43,13 +45,13 @@ def by_hand(q_BTHC, k_BKSC, v_BKSC, segments_BT, positions_BT, window):
 
 @pytest.mark.parametrize("window", [1, 4, 10**6])
 @pytest.mark.parametrize("tile", [4, 10, 29, 64])
-def test_it_is_the_equation_whatever_the_tile(inputs, tile, window):
+def test_attention_follows_the_equation_for_every_tile(inputs, tile, window):
     attended = attend_causally(*inputs, window, tile=tile)
     np.testing.assert_allclose(attended, by_hand(*inputs, window), atol=2e-6)
 
 
 @pytest.mark.parametrize("tile", [64, 10, 8])
-def test_its_own_gradient_is_that_of_the_equation(inputs, tile):
+def test_custom_gradient_equals_that_of_the_equation(inputs, tile):
     """Against JAX's gradient of the plain softmax under the mask."""
     segments_BT, positions_BT = inputs[3:]
     same_BTS = segments_BT[:, :, None] == segments_BT[:, None]
@@ -58,13 +60,13 @@ def test_its_own_gradient_is_that_of_the_equation(inputs, tile):
     pull_BTHC = jax.random.normal(jax.random.key(1), inputs[0].shape)
 
     plain = jax.jit(jax.grad(lambda qkv: jnp.sum(pull_BTHC * attend(*qkv, seen_BTS))))(inputs[:3])
-    own = jax.jit(jax.grad(lambda qkv: jnp.sum(pull_BTHC * attend_causally(*qkv, *inputs[3:], 7, tile=tile))))
-    for a, b in zip(own(inputs[:3]), plain, strict=True):
+    tiled = jax.jit(jax.grad(lambda qkv: jnp.sum(pull_BTHC * attend_causally(*qkv, *inputs[3:], 7, tile=tile))))
+    for a, b in zip(tiled(inputs[:3]), plain, strict=True):
         np.testing.assert_allclose(a, b, atol=2e-6)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_the_last_query_is_the_last_row_of_all(inputs, dtype):
+def test_attend_last_equals_the_last_row_of_attend(inputs, dtype):
     q_BTHC, k_BKSC, v_BKSC = (x.astype(dtype) for x in inputs[:3])
     seen_BS = jax.random.bernoulli(jax.random.key(2), 0.5, (B, T)).at[:, 0].set(True)
     last = jax.jit(attend_last)(q_BTHC[:, -1], k_BKSC, v_BKSC, seen_BS)
@@ -73,8 +75,8 @@ def test_the_last_query_is_the_last_row_of_all(inputs, dtype):
     np.testing.assert_allclose(last, attend(*wide, seen_BS[:, None])[:, 0], atol=2e-6 if dtype == "float32" else 0.02)
 
 
-def test_decoding_copies_no_keys_and_values():
-    """In the compiled program nothing of the cache's size is transposed or copied into another layout."""
+def test_decoding_does_not_copy_keys_and_values():
+    """The compiled program does not transpose or copy any array of the cache's size."""
     shapes = [(8, H, 64), (8, K, 96, 64), (8, K, 96, 64)]
     mask = jax.ShapeDtypeStruct((8, 96), bool)
     for dtype in (jnp.float32, jnp.bfloat16):
@@ -83,14 +85,16 @@ def test_decoding_copies_no_keys_and_values():
         assert not re.search(rf"\[8,{K},96,(64|{H // K},1|1,{H // K})\]\S* (copy|transpose)\(", text)
 
 
-def test_no_buffer_grows_with_the_square_of_the_length():
+def test_buffers_do_not_grow_with_the_square_of_the_length():
     long = 256
     shapes = [(1, long, H, C), (1, K, long, C), (1, K, long, C)]
     qkv = tuple(jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes)
     rows = jax.ShapeDtypeStruct((1, long), jnp.int32)
 
     def program(tile):
-        loss = lambda qkv, s, p: jnp.sum(attend_causally(*qkv, s, p, 10**6, tile=tile) ** 2)  # noqa: E731
+        def loss(qkv, segments_BT, positions_BT):
+            return jnp.sum(attend_causally(*qkv, segments_BT, positions_BT, 10**6, tile=tile) ** 2)
+
         return jax.jit(jax.grad(loss)).lower(qkv, rows, rows).compile().as_text()
 
     square = re.compile(rf"\[(?:\d+,)*{long},{long}\]")

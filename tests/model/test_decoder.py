@@ -15,12 +15,24 @@ from jaxsi.model import decoder, mesh as meshlib
 from jaxsi.model.decoder import ModelConfig, ModelError, Rope
 from jaxsi.model.mesh import MeshConfig, make_mesh
 
-# Everything on at once: biases, q/k norms, yarn, one windowed and one full layer, head_dim not embed / heads.
+# Everything at once: biases, q/k norms, yarn, one layer with a window and one without, head_dim not embed / heads.
 CONFIG = ModelConfig(
-    family="qwen3", vocab_size=98, embed_dim=32, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=6, mlp_dim=48,
-    max_positions=64, qkv_bias=True, o_bias=True, qk_norm=True, windows=(5, None), norm_eps=1e-6,
+    family="qwen3",
+    vocab_size=98,
+    embed_dim=32,
+    num_layers=2,
+    num_heads=4,
+    num_kv_heads=2,
+    head_dim=6,
+    mlp_dim=48,
+    max_positions=64,
+    qkv_bias=True,
+    o_bias=True,
+    qk_norm=True,
+    windows=(5, None),
+    norm_eps=1e-6,
     rope=Rope(theta=10_000.0, scaling=("yarn", 4.0, 32.0, 1.0, 16, 1.1386, True)),
-)  # fmt: skip
+)
 PLAIN = dataclasses.replace(CONFIG, qkv_bias=False, o_bias=False, qk_norm=False, windows=None, rope=Rope())
 WINDOWED = dataclasses.replace(PLAIN, windows=(3, 3), tie_embeddings=True)
 CONFIGS = {"everything": CONFIG, "windowed": WINDOWED}
@@ -35,7 +47,7 @@ def one_device() -> jax.sharding.Mesh:
 
 @functools.cache
 def weights_of(config: ModelConfig) -> decoder.Weights:
-    """Weights far from their start: norms and biases count, and attention is not flat."""
+    """Weights far from their initial values: norms and biases matter, and attention is not flat."""
     rng = np.random.default_rng(0)
 
     def draw(path: tuple, p: decoder.Parameter) -> np.ndarray:
@@ -61,18 +73,18 @@ def tokens(*shape: int, seed: int = 0) -> np.ndarray:
         ({"windows": (5,)}, "1 entries for 2 layers"),
     ],
 )
-def test_bad_configs(change: dict, message: str) -> None:
+def test_bad_config_is_refused(change: dict, message: str) -> None:
     with pytest.raises(ModelError, match=message):
         dataclasses.replace(CONFIG, **change)
 
 
-def test_unknown_rope_scaling() -> None:
+def test_unknown_rope_scaling_is_refused() -> None:
     with pytest.raises(ModelError, match="dynamic"):
         decoder.rope_frequencies(dataclasses.replace(CONFIG, rope=Rope(scaling=("dynamic", 2.0))))
 
 
 @pytest.mark.parametrize("name", CONFIGS)
-def test_declared_parameters_are_the_weights(name: str) -> None:
+def test_declared_parameters_match_the_weights(name: str) -> None:
     config = CONFIGS[name]
     shapes = decoder.map_parameters(lambda p: p.shape, config)
     weights = weights_of(config)
@@ -86,7 +98,7 @@ def test_declared_parameters_are_the_weights(name: str) -> None:
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_causality_by_gradients(name: str) -> None:
-    """Output t depends on input s exactly where s <= t, and within the reach of the windows."""
+    """Output t depends on input s exactly if s <= t and s is within the reach of the windows."""
     config, T = CONFIGS[name], 12
     weights = weights_of(config)
     row = np.random.default_rng(1).permutation(config.vocab_size)[:T].astype(np.int32)  # each token once
@@ -104,7 +116,7 @@ def test_causality_by_gradients(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", CONFIGS)
-def test_padding_and_batch_mates_change_nothing(name: str) -> None:
+def test_padding_and_other_rows_do_not_change_the_output(name: str) -> None:
     config, n = CONFIGS[name], 9
     weights, row = weights_of(config), tokens(1, 9)
     alone = hidden_states(weights, config, row)[0]
@@ -121,7 +133,7 @@ def test_padding_and_batch_mates_change_nothing(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", CONFIGS)
-def test_packing_is_separate(name: str) -> None:
+def test_packed_sequences_do_not_see_each_other(name: str) -> None:
     config, lengths = CONFIGS[name], (7, 4, 9)
     weights, row = weights_of(config), tokens(1, 24)
     segments, positions = np.zeros((1, 24), np.int32), np.zeros((1, 24), np.int32)
@@ -141,9 +153,9 @@ def full_hidden(config: ModelConfig, rows: np.ndarray) -> jax.Array:
 
 
 @pytest.mark.slow
-def test_remat_changes_no_gradient_but_what_is_computed_again() -> None:
-    """Seven products of a layer forward and fourteen backward; "full" makes the first six again (what the last one
-    gives, nothing reads), "products" none of them."""
+def test_remat_changes_the_number_of_products_but_not_the_gradient() -> None:
+    """A layer has seven products forward and fourteen backward. "full" computes the first six again (the output of the
+    seventh is not needed), "products" computes none again."""
     weights, rows = weights_of(CONFIG), jnp.asarray(tokens(2, 11))
 
     def loss(weights: decoder.Weights, remat: decoder.Remat) -> jax.Array:
@@ -152,10 +164,10 @@ def test_remat_changes_no_gradient_but_what_is_computed_again() -> None:
 
     value_and_grad = jax.jit(jax.value_and_grad(loss), static_argnums=1)
     plain = value_and_grad(weights, "none")
-    assert min(float(jnp.abs(g).max()) for g in jax.tree.leaves(plain[1])) > 0  # every weight learns
+    assert min(float(jnp.abs(g).max()) for g in jax.tree.leaves(plain[1])) > 0  # every weight has a gradient
 
     def products(remat: decoder.Remat) -> int:
-        """Of activations and weights: those with the numbers of the MLP's width and of tokens."""
+        """Number of products of activations and weights, recognised by the number of tokens and the MLP's width."""
         text = value_and_grad.lower(weights, remat).as_text()
         return len(re.findall(rf"dot_general.*tensor<2x11x\d+xf32>, tensor<\d+x{CONFIG.mlp_dim}xf32>\)", text))
 
@@ -167,8 +179,8 @@ def test_remat_changes_no_gradient_but_what_is_computed_again() -> None:
 
 
 @pytest.mark.parametrize("config", [PLAIN, WINDOWED], ids=["untied", "tied"])
-def test_token_logps_is_log_softmax_whatever_the_tile(config: ModelConfig) -> None:
-    B, T = 2, 29  # prime: no tile divides it
+def test_token_logps_equal_log_softmax_for_every_tile(config: ModelConfig) -> None:
+    B, T = 2, 29  # a prime: only tiles of 1 and 29 divide it
     weights = weights_of(config)
     hidden = jnp.asarray(np.random.default_rng(0).normal(size=(B, T, config.embed_dim)), jnp.float32)
     targets, pull = tokens(B, T), np.random.default_rng(1).normal(size=(B, T)).astype(np.float32)
@@ -180,11 +192,9 @@ def test_token_logps_is_log_softmax_whatever_the_tile(config: ModelConfig) -> No
     expected, vjp = jax.vjp(whole, weights, hidden)
     expected_gradients = vjp(pull)
     one_token = 4 * B * config.vocab_size
-    for tokens_a_tile in (1, 5, 13, 29):
+    for tile in (1, 5, 13, 29):
 
-        def tiled(
-            weights: decoder.Weights, hidden: jax.Array, tile_bytes: int = tokens_a_tile * one_token
-        ) -> jax.Array:
+        def tiled(weights: decoder.Weights, hidden: jax.Array, tile_bytes: int = tile * one_token) -> jax.Array:
             return decoder.token_logps(weights, config, hidden, targets, tile_bytes=tile_bytes)
 
         def run(weights: decoder.Weights, hidden: jax.Array, tiled: Callable[..., jax.Array] = tiled) -> tuple:
@@ -197,8 +207,8 @@ def test_token_logps_is_log_softmax_whatever_the_tile(config: ModelConfig) -> No
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5, rtol=1e-4), gradients, expected_gradients)
 
 
-def test_token_logps_gradient_holds_no_logits_of_the_whole_batch() -> None:
-    config = dataclasses.replace(PLAIN, vocab_size=4999)  # a prime, so that its buffers are known by their shape
+def test_token_logps_gradient_never_holds_the_logits_of_the_whole_batch() -> None:
+    config = dataclasses.replace(PLAIN, vocab_size=4999)  # a prime, so that its buffers are recognised by their shape
     B, T, tile = 2, 120, 8
     abstract = decoder.abstract_weights(config, one_device())
     hidden = jax.ShapeDtypeStruct((B, T, config.embed_dim), jnp.float32)
@@ -218,7 +228,7 @@ def test_token_logps_gradient_holds_no_logits_of_the_whole_batch() -> None:
 
     one_token = 4 * B * config.vocab_size
     tiled, whole = compiled(tile * one_token), compiled(T * one_token)
-    assert largest_logits(whole) == B * T * config.vocab_size  # the test sees the buffer where it is
+    assert largest_logits(whole) == B * T * config.vocab_size  # the test does find the buffer
     assert largest_logits(tiled) == B * tile * config.vocab_size
     logits_bytes = 4 * B * T * config.vocab_size
     assert tiled.memory_analysis().temp_size_in_bytes < logits_bytes / 2 < whole.memory_analysis().temp_size_in_bytes
@@ -238,7 +248,7 @@ def test_bfloat16_computes_in_bfloat16_and_returns_float32_logps() -> None:
 
 
 @pytest.mark.parametrize("sizes", [(2, 2, 2), (1, 8, 1)])
-def test_meshes_give_the_same_logits_and_logps(sizes: tuple[int, int, int]) -> None:
+def test_logits_and_logps_are_the_same_on_every_mesh(sizes: tuple[int, int, int]) -> None:
     mesh = make_mesh(MeshConfig(data=sizes[0], fsdp=sizes[1], tensor=sizes[2]))
     weights, rows = weights_of(CONFIG), tokens(8, 13)
 
@@ -258,7 +268,7 @@ def test_meshes_give_the_same_logits_and_logps(sizes: tuple[int, int, int]) -> N
 
 
 @pytest.mark.slow
-def test_initialise_is_sharded_and_the_same_on_every_mesh() -> None:
+def test_initial_weights_are_sharded_and_the_same_on_every_mesh() -> None:
     mesh = make_mesh(MeshConfig(data=1, fsdp=2, tensor=2), jax.devices()[:4])
     config = dataclasses.replace(PLAIN, tie_embeddings=True)
     weights = decoder.initialise(config, mesh, jax.random.key(3))
@@ -275,7 +285,7 @@ def test_initialise_is_sharded_and_the_same_on_every_mesh() -> None:
     assert jax.tree.map(lambda a: (a.shape, a.dtype), abstract) == jax.tree.map(lambda w: (w.shape, w.dtype), weights)
 
 
-def test_the_module_is_the_functions() -> None:
+def test_module_equals_the_functions() -> None:
     config, rows = CONFIG, tokens(2, 7)
     weights = weights_of(config)
     module = decoder.decoder(config, weights)

@@ -1,3 +1,7 @@
+"""The head over tiles: log-probabilities, entropies and their gradients against the plain softmax."""
+
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -5,7 +9,7 @@ import pytest
 
 from jaxsi.model.lm_head import logps_and_entropies
 
-B, T, D, V = 2, 29, 6, 41  # 29 is a prime: no tile divides it
+B, T, D, V = 2, 29, 6, 41  # 29 is a prime: only tiles of 1 and 29 divide it
 
 
 @pytest.fixture(scope="module")
@@ -25,16 +29,18 @@ def plain(hidden_BTD: jax.Array, head_DV: jax.Array, targets_BT: jax.Array) -> t
     return logps_BT, -jnp.sum(jnp.exp(logps_BTV) * logps_BTV, axis=-1)
 
 
-@pytest.mark.parametrize("of_tile", [1, 5, 13, 29])
+@pytest.mark.parametrize("tile", [1, 5, 13, 29])
 @pytest.mark.parametrize("used", ["logps", "entropies", "both"])
-def test_values_and_gradients(inputs, of_tile: int, used: str) -> None:
-    """Of each alone, whose gradient leaves the other out, and of both."""
-    tiled = lambda *x: logps_and_entropies(*x, tile_bytes=4 * B * V * of_tile)  # noqa: E731
+def test_values_and_gradients_equal_those_of_the_softmax(inputs, tile: int, used: str) -> None:
+    """For each output alone, whose gradient ignores the other, and for both."""
+    tiled = functools.partial(logps_and_entropies, tile_bytes=4 * B * V * tile)
     pulls = np.random.default_rng(1).normal(size=(2, B, T)).astype(np.float32)
     chosen = {"logps": [0], "entropies": [1], "both": [0, 1]}[used]
 
     def run(function):
-        loss = lambda h, w: sum(jnp.sum(pulls[i] * function(h, w, inputs[2])[i]) for i in chosen)  # noqa: E731
+        def loss(hidden_BTD, head_DV):
+            return sum(jnp.sum(pulls[i] * function(hidden_BTD, head_DV, inputs[2])[i]) for i in chosen)
+
         return function(*inputs), jax.jit(jax.grad(loss, argnums=(0, 1)))(*inputs[:2])
 
     (values, gradients), (expected, expected_gradients) = run(tiled), run(plain)
@@ -45,7 +51,7 @@ def test_values_and_gradients(inputs, of_tile: int, used: str) -> None:
         np.testing.assert_allclose(a, b, atol=2e-5)
 
 
-def test_entropies_lie_between_none_and_that_of_all(inputs) -> None:
+def test_entropies_of_flat_and_sharp_distributions(inputs) -> None:
     hidden_BTD, head_DV, targets_BT = inputs
     flat = logps_and_entropies(0 * hidden_BTD, head_DV, targets_BT)[1]
     np.testing.assert_allclose(flat, np.log(V), atol=1e-5)

@@ -1,4 +1,4 @@
-"""Work over tiles is the same work in pieces."""
+"""Work over tiles gives the same result as work on the whole."""
 
 import jax.numpy as jnp
 import numpy as np
@@ -9,7 +9,7 @@ from jaxsi.model.tiles import over_tiles
 
 @pytest.mark.parametrize("tile", [2, 3, 12])
 @pytest.mark.parametrize(("axis", "shape"), [(0, (12,)), (1, (2, 12, 3)), (2, (2, 3, 12))])
-def test_pieces_lie_where_they_came_from(axis, shape, tile) -> None:
+def test_outputs_of_tiles_are_in_the_order_of_their_inputs(axis, shape, tile) -> None:
     x = jnp.arange(np.prod(shape), dtype=jnp.float32).reshape(shape)
     places = jnp.broadcast_to(jnp.arange(12).reshape([-1 if a == axis else 1 for a in range(len(shape))]), shape)
 

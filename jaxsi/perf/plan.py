@@ -25,7 +25,7 @@ from jaxsi.perf.method_stages import Assumptions, Held, Sampling, Scoring, Stage
 from jaxsi.perf.programs import MOVE, Sizes, tpu_devices
 from jaxsi.perf.topologies import Topology
 from jaxsi.runs.config_snapshot import parts_of
-from jaxsi.sampling.engine import CHUNK, few, fitting, power
+from jaxsi.sampling.engine import CHUNK, padded_rows, power, refill_threshold
 from jaxsi.sampling.generate import bucket
 from jaxsi.training.rl import RLConfig
 from jaxsi.training.train import TrainConfig
@@ -171,8 +171,8 @@ def _sampling_calls(stage: Sampling, config: ModelConfig, mesh: Any) -> list[tup
     in_call = min(stage.prompts, stage.at_once)
     runs = stage.prompts / in_call
     responses = in_call * stage.samples
-    slots = min(_rows(stage.batch_size, mesh), fitting(responses, parts))
-    wave = fitting(min(-(-slots // stage.samples), in_call), parts)
+    slots = min(_rows(stage.batch_size, mesh), padded_rows(responses, parts))
+    wave = padded_rows(min(-(-slots // stage.samples), in_call), parts)
     sizes = Sizes(
         slots=slots,
         wave=wave,
@@ -182,7 +182,7 @@ def _sampling_calls(stage: Sampling, config: ModelConfig, mesh: Any) -> list[tup
         cache=stage.cache,
     )
     waves, chunks = -(-in_call // wave), -(-stage.prompt_tokens // CHUNK)
-    free = few(slots, parts)
+    free = refill_threshold(slots, parts)
     counts = {
         MOVE: config.num_layers / runs,
         "prefill": 1 if stage.shared_tokens else waves,

@@ -21,7 +21,7 @@ from jaxsi.model import decoder, kv_cache, mesh as meshlib
 from jaxsi.model.decoder import ModelConfig, Remat, Weights
 from jaxsi.model.kv_cache import KVCache
 from jaxsi.sampling import scoring, slots
-from jaxsi.sampling.engine import CHUNK, few, power
+from jaxsi.sampling.engine import CHUNK, power, refill_threshold
 from jaxsi.sampling.token_sampling import MAX_MARKER, MAX_STOPS, Settings
 from jaxsi.training import losses, optim, reward, rl, train
 from jaxsi.training.batches import GroupBatch, PairBatch, TokenBatch
@@ -85,7 +85,7 @@ def sampling_programs(config: ModelConfig, mesh: Mesh, sizes: Sizes) -> dict[str
     unstacked = [jax.eval_shape(move_layer, layers, number)] * config.num_layers
     top = {name: shape_of(w.shape, dtype) for name, w in canonical.items() if name != "layers"}
     weights = jax.tree.map(_with_sharding, top | {"layers": unstacked}, lm.sampling_layout(config, mesh))
-    ring = power(kv_cache.kept(sizes.max_new_tokens, max(decoder.windows(config))), 16)
+    ring = power(kv_cache.columns_seen(sizes.max_new_tokens, max(decoder.windows(config))), 16)
     prompt = power(sizes.prompt_length, 32)
     chunk = min(CHUNK, prompt)
     full = on_mesh(_slots(fixed, sizes.slots, ring, prompt), mesh)
@@ -130,7 +130,7 @@ def sampling_programs(config: ModelConfig, mesh: Mesh, sizes: Sizes) -> dict[str
         "extend in place": extend(None),
         "first tokens": first(sizes.slots),
         "fill": refill(sizes.slots),
-        "refill": refill(2 * few(sizes.slots, parts)),
+        "refill": refill(2 * refill_threshold(sizes.slots, parts)),
         "grow": resize(ring // 2, None),
         "shrink": resize(ring, host(parts * max(1, sizes.slots // (4 * parts)))),
         "decode": Program(

@@ -1,1 +1,1 @@
-"""Prompts to responses, and responses to log-probabilities."""
+"""From prompts to responses, and from responses to log-probabilities."""

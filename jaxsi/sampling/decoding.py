@@ -1,8 +1,9 @@
-"""The decoder one step at a time: prompts into a cache of keys and values, and a token a row out of it.
+"""The decoder one step at a time: prompts go into a cache of keys and values, then each step gives one token per row.
 
-Dimension letters as in model.py; weights are unstacked (``LM.sampling_weights``).
+Dimension letters as in decoder.py; weights are unstacked (``LM.sampling_weights``).
 """
 
+import functools
 from collections.abc import Mapping
 from typing import Any
 
@@ -27,9 +28,9 @@ def prefill(
     lengths_B: jax.Array | None = None,
     mesh: Mesh | None = None,
 ) -> tuple[jax.Array, Cache]:
-    """Runs prompts through unstacked weights, right-padded or several in a row.
+    """Runs prompts through unstacked weights; rows are right-padded, or hold several prompts.
 
-    Returns the normalised hidden states [B, T, D] and the cache, one column a token.
+    Returns the normalised hidden states [B, T, D], and the cache with one column per token.
     """
     x_BTD = decoder.embed(weights, tokens_BT, dtype)
     cache: Cache = []
@@ -53,33 +54,35 @@ def extend(
     *,
     dtype: Any,
 ) -> tuple[jax.Array, Cache]:
-    """Runs ``counts_B`` more tokens of each row, right-padded to T, behind the ``lengths_B`` that its cache holds.
+    """Appends ``counts_B`` more tokens (right-padded to T) to the ``lengths_B`` tokens of each row's cache.
 
-    Returns the hidden state [B, D] of each row's last token and the cache, as long as it was: column s of a row is its
-    token s. It must have room for all tokens.
+    Returns the hidden state [B, D] of each row's last token, and the cache. The cache keeps its length and must have
+    room for all tokens: column s of a row is its token s.
     """
     columns_S = jnp.arange(kv_cache.columns(cache), dtype=jnp.int32)
     positions_BT = lengths_B[:, None] + jnp.arange(tokens_BT.shape[1], dtype=jnp.int32)[None]
-    source_BS = columns_S[None] - lengths_B[:, None]  # which new token comes to lie in a column
+    source_BS = columns_S[None] - lengths_B[:, None]  # the number of the new token that each column gets
     is_new_B1S1 = ((source_BS >= 0) & (source_BS < counts_B[:, None]))[:, None, :, None]
     source_B1S1 = jnp.clip(source_BS, 0, tokens_BT.shape[1] - 1)[:, None, :, None]
     distance_BTS = positions_BT[:, :, None] - columns_S[None, None]
 
-    def merge(old: Stored, new_BKTC: jax.Array) -> Stored:
-        one = lambda x, y: jnp.where(is_new_B1S1, jnp.take_along_axis(y, source_B1S1, axis=2), x)  # noqa: E731
-        return jax.tree.map(one, old, kv_cache.stored_like(new_BKTC, old))
+    def merge(old: jax.Array, new: jax.Array) -> jax.Array:
+        return jnp.where(is_new_B1S1, jnp.take_along_axis(new, source_B1S1, axis=2), old)
+
+    def append(stored: Stored, new_BKTC: jax.Array) -> Stored:
+        return jax.tree.map(merge, stored, kv_cache.stored_like(new_BKTC, stored))
 
     x_BTD = decoder.embed(weights, tokens_BT, dtype)
-    written: Cache = []
+    longer: Cache = []
     for layer, window, (keys, values) in zip(weights["layers"], decoder.windows(config), cache, strict=True):
         q_BTHC, k_new, v_new = decoder.qkv(layer, config, x_BTD, positions_BT)
-        keys, values = merge(keys, k_new), merge(values, v_new)
+        keys, values = append(keys, k_new), append(values, v_new)
         k_BKSC, v_BKSC = kv_cache.exact(keys, dtype), kv_cache.exact(values, dtype)
         attended_BTHC = attend(q_BTHC, k_BKSC, v_BKSC, (distance_BTS >= 0) & (distance_BTS < window))
         x_BTD = decoder.after_attention(layer, config, x_BTD, attended_BTHC)
-        written.append((keys, values))
+        longer.append((keys, values))
     last_BD = jnp.take_along_axis(x_BTD, (counts_B - 1)[:, None, None], axis=1)[:, 0]
-    return decoder.rms_norm(last_BD, weights["final_norm"], config.norm_eps), written
+    return decoder.rms_norm(last_BD, weights["final_norm"], config.norm_eps), longer
 
 
 def decode(
@@ -92,11 +95,13 @@ def decode(
     *,
     dtype: Any,
 ) -> tuple[jax.Array, Cache]:
-    """One token a row through unstacked weights: hidden states [B, D] and the cache with a column written.
+    """Runs one token per row through unstacked weights.
+
+    Returns the hidden states [B, D], and the cache with one column written.
 
     Args:
-      held: by the window of a layer, what its cache holds, the new tokens among it, and the column that they go to (all
-        rows share it: their prompts are right-padded).
+      held: by the window of a layer, what its cache holds, including the new tokens, and the column that gets them.
+        (All rows share this column, because their prompts are right-padded.)
     """
     x_BTD = decoder.embed(weights, tokens_B[:, None], dtype)
 
@@ -105,16 +110,16 @@ def decode(
         return (positions_BS >= 0) & (distance_BS >= 0) & (distance_BS < window)
 
     def write(column: jax.Array, old: Stored, new_BKTC: jax.Array) -> Stored:
-        one = lambda x, y: jax.lax.dynamic_update_slice_in_dim(x, y, column, axis=2)  # noqa: E731
-        return jax.tree.map(one, old, kv_cache.stored_like(new_BKTC, old))
+        update = functools.partial(jax.lax.dynamic_update_slice_in_dim, start_index=column, axis=2)
+        return jax.tree.map(update, old, kv_cache.stored_like(new_BKTC, old))
 
-    seen = {window: sees(window, of_layer.positions_BS) for window, of_layer in held.items()}
-    written: Cache = []
+    seen = {window: sees(window, columns.positions_BS) for window, columns in held.items()}
+    new_cache: Cache = []
     for layer, window, (keys, values) in zip(weights["layers"], decoder.windows(config), cache, strict=True):
         q_BTHC, k_new, v_new = decoder.qkv(layer, config, x_BTD, positions_B[:, None])
         column = held[window].column
         keys, values = write(column, keys, k_new), write(column, values, v_new)
         attended_BHC = attend_last(q_BTHC[:, 0], keys, values, seen[window])
         x_BTD = decoder.after_attention(layer, config, x_BTD, attended_BHC[:, None])
-        written.append((keys, values))
-    return decoder.rms_norm(x_BTD[:, 0], weights["final_norm"], config.norm_eps), written
+        new_cache.append((keys, values))
+    return decoder.rms_norm(x_BTD[:, 0], weights["final_norm"], config.norm_eps), new_cache

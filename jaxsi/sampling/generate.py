@@ -1,7 +1,8 @@
 """Generation: responses to prompts, by the sampling engine.
 
-A response depends on the weights, the prompt and its own key; in float32 not on the batch, its order or the mesh. In
-bfloat16 the rounding depends on their shapes, and a near tie may fall otherwise: the same in distribution only.
+A response depends on the weights, the prompt and its own key. In float32 it does not depend on the batch, its order or
+the mesh. In bfloat16 the rounding depends on their shapes, which may decide a near tie: then responses are the same in
+distribution only.
 """
 
 import dataclasses
@@ -51,7 +52,7 @@ class SamplingConfig:
 
 
 class PromptTooLongError(ValueError):
-    """A prompt that leaves no room for its response in the model's context."""
+    """A prompt that leaves too little room for its response in the model's context."""
 
 
 def generate_ids(
@@ -69,21 +70,22 @@ def generate_ids(
     batch_size: int = 64,
     cache: KVCache = "exact",
 ) -> list[list[tuple[list[int], list[float], bool]]]:
-    """Samples from prompts given as token ids.
+    """Samples responses to prompts that are lists of token ids.
 
     Args:
       keys: [len(prompts)] typed keys; sample number n of a prompt uses its key folded with n.
-      stop_ids: default the tokenizer's. marker: token ids that end a response too, as ``marker_ids`` gives them.
-      batch_size: slots, that is responses in the making at a time, rounded to the mesh. In float32 it does not change
-        the responses; in bfloat16 they are the same in distribution only.
-      cache: of keys and values: "exact", in the model's dtype, or "int8".
+      stop_ids: by default those of the tokenizer.
+      marker: token ids, from ``marker_ids``, that also end a response.
+      batch_size: number of slots, that is of responses sampled at the same time, rounded to fit the mesh. In float32
+        it does not change the responses; in bfloat16 they are the same in distribution only.
+      cache: how keys and values are stored: "exact", in the model's dtype, or "int8".
 
     Returns:
-      For each prompt, ``num_samples`` triples (new token ids, the stop id included; their logps; stopped).
+      For each prompt, ``num_samples`` triples (new token ids, including the stop id; their logps; stopped).
 
     Raises:
-      PromptTooLongError: a prompt and ``max_new_tokens`` exceed the model's positions.
-      ValueError: a setting out of its range.
+      PromptTooLongError: if a prompt and ``max_new_tokens`` exceed the model's positions.
+      ValueError: if a setting is out of range.
     """
     _check_settings(temperature, top_p, top_k, max_new_tokens, num_samples)
     for prompt in prompts:
@@ -95,15 +97,20 @@ def generate_ids(
     if not prompts:
         return []
     results, _ = engine.run(
-        lm, prompts, keys if isinstance(keys, jax.Array) else jnp.stack(keys),
+        lm,
+        prompts,
+        keys if isinstance(keys, jax.Array) else jnp.stack(keys),
         _settings(lm, temperature, top_p, top_k, max_new_tokens, stop_ids, marker),
-        limit=max_new_tokens, num_samples=num_samples, batch_size=batch_size, cache=cache,
-    )  # fmt: skip
+        limit=max_new_tokens,
+        num_samples=num_samples,
+        batch_size=batch_size,
+        cache=cache,
+    )
     return results
 
 
 def bucket(n: int, smallest: int = 16) -> int:
-    """The static length that ``n`` tokens are padded to: powers of two and the halves between them."""
+    """The static length to which ``n`` tokens are padded: a power of two, or the middle between two of them."""
     size = smallest
     while size < n:
         size = size * 3 // 2 if size & (size - 1) == 0 and size > smallest else 2 ** (size.bit_length())
@@ -112,12 +119,13 @@ def bucket(n: int, smallest: int = 16) -> int:
 
 def _check_settings(temperature: float, top_p: float, top_k: int, max_new_tokens: int, num_samples: int) -> None:
     if not 0 <= temperature < math.inf:
-        raise ValueError(f"temperature is {temperature}; it is a number of at least 0 (0 is greedy)")
+        raise ValueError(f"temperature is {temperature}; it must be a number of at least 0 (0 is greedy)")
     if not 0 < top_p <= 1:
-        raise ValueError(f"top_p is {top_p}; it lies in (0, 1]")
+        raise ValueError(f"top_p is {top_p}; it must be in (0, 1]")
     if top_k < 0 or max_new_tokens < 1 or num_samples < 1:
         raise ValueError(
-            f"top_k {top_k} >= 0, max_new_tokens {max_new_tokens} >= 1, num_samples {num_samples} >= 1 must hold"
+            f"top_k is {top_k}, max_new_tokens is {max_new_tokens}, num_samples is {num_samples}; "
+            "they must be at least 0, 1 and 1"
         )
 
 
@@ -132,9 +140,12 @@ def _settings(
 ) -> Settings:
     stop_ids = lm.tokenizer.stop_ids if stop_ids is None else stop_ids
     if len(stop_ids) > MAX_STOPS:
-        raise ValueError(f"{len(stop_ids)} stop ids given, at most {MAX_STOPS} are supported: {list(stop_ids)}")
+        raise ValueError(f"{len(stop_ids)} stop ids, but at most {MAX_STOPS} are supported: {list(stop_ids)}")
     if len(marker) > MAX_MARKER:
-        raise ValueError(f"the marker that ends a response has {len(marker)} tokens, at most {MAX_MARKER}; shorten it")
+        raise ValueError(
+            f"the marker that ends a response has {len(marker)} tokens, but at most {MAX_MARKER} are supported; "
+            "shorten it"
+        )
     return Settings(
         temperature=jnp.float32(temperature),
         top_p=jnp.float32(top_p),
@@ -151,9 +162,9 @@ def _fold_words(key: jax.Array, words_N2: jax.Array) -> jax.Array:
 
 
 def named_keys(key: jax.Array, names: Sequence[str]) -> jax.Array:
-    """Keys [N]: what ``run.fold(key, name)`` gives for each name, for thousands of names at once."""
+    """Keys [N], equal to ``run.fold(key, name)`` for each name, for thousands of names at once."""
     words_N2 = np.asarray([name_words(name) for name in names], np.uint32).reshape(-1, 2)
-    padded = np.zeros((bucket(len(words_N2)), 2), np.uint32)  # one program for all numbers of names of a bucket
+    padded = np.zeros((bucket(len(words_N2)), 2), np.uint32)  # one program for all numbers of names in a bucket
     padded[: len(words_N2)] = words_N2
     return _fold_words(key, padded)[: len(words_N2)]
 
@@ -173,17 +184,17 @@ def generate(
     batch_size: int = 64,
     cache: KVCache = "exact",
 ) -> list[Response]:
-    """Samples ``num_samples`` responses to each prompt, prompt-major.
+    """Samples ``num_samples`` responses to each prompt; those of one prompt are next to each other.
 
     Args:
       prompts: records, or plain texts (which become prompts with their number as id).
-      stop_text: the beginning of a line that ends a response too; it stays part of the response.
-      key: typed key of the stage; a response's noise is this key folded with its prompt id and sample number. Default:
-        from ``seed``.
+      stop_text: the beginning of a line that also ends a response; it stays part of the response.
+      key: typed key of the stage; by default from ``seed``. A response's noise is this key folded with its prompt id
+        and sample number.
       batch_size, cache: as in ``generate_ids``.
 
     Raises:
-      PromptTooLongError: names the prompt.
+      PromptTooLongError: if a prompt is too long; names the prompt.
     """
     _check_settings(temperature, top_p, top_k, max_new_tokens, num_samples)
     records = [p if isinstance(p, Prompt) else Prompt.of(str(i), p) for i, p in enumerate(prompts)]
@@ -197,10 +208,18 @@ def generate(
             )
     keys = named_keys(key, [p.id for p in records])
     sampled = generate_ids(
-        lm, ids, keys, num_samples=num_samples, temperature=temperature, top_p=top_p, top_k=top_k,
-        max_new_tokens=max_new_tokens, batch_size=batch_size, cache=cache,
+        lm,
+        ids,
+        keys,
+        num_samples=num_samples,
+        temperature=temperature,
+        top_p=top_p,
+        top_k=top_k,
+        max_new_tokens=max_new_tokens,
         marker=() if stop_text is None else marker_ids(lm.tokenizer, stop_text),
-    )  # fmt: skip
+        batch_size=batch_size,
+        cache=cache,
+    )
     return [
         Response(
             id=f"{p.id}#{n}",
@@ -221,5 +240,5 @@ def generate(
 def sample(
     prompts: Sequence[Prompt], lm: LM, config: SamplingConfig, key: jax.Array, stop_text: str | None = None
 ) -> list[Response]:
-    """``generate`` by a ``SamplingConfig``, as a stage for ``Scope.sharded``."""
+    """``generate`` with the settings of a ``SamplingConfig``, as a stage for ``Scope.sharded``."""
     return generate(lm, prompts, key=key, stop_text=stop_text, **config.settings)

@@ -1,4 +1,4 @@
-"""Log-probabilities of given responses, without ever making a [B, T, V] array."""
+"""Log-probabilities of existing responses, without a [B, T, V] array."""
 
 import functools
 from collections.abc import Iterator, Sequence
@@ -21,7 +21,7 @@ from jaxsi.text.chat import render_prompt, render_response
 def score_batch(
     weights: Weights, tokens_BT: jax.Array, lengths_B: jax.Array, *, config: ModelConfig, dtype: Any, mesh: Mesh
 ) -> jax.Array:
-    """Log-probability [B, T] float32 of each token of right-padded rows, given those before it."""
+    """Log-probability [B, T] float32 of each token of right-padded rows, after those before it."""
     return decoder.sequence_logps(weights, config, tokens_BT, lengths_B=lengths_B, dtype=dtype, mesh=mesh)
 
 
@@ -38,13 +38,13 @@ def _next_logps(
 def score_ids(
     lm: LM, prefixes: Sequence[Sequence[int]], continuations: Sequence[Sequence[int]], *, batch_size: int = 32
 ) -> list[np.ndarray]:
-    """Log-probability of each token of each continuation after its prefix: float32 arrays as long as the continuations.
+    """Log-probability of each token of each continuation after its prefix, as one float32 array per continuation.
 
     Raises:
-      ValueError: the lists differ in length, a prefix is empty, or a text is longer than the model's context.
+      ValueError: if the lists differ in length, a prefix is empty, or a text is longer than the model's context.
     """
     if len(prefixes) != len(continuations):
-        raise ValueError(f"{len(prefixes)} prefixes and {len(continuations)} continuations: give one for each")
+        raise ValueError(f"{len(prefixes)} prefixes and {len(continuations)} continuations: give one for each prefix")
     rows = [[*prefix, *continuation] for prefix, continuation in zip(prefixes, continuations, strict=True)]
     _check_lengths(lm, prefixes, rows)
     scored: dict[int, np.ndarray] = {}
@@ -61,7 +61,7 @@ def _check_lengths(lm: LM, prefixes: Sequence[Sequence[int]], rows: Sequence[Seq
     for prefix, row in zip(prefixes, rows, strict=True):
         if not prefix or len(row) > lm.config.max_positions:
             raise ValueError(
-                f"a prefix of {len(prefix)} tokens and a text of {len(row)}: the prefix has at least 1, "
+                f"a prefix of {len(prefix)} tokens and a text of {len(row)}: the prefix must have at least 1, "
                 f"the text at most {lm.config.max_positions} (the model's positions)"
             )
 
@@ -69,7 +69,10 @@ def _check_lengths(lm: LM, prefixes: Sequence[Sequence[int]], rows: Sequence[Seq
 def rows_on_mesh(
     lm: LM, rows: Sequence[Sequence[int]], batch_size: int
 ) -> Iterator[tuple[list[int], jax.Array, jax.Array]]:
-    """Row numbers, their tokens [B, T] and lengths [B] on the mesh: alike in length, all batches with the same B."""
+    """Yields row numbers, their tokens [B, T] and lengths [B] on the mesh.
+
+    The rows of a batch have similar lengths. All batches have the same B.
+    """
     parts = meshlib.axis_size(lm.mesh, "batch")
     size = max(parts, batch_size // parts * parts)
     order = sorted(range(len(rows)), key=lambda i: (len(rows[i]), i))
@@ -92,16 +95,17 @@ def score_choices(
     *,
     batch_size: int = 32,
 ) -> np.ndarray:
-    """Summed log-probability [N, G] float32 of each of G continuations of each prefix, all given as token ids.
+    """Summed log-probability [N, G] float32 of each of G continuations of each prefix, all as token ids.
 
-    Where every continuation is one token, a prefix is read once for all of them.
+    If every continuation is one token, a prefix is read once for all of them.
 
     Raises:
-      ValueError: as ``score_ids``, or the prefixes do not have equally many continuations.
+      ValueError: as ``score_ids``, or if the prefixes have different numbers of continuations.
     """
     if len({len(ends) for ends in choices}) > 1 or len(choices) != len(prefixes):
         raise ValueError(
-            f"{len(prefixes)} prefixes have {sorted({len(e) for e in choices})} continuations; give G to each"
+            f"{len(prefixes)} prefixes have {sorted({len(e) for e in choices})} continuations; "
+            "give the same number to each"
         )
     if any(len(end) != 1 for ends in choices for end in ends):
         flat = [prefix for prefix, ends in zip(prefixes, choices, strict=True) for _ in ends]
@@ -121,7 +125,7 @@ def score_choices(
 def score_continuations(
     lm: LM, prefixes: Sequence[Sequence[int]], continuations: Sequence[Sequence[int]], *, batch_size: int = 32
 ) -> np.ndarray:
-    """Summed log-probability [N] float32 of each continuation after its prefix, both given as token ids."""
+    """Summed log-probability [N] float32 of each continuation after its prefix, both as token ids."""
     scored = score_ids(lm, prefixes, continuations, batch_size=batch_size)
     return np.asarray([logps.sum(dtype=np.float32) for logps in scored], np.float32)
 
@@ -129,7 +133,7 @@ def score_continuations(
 def score(lm: LM, prompts: Sequence[Prompt | str], responses: Sequence[Response | str]) -> np.ndarray:
     """Summed log-probability [N] float32 of each response to its prompt.
 
-    A ``Response`` is scored on the token ids it was sampled with; a text on its tokens and the end of turn.
+    A ``Response`` is scored on its own token ids, a text on its tokens and the end of the turn.
     """
     records = [p if isinstance(p, Prompt) else Prompt.of(str(i), p) for i, p in enumerate(prompts)]
     ids = [list(r.token_ids) if isinstance(r, Response) else render_response(lm.tokenizer, r) for r in responses]

@@ -1,11 +1,11 @@
-"""The programs of the sampling engine: what runs on the device, on slots in which rows decode side by side.
+"""The device programs of the sampling engine, which work on slots in which rows decode side by side.
 
-All slots write the same column of a ring, so that a decoded token costs no scatter; which text position a column holds
-for a row is data. What a slot or its neighbours did before cannot be seen from a row: its columns are marked empty when
-it enters. A layer with a window has a ring that is shorter, and of a prompt the last columns (``kv_cache.kept``): what
-is written over, or left out, is out of its sight.
+All slots write the same column of a ring, so that a decoded token needs no scatter. The text position that a column
+holds for a row is data. A row cannot see what its slot or the neighbours did before: its columns are marked empty when
+it enters. A layer with a window has a shorter ring, and only the last columns of a prompt
+(``kv_cache.columns_seen``): columns that are overwritten or left out are outside its window.
 
-Dimension letters as in model.py; B slots · P prompts of a wave, in R rows (packed) · n rows of a refill · N decode
+Dimension letters as in decoder.py; B slots · P prompts of a wave, in R rows (packed) · n rows of a refill · N decode
 steps of a program.
 """
 
@@ -19,20 +19,24 @@ import jax.numpy as jnp
 
 from jaxsi.model import decoder, kv_cache, mesh as meshlib
 from jaxsi.model.decoder import Weights
-from jaxsi.model.kv_cache import Cache, Held, kept
+from jaxsi.model.kv_cache import Cache, Held, columns_seen
 from jaxsi.sampling import decoding
 from jaxsi.sampling.token_sampling import MAX_MARKER, Settings, ended, sample_tokens
 
-MOST_STEPS = 32  # decode steps of one program, between two looks of the host at the slots
+MOST_STEPS = 32  # the most decode steps of one program, after which the host reads the slots
 
 
 class Slots(NamedTuple):
     """What the slots hold on the device.
 
-    cache: columns of the ring, then of the prompts. held: what they hold, by the window of a layer; ``column`` is of
-    the ring. recent_BM int32: the newest tokens, oldest first. places_B int32: the text position of the newest token.
-    counts_B int32: new tokens; limits_B int32: at most so many. keys_B2 uint32: key data. done_B, stopped_B bool:
-    nothing is left to do; a stop id or the marker was the reason.
+    Attributes:
+      cache: columns of the ring, then of the prompts.
+      held: what the columns hold, by the window of a layer; ``column`` belongs to the ring.
+      recent_BM: int32, the newest tokens, oldest first.
+      places_B: int32, the text position of the newest token.
+      counts_B, limits_B: int32, the number of new tokens and its limit.
+      keys_B2: uint32, key data.
+      done_B, stopped_B: bool, whether the row has ended, and whether a stop id or the marker ended it.
     """
 
     cache: Cache
@@ -47,8 +51,11 @@ class Slots(NamedTuple):
 
 
 class Packed(NamedTuple):
-    """Prompts laid out in rows: tokens [R, T] int32, their segments (0: padding) and positions; of each prompt its row,
-    its first column there and its length [P]; the tokens of each row, where none has more than one prompt."""
+    """Prompts laid out in rows: tokens [R, T] int32, their segments (0: padding) and positions.
+
+    rows_P, starts_P, lengths_P: the row of each prompt, its first column there, and its length. lengths_R: the number
+    of tokens in each row, if no row has more than one prompt.
+    """
 
     tokens_RT: Any
     segments_RT: Any
@@ -60,8 +67,10 @@ class Packed(NamedTuple):
 
 
 class Wave(NamedTuple):
-    """Prompts computed ahead: a cache [R, K, T, C] a layer, of each prompt its row, first column and length there, and
-    the hidden state [P, D] of its last token."""
+    """Prompts computed ahead: a cache [R, K, T, C] per layer.
+
+    Each prompt has its row, its first column there, its length, and the hidden state [D] of its last token.
+    """
 
     cache: Cache
     rows_P: jax.Array
@@ -71,7 +80,7 @@ class Wave(NamedTuple):
 
 
 def keys_of(words_B2: jax.Array) -> jax.Array:
-    """Typed keys of key data."""
+    """Typed keys from key data."""
     return jax.random.wrap_key_data(words_B2, impl="threefry2x32")
 
 
@@ -87,8 +96,10 @@ _donating = functools.partial(jax.jit, donate_argnames=("slots",))
 
 @dataclasses.dataclass(frozen=True)
 class Fixed:
-    """What a program is compiled for, beside the shapes. ``int8``: the cache is; ``dtype``: of the computation, and of
-    the cache otherwise."""
+    """What a program is compiled for, besides the shapes.
+
+    dtype: of the computation, and of the cache unless that is ``int8``.
+    """
 
     config: decoder.ModelConfig
     mesh: jax.sharding.Mesh
@@ -96,31 +107,39 @@ class Fixed:
     int8: bool = False
 
     def stored(self, cache: Cache) -> Cache:
-        """A new cache of keys and values as they were computed, as it is kept."""
+        """A cache of newly computed keys and values, converted to the form in which it is stored."""
         return self.on_mesh(jax.tree.map(kv_cache.quantized, cache) if self.int8 else cache)
 
     def on_mesh(self, cache: Cache) -> Cache:
-        """The cache, its layout stated."""
+        """The cache, with its layout on the mesh stated."""
         return jax.tree.map(lambda x: meshlib.constrain(x, self.mesh, ("batch", "kv_heads", None, None)), cache)
 
     def changed(self, change: Callable[..., jax.Array], rows: jax.Array | None, *caches: Cache) -> Cache:
-        """``change(window, rows, *arrays)`` of the keys and of the values of each layer, one layer after the other:
-        rows that go to another device lie on all of them for a moment, and those of all layers at once may not fit."""
-        made: Cache = []
+        """Applies ``change(window, rows, *arrays)`` to the keys and to the values of each layer, layer by layer.
+
+        Rows that move to another device lie on all devices for a moment; those of all layers at once may not fit.
+        """
+        cache: Cache = []
         for window, *layers in zip(decoder.windows(self.config), *caches, strict=True):
             layer = jax.tree.map(functools.partial(change, window, rows), *layers)
             rows, layer = jax.lax.optimization_barrier((rows, self.on_mesh([layer])))
-            made += layer
-        return made
+            cache += layer
+        return cache
 
 
 @_static
 def prefill_prompts(weights: Weights, packed: Packed, *, fixed: Fixed) -> Wave:
-    """The first tokens of prompts."""
+    """Computes prompts from their first token on."""
     hidden_RTD, cache = decoding.prefill(
-        weights, fixed.config, packed.tokens_RT, packed.segments_RT, packed.positions_RT, dtype=fixed.dtype,
-        lengths_B=packed.lengths_R, mesh=fixed.mesh,
-    )  # fmt: skip
+        weights,
+        fixed.config,
+        packed.tokens_RT,
+        packed.segments_RT,
+        packed.positions_RT,
+        dtype=fixed.dtype,
+        lengths_B=packed.lengths_R,
+        mesh=fixed.mesh,
+    )
     hidden_PD = hidden_RTD[packed.rows_P, packed.starts_P + packed.lengths_P - 1]
     return Wave(fixed.stored(cache), packed.rows_P, packed.starts_P, packed.lengths_P, hidden_PD)
 
@@ -136,8 +155,11 @@ def extend_prompts(
     fixed: Fixed,
     length: int,
 ) -> Wave:
-    """More tokens of prompts behind the rows ``rows_P`` of ``before`` (None: all, in their order, which stay on their
-    devices), whose prompts have a row each, in a cache of ``length`` columns. A row without new tokens is copied."""
+    """Appends more tokens of prompts to the rows ``rows_P`` of ``before``, in a cache of ``length`` columns.
+
+    ``before`` must have one prompt per row. If ``rows_P`` is None, all rows stay in order on their devices. A row
+    without new tokens is copied.
+    """
 
     def fit(_: int, rows_P: jax.Array | None, x_BKSC: jax.Array) -> jax.Array:
         return jnp.pad(_rows(x_BKSC, rows_P), ((0, 0), (0, 0), (0, length - x_BKSC.shape[2]), (0, 0)))
@@ -152,12 +174,15 @@ def extend_prompts(
 
 @functools.partial(jax.jit, static_argnames=("fixed", "size", "ring", "prompt"))
 def empty_slots(*, fixed: Fixed, size: int, ring: int, prompt: int) -> Slots:
-    """``size`` free slots with ``ring`` and ``prompt`` columns, or as many of each as a layer's window needs."""
+    """``size`` free slots with ``ring`` and ``prompt`` columns each, or fewer if a layer's window needs fewer."""
     c = fixed.config
-    columns = {window: kept(ring, window) + kept(prompt, window) for window in decoder.windows(c)}
+    columns = {window: columns_seen(ring, window) + columns_seen(prompt, window) for window in decoder.windows(c)}
     zeros = {w: jnp.zeros((size, c.num_kv_heads, S, c.head_dim), fixed.dtype) for w, S in columns.items()}
     integers = jnp.zeros((size,), jnp.int32)
-    by_row = lambda x: meshlib.constrain(x, fixed.mesh, ("batch", *[None] * (x.ndim - 1)))  # noqa: E731
+
+    def by_row(x: jax.Array) -> jax.Array:
+        return meshlib.constrain(x, fixed.mesh, ("batch", *[None] * (x.ndim - 1)))
+
     return Slots(
         cache=fixed.stored([(zeros[window], zeros[window]) for window in decoder.windows(c)]),
         held={w: Held(by_row(jnp.full((size, S), -1, jnp.int32)), jnp.int32(0)) for w, S in columns.items()},
@@ -181,8 +206,11 @@ def first_tokens(
     *,
     fixed: Fixed,
 ) -> tuple[jax.Array, jax.Array]:
-    """Of prompts ``prompts_n`` the first tokens and their logps [n]. Apart from the refill, which compiles for many
-    more shapes: sampling would be most of that."""
+    """The first new tokens after the prompts ``prompts_n``, and their logps [n].
+
+    This is a program separate from the refill, which compiles for many more shapes: most of the time would go into
+    compiling the sampling again.
+    """
     logits_nV = decoder.logits(weights, fixed.config, hidden_PD[prompts_n])
     return sample_tokens(logits_nV, keys_of(keys_n2), jnp.zeros(prompts_n.shape, jnp.int32), settings)
 
@@ -202,28 +230,42 @@ def refill_slots(
     ring: int,
     width: int,
 ) -> Slots:
-    """Prompts ``prompts_n`` of ``wave``, of at most ``width`` tokens, enter the slots ``into_n`` (those past the last
-    slot are dropped), each with its first token. ``limits_n``: new tokens of each, at most ``settings.limit``."""
+    """Puts the prompts ``prompts_n`` of ``wave`` into the slots ``into_n``, each with its first new token.
+
+    Slot numbers past the last slot are dropped.
+
+    Args:
+      limits_n: the most new tokens of each, at most ``settings.limit``.
+      width: the most tokens of a prompt.
+    """
     rows_n, starts_n, lengths_n = wave.rows_P[prompts_n], wave.starts_P[prompts_n], wave.lengths_P[prompts_n]
-    put = lambda old, new: old.at[into_n].set(new, mode="drop")  # noqa: E731
+
+    def put(old: jax.Array, new: jax.Array | int) -> jax.Array:
+        return old.at[into_n].set(new, mode="drop")
 
     def begin(columns: int) -> jax.Array:
-        """The first of so many, a prompt's last, none past the end of its row: what is before it is marked empty."""
+        """The first of the last ``columns`` columns of each prompt, moved left if they would run past the row's end.
+
+        Columns before the prompt are marked empty.
+        """
         return jnp.minimum(starts_n + jnp.maximum(lengths_n - columns, 0), kv_cache.columns(wave.cache) - columns)
 
     def enter(window: int, rows_n: jax.Array, old_BKSC: jax.Array, new_RKTC: jax.Array) -> jax.Array:
         K, C = new_RKTC.shape[1], new_RKTC.shape[3]
-        behind, columns = kept(ring, window), kept(width, window)
-        cut = lambda row, start: jax.lax.dynamic_slice(new_RKTC, (row, 0, start, 0), (1, K, columns, C))[0]  # noqa: E731
+        first, columns = columns_seen(ring, window), columns_seen(width, window)
+
+        def cut(row: jax.Array, start: jax.Array) -> jax.Array:
+            return jax.lax.dynamic_slice(new_RKTC, (row, 0, start, 0), (1, K, columns, C))[0]
+
         new_nKSC = jax.vmap(cut)(rows_n, begin(columns))
-        return old_BKSC.at[into_n, :, behind : behind + columns].set(new_nKSC, mode="drop")
+        return old_BKSC.at[into_n, :, first : first + columns].set(new_nKSC, mode="drop")
 
     def hold(window: int, held: Held) -> Held:
         S = held.positions_BS.shape[1]
-        columns_S = jnp.arange(S, dtype=jnp.int32) - kept(ring, window)
-        places_nS = columns_S[None] - (starts_n - begin(kept(width, window)))[:, None]
-        of_prompt_nS = (columns_S >= 0)[None] & (places_nS >= 0) & (places_nS < lengths_n[:, None])
-        return held._replace(positions_BS=put(held.positions_BS, jnp.where(of_prompt_nS, places_nS, -1)))
+        columns_S = jnp.arange(S, dtype=jnp.int32) - columns_seen(ring, window)
+        places_nS = columns_S[None] - (starts_n - begin(columns_seen(width, window)))[:, None]
+        in_prompt_nS = (columns_S >= 0)[None] & (places_nS >= 0) & (places_nS < lengths_n[:, None])
+        return held._replace(positions_BS=put(held.positions_BS, jnp.where(in_prompt_nS, places_nS, -1)))
 
     recent_nM = jnp.full((rows_n.shape[0], MAX_MARKER), -1, jnp.int32).at[:, -1].set(first_n)
     stopped_n = ended(recent_nM, settings)
@@ -252,18 +294,19 @@ def decode_slots(
     fixed: Fixed,
     ring: int,
 ) -> tuple[Slots, tuple[jax.Array, jax.Array, jax.Array]]:
-    """Up to ``steps`` tokens in every slot, fewer once ``enough`` slots are done: tokens and logps [B, MOST_STEPS], of
-    which each row has those it was not done before, and the steps run."""
+    """Decodes up to ``steps`` tokens in every slot, and stops earlier once ``enough`` slots are done.
+
+    Returns the slots, tokens and logps [B, MOST_STEPS] (a row's are valid until it is done), and the number of steps.
+    """
     B = slots.done_B.shape[0]
     keys_B = keys_of(slots.keys_B2)
 
-    def hold(held: Held, places_B: jax.Array) -> Held:
-        write = jax.lax.dynamic_update_slice_in_dim
-        return held._replace(positions_BS=write(held.positions_BS, places_B[:, None], held.column, axis=1))
+    def write(x_BN: jax.Array, x_B: jax.Array, column: jax.Array) -> jax.Array:
+        return jax.lax.dynamic_update_slice_in_dim(x_BN, x_B[:, None], column, axis=1)
 
     def advance(window: int, held: Held) -> Held:
         after = held.column + 1
-        return held._replace(column=jnp.where(after < kept(ring, window), after, 0))
+        return held._replace(column=jnp.where(after < columns_seen(ring, window), after, 0))
 
     def unfinished(state: Any) -> jax.Array:
         i, slots, _, _ = state
@@ -271,7 +314,10 @@ def decode_slots(
 
     def step(state: Any) -> Any:
         i, slots, tokens_BN, logps_BN = state
-        held = {window: hold(of_layer, slots.places_B) for window, of_layer in slots.held.items()}
+        held = {
+            window: held._replace(positions_BS=write(held.positions_BS, slots.places_B, held.column))
+            for window, held in slots.held.items()
+        }
         hidden_BD, cache = decoding.decode(
             weights,
             fixed.config,
@@ -291,7 +337,7 @@ def decode_slots(
         stopped_B = slots.stopped_B | (going_B & ended(recent_BM, settings))
         slots = Slots(
             cache=cache,
-            held={window: advance(window, of_layer) for window, of_layer in held.items()},
+            held={window: advance(window, columns) for window, columns in held.items()},
             recent_BM=recent_BM,
             places_B=slots.places_B + going_B,
             counts_B=counts_B,
@@ -300,8 +346,7 @@ def decode_slots(
             done_B=slots.done_B | stopped_B | (counts_B >= slots.limits_B),
             stopped_B=stopped_B,
         )
-        write = lambda x_BN, x_B: jax.lax.dynamic_update_slice_in_dim(x_BN, x_B[:, None], i, axis=1)  # noqa: E731
-        return i + 1, slots, write(tokens_BN, next_B), write(logps_BN, logp_B)
+        return i + 1, slots, write(tokens_BN, next_B, i), write(logps_BN, logp_B, i)
 
     tokens_BN = jnp.zeros((B, MOST_STEPS), jnp.int32)
     i, slots, tokens_BN, logps_BN = jax.lax.while_loop(
@@ -314,18 +359,24 @@ def decode_slots(
 def resize_slots(
     slots: Slots, rows_b: jax.Array | None, *, fixed: Fixed, ring: int, new_ring: int, new_prompt: int
 ) -> Slots:
-    """The slots ``rows_b`` (None: all, in their order), with more columns of prompts and with a longer ring, unrolled:
-    its oldest column first. The ring of a layer whose window it spans stays as it is."""
-    longer = lambda window: kept(new_ring, window) > kept(ring, window)  # noqa: E731
+    """The slots ``rows_b`` (None: all, in order) with a longer ring and more columns for prompts.
+
+    A longer ring starts with its oldest column. The ring of a layer stays as it is if it already spans the window.
+    """
+
+    def longer(window: int) -> bool:
+        return columns_seen(new_ring, window) > columns_seen(ring, window)
 
     def columns(window: int, rows_b: jax.Array | None, x: jax.Array, *, axis: int = 2, empty: int = 0) -> jax.Array:
-        here, prompt = jnp.split(_rows(x, rows_b), [kept(ring, window)], axis=axis)
+        def pad(x: jax.Array, length: int) -> jax.Array:
+            widths = [(0, length - x.shape[axis] if a == axis else 0) for a in range(x.ndim)]
+            return jnp.pad(x, widths, constant_values=empty)
+
+        recent, prompt = jnp.split(_rows(x, rows_b), [columns_seen(ring, window)], axis=axis)
         if longer(window):
-            here = jnp.roll(here, -slots.held[window].column, axis=axis)
-        pad = lambda x, to: jnp.pad(  # noqa: E731
-            x, [(0, to - x.shape[axis] if a == axis else 0) for a in range(x.ndim)], constant_values=empty
-        )
-        return jnp.concatenate([pad(here, kept(new_ring, window)), pad(prompt, kept(new_prompt, window))], axis=axis)
+            recent = jnp.roll(recent, -slots.held[window].column, axis=axis)
+        recent = pad(recent, columns_seen(new_ring, window))
+        return jnp.concatenate([recent, pad(prompt, columns_seen(new_prompt, window))], axis=axis)
 
     def hold(window: int, held: Held) -> Held:
         positions_BS = columns(window, rows_b, held.positions_BS, axis=1, empty=-1)

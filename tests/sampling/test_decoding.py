@@ -1,4 +1,4 @@
-"""The decoder one step at a time is the decoder over whole rows."""
+"""The decoder one step at a time equals the decoder over whole rows."""
 
 import functools
 
@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from jaxsi.model import decoder
-from jaxsi.model.kv_cache import Held
+from jaxsi.model.kv_cache import Cache, Held
 from jaxsi.sampling import decoding
 from tests.model.test_decoder import CONFIGS, full_hidden, tokens, weights_of
 
@@ -19,8 +19,8 @@ def unstack(weights: decoder.Weights, num_layers: int) -> decoder.Weights:
 
 
 @pytest.mark.parametrize("name", CONFIGS)
-def test_cached_decode_is_the_full_forward(name: str) -> None:
-    """Ragged prompts, right-padded; then eight tokens one at a time, against one pass over each whole row."""
+def test_cached_decoding_equals_the_full_forward_pass(name: str) -> None:
+    """Right-padded prompts of different lengths, then eight tokens one by one, against one pass over each whole row."""
     config, T, new = CONFIGS[name], 10, 8
     weights, lengths = weights_of(config), np.asarray([10, 4, 1], np.int32)
     rows = [tokens(1, n + new, seed=int(n)) for n in lengths]
@@ -41,38 +41,36 @@ def test_cached_decode_is_the_full_forward(name: str) -> None:
     columns_positions = np.where(columns < T, in_prompt, lengths[:, None] + columns - T).astype(np.int32)
     for i in range(new):
         step = np.asarray([row[0, n + i] for row, n in zip(rows, lengths, strict=True)])
-        hidden_BD, cache = decode(
-            split, tokens_B=step, positions_B=lengths + i, cache=cache,
-            held={window: Held(columns_positions, jnp.int32(T + i)) for window in decoder.windows(config)},
-        )  # fmt: skip
+        held = {window: Held(columns_positions, jnp.int32(T + i)) for window in decoder.windows(config)}
+        hidden_BD, cache = decode(split, tokens_B=step, positions_B=lengths + i, cache=cache, held=held)
         for b, n in enumerate(lengths):
             np.testing.assert_allclose(hidden_BD[b], expected[b][n + i], atol=1e-5)
 
 
 @pytest.mark.parametrize("name", CONFIGS)
-def test_more_tokens_behind_a_cache_are_the_full_forward(name: str) -> None:
-    """Rows that hold 6, 3 and 1 tokens get 4, none and 2 more at once."""
+def test_extending_a_cache_equals_the_full_forward_pass(name: str) -> None:
+    """Rows of 6, 3 and 1 tokens get 4, 0 and 2 more at once."""
     config, T = CONFIGS[name], 6
     weights, held, more = weights_of(config), np.asarray([6, 3, 1], np.int32), np.asarray([4, 0, 2], np.int32)
     rows = [tokens(1, n + m, seed=int(n)) for n, m in zip(held, more, strict=True)]
-    pad = lambda parts, length: np.stack([np.pad(x, (0, length - len(x))) for x in parts])  # noqa: E731
     split = unstack(weights, config.num_layers)
-    positions = np.broadcast_to(np.arange(T, dtype=np.int32), (3, T))
-    _, cache = decoding.prefill(
-        split, config, pad([row[0, :n] for row, n in zip(rows, held, strict=True)], T),
-        (positions < held[:, None]).astype(np.int32), positions, dtype=jnp.float32,
-    )  # fmt: skip
+
+    def pad(parts: list[np.ndarray], length: int) -> np.ndarray:
+        return np.stack([np.pad(x, (0, length - len(x))) for x in parts])
+
+    def prefill(parts: list[np.ndarray], lengths: np.ndarray, T: int) -> Cache:
+        positions = np.broadcast_to(np.arange(T, dtype=np.int32), (3, T))
+        segments = (positions < lengths[:, None]).astype(np.int32)
+        return decoding.prefill(split, config, pad(parts, T), segments, positions, dtype=jnp.float32)[1]
+
+    cache = prefill([row[0, :n] for row, n in zip(rows, held, strict=True)], held, T)
     cache = [tuple(jnp.pad(x, ((0, 0), (0, 0), (0, 5), (0, 0))) for x in pair) for pair in cache]
     behind = pad([row[0, n:] for row, n in zip(rows, held, strict=True)], 4)
     hidden_BD, longer = decoding.extend(split, config, behind, more, cache, held, dtype=jnp.float32)
     for b, row in enumerate(rows):
         if more[b]:
             np.testing.assert_allclose(hidden_BD[b], full_hidden(config, row)[-1], atol=1e-5)
-    whole = np.broadcast_to(np.arange(11, dtype=np.int32), (3, 11))
-    _, expected = decoding.prefill(
-        split, config, pad([row[0] for row in rows], 11), (whole < (held + more)[:, None]).astype(np.int32), whole,
-        dtype=jnp.float32,
-    )  # fmt: skip
+    expected = prefill([row[0] for row in rows], held + more, 11)
     for (k, v), (k_whole, v_whole) in zip(longer, expected, strict=True):
         for b, n in enumerate(held + more):
             np.testing.assert_allclose(k[b, :, :n], k_whole[b, :, :n], atol=1e-5)

@@ -1,4 +1,4 @@
-"""Generation: what is drawn, from which distribution, and that nothing but weights, prompt and key decides it."""
+"""Generation: responses follow the settings and depend only on the weights, the prompt and the key."""
 
 import re
 import time
@@ -14,13 +14,17 @@ import tiny
 from jaxsi.lm import LM
 from jaxsi.runs import run
 from jaxsi.runs.records import Prompt
-from jaxsi.sampling import engine, generate as sampling, scoring, slots
+from jaxsi.sampling import engine, scoring, slots
 from jaxsi.sampling.generate import (
     PromptTooLongError,
     SamplingConfig,
+    _settings,
+    bucket,
     generate,
     generate_ids,
-)  # fmt: skip
+    named_keys,
+)
+from jaxsi.text.chat import marker_ids
 
 WORDS = ["loop", "tree", "sun moon", "loop tree sun moon", "tree tree"]
 PROMPTS = [Prompt.of(f"q{i}", text) for i, text in enumerate(WORDS)]
@@ -29,7 +33,7 @@ KEYS = [jax.random.key(i) for i in range(5)]
 
 
 def tokens_of(lm: LM, **options: Any) -> list[list[list[int]]]:
-    """Token ids by prompt and sample; never a stop id, unless one is given."""
+    """Token ids by prompt and sample; without stop ids by default."""
     options = {
         "num_samples": 2,
         "temperature": 1.0,
@@ -42,7 +46,7 @@ def tokens_of(lm: LM, **options: Any) -> list[list[list[int]]]:
 
 
 class Compilations:
-    """Counts the programs compiled, by name, while it is entered."""
+    """Counts the compiled programs by name, inside a ``with`` block."""
 
     def __enter__(self) -> "Compilations":
         self.names: list[str] = []
@@ -55,16 +59,16 @@ class Compilations:
             self.names.append(str(details.get("fun_name")))
 
     def __exit__(self, *exception: object) -> None:
-        self._open = False  # listeners cannot be taken back
+        self._open = False  # listeners cannot be removed
 
-    def of(self, function: str) -> int:
+    def count(self, function: str) -> int:
         return sum(function in name for name in self.names)
 
 
 # ------------------------------------------------------------------------------------------------------------- settings
 
 
-def test_greedy_is_the_argmax_of_the_full_forward_pass() -> None:
+def test_greedy_takes_the_argmax_of_the_full_forward_pass() -> None:
     lm = tiny.make_lm()
     greedy = tokens_of(lm, temperature=0.0)
     for prompt, (first, second) in zip(IDS, greedy, strict=True):
@@ -100,13 +104,13 @@ def test_new_settings_do_not_compile_again() -> None:
             temperature=0.0,
             top_p=0.2,
         )
-    assert compiled.of("_slots") == compiled.of("_prompts") == 0, compiled.names
+    assert compiled.count("_slots") == compiled.count("_prompts") == 0, compiled.names
     with Compilations() as compiled:
-        tokens_of(lm, max_new_tokens=17)  # the next bucket: the count does see compilations
-    assert compiled.of("decode_slots") == 1
+        tokens_of(lm, max_new_tokens=17)  # the next bucket, which shows that compilations are counted
+    assert compiled.count("decode_slots") == 1
 
 
-def test_a_lower_limit_gives_a_prefix_and_says_length() -> None:
+def test_lower_limit_cuts_the_same_response() -> None:
     lm = tiny.make_lm()
     long, short = tokens_of(lm), tokens_of(lm, max_new_tokens=5)
     assert [[ids[:5] for ids in samples] for samples in long] == short
@@ -114,7 +118,7 @@ def test_a_lower_limit_gives_a_prefix_and_says_length() -> None:
     assert [(len(ids), len(logps), stopped) for ids, logps, stopped in one[0]] == [(1, 1, False)] * 2
 
 
-def test_rows_stop_each_at_its_own_stop_id() -> None:
+def test_each_row_ends_at_its_first_stop_id() -> None:
     lm = tiny.make_lm()
     free = tokens_of(lm)
     stops = [free[0][0][0], free[1][1][3], free[2][0][11]]  # at the first token, in the middle, at the very last
@@ -131,8 +135,8 @@ def test_rows_stop_each_at_its_own_stop_id() -> None:
 
 
 @pytest.mark.parametrize("length", [1, 2, 5])
-def test_rows_stop_each_at_the_marker(length: int) -> None:
-    """A sequence that a row samples anyway, taken as the marker, ends that row behind it and changes no other token."""
+def test_each_row_ends_at_the_marker(length: int) -> None:
+    """The marker is a sequence that a row samples anyway: that row ends behind it, and no other token changes."""
     lm = tiny.make_lm()
     free = [
         ids
@@ -154,18 +158,18 @@ def test_rows_stop_each_at_the_marker(length: int) -> None:
         assert ids == before[: end(before)] and stopped == (end(before) is not None) and len(logps) == len(ids)
 
 
-def test_a_marker_is_what_a_response_holds_after_a_line_break() -> None:
+def test_marker_ids_are_those_after_a_line_break() -> None:
     tokenizer = tiny.tokenizer()
-    ids = sampling.marker_ids(tokenizer, "### Feedback")
+    ids = marker_ids(tokenizer, "### Feedback")
     written = tokenizer.encode_text("cat red.\n### Feedback\nsun right")
     assert any(tuple(written[i : i + len(ids)]) == ids for i in range(len(written)))
     with pytest.raises(ValueError, match="choose another marker"):
-        sampling.marker_ids(tokenizer, "")
-    with pytest.raises(ValueError, match="has 33 tokens, at most 32"):
+        marker_ids(tokenizer, "")
+    with pytest.raises(ValueError, match="has 33 tokens, but at most 32"):
         generate_ids(tiny.make_lm(), IDS[:1], KEYS[:1], max_new_tokens=4, marker=[5] * 33)
 
 
-def test_a_response_that_its_marker_ends_keeps_it() -> None:
+def test_absent_stop_text_does_not_change_the_response() -> None:
     lm = tiny.make_lm()
     free = generate(lm, PROMPTS[:1], max_new_tokens=8, temperature=0.0)[0]
     assert free.finish_reason == "length"
@@ -181,14 +185,12 @@ def test_a_response_that_its_marker_ends_keeps_it() -> None:
     [(0.6, 0.9, 0), (0.6, 1.0, 5), (1.0, 0.9, 5), (1.0, 1.0, 0), (0.0, 1.0, 0)],
 )
 def test_decoding_and_scoring_agree(temperature: float, top_p: float, top_k: int) -> None:
-    """Over responses that outgrow the first ring of the cache; stored logps are of T = 1, untruncated."""
+    """For responses that outgrow the first ring of the cache. Stored logps are untruncated, at temperature 1."""
     n = 96
     assert n > engine.FIRST_RING
     lm = tiny.make_lm()
-    samples = generate_ids(
-        lm, IDS, KEYS, num_samples=2, temperature=temperature, top_p=top_p, top_k=top_k, max_new_tokens=n, stop_ids=[],
-        batch_size=16,
-    )  # fmt: skip
+    options = {"temperature": temperature, "top_p": top_p, "top_k": top_k, "max_new_tokens": n}
+    samples = generate_ids(lm, IDS, KEYS, num_samples=2, stop_ids=[], batch_size=16, **options)
     flat = [(prompt, ids, logps) for prompt, pair in zip(IDS, samples, strict=True) for ids, logps, _ in pair]
     scored = scoring.score_ids(lm, [prompt for prompt, _, _ in flat], [ids for _, ids, _ in flat], batch_size=16)
     assert {len(ids) for _, ids, _ in flat} == {n}
@@ -197,7 +199,7 @@ def test_decoding_and_scoring_agree(temperature: float, top_p: float, top_k: int
     assert min(min(logps) for _, _, logps in flat) < -0.5
 
 
-def test_bfloat16_decoding_and_scoring_agree_in_the_mean() -> None:
+def test_decoding_and_scoring_agree_on_average_in_bfloat16() -> None:
     lm = tiny.make_lm(dtype=jnp.bfloat16)
     samples = generate_ids(
         lm, IDS, KEYS, num_samples=2, temperature=1.0, top_p=1.0, max_new_tokens=40, stop_ids=[], batch_size=16
@@ -221,8 +223,8 @@ def test_responses_do_not_depend_on_the_batch() -> None:
     shuffled = generate(
         lm, [PROMPTS[i] for i in (3, 0, 4, 1, 2)], num_samples=2, max_new_tokens=12, batch_size=16, seed=1
     )
-    assert {r.id: r for r in shuffled} == by_id  # the same program: the log-probabilities too
-    alone = {}  # one prompt to a batch, with one more sample of it
+    assert {r.id: r for r in shuffled} == by_id  # it is the same program, so the log-probabilities are equal too
+    alone = {}  # one prompt per batch, with one more sample
     for p in PROMPTS:
         alone |= {r.id: r for r in generate(lm, [p], num_samples=3, max_new_tokens=12, batch_size=3, seed=1)}
     for r in plain:
@@ -253,15 +255,15 @@ def test_samples_prompts_and_seeds_differ() -> None:
     assert not {r.token_ids for r in later} & {r.token_ids for r in responses}
 
 
-def test_new_weights_are_the_ones_that_sample() -> None:
-    """After an update the cached sampling weights of the old model are not used again, and compile nothing again."""
+def test_updated_model_samples_with_its_new_weights() -> None:
+    """After an update, the cached sampling weights of the old model are not used, and nothing is compiled again."""
     lm = tiny.make_lm()
     before = generate(lm, PROMPTS, num_samples=2, max_new_tokens=12, batch_size=16)
     changed = jax.tree.map(lambda w: w * 1.1, lm.weights)
     with Compilations() as compiled:
         updated = lm.replace(changed)
         after = generate(updated, PROMPTS, num_samples=2, max_new_tokens=12, batch_size=16)
-    assert compiled.of("_slots") == compiled.of("_prompts") == compiled.of("move") == 0
+    assert compiled.count("_slots") == compiled.count("_prompts") == compiled.count("move") == 0
     fresh = LM(config=lm.config, weights=changed, tokenizer=lm.tokenizer, mesh=lm.mesh, dtype=lm.dtype)
     assert after == generate(fresh, PROMPTS, num_samples=2, max_new_tokens=12, batch_size=16)
     assert {r.fingerprint for r in after} == {fresh.fingerprint} != {r.fingerprint for r in before}
@@ -269,11 +271,11 @@ def test_new_weights_are_the_ones_that_sample() -> None:
     assert generate(lm, PROMPTS, num_samples=2, max_new_tokens=12, batch_size=16) == before
 
 
-def test_records_say_how_they_ended() -> None:
+def test_records_tell_how_responses_ended() -> None:
     lm = tiny.make_lm()
     weights = jax.tree.map(lambda w: w, lm.weights)
     end = lm.tokenizer.eos_id
-    # The end of turn is likely in some contexts: both endings come up.
+    # Makes the end of turn likely in some contexts, so that both endings occur.
     weights["lm_head"] = weights["lm_head"].at[:, end].multiply(3.0)
     responses = generate(lm.replace(weights), PROMPTS, num_samples=2, temperature=1.0, max_new_tokens=12, batch_size=16)
     assert {r.finish_reason for r in responses} == {"stop", "length"}
@@ -285,17 +287,17 @@ def test_records_say_how_they_ended() -> None:
         assert r.text == lm.tokenizer.decode(r.token_ids) and r.template == lm.tokenizer.template_hash
 
 
-def test_thousands_of_keys_are_those_of_fold_and_fast() -> None:
+def test_named_keys_equal_those_of_fold_and_are_fast() -> None:
     key = jax.random.key(7)
     names = ["q1", "", "ключ", *(f"iter2/{i}" for i in range(4997))]
-    sampling.named_keys(key, names)
-    began = time.process_time()
-    keys = jax.block_until_ready(sampling.named_keys(key, names))
-    assert time.process_time() - began < 1.0
+    named_keys(key, names)
+    start = time.process_time()
+    keys = jax.block_until_ready(named_keys(key, names))
+    assert time.process_time() - start < 1.0
     assert keys.shape == (5000,)
     for i in (0, 1, 2, 3, 4999):
         assert (jax.random.key_data(keys[i]) == jax.random.key_data(run.fold(key, names[i]))).all()
-    assert sampling.named_keys(key, []).shape == (0,)
+    assert named_keys(key, []).shape == (0,)
 
 
 # ------------------------------------------------------------------------------------------------------ limits, errors
@@ -313,21 +315,21 @@ def test_errors_name_the_value_and_the_fix() -> None:
         ({"temperature": float("nan")}, "temperature is nan"),
         ({"top_p": 0.0}, "top_p is 0.0"),
         ({"top_p": 1.1}, "top_p is 1.1"),
-        ({"top_k": -1}, "top_k -1"),
-        ({"max_new_tokens": 0}, "max_new_tokens 0"),
-        ({"num_samples": 0}, "num_samples 0"),
+        ({"top_k": -1}, "top_k is -1"),
+        ({"max_new_tokens": 0}, "max_new_tokens is 0"),
+        ({"num_samples": 0}, "num_samples is 0"),
     ):
         with pytest.raises(ValueError, match=message):
             generate(lm, PROMPTS, **({"max_new_tokens": 12} | wrong))
         with pytest.raises(ValueError, match=message):
             SamplingConfig(**wrong)
-    with pytest.raises(ValueError, match="9 stop ids given, at most 8"):
+    with pytest.raises(ValueError, match="9 stop ids, but at most 8"):
         generate_ids(lm, IDS, KEYS, stop_ids=range(9), max_new_tokens=12)
     assert generate(lm, []) == [] and generate_ids(lm, [], []) == []
 
 
 def test_max_new_tokens_counts_new_tokens_only() -> None:
-    """A prompt longer than max_new_tokens still gets an answer, up to the model's last position."""
+    """A prompt longer than max_new_tokens still gets a response, up to the model's last position."""
     lm = tiny.make_lm()
     prompt = list(range(10, 254))
     (answer,) = generate_ids(lm, [prompt], KEYS[:1], max_new_tokens=12, stop_ids=[], batch_size=16, num_samples=2)
@@ -337,22 +339,22 @@ def test_max_new_tokens_counts_new_tokens_only() -> None:
 
 
 @given(st.integers(1, 5000), st.integers(1, 300))
-def test_buckets(n: int, smallest: int) -> None:
-    size = sampling.bucket(n, smallest)
+def test_bucket_is_large_enough_and_wastes_less_than_half(n: int, smallest: int) -> None:
+    size = bucket(n, smallest)
     assert size >= max(n, smallest) and (size == smallest or size < 2 * n)
-    assert sampling.bucket(size, smallest) == size
+    assert bucket(size, smallest) == size
 
 
-def test_settings_of_a_config_are_arguments_of_generate() -> None:
+def test_config_settings_are_arguments_of_generate() -> None:
     config = SamplingConfig(num_samples=2, max_new_tokens=3, batch_size=16)
     assert len(generate(tiny.make_lm(), PROMPTS[:1], **config.settings)) == 2
 
 
-def test_the_compiled_program_never_asks_the_host() -> None:
+def test_compiled_program_never_calls_the_host() -> None:
     lm = tiny.make_lm()
     fixed = slots.Fixed(lm.config, lm.mesh, lm.dtype)
     held = slots.empty_slots(fixed=fixed, size=8, ring=16, prompt=32)
-    settings = sampling._settings(lm, 0.7, 0.9, 5, 12, [3], [7, 8])
+    settings = _settings(lm, 0.7, 0.9, 5, 12, [3], [7, 8])
     program = slots.decode_slots.lower(
         lm.sampling_weights, held, settings, np.int32(8), np.int32(1), fixed=fixed, ring=16
     ).compile()
@@ -362,6 +364,8 @@ def test_the_compiled_program_never_asks_the_host() -> None:
 HOST_CALLS = r"(?i)infeed|outfeed|callback|send-done|recv-done|SendToHost|RecvFromHost"
 
 
-def test_the_pattern_of_host_calls_sees_one() -> None:
-    ask = lambda x: jax.pure_callback(np.sin, jax.ShapeDtypeStruct((), np.float32), x)  # noqa: E731
-    assert re.findall(HOST_CALLS, jax.jit(ask).lower(np.float32(1)).compile().as_text())
+def test_pattern_of_host_calls_finds_a_callback() -> None:
+    def call(x: jax.Array) -> jax.Array:
+        return jax.pure_callback(np.sin, jax.ShapeDtypeStruct((), np.float32), x)
+
+    assert re.findall(HOST_CALLS, jax.jit(call).lower(np.float32(1)).compile().as_text())

@@ -1,4 +1,4 @@
-"""What prompts share: the best grouping, against all groupings of small sets."""
+"""Beginnings that prompts share: the best grouping, against all groupings of small sets."""
 
 import pytest
 from hypothesis import given, settings, strategies as st
@@ -7,12 +7,12 @@ from jaxsi.sampling.prefixes import common_length, group
 
 
 def saved(prompts: list[list[int]], root: int, groups: list[tuple[int, tuple[int, ...]]]) -> int:
-    """Tokens that need not be computed because a group computes them once."""
+    """Number of tokens saved because a group computes its beginning only once."""
     return sum((len(members) - 1) * (shared - root) for shared, members in groups)
 
 
 def best_by_brute_force(prompts: list[list[int]], root: int, shortest: int) -> int:
-    """The most that a partition into groups of all that begin alike saves."""
+    """The most tokens that a partition saves, if each group has all prompts with its beginning."""
 
     def partitions(rest: list[int]):
         if not rest:
@@ -26,11 +26,11 @@ def best_by_brute_force(prompts: list[list[int]], root: int, shortest: int) -> i
                 yield [members, *partition]
 
     def worth(members: list[int]) -> int:
-        """Of a group of all the prompts that begin alike; groups that leave some of them out are not looked for."""
-        alike = min(common_length(prompts[members[0]], prompts[i]) for i in members)
-        if any(prompt[:alike] == prompts[members[0]][:alike] for i, prompt in enumerate(prompts) if i not in members):
+        """Tokens that the group saves; 0 if it leaves out a prompt with the same beginning."""
+        common = min(common_length(prompts[members[0]], prompts[i]) for i in members)
+        if any(prompt[:common] == prompts[members[0]][:common] for i, prompt in enumerate(prompts) if i not in members):
             return 0
-        shared = min(alike, *(len(prompts[i]) - 1 for i in members))
+        shared = min(common, *(len(prompts[i]) - 1 for i in members))
         return (len(members) - 1) * (shared - root) if shared - root >= shortest else 0
 
     return max(sum(map(worth, partition)) for partition in partitions(list(range(len(prompts)))))
@@ -41,7 +41,7 @@ tokens = st.lists(st.integers(0, 1), min_size=1, max_size=9)
 
 @settings(max_examples=300, deadline=None)
 @given(st.lists(tokens, min_size=1, max_size=6), st.integers(1, 3))
-def test_the_grouping_saves_the_most(prompts: list[list[int]], shortest: int) -> None:
+def test_grouping_saves_the_most_tokens(prompts: list[list[int]], shortest: int) -> None:
     root, groups = group(prompts, shortest=shortest)
     assert sorted(i for g in groups for i in g.prompts) == list(range(len(prompts)))
     assert root == 0 or root >= shortest
@@ -49,13 +49,12 @@ def test_the_grouping_saves_the_most(prompts: list[list[int]], shortest: int) ->
         assert g.shared == root or (g.shared - root >= shortest and len(g.prompts) > 1)
         for i in g.prompts:
             assert prompts[i][: g.shared] == prompts[g.prompts[0]][: g.shared] and g.shared < len(prompts[i])
-    everywhere = [min([len(p) - 1, common_length(p, prompts[0])]) for p in prompts]
-    assert root == (min(everywhere) if len(prompts) > 1 and min(everywhere) >= shortest else 0)
-    found = saved(prompts, root, [(g.shared, g.prompts) for g in groups])
-    assert found == best_by_brute_force(prompts, root, shortest)
+    common = min(min(len(p) - 1, common_length(p, prompts[0])) for p in prompts)
+    assert root == (common if len(prompts) > 1 and common >= shortest else 0)
+    assert saved(prompts, root, [(g.shared, g.prompts) for g in groups]) == best_by_brute_force(prompts, root, shortest)
 
 
-def test_a_judge_shares_its_rubric_and_each_instruction() -> None:
+def test_prompts_of_a_judge_share_the_rubric_and_each_instruction() -> None:
     rubric = list(range(100, 300))
     prompts = [[*rubric, *[i] * 30, *[50 + i, 60 + j] * 10, 7] for i in range(3) for j in range(4)]
     root, groups = group(prompts)
@@ -65,21 +64,24 @@ def test_a_judge_shares_its_rubric_and_each_instruction() -> None:
     ]
 
 
-def test_groups_do_not_depend_on_the_order_given_and_short_ones_come_first() -> None:
+def test_groups_do_not_depend_on_the_order_of_prompts_and_short_ones_come_first() -> None:
     prompts = [[1] * 20 + [i] * i for i in range(2, 9)] + [[9, 9], [1] * 20 + [2, 2, 2] * 9]
-    texts = lambda given: [[given[i] for i in g.prompts] for g in group(given)[1]]  # noqa: E731
+
+    def texts(prompts: list[list[int]]) -> list[list[list[int]]]:
+        return [[prompts[i] for i in g.prompts] for g in group(prompts)[1]]
+
     assert texts(prompts) == texts(prompts[::-1])
     longest = [max(map(len, g)) for g in texts(prompts)]
     assert longest == sorted(longest)
 
 
 @pytest.mark.parametrize("prompts", [[[1, 2, 3]], [[4]] * 3])
-def test_one_prompt_and_prompts_of_one_token_share_nothing(prompts: list[list[int]]) -> None:
+def test_single_prompt_and_prompts_of_one_token_share_nothing(prompts: list[list[int]]) -> None:
     root, groups = group(prompts, shortest=1)
     assert root == 0 and all(g.shared == 0 for g in groups)
 
 
-def test_a_thousand_nested_prompts_are_no_problem() -> None:
+def test_two_thousand_nested_prompts_are_grouped() -> None:
     prompts = [[1] * n for n in range(1, 2001)]
     root, groups = group(prompts)
     assert root == 0 and sum(len(g.prompts) for g in groups) == 2000

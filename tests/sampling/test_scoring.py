@@ -1,4 +1,4 @@
-"""Scores: against the softmax written out, and the same whatever else is in the batch."""
+"""Scores: equal to the plain softmax, and independent of the rest of the batch."""
 
 import jax
 import numpy as np
@@ -9,7 +9,7 @@ from jaxsi.model import decoder
 from jaxsi.runs.records import Prompt
 from jaxsi.sampling import scoring
 from jaxsi.text.chat import render_prompt, render_response
-from jaxsi.training import batches as data
+from jaxsi.training.batches import encode, packed, padded
 
 RNG = np.random.default_rng(0)
 PREFIXES = [RNG.integers(6, tiny.ENTRIES, n).tolist() for n in (1, 3, 9, 14, 5, 2)]
@@ -21,36 +21,33 @@ def scored() -> list[np.ndarray]:
     return scoring.score_ids(tiny.make_lm(), PREFIXES, CONTINUATIONS)
 
 
-def test_against_the_softmax_written_out(scored: list[np.ndarray]) -> None:
+def test_scores_equal_the_plain_softmax(scored: list[np.ndarray]) -> None:
     lm = tiny.make_lm()
     for prefix, continuation, logps in zip(PREFIXES, CONTINUATIONS, scored, strict=True):
-        row = np.zeros((1, 32), np.int32)  # one shape for all; what comes after changes nothing
+        row = np.zeros((1, 32), np.int32)  # one shape for all; later tokens have no influence
         row[0, : len(prefix) + len(continuation)] = prefix + continuation
         logits = np.asarray(lm.logits(row), np.float64)[0]
-        table = (
-            logits
-            - np.log(np.exp(logits - logits.max(-1, keepdims=True)).sum(-1, keepdims=True))
-            - logits.max(-1, keepdims=True)
-        )
+        logits -= logits.max(-1, keepdims=True)
+        table = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
         expected = [table[len(prefix) + i - 1, token] for i, token in enumerate(continuation)]
         assert logps.dtype == np.float32 and logps.shape == (len(continuation),)
         np.testing.assert_allclose(logps, expected, atol=1e-4, rtol=1e-5)
 
 
-def test_batch_mates_order_and_length_change_nothing(scored: list[np.ndarray]) -> None:
+def test_scores_do_not_depend_on_other_rows_order_or_length(scored: list[np.ndarray]) -> None:
     lm = tiny.make_lm()
     order = [3, 5, 0, 2, 4, 1]
     shuffled = scoring.score_ids(lm, [PREFIXES[i] for i in order], [CONTINUATIONS[i] for i in order], batch_size=32)
     for place, i in enumerate(order):
-        np.testing.assert_array_equal(shuffled[place], scored[i])  # the same program: bit for bit
-    alone = scoring.score_ids(lm, PREFIXES, CONTINUATIONS, batch_size=2)  # other mates, other shapes
+        np.testing.assert_array_equal(shuffled[place], scored[i])  # the same program, so equal bit for bit
+    alone = scoring.score_ids(lm, PREFIXES, CONTINUATIONS, batch_size=2)  # other rows beside it, other shapes
     longer = scoring.score_ids(lm, [*PREFIXES, [7] * 40], [*CONTINUATIONS, [8] * 20])[:-1]  # the bucket of 64
     for other in (alone, longer):
         assert max(np.abs(a - b).max() for a, b in zip(other[:5], scored[:5], strict=True)) < 1e-5
 
 
 def test_packed_padded_and_alone_agree(scored: list[np.ndarray]) -> None:
-    sequences = [data.encode(p, c) for p, c in zip(PREFIXES[:5], CONTINUATIONS[:5], strict=True)]
+    sequences = [encode(p, c) for p, c in zip(PREFIXES[:5], CONTINUATIONS[:5], strict=True)]
     lm = tiny.make_lm()
     program = jax.jit(
         lambda weights, batch: decoder.sequence_logps(
@@ -58,7 +55,7 @@ def test_packed_padded_and_alone_agree(scored: list[np.ndarray]) -> None:
         )
     )
     found: dict[str, list[float]] = {}
-    for name, arrange, length in (("packed", data.packed, 64), ("padded", data.padded, 64)):
+    for name, arrange, length in (("packed", packed, 64), ("padded", padded, 64)):
         batches = arrange(sequences, length, 8, lm.mesh, epochs=1, seed=0)
         batch = batches[0]
         assert len(batches) == 1 and (np.asarray(batch.segments_BT).max() > 1) == (name == "packed")
@@ -67,17 +64,17 @@ def test_packed_padded_and_alone_agree(scored: list[np.ndarray]) -> None:
         )
         mask = tiny.counted(batch)
         for row, segment in {(r, segments[r, t]) for r, t in np.argwhere(segments > 0).tolist()}:
-            here = (segments[row] == segment) & mask[row]
-            i = next(i for i, c in enumerate(CONTINUATIONS[:5]) if c == tokens[row, here].tolist())
-            np.testing.assert_allclose(logps[row, here], scored[i], atol=1e-5)
+            places = (segments[row] == segment) & mask[row]
+            i = next(i for i, c in enumerate(CONTINUATIONS[:5]) if c == tokens[row, places].tolist())
+            np.testing.assert_allclose(logps[row, places], scored[i], atol=1e-5)
             found.setdefault(name, []).append(i)
-    assert all(sorted(which) == [0, 1, 2, 3, 4] for which in found.values()) and len(found) == 2
+    assert all(sorted(numbers) == [0, 1, 2, 3, 4] for numbers in found.values()) and len(found) == 2
 
 
-def test_sums_of_records_and_of_texts() -> None:
+def test_score_sums_over_records_and_texts() -> None:
     lm = tiny.make_lm()
     prompt = Prompt.of("a", "loop tree")
-    ids = [50, 51, 52]  # not what its own text encodes to, and cut off
+    ids = [50, 51, 52]  # not the encoding of its own text, and without an end of turn
     record = tiny.response(prompt, 0, ids, stopped=False)
     sums = scoring.score(lm, [prompt, "loop tree"], [record, "sun moon"])
     prefix = render_prompt(lm.tokenizer, prompt.messages)
@@ -97,13 +94,13 @@ def test_sums_of_records_and_of_texts() -> None:
         ([[1] * 200], [[2] * 57], "a text of 257: .* at most 256"),
     ],
 )
-def test_errors(prefixes: list, continuations: list, message: str) -> None:
+def test_wrong_lengths_are_refused(prefixes: list, continuations: list, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         scoring.score_ids(tiny.make_lm(), prefixes, continuations)
 
 
-def test_no_array_of_all_logits_is_made() -> None:
-    """The largest buffer of logits is a tile, also where [B, T, V] would be many times that."""
+def test_scoring_never_builds_an_array_of_all_logits() -> None:
+    """The largest buffer of logits is a tile, even if [B, T, V] would be many times that size."""
     lm = tiny.make_lm()
     B, T = 128, 512
     tokens = jax.ShapeDtypeStruct((B, T), np.int32)
@@ -116,10 +113,13 @@ def test_no_array_of_all_logits_is_made() -> None:
 
 
 @pytest.mark.parametrize("longest", [1, 3])
-def test_choices_after_a_prefix_are_scored_as_if_alone(longest: int) -> None:
+def test_choices_get_the_same_scores_as_single_continuations(longest: int) -> None:
     lm = tiny.make_lm()
     rng = np.random.default_rng(0)
-    draw = lambda n: rng.integers(6, tiny.ENTRIES, n).tolist()  # noqa: E731
+
+    def draw(n: int) -> list[int]:
+        return rng.integers(6, tiny.ENTRIES, n).tolist()
+
     prefixes = [draw(n) for n in (3, 20, 7, 40, 9)]
     choices = [[draw(rng.integers(1, longest + 1)) for _ in range(4)] for _ in prefixes]
     logps = scoring.score_choices(lm, prefixes, choices, batch_size=2)
@@ -128,6 +128,6 @@ def test_choices_after_a_prefix_are_scored_as_if_alone(longest: int) -> None:
     np.testing.assert_allclose(logps, alone.reshape(5, 4), atol=1e-5)
 
 
-def test_choices_must_be_equally_many() -> None:
-    with pytest.raises(ValueError, match="give G to each"):
+def test_prefixes_with_different_numbers_of_choices_are_refused() -> None:
+    with pytest.raises(ValueError, match="give the same number to each"):
         scoring.score_choices(tiny.make_lm(), [[1], [2]], [[[3]], [[3], [4]]])

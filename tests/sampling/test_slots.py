@@ -1,4 +1,4 @@
-"""The slots' own programs; what rows make of them is in test_engine.py."""
+"""The programs that work on slots. test_engine.py checks the rows that come out of them."""
 
 import dataclasses
 import math
@@ -21,17 +21,19 @@ def fixed_of(windows: tuple[int | None, ...] | None) -> slots.Fixed:
 
 
 def columns(held: slots.Slots) -> list[int]:
-    """Of each layer."""
+    """The number of columns of each layer."""
     return [kv_cache.columns([layer]) for layer in held.cache]
 
 
 def ring_of_four(written: int, fixed: slots.Fixed) -> slots.Slots:
-    """Two slots, a ring of 4 columns (or what the layers need of it) of which ``written`` were written in turn, and
-    prompts of 2 columns: the keys hold what the positions say."""
+    """Two slots with prompts of 2 columns and a ring of 4 (or fewer, if a layer needs fewer) after ``written`` tokens.
+
+    The keys hold the numbers that the positions say.
+    """
     empty = slots.empty_slots(fixed=fixed, size=2, ring=4, prompt=2)
     held = {}
     for window in empty.held:
-        ring = [-1] * kv_cache.kept(4, window)
+        ring = [-1] * kv_cache.columns_seen(4, window)
         for n in range(written):
             ring[n % len(ring)] = 2 + n
         positions = jnp.asarray([[*ring, 0, 1], [*ring, 0, -1]], jnp.int32)
@@ -47,16 +49,17 @@ def grow(before: slots.Slots, rows: list[int], ring: int, prompt: int, fixed: sl
     )
     for (k, _), window in zip(after.cache, decoder.windows(fixed.config), strict=True):
         held, keys = np.asarray(after.held[window].positions_BS), np.asarray(k)[:, 0, :, 0]
-        np.testing.assert_array_equal(keys, np.where(held < 0, keys, held))  # keys and positions went the same way
+        np.testing.assert_array_equal(keys, np.where(held < 0, keys, held))  # keys and positions moved together
     return after.held
 
 
-def test_a_ring_that_went_round_grows_oldest_first() -> None:
+def test_full_ring_grows_with_its_oldest_column_first() -> None:
     fixed = fixed_of(None)
     after = grow(ring_of_four(6, fixed), [0, 1], ring=8, prompt=3, fixed=fixed)[NO_WINDOW]
     assert after.positions_BS.tolist() == [
-        [4, 5, 6, 7, -1, -1, -1, -1, 0, 1, -1], [4, 5, 6, 7, -1, -1, -1, -1, 0, -1, -1],
-    ]  # fmt: skip
+        [4, 5, 6, 7, -1, -1, -1, -1, 0, 1, -1],
+        [4, 5, 6, 7, -1, -1, -1, -1, 0, -1, -1],
+    ]
     assert int(after.column) == 4
 
 
@@ -67,8 +70,8 @@ def test_fewer_slots_keep_their_ring() -> None:
     assert int(after.column) == 2
 
 
-def test_a_ring_that_spans_its_window_does_not_grow() -> None:
-    """It goes on where it was; one that is still too short for its window is unrolled, and stops at a power of two."""
+def test_ring_that_spans_its_window_does_not_grow() -> None:
+    """It continues at the same column. A ring shorter than its window is unrolled and grows to a power of two."""
     fixed = fixed_of((2, 5))
     after = grow(ring_of_four(5, fixed), [0, 1], ring=16, prompt=3, fixed=fixed)
     assert after[2].positions_BS[0].tolist() == [6, 5, 0, 1] and int(after[2].column) == 1
@@ -76,9 +79,9 @@ def test_a_ring_that_spans_its_window_does_not_grow() -> None:
 
 
 @pytest.mark.parametrize("T", [16, 24])
-def test_a_layer_with_a_window_takes_the_end_of_a_prompt(T) -> None:
-    """Prompts several in a row of T columns, the last up to its end: columns hold what their positions say, and the
-    positions are a prompt's last, 4 of the 3 that the window needs, or all; nothing is left of who was there before."""
+def test_layer_with_a_window_takes_the_end_of_a_prompt(T) -> None:
+    """Rows of T columns hold several prompts; the last prompt ends with its row. Keys and positions agree. A layer with
+    the window 3 gets a prompt's last 4 positions, a layer without one gets all. The previous rows leave no trace."""
     lm = tiny.make_lm(config=dataclasses.replace(tiny.CONFIG, windows=(3, None)))
     fixed = slots.Fixed(lm.config, lm.mesh, lm.dtype)
     rows, starts, lengths = (np.asarray(x, np.int32) for x in ([0, 0, 1, 1, 1], [0, 9, 0, 2, T - 3], [9, 7, 2, 5, 3]))
@@ -90,31 +93,30 @@ def test_a_layer_with_a_window_takes_the_end_of_a_prompt(T) -> None:
     before = slots.empty_slots(fixed=fixed, size=6, ring=8, prompt=16)
     assert columns(before) == [4 + 4, 8 + 16]
     stale = {window: Held(jnp.full_like(held.positions_BS, 1), held.column) for window, held in before.held.items()}
-    after = slots.refill_slots(
-        before._replace(held=stale), wave, np.arange(5), np.asarray([5, 3, 1, 0, 2]), np.zeros((5, 2), np.uint32),
-        np.full(5, 9), np.arange(5, dtype=np.int32), generate._settings(lm, 0.0, 1.0, 0, 9, (), ()),
-        fixed=fixed, ring=8, width=16,
-    )  # fmt: skip
+    into = np.asarray([5, 3, 1, 0, 2])
+    settings = generate._settings(lm, 0.0, 1.0, 0, 9, (), ())
+    arguments = (np.arange(5), into, np.zeros((5, 2), np.uint32), np.full(5, 9), np.arange(5, dtype=np.int32), settings)
+    after = slots.refill_slots(before._replace(held=stale), wave, *arguments, fixed=fixed, ring=8, width=16)
     assert columns(after) == [4 + 4, 8 + 16]
     for (k, _), window, ring, most in zip(after.cache, (3, NO_WINDOW), (4, 8), (4, 16), strict=True):
         held = np.asarray(after.held[window].positions_BS)
-        assert (held[4] == 1).all() and (held[[5, 3, 1, 0, 2], :ring] == -1).all()
-        for p, b in enumerate([5, 3, 1, 0, 2]):
+        assert (held[4] == 1).all() and (held[into, :ring] == -1).all()
+        for p, b in enumerate(into):
             n = lengths[p]
-            (there,) = np.nonzero(held[b] >= 0)
-            assert held[b, there].tolist() == list(range(max(0, n - most), n))
-            np.testing.assert_array_equal(np.asarray(k)[b, 1, there, 7], 100 * p + held[b, there])
+            (filled,) = np.nonzero(held[b] >= 0)
+            assert held[b, filled].tolist() == list(range(max(0, n - most), n))
+            np.testing.assert_array_equal(np.asarray(k)[b, 1, filled, 7], 100 * p + held[b, filled])
 
 
-def test_windows_no_shorter_than_ring_and_prompt_change_no_shape() -> None:
+def test_windows_as_long_as_ring_and_prompt_do_not_change_shapes() -> None:
     empty = [slots.empty_slots(fixed=fixed_of(windows), size=2, ring=16, prompt=8) for windows in (None, (16, 16))]
     shapes = [[(x.shape, x.dtype) for x in jax.tree.leaves(x)] for x in empty]
     assert shapes[0] == shapes[1]
 
 
-def test_the_cache_of_a_mistral() -> None:
-    """16 slots with prompts of 16,384 tokens and 8,192 new ones, in bfloat16: 16 GiB in place of 48 where all 32 layers
-    see 4,096 positions back; 32 where every second one does."""
+def test_size_of_the_cache_of_a_mistral() -> None:
+    """16 slots with prompts of 16,384 tokens and 8,192 new ones, in bfloat16: 48 GiB without windows, 16 GiB if all 32
+    layers have a window of 4,096, and 32 GiB if every second one does."""
 
     def gib(windows: tuple[int | None, ...] | None) -> float:
         config = dataclasses.replace(SHAPES["llama-3-8b"], windows=windows)

@@ -1,4 +1,4 @@
-"""LM: fingerprints, loading from every kind of MODEL, saving, and what its errors say."""
+"""LM: fingerprints, loading from every kind of MODEL argument, saving, and errors."""
 
 import dataclasses
 import gc
@@ -14,9 +14,19 @@ import pytest
 
 import jaxsi
 import tiny
-from jaxsi import lm as lmlib
-from jaxsi.hf.weights import HFError
-from jaxsi.lm import LoadError, load
+from jaxsi.hf.config import HFError
+from jaxsi.lm import (
+    HubError,
+    LoadError,
+    borrowed,
+    export,
+    fingerprint,
+    load,
+    make_room,
+    resolve,
+    save_checkpoint,
+    tokens_array,
+)
 from jaxsi.runs import checkpoint
 from jaxsi.runs.checkpoint import CheckpointError
 from jaxsi.runs.run import Run
@@ -26,7 +36,7 @@ from jaxsi.training.optim import OptimConfig
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config:
-    """The least that a run needs."""
+    """The smallest config of a run."""
 
     seed: int = 0
 
@@ -35,48 +45,48 @@ class Config:
 def exported(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The tiny model as a Hugging Face folder, float32."""
     folder = tmp_path_factory.mktemp("export") / "hf"
-    lmlib.export(tiny.make_lm(), folder, dtype="float32")
+    export(tiny.make_lm(), folder, dtype="float32")
     return folder
 
 
 # ---------------------------------------------------------------------------------------------------------- fingerprint
 
 
-def test_fingerprint_is_of_the_bits_and_not_of_the_mesh() -> None:
+def test_fingerprint_does_not_depend_on_the_mesh() -> None:
     prints = {name: tiny.make_lm(name).fingerprint for name in ("1x1x1", "2x2x2", "1x8x1")}
     assert len(set(prints.values())) == 1
     assert len(prints["1x1x1"]) == 16 and int(prints["1x1x1"], 16) >= 0
 
 
-def test_one_bit_anywhere_changes_the_fingerprint() -> None:
+def test_every_single_bit_changes_the_fingerprint() -> None:
     lm = tiny.make_lm()
     seen = {lm.fingerprint}
     for path, w in jax.tree_util.tree_leaves_with_path(lm.weights):
-        for place in (0, w.size - 1):
+        for index in (0, w.size - 1):
             bits = np.array(w).view(np.uint32).reshape(-1)
-            bits[place] ^= 1
+            bits[index] ^= 1
             flipped = jnp.asarray(bits.view(np.float32).reshape(w.shape))
             changed = jax.tree_util.tree_map_with_path(lambda p, x, at=path, y=flipped: y if p == at else x, lm.weights)
-            seen.add(lmlib.fingerprint(changed))
+            seen.add(fingerprint(changed))
     leaves = jax.tree.leaves(lm.weights)
     assert len(seen) == 1 + sum(2 if w.size > 1 else 1 for w in leaves)
 
 
-def test_moved_values_change_the_fingerprint() -> None:
+def test_exchanged_values_change_the_fingerprint() -> None:
     lm = tiny.make_lm()
     swapped = np.array(lm.weights["embed"])
     swapped[[3, 4]] = swapped[[4, 3]]
-    assert lmlib.fingerprint(lm.weights | {"embed": jnp.asarray(swapped)}) != lm.fingerprint
-    layers = lm.weights["layers"]  # two weights of one shape, exchanged
+    assert fingerprint(lm.weights | {"embed": jnp.asarray(swapped)}) != lm.fingerprint
+    layers = lm.weights["layers"]  # k and v have the same shape
     exchanged = layers | {"k": layers["v"], "v": layers["k"]}
-    assert lmlib.fingerprint(lm.weights | {"layers": exchanged}) != lm.fingerprint
-    assert lmlib.fingerprint(jax.tree.map(lambda w: w.astype(jnp.bfloat16), lm.weights)) != lm.fingerprint
+    assert fingerprint(lm.weights | {"layers": exchanged}) != lm.fingerprint
+    assert fingerprint(jax.tree.map(lambda w: w.astype(jnp.bfloat16), lm.weights)) != lm.fingerprint
 
 
 # --------------------------------------------------------------------------------------------------------------- models
 
 
-def test_logits() -> None:
+def test_logits_on_meshes_and_in_dtypes() -> None:
     lm = tiny.make_lm()
     tokens = np.arange(10, 34).reshape(2, 12)
     logits = lm.logits(tokens)
@@ -91,23 +101,23 @@ def test_logits() -> None:
 
 
 @pytest.mark.parametrize("mesh", ["1x1x1", "2x2x2"])
-def test_sampling_weights_are_the_weights_cast_and_unstacked(mesh: str) -> None:
+def test_sampling_weights_are_cast_and_unstacked(mesh: str) -> None:
     lm = tiny.make_lm(mesh, dtype=jnp.bfloat16)
-    moved = lm.sampling_weights
-    assert moved is lm.sampling_weights, "made once"
-    assert len(moved["layers"]) == tiny.CONFIG.num_layers
-    for i, layer in enumerate(moved["layers"]):
+    weights = lm.sampling_weights
+    assert weights is lm.sampling_weights, "created only once"
+    assert len(weights["layers"]) == tiny.CONFIG.num_layers
+    for i, layer in enumerate(weights["layers"]):
         for name, w in layer.items():
             assert w.dtype == jnp.bfloat16
             np.testing.assert_array_equal(w, lm.weights["layers"][name][i].astype(jnp.bfloat16))
-    embed_shards = {shard.data.shape for shard in moved["layers"][0]["up"].addressable_shards}
-    assert embed_shards == {(16, 32) if mesh == "1x1x1" else (16, 16)}, "rows whole on each fsdp device"
+    embed_shards = {shard.data.shape for shard in weights["layers"][0]["up"].addressable_shards}
+    assert embed_shards == {(16, 32) if mesh == "1x1x1" else (16, 16)}, "each fsdp device has whole rows"
 
 
 # ------------------------------------------------------------------------------------------------------- load and save
 
 
-def test_export_and_load_give_the_same_model_on_any_mesh(exported: Path) -> None:
+def test_export_then_load_returns_the_same_model_on_any_mesh(exported: Path) -> None:
     lm = tiny.make_lm()
     for mesh in ("1x1x1", "2x2x2"):
         loaded = load(exported, tiny.mesh(mesh), "float32")
@@ -115,10 +125,10 @@ def test_export_and_load_give_the_same_model_on_any_mesh(exported: Path) -> None
         assert loaded.tokenizer.template_hash == lm.tokenizer.template_hash
         assert loaded.tokenizer.stop_ids == lm.tokenizer.stop_ids
     with pytest.raises(HFError, match="not an empty folder"):
-        lmlib.export(lm, exported)
+        export(lm, exported)
 
 
-def test_default_dtype_is_bfloat16_and_masters_are_asked_for(exported: Path) -> None:
+def test_weights_are_bfloat16_unless_weights_dtype_says_float32(exported: Path) -> None:
     lm = jaxsi.load(str(exported), tiny.mesh())
     assert lm.dtype == jnp.bfloat16 and {w.dtype for w in jax.tree.leaves(lm.weights)} == {jnp.dtype("bfloat16")}
     masters = load(exported, tiny.mesh(), "bfloat16", weights_dtype="float32")
@@ -127,7 +137,7 @@ def test_default_dtype_is_bfloat16_and_masters_are_asked_for(exported: Path) -> 
 
 def test_checkpoint_round_trip_on_another_mesh(tmp_path: Path) -> None:
     lm = tiny.make_lm("2x2x2")
-    lmlib.save_checkpoint(lm, tmp_path / "c", {"step": 3})
+    save_checkpoint(lm, tmp_path / "c", {"step": 3})
     meta = checkpoint.read_meta(tmp_path / "c" / "weights")
     assert meta == {"step": 3, "fingerprint": lm.fingerprint}
     loaded = load(tmp_path / "c", tiny.mesh("1x8x1"), "float32")
@@ -136,7 +146,7 @@ def test_checkpoint_round_trip_on_another_mesh(tmp_path: Path) -> None:
     assert {w.dtype for w in jax.tree.leaves(half.weights)} == {jnp.dtype("bfloat16")}
 
 
-def test_for_inference_the_stored_float32_is_rounded_as_it_is_read_and_the_optimizer_is_left_alone(
+def test_inference_rounds_stored_float32_while_reading_and_ignores_the_optimizer(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     lm = tiny.make_lm("1x8x1")
@@ -145,28 +155,33 @@ def test_for_inference_the_stored_float32_is_rounded_as_it_is_read_and_the_optim
         resume.save_result(lm, state, run.at("iter_1"), {"step": 0})
     folder = tmp_path / "run" / "iter_1" / "checkpoint"
     shutil.rmtree(folder / "optimizer")
-    restored: list[Any] = []
+    trees: list[Any] = []
     restore = checkpoint.restore
-    monkeypatch.setattr(checkpoint, "restore", lambda *a, **k: restored.append(restore(*a, **k)) or restored[-1])
+
+    def restore_and_note(*arguments: Any, **options: Any) -> Any:
+        trees.append(restore(*arguments, **options))
+        return trees[-1]
+
+    monkeypatch.setattr(checkpoint, "restore", restore_and_note)
     loaded = load(folder, tiny.mesh("2x2x2"), "bfloat16")
-    assert {w.dtype for w in jax.tree.leaves(restored)} == {jnp.dtype("bfloat16")}, "no float32 reached a device"
+    assert {w.dtype for w in jax.tree.leaves(trees)} == {jnp.dtype("bfloat16")}, "no float32 reached a device"
     for half, whole in zip(jax.tree.leaves(loaded.weights), jax.tree.leaves(lm.weights), strict=True):
         np.testing.assert_array_equal(np.asarray(half), np.asarray(whole).astype(jnp.bfloat16))
     assert loaded.fingerprint == lm.fingerprint
 
 
-def test_a_checkpoint_is_known_by_the_fingerprint_it_was_saved_with(tmp_path: Path) -> None:
+def test_checkpoint_keeps_its_fingerprint_in_every_dtype(tmp_path: Path) -> None:
     lm = tiny.make_lm()
-    lmlib.save_checkpoint(lm, tmp_path, {})
+    save_checkpoint(lm, tmp_path, {})
     for dtype in ("bfloat16", "float16", "float32"):
         loaded = load(tmp_path, tiny.mesh(), dtype)
         assert loaded.fingerprint == lm.fingerprint
         changed = loaded.replace(jax.tree.map(lambda w: w + 1, loaded.weights))
-        assert changed.fingerprint == lmlib.fingerprint(changed.weights) != lm.fingerprint
+        assert changed.fingerprint == fingerprint(changed.weights) != lm.fingerprint
 
 
-def test_an_interrupted_checkpoint_says_so(tmp_path: Path) -> None:
-    lmlib.save_checkpoint(tiny.make_lm(), tmp_path, {"step": 3})
+def test_interrupted_checkpoint_is_refused(tmp_path: Path) -> None:
+    save_checkpoint(tiny.make_lm(), tmp_path, {"step": 3})
     (tmp_path / "weights" / checkpoint.MANIFEST).unlink()
     with pytest.raises(CheckpointError, match="interrupted"):
         load(tmp_path, tiny.mesh())
@@ -176,7 +191,7 @@ def test_an_interrupted_checkpoint_says_so(tmp_path: Path) -> None:
 
 
 def make_run(path: Path, complete: tuple[int, ...], incomplete: tuple[int, ...] = ()) -> Path:
-    """A run directory with iterations; a checkpoint here is a config and a manifest."""
+    """A run directory with iterations, whose checkpoints are only a config and a manifest."""
     with Run.open(path, Config()) as run:
         for t in (*complete, *incomplete):
             folder = run.at(f"iter_{t}").path / "checkpoint"
@@ -187,83 +202,83 @@ def make_run(path: Path, complete: tuple[int, ...], incomplete: tuple[int, ...] 
     return path
 
 
-def test_run_directories_and_iterations(tmp_path: Path) -> None:
+def test_resolve_run_directories_and_iterations(tmp_path: Path) -> None:
     run = make_run(tmp_path / "run", (1, 2, 10), (11,))
-    assert lmlib.resolve(run) == run / "iter_10" / "checkpoint", "the newest complete one, by number"
-    assert lmlib.resolve(f"{run}/") == run / "iter_10" / "checkpoint"
-    assert lmlib.resolve(f"{run}@2") == run / "iter_2" / "checkpoint"
-    assert lmlib.resolve(run / "iter_1" / "checkpoint") == run / "iter_1" / "checkpoint"
-    for wanted in (11, 3):
-        with pytest.raises(LoadError, match=rf"iteration {wanted} not complete; .* iterations: 1, 2, 10"):
-            lmlib.resolve(f"{run}@{wanted}")
+    assert resolve(run) == run / "iter_10" / "checkpoint", "the newest complete iteration, by number"
+    assert resolve(f"{run}/") == run / "iter_10" / "checkpoint"
+    assert resolve(f"{run}@2") == run / "iter_2" / "checkpoint"
+    assert resolve(run / "iter_1" / "checkpoint") == run / "iter_1" / "checkpoint"
+    for number in (11, 3):
+        with pytest.raises(LoadError, match=rf"iteration {number} not complete; .* iterations: 1, 2, 10"):
+            resolve(f"{run}@{number}")
 
 
-def test_a_run_that_has_just_begun_is_no_model(tmp_path: Path) -> None:
+def test_run_without_a_complete_iteration_is_refused(tmp_path: Path) -> None:
     run = make_run(tmp_path / "run", ())
     with pytest.raises(LoadError, match=r"no iteration complete.*none yet"):
-        lmlib.resolve(run)
+        resolve(run)
 
 
-def test_names_that_hold_an_at_sign(tmp_path: Path, exported: Path) -> None:
+def test_paths_may_contain_an_at_sign(tmp_path: Path, exported: Path) -> None:
     run = make_run(tmp_path / "run@3", (1, 2))
-    assert lmlib.resolve(run) == run / "iter_2" / "checkpoint"
-    assert lmlib.resolve(f"{run}@1") == run / "iter_1" / "checkpoint"
+    assert resolve(run) == run / "iter_2" / "checkpoint"
+    assert resolve(f"{run}@1") == run / "iter_1" / "checkpoint"
     folder = tmp_path / "model@2"
     folder.symlink_to(exported)
-    assert lmlib.resolve(folder) == folder
+    assert resolve(folder) == folder
     with pytest.raises(LoadError, match="not a run directory"):
-        lmlib.resolve(f"{exported}@2")
+        resolve(f"{exported}@2")
 
 
-def test_what_names_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_argument_that_names_no_model_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "empty").mkdir()
     with pytest.raises(LoadError, match=r"no config\.json in it"):
-        lmlib.resolve(tmp_path / "empty")
+        resolve(tmp_path / "empty")
     for absent in (tmp_path / "absent", "gpt2", "./a/b"):
         with pytest.raises(LoadError, match="no such folder; give a Hugging Face folder"):
-            lmlib.resolve(absent)
-    with pytest.raises(lmlib.HubError, match=r"somebody/some-model: no such folder, and the hub did not give it"):
-        lmlib.resolve("somebody/some-model")
+            resolve(absent)
+    with pytest.raises(HubError, match=r"somebody/some-model: no such folder, and the hub did not give it"):
+        resolve("somebody/some-model")
 
 
-def test_hub_names_carry_a_revision(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_hub_name_may_have_a_revision(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import huggingface_hub
 
-    asked = []
+    requests = []
 
     def download(repository: str, *, revision: str | None, allow_patterns: list[str]) -> str:
-        asked.append((repository, revision))
+        requests.append((repository, revision))
         assert not [p for p in allow_patterns if "bin" in p or "pt" in p or "py" in p]
         return str(tmp_path)
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
-    assert lmlib.resolve("org/model@abc123") == tmp_path and lmlib.resolve("org/model") == tmp_path
-    assert asked == [("org/model", "abc123"), ("org/model", None)]
+    assert resolve("org/model@abc123") == tmp_path and resolve("org/model") == tmp_path
+    assert requests == [("org/model", "abc123"), ("org/model", None)]
 
 
-def test_tokens_array() -> None:
-    np.testing.assert_array_equal(lmlib.tokens_array([[1, 2], [3]], 3, 9), [[1, 2, 9], [3, 9, 9]])
+def test_tokens_array_pads_on_the_right() -> None:
+    np.testing.assert_array_equal(tokens_array([[1, 2], [3]], 3, 9), [[1, 2, 9], [3, 9, 9]])
 
 
-def test_config_of_a_checkpoint_is_a_hugging_face_config(tmp_path: Path) -> None:
-    lmlib.save_checkpoint(tiny.make_lm(), tmp_path, {"step": 0})
+def test_checkpoint_has_a_hugging_face_config(tmp_path: Path) -> None:
+    save_checkpoint(tiny.make_lm(), tmp_path, {"step": 0})
     assert json.loads((tmp_path / "config.json").read_text())["model_type"] == "llama"
 
 
 def test_all_stop_ids_survive_a_checkpoint(tmp_path: Path) -> None:
     folder = tmp_path / "model"
-    lmlib.export(tiny.make_lm(), folder, dtype="float32")
+    export(tiny.make_lm(), folder, dtype="float32")
     (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [2, 7]}))
     loaded = load(folder, dtype="float32")
     assert set(loaded.tokenizer.stop_ids) == {2, 7}
-    lmlib.save_checkpoint(loaded, tmp_path / "checkpoint", {})
+    save_checkpoint(loaded, tmp_path / "checkpoint", {})
     again = load(tmp_path / "checkpoint", dtype="float32")
     assert again.tokenizer.stop_ids == loaded.tokenizer.stop_ids
     assert again.tokenizer.template_hash == loaded.tokenizer.template_hash
-    lmlib.export(again, tmp_path / "exported")
+    export(again, tmp_path / "exported")
     assert load(tmp_path / "exported").tokenizer.stop_ids == loaded.tokenizer.stop_ids
-    written = [tmp_path / name / "generation_config.json" for name in ("checkpoint", "exported")]
-    assert json.loads(written[0].read_text()) == json.loads(written[1].read_text())
+    configs = [tmp_path / name / "generation_config.json" for name in ("checkpoint", "exported")]
+    assert json.loads(configs[0].read_text()) == json.loads(configs[1].read_text())
 
 
 def live_bytes() -> int:
@@ -271,36 +286,36 @@ def live_bytes() -> int:
     return sum(x.nbytes for x in jax.live_arrays())
 
 
-def test_sampling_weights_are_those_of_one_model_at_a_time() -> None:
-    lmlib.make_room()
+def test_only_one_model_has_sampling_weights_at_a_time() -> None:
+    make_room()
     model, other = tiny.make_lm(dtype=jnp.bfloat16), tiny.make_lm(seed=1, dtype=jnp.bfloat16)
     before, half = live_bytes(), sum(w.nbytes for w in jax.tree.leaves(model.weights)) // 2
     for lm in (model, model, other):
         assert lm.sampling_weights is lm.sampling_weights
         assert live_bytes() == before + half
-    lmlib.make_room()
+    make_room()
     assert live_bytes() == before
-    lmlib.make_room()  # with nothing to free it is no error
+    make_room()  # it is not an error if there is nothing to free
 
 
-def test_sampling_weights_go_with_their_model() -> None:
-    lmlib.make_room()
+def test_sampling_weights_are_freed_with_their_model() -> None:
+    make_room()
     before = live_bytes()
     tiny.make_lm(dtype=jnp.bfloat16).sampling_weights  # noqa: B018
     assert live_bytes() == before
 
 
-def test_borrowed_model_stays_until_there_has_to_be_room(tmp_path: Path) -> None:
+def test_borrowed_model_stays_until_make_room(tmp_path: Path) -> None:
     for seed in (0, 1):
-        lmlib.export(tiny.make_lm(seed=seed), tmp_path / str(seed), dtype="float32")
-    first = lmlib.borrowed(str(tmp_path / "0"), "float32", tiny.mesh())
-    assert lmlib.borrowed(str(tmp_path / "0"), "float32", tiny.mesh()) is first
-    lmlib.make_room()
-    assert lmlib.borrowed(str(tmp_path / "0"), "float32", tiny.mesh()) is not first
-    assert lmlib.borrowed(str(tmp_path / "1"), "float32", tiny.mesh()).fingerprint != first.fingerprint
+        export(tiny.make_lm(seed=seed), tmp_path / str(seed), dtype="float32")
+    first = borrowed(str(tmp_path / "0"), "float32", tiny.mesh())
+    assert borrowed(str(tmp_path / "0"), "float32", tiny.mesh()) is first
+    make_room()
+    assert borrowed(str(tmp_path / "0"), "float32", tiny.mesh()) is not first
+    assert borrowed(str(tmp_path / "1"), "float32", tiny.mesh()).fingerprint != first.fingerprint
 
 
-def test_a_bfloat16_folder_has_one_fingerprint_in_every_dtype(tmp_path: Path) -> None:
-    lmlib.export(tiny.make_lm(), tmp_path / "model", dtype="bfloat16")
+def test_bfloat16_folder_has_the_same_fingerprint_in_every_dtype(tmp_path: Path) -> None:
+    export(tiny.make_lm(), tmp_path / "model", dtype="bfloat16")
     first, second = (load(tmp_path / "model", dtype=dtype).fingerprint for dtype in ("bfloat16", "float32"))
     assert first == second

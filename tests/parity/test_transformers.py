@@ -16,25 +16,44 @@ torch = pytest.importorskip("torch", reason="parity with transformers needs torc
 
 import transformers  # noqa: E402
 
-from jaxsi.hf import export, weights as hf  # noqa: E402
+from jaxsi.hf import export  # noqa: E402
+from jaxsi.hf.config import read_config  # noqa: E402
+from jaxsi.hf.weights import load_weights  # noqa: E402
 from jaxsi.lm import LM  # noqa: E402
 from jaxsi.model import decoder  # noqa: E402
 from jaxsi.model.mesh import make_mesh  # noqa: E402
-from jaxsi.sampling import generate  # noqa: E402
-from jaxsi.training import batches as data, losses, reward, train  # noqa: E402
-from jaxsi.training.batches import Sequence_  # noqa: E402
+from jaxsi.sampling.generate import generate_ids  # noqa: E402
+from jaxsi.training import losses, reward, train  # noqa: E402
+from jaxsi.training.batches import Sequence_, encode, packed, pairs  # noqa: E402
 
-LLAMA3 = {"rope_type": "llama3", "rope_theta": 500_000.0, "factor": 8.0, "low_freq_factor": 1.0,
-          "high_freq_factor": 4.0, "original_max_position_embeddings": 32}  # fmt: skip
+LLAMA3 = {
+    "rope_type": "llama3",
+    "rope_theta": 500_000.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 32,
+}
 LINEAR = {"rope_type": "linear", "rope_theta": 10_000.0, "factor": 3.0}
 YARN = {"rope_type": "yarn", "rope_theta": 10_000.0, "factor": 4.0, "original_max_position_embeddings": 64}
 MSCALED = YARN | {"mscale": 0.7, "mscale_all_dim": 1.3}
-ODD = {"vocab_size": 97, "hidden_size": 36, "intermediate_size": 52, "num_hidden_layers": 3, "num_attention_heads": 6,
-       "num_key_value_heads": 2, "max_position_embeddings": 256, "bos_token_id": None,
-       "eos_token_id": None}  # fmt: skip
+ODD = {
+    "vocab_size": 97,
+    "hidden_size": 36,
+    "intermediate_size": 52,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 256,
+    "bos_token_id": None,
+    "eos_token_id": None,
+}
 THREE = {"num_attention_heads": 3, "num_key_value_heads": 1}
-MIXED = {"use_sliding_window": True, "sliding_window": 5,
-         "layer_types": ["full_attention", "sliding_attention", "full_attention"]}  # fmt: skip
+MIXED = {
+    "use_sliding_window": True,
+    "sliding_window": 5,
+    "layer_types": ["full_attention", "sliding_attention", "full_attention"],
+}
 
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama2": ("Llama", {"head_dim": 10, "rms_norm_eps": 1e-5}),
@@ -46,7 +65,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen2_yarn": ("Qwen2", MIXED | {"rope_parameters": YARN}),
     "qwen3": ("Qwen3", {"head_dim": 14, "rope_parameters": {"rope_type": "default", "rope_theta": 1e6}}),
     "qwen3_mixed": ("Qwen3", THREE | MIXED | {"head_dim": 8, "attention_bias": True, "rope_parameters": MSCALED}),
-}  # fmt: skip
+}
 FAMILIES = ("llama31", "mistral", "qwen2_yarn", "qwen3")
 
 
@@ -76,14 +95,14 @@ def torch_logits(reference: Any, tokens: np.ndarray) -> np.ndarray:
 
 
 def our_logits(folder: Path, tokens: np.ndarray) -> tuple[np.ndarray, Any, Any]:
-    config = hf.read_config(folder)
-    weights = hf.load_weights(folder, config, one_device())
+    config = read_config(folder)
+    weights = load_weights(folder, config, one_device())
     return np.asarray(decoder.full_logits(weights, config, jnp.asarray(tokens), jnp.dtype("float32"))), config, weights
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_logits_and_export(case: str, tmp_path: Path) -> None:
-    """Folder of transformers -> our logits; our export -> the logits of transformers."""
+def test_logits_agree_and_export_keeps_them(case: str, tmp_path: Path) -> None:
+    """A folder of transformers gives our logits; our export gives the logits of transformers."""
     reference, tokens = torch_model(case), rows(2, 41)
     reference.save_pretrained(tmp_path / "theirs", max_shard_size="20KB")
     assert len(list((tmp_path / "theirs").glob("*.safetensors"))) > 1
@@ -101,11 +120,11 @@ def test_logits_and_export(case: str, tmp_path: Path) -> None:
     assert again.generation_config.eos_token_id == [3, 5]
     np.testing.assert_allclose(torch_logits(again, tokens), expected, atol=1e-5, rtol=0)
     again.save_pretrained(tmp_path / "again")
-    assert hf.read_config(tmp_path / "again") == config
+    assert read_config(tmp_path / "again") == config
 
 
 def torch_logps(reference: Any, tokens: np.ndarray) -> Any:
-    """[B, T], of each token given those before it; 0 at the first."""
+    """[B, T]: the log-probability of each token after those before it; 0 at the first."""
     ids = torch.tensor(tokens, dtype=torch.long)
     logps = reference(ids).logits.float().log_softmax(-1)[:, :-1].gather(-1, ids[:, 1:, None])[..., 0]
     return torch.nn.functional.pad(logps, (1, 0))
@@ -113,13 +132,15 @@ def torch_logps(reference: Any, tokens: np.ndarray) -> Any:
 
 @pytest.mark.parametrize("case", FAMILIES)
 @pytest.mark.parametrize(("objective", "remat"), [("sft", "full"), ("dpo", "none"), ("dpo shared", "products")])
-def test_gradients(case: str, objective: str, remat: str, tmp_path: Path) -> None:
-    """Of every weight, to 1e-4 of the largest entry of its gradient; of pairs whose prompt lies in one row with both
-    responses, too."""
+def test_gradients_agree(case: str, objective: str, remat: str, tmp_path: Path) -> None:
+    """Gradients of every weight agree to 1e-4 of their largest entry.
+
+    This includes pairs whose prompt lies in one row with both responses ("dpo shared").
+    """
     reference, tokens = torch_model(case), rows(4, 41)
     reference.save_pretrained(tmp_path)
-    config = hf.read_config(tmp_path)
-    weights = hf.load_weights(tmp_path, config, one_device())
+    config = read_config(tmp_path)
+    weights = load_weights(tmp_path, config, one_device())
     starts = np.asarray([11, 11, 30, 30])
     tokens[1, :11], tokens[3, :30] = tokens[0, :11], tokens[2, :30]
     mask = np.arange(41)[None] >= starts[:, None]
@@ -135,14 +156,14 @@ def test_gradients(case: str, objective: str, remat: str, tmp_path: Path) -> Non
     loss.backward()
 
     common = (config, one_device(), "float32", remat)
-    texts = [data.encode(row[:start], row[start:]) for row, start in zip(tokens.tolist(), starts, strict=True)]
+    texts = [encode(row[:start], row[start:]) for row, start in zip(tokens.tolist(), starts, strict=True)]
     order: dict[str, Any] = {"epochs": 1, "seed": 0}
     if objective == "sft":
-        ours, batches = train.SFTLoss(*common), data.packed(texts, 41, 4, one_device(), **order)
+        ours, batches = train.SFTLoss(*common), packed(texts, 41, 4, one_device(), **order)
     else:
         ours, encoded = train.PairLoss(*common, losses.dpo, 0.01, 0.0), list(zip(texts[::2], texts[1::2], strict=True))
         order |= {"min_length": 1, "shared": objective == "dpo shared"}
-        batches = data.pairs(encoded, refs.tolist(), 2, one_device(), **order)
+        batches = pairs(encoded, refs.tolist(), 2, one_device(), **order)
     batch = batches[0]
 
     def mean(weights: Any) -> jax.Array:
@@ -164,7 +185,7 @@ def test_gradients(case: str, objective: str, remat: str, tmp_path: Path) -> Non
 
 @functools.cache
 def torch_classifier(case: str) -> Any:
-    """A reward model: one label, read at the last token that is not the pad."""
+    """A reward model: one label, read at the last token that is not padding."""
     family, changes = CASES[case]
     labels = {"num_labels": 1, "pad_token_id": 0, "attn_implementation": "eager"}
     config = getattr(transformers, f"{family}Config")(**ODD | changes | labels)
@@ -177,8 +198,9 @@ def torch_classifier(case: str) -> Any:
 
 
 @pytest.mark.parametrize("case", ["llama2", "mistral", "qwen3"])
-def test_scores_of_a_reward_model_and_export(case: str, tmp_path: Path) -> None:
-    """Folder of a classifier with one label -> our rewards of ragged texts; our export -> its scores again."""
+def test_rewards_agree_and_export_keeps_them(case: str, tmp_path: Path) -> None:
+    """A folder of a classifier with one label gives our rewards, for texts of different lengths; our export gives its
+    scores again."""
     reference = torch_classifier(case)
     texts = [np.random.default_rng(n).integers(1, ODD["vocab_size"], n).astype(np.int32) for n in (3, 17, 1, 41)]
     with torch.no_grad():
@@ -187,10 +209,10 @@ def test_scores_of_a_reward_model_and_export(case: str, tmp_path: Path) -> None:
     reference.save_pretrained(tmp_path / "theirs", max_shard_size="20KB")
 
     def ours(folder: Path) -> tuple[np.ndarray, LM]:
-        config = hf.read_config(folder)
+        config = read_config(folder)
         lm = LM(
             config=config,
-            weights=hf.load_weights(folder, config, one_device()),
+            weights=load_weights(folder, config, one_device()),
             tokenizer=types.SimpleNamespace(pad_id=0, stop_ids=()),
             mesh=one_device(),
             dtype=jnp.dtype("float32"),
@@ -214,8 +236,8 @@ def test_scores_of_a_reward_model_and_export(case: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("case", ["llama31", "qwen2_yarn"])
-def test_old_dialect(case: str, tmp_path: Path) -> None:
-    """The same model with the config.json that transformers 4 wrote."""
+def test_logits_agree_with_a_config_of_transformers_4(case: str, tmp_path: Path) -> None:
+    """The same model, with a config.json as transformers 4 writes it."""
     reference, tokens = torch_model(case), rows(1, 41)
     reference.save_pretrained(tmp_path)
     raw = json.loads((tmp_path / "config.json").read_text())
@@ -228,7 +250,7 @@ def test_old_dialect(case: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("mixed", [False, True])
-def test_bfloat16_and_mixed_files(mixed: bool, tmp_path: Path) -> None:
+def test_logits_agree_for_bfloat16_and_mixed_files(mixed: bool, tmp_path: Path) -> None:
     low, tokens = copy.deepcopy(torch_model("qwen3")), rows(2, 21)
     for name, p in low.named_parameters():  # not low.to(): it would round the rotary frequencies too
         other = torch.float32 if "norm" in name else torch.float16 if "mlp" in name else torch.bfloat16
@@ -239,14 +261,14 @@ def test_bfloat16_and_mixed_files(mixed: bool, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("case", FAMILIES)
-def test_greedy_generation_of_64_prompts(case: str, tmp_path: Path) -> None:
-    """Token for token, or the top two logits are closer than 1e-5 where the two part."""
+def test_greedy_generation_of_64_prompts_agrees(case: str, tmp_path: Path) -> None:
+    """All tokens agree, or the top two logits at the first difference are closer than 1e-5."""
     reference, new = torch_model(case), 12
     reference.save_pretrained(tmp_path)
-    config = hf.read_config(tmp_path)
+    config = read_config(tmp_path)
     lm = LM(
         config=config,
-        weights=hf.load_weights(tmp_path, config, one_device()),
+        weights=load_weights(tmp_path, config, one_device()),
         tokenizer=types.SimpleNamespace(pad_id=0, stop_ids=()),
         mesh=one_device(),
         dtype=jnp.dtype("float32"),
@@ -254,19 +276,19 @@ def test_greedy_generation_of_64_prompts(case: str, tmp_path: Path) -> None:
     by_length = [rows(16, n) for n in (1, 4, 9, 16)]
     prompts = [row.tolist() for group in by_length for row in group]
     keys = jax.random.split(jax.random.key(0), len(prompts))
-    sampled = generate.generate_ids(lm, prompts, keys, temperature=0.0, max_new_tokens=new, stop_ids=(), batch_size=64)
+    sampled = generate_ids(lm, prompts, keys, temperature=0.0, max_new_tokens=new, stop_ids=(), batch_size=64)
     ours = [samples[0][0] for samples in sampled]
     theirs: list[list[int]] = []
     for group in by_length:
         tokens = torch.tensor(group, dtype=torch.long)
-        out = reference.generate(
+        generated = reference.generate(
             tokens, attention_mask=torch.ones_like(tokens), max_new_tokens=new, do_sample=False, pad_token_id=0
         )
-        theirs += out[:, group.shape[1] :].tolist()
+        theirs += generated[:, group.shape[1] :].tolist()
     assert len(ours) == len(theirs) == 64
     for prompt, a, b in zip(prompts, ours, theirs, strict=True):
         assert len(a) == len(b) == new
-        parting = next((i for i in range(new) if a[i] != b[i]), None)
-        if parting is not None:
-            last = np.sort(torch_logits(reference, np.asarray([prompt + b[:parting]]))[0, -1])
+        difference = next((i for i in range(new) if a[i] != b[i]), None)
+        if difference is not None:
+            last = np.sort(torch_logits(reference, np.asarray([prompt + b[:difference]]))[0, -1])
             assert last[-1] - last[-2] < 1e-5, (prompt, a, b)

@@ -1,4 +1,4 @@
-"""The micro world for several processes: SPIN, whose programs are the fewest, since each test runs it more than once."""
+"""The micro world for several processes: SPIN, which compiles the fewest programs. Each test runs it more than once."""
 
 import dataclasses
 from pathlib import Path

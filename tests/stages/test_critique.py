@@ -229,7 +229,7 @@ def test_unknown_and_doubled_responses_are_errors() -> None:
 
 def test_a_local_critic_reads_every_response(tmp_path, monkeypatch) -> None:
     lm = tiny.make_lm()
-    monkeypatch.setattr(critiquelib, "loaded", lambda model, dtype: lm)
+    monkeypatch.setattr(critiquelib, "borrowed", lambda model, dtype: lm)
     critic = critiquelib.LocalCritic(model="stronger", max_new_tokens=4)
     short = dataclasses.replace(SRT, request="{prompt} {response}")
     got = critic(PROMPTS, [made("p0#0"), made("p1#0", "axe " * 300)], short, jax.random.key(0))

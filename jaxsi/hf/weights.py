@@ -140,11 +140,11 @@ def load_weights(
     """
     shardings = weight_shardings(config, mesh, rules)
     expected = expected_tensors(config)
-    found = _read_headers(Path(folder), len(expected))
-    _check_tensors(Path(folder), config, expected, found)
+    tensors = _read_headers(Path(folder), len(expected))
+    _check_tensors(Path(folder), config, expected, tensors)
     dtype = np.dtype(dtype)
     with contextlib.ExitStack() as stack:
-        files = {file: _open(stack, file) for file in {tensor.file for tensor in found.values()}}
+        files = {file: _open(stack, file) for file in {tensor.file for tensor in tensors.values()}}
 
         def read(name: str, parameter: Parameter, sharding: jax.sharding.Sharding) -> jax.Array:
             pattern, layout = NAMES[config.family][name]
@@ -160,11 +160,11 @@ def load_weights(
                     block = np.empty([stop - start for start, stop in bounds], dtype)
                     for layer, target in zip(layers, block if stacked else [block], strict=True):
                         file_name = pattern.format(layer)
-                        tensor = files[found[file_name].file].get_slice(file_name)
+                        tensor = files[tensors[file_name].file].get_slice(file_name)
                         target[...] = layout.read(tensor, inner, shape).astype(dtype)
                         if not np.isfinite(target).all():
                             raise HFError(
-                                f"{found[file_name].file}: tensor {file_name} has values not finite in {dtype}"
+                                f"{tensors[file_name].file}: tensor {file_name} has values not finite in {dtype}"
                             )
                     cache[bounds] = block
                 return cache[bounds]
@@ -206,26 +206,26 @@ def _read_headers(folder: Path, tensors: int) -> dict[str, Tensor]:
         weight_map, files = None, [folder / WEIGHTS]
     else:
         pickles = sorted(p.name for p in folder.glob("*") if p.suffix in (".bin", ".pt", ".pth", ".pkl"))
-        found = (
+        reason = (
             f"there is {pickles[0]}, a pickle, which can run code; convert it to safetensors"
             if pickles
             else "no weights"
         )
-        raise HFError(f"{folder}: has neither {WEIGHTS} nor {INDEX}: {found}")
-    merged: dict[str, Tensor] = {}
+        raise HFError(f"{folder}: has neither {WEIGHTS} nor {INDEX}: {reason}")
+    by_name: dict[str, Tensor] = {}
     for file in files:
         for name, tensor in _read_header(file, tensors).items():
-            if name in merged:
-                raise HFError(f"{file}: tensor {name} is also in {merged[name].file.name}")
+            if name in by_name:
+                raise HFError(f"{file}: tensor {name} is also in {by_name[name].file.name}")
             if weight_map is not None and weight_map.get(name) != file.name:
                 raise HFError(f"{file}: contains tensor {name}, but the index says {weight_map.get(name)}")
-            merged[name] = tensor
-    missing = sorted(set(weight_map or ()) - set(merged))
+            by_name[name] = tensor
+    missing = sorted(set(weight_map or ()) - set(by_name))
     if missing:
         raise HFError(
             f"{folder / INDEX}: tensor {missing[0]} (and {len(missing) - 1} more) is not in the file that it says"
         )
-    return merged
+    return by_name
 
 
 def _read_header(file: Path, tensors: int) -> dict[str, Tensor]:
@@ -251,7 +251,7 @@ def _read_header(file: Path, tensors: int) -> dict[str, Tensor]:
     try:
         header = json.loads(text, object_pairs_hook=unique)
         header.pop("__metadata__", None)
-        found = {name: Tensor(file, t["dtype"], tuple(t["shape"])) for name, t in header.items()}
+        entries = {name: Tensor(file, t["dtype"], tuple(t["shape"])) for name, t in header.items()}
         end = max((t["data_offsets"][1] for t in header.values()), default=0)
     except (ValueError, TypeError, KeyError, AttributeError, IndexError, RecursionError) as error:
         raise HFError(f"{file}: its header is not that of a safetensors file: {error!r}") from error
@@ -260,32 +260,29 @@ def _read_header(file: Path, tensors: int) -> dict[str, Tensor]:
             f"{file}: has {size} bytes, but its header says {end + 8 + length}: truncated or extended; "
             "download it again"
         )
-    return found
+    return entries
 
 
 def _check_tensors(
-    folder: Path, config: ModelConfig, expected: Mapping[str, tuple[int, ...]], found: dict[str, Tensor]
+    folder: Path, config: ModelConfig, expected: Mapping[str, tuple[int, ...]], tensors: dict[str, Tensor]
 ) -> None:
-    missing = sorted(set(expected) - set(found))
+    missing = sorted(set(expected) - set(tensors))
     if missing:
         raise HFError(f"{folder}: {len(missing)} of {len(expected)} tensors are missing: {_few(missing)}")
-    ignored = {name for name in found if name.endswith("rotary_emb.inv_freq")}  # computed from the config
+    ignored = {name for name in tensors if name.endswith("rotary_emb.inv_freq")}  # computed from the config
     if config.tie_embeddings:
-        ignored |= {"lm_head.weight"} & set(found)  # a copy of the embedding
-    extra = sorted(set(found) - set(expected) - ignored)
+        ignored |= {"lm_head.weight"} & set(tensors)  # a copy of the embedding
+    extra = sorted(set(tensors) - set(expected) - ignored)
     if extra:
         raise HFError(
             f"{folder}: {len(extra)} tensors do not belong to a {config.family} model of this config: {_few(extra)}"
         )
     for name, shape in expected.items():
-        if found[name].shape != shape:
-            raise HFError(
-                f"{found[name].file}: tensor {name} has shape {found[name].shape}, the config asks for {shape}"
-            )
-        if found[name].dtype not in DTYPES:
-            raise HFError(
-                f"{found[name].file}: tensor {name} has dtype {found[name].dtype}; supported are {', '.join(DTYPES)}"
-            )
+        tensor = tensors[name]
+        if tensor.shape != shape:
+            raise HFError(f"{tensor.file}: tensor {name} has shape {tensor.shape}, the config asks for {shape}")
+        if tensor.dtype not in DTYPES:
+            raise HFError(f"{tensor.file}: tensor {name} has dtype {tensor.dtype}; supported are {', '.join(DTYPES)}")
 
 
 def _few(names: list[str]) -> str:

@@ -17,7 +17,7 @@ class Int8(NamedTuple):
     scales: jax.Array
 
 
-class Held(NamedTuple):
+class Contents(NamedTuple):
     """What the columns of a cache hold.
 
     positions_BS int32: the text position of each column, -1 if it is empty. column: int32 scalar, the one that all rows

@@ -14,7 +14,7 @@ from jax.sharding import Mesh
 from jaxsi.model import decoder, kv_cache
 from jaxsi.model.attention import attend, attend_causally, attend_last
 from jaxsi.model.decoder import ModelConfig, Weights
-from jaxsi.model.kv_cache import Cache, Held, Stored
+from jaxsi.model.kv_cache import Cache, Contents, Stored
 
 
 def prefill(
@@ -91,7 +91,7 @@ def decode(
     tokens_B: jax.Array,
     positions_B: jax.Array,
     cache: Cache,
-    held: Mapping[int, Held],
+    contents: Mapping[int, Contents],
     *,
     dtype: Any,
 ) -> tuple[jax.Array, Cache]:
@@ -100,7 +100,7 @@ def decode(
     Returns the hidden states [B, D], and the cache with one column written.
 
     Args:
-      held: by the window of a layer, what its cache holds, including the new tokens, and the column that gets them.
+      contents: by the window of a layer, what its cache holds, including the new tokens, and the column that gets them.
         (All rows share this column, because their prompts are right-padded.)
     """
     x_BTD = decoder.embed(weights, tokens_B[:, None], dtype)
@@ -113,13 +113,13 @@ def decode(
         update = functools.partial(jax.lax.dynamic_update_slice_in_dim, start_index=column, axis=2)
         return jax.tree.map(update, old, kv_cache.stored_like(new_BKTC, old))
 
-    seen = {window: sees(window, columns.positions_BS) for window, columns in held.items()}
+    masks = {window: sees(window, columns.positions_BS) for window, columns in contents.items()}
     new_cache: Cache = []
     for layer, window, (keys, values) in zip(weights["layers"], decoder.windows(config), cache, strict=True):
         q_BTHC, k_new, v_new = decoder.qkv(layer, config, x_BTD, positions_B[:, None])
-        column = held[window].column
+        column = contents[window].column
         keys, values = write(column, keys, k_new), write(column, values, v_new)
-        attended_BHC = attend_last(q_BTHC[:, 0], keys, values, seen[window])
+        attended_BHC = attend_last(q_BTHC[:, 0], keys, values, masks[window])
         x_BTD = decoder.after_attention(layer, config, x_BTD, attended_BHC[:, None])
         new_cache.append((keys, values))
     return decoder.rms_norm(x_BTD[:, 0], weights["final_norm"], config.norm_eps), new_cache

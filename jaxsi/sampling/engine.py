@@ -96,14 +96,14 @@ def first_fit(lengths: Sequence[int], width: int) -> list[tuple[int, int]]:
 
     The longest text comes first; each goes into the first row with enough room.
     """
-    filled: list[int] = []
+    widths: list[int] = []
     places = [(0, 0)] * len(lengths)
     for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
-        row = next((r for r, n in enumerate(filled) if n + lengths[i] <= width), len(filled))
-        if row == len(filled):
-            filled.append(0)
-        places[i] = (row, filled[row])
-        filled[row] += lengths[i]
+        row = next((r for r, n in enumerate(widths) if n + lengths[i] <= width), len(widths))
+        if row == len(widths):
+            widths.append(0)
+        places[i] = (row, widths[row])
+        widths[row] += lengths[i]
     return places
 
 
@@ -172,7 +172,7 @@ def _fold_numbers(words_P2: jax.Array, num_samples: int) -> jax.Array:
     return jax.random.key_data(jax.vmap(fold)(keys_of(words_P2)))
 
 
-class Computed(NamedTuple):
+class SizedWave(NamedTuple):
     """A wave and the number of tokens in each of its rows."""
 
     wave: Wave
@@ -192,8 +192,8 @@ class Ahead:
         """Yields up to ``size`` prompts at a time: their numbers, their wave, and the padded width of the longest."""
         shared, groups = self.group(self.prompts)
         # cuDNN's attention, used on GPUs, has no segments: there a row is one prompt.
-        apart = meshlib.platform(self.lm.mesh) != "gpu" and not any(group.shared for group in groups)
-        if apart and max(map(len, self.prompts)) <= CHUNK:
+        packable = meshlib.platform(self.lm.mesh) != "gpu" and not any(group.shared for group in groups)
+        if packable and max(map(len, self.prompts)) <= CHUNK:
             yield from self.packed()
             return
         root = None
@@ -205,14 +205,14 @@ class Ahead:
         sharing = [list(dict.fromkeys(group for _, group in wave if group.shared > shared)) for wave in waves]
         size = padded_rows(1 + max(map(len, sharing)), self.parts)
         for numbered, sharing_groups in zip(waves, sharing, strict=True):
-            before, places = root, dict.fromkeys(sharing_groups, 0)
+            base, places = root, dict.fromkeys(sharing_groups, 0)
             if sharing_groups:
                 segments = [[], *(list(self.prompts[g.prompts[0]][shared : g.shared]) for g in sharing_groups)]
                 places = {group: place for place, group in enumerate(sharing_groups, 1)}
-                before = self.compute(root, [0] * len(segments), segments, size)
+                base = self.compute(root, [0] * len(segments), segments, size)
             rows = [places.get(group, 0) for _, group in numbered]
             rest = [list(self.prompts[number][group.shared :]) for number, group in numbered]
-            wave = self.compute(before, rows, rest, self.size).wave
+            wave = self.compute(base, rows, rest, self.size).wave
             yield [number for number, _ in numbered], wave, kv_cache.columns(wave.cache)
 
     def packed(self) -> Iterator[tuple[list[int], Wave, int]]:
@@ -228,12 +228,12 @@ class Ahead:
             packed = self.layout(segments + [[]] * filler, wave_places + [(0, 0)] * filler, (R, T))
             yield list(wave), self.begin(packed), width
 
-    def compute(self, before: Computed | None, rows: list[int], segments: list[list[int]], size: int) -> Computed:
-        """``size`` rows: ``segments`` appended to the rows ``rows`` of ``before``, one chunk at a time."""
+    def compute(self, base: SizedWave | None, rows: list[int], segments: list[list[int]], size: int) -> SizedWave:
+        """``size`` rows: ``segments`` appended to the rows ``rows`` of ``base``, one chunk at a time."""
         filler = size - len(segments)
         rows, segments = rows + [0] * filler, segments + [[]] * filler
         rows_P = self.put(np.asarray(rows, np.int32))
-        wave, lengths = before if before is not None else (None, [0])
+        wave, lengths = base if base is not None else (None, [0])
         lengths = [lengths[row] for row in rows]
         for start in range(0, max(map(len, segments)), CHUNK):
             chunk = [segment[start : start + CHUNK] for segment in segments]
@@ -255,7 +255,7 @@ class Ahead:
                 )
             rows_P = None  # later chunks of a row are appended to that row
         assert wave is not None
-        return Computed(wave, lengths)
+        return SizedWave(wave, lengths)
 
     def layout(self, segments: list[list[int]], places: list[tuple[int, int]], shape: tuple[int, int]) -> Packed:
         """Rows of this shape with each of the ``segments`` at its place (row, first column)."""

@@ -207,7 +207,7 @@ def generate(
                 f"{lm.config.max_positions} positions; shorten the prompt or lower max_new_tokens"
             )
     keys = named_keys(key, [p.id for p in records])
-    sampled = generate_ids(
+    results = generate_ids(
         lm,
         ids,
         keys,
@@ -232,7 +232,7 @@ def generate(
             fingerprint=lm.fingerprint,
             template=lm.tokenizer.template_hash,
         )
-        for p, samples in zip(records, sampled, strict=True)
+        for p, samples in zip(records, results, strict=True)
         for n, (token_ids, logps, stopped) in enumerate(samples)
     ]
 

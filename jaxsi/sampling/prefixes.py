@@ -81,16 +81,16 @@ def _best(agree: Sequence[int], lengths: Sequence[int], root: int, shortest: int
     stack = [_Node(0, 0, [])]
     for place, shared in enumerate([*agree, 0]):
         first = place
-        closed: _Node | None = None
+        child: _Node | None = None
         while stack[-1].agree > shared:
-            closed = stack.pop()
-            closed.close(place, lengths[closed.first], root, shortest)
-            first = closed.first
+            child = stack.pop()
+            child.close(place, lengths[child.first], root, shortest)
+            first = child.first
             if stack[-1].agree >= shared:
-                stack[-1].parts.append(closed)
-                closed = None
+                stack[-1].parts.append(child)
+                child = None
         if stack[-1].agree < shared:
-            stack.append(_Node(first, shared, [closed] if closed is not None else []))
+            stack.append(_Node(first, shared, [child] if child is not None else []))
     chosen: list[_Node] = []
     pending = stack[0].parts
     while pending:

@@ -47,14 +47,14 @@ def score_ids(
         raise ValueError(f"{len(prefixes)} prefixes and {len(continuations)} continuations: give one for each prefix")
     rows = [[*prefix, *continuation] for prefix, continuation in zip(prefixes, continuations, strict=True)]
     _check_lengths(lm, prefixes, rows)
-    scored: dict[int, np.ndarray] = {}
+    row_logps: dict[int, np.ndarray] = {}
     for batch, tokens_BT, lengths_B in rows_on_mesh(lm, rows, batch_size):
         logps_BT = score_batch(
             lm.weights, tokens_BT, lengths_B, config=lm.config, dtype=jnp.dtype(lm.dtype), mesh=lm.mesh
         )
         for i, logps_T in zip(batch, meshlib.fetch(logps_BT), strict=False):
-            scored[i] = logps_T[len(prefixes[i]) : len(rows[i])].copy()
-    return [scored[i] for i in range(len(rows))]
+            row_logps[i] = logps_T[len(prefixes[i]) : len(rows[i])].copy()
+    return [row_logps[i] for i in range(len(rows))]
 
 
 def _check_lengths(lm: LM, prefixes: Sequence[Sequence[int]], rows: Sequence[Sequence[int]]) -> None:
@@ -78,9 +78,9 @@ def rows_on_mesh(
     order = sorted(range(len(rows)), key=lambda i: (len(rows[i]), i))
     for start in range(0, len(order), size):
         batch = order[start : start + size]
-        filled = batch + [batch[0]] * (size - len(batch))
-        tokens_BT = tokens_array([rows[i] for i in filled], bucket(len(rows[batch[-1]])), 0)
-        lengths_B = np.asarray([len(rows[i]) for i in filled], np.int32)
+        full_batch = batch + [batch[0]] * (size - len(batch))
+        tokens_BT = tokens_array([rows[i] for i in full_batch], bucket(len(rows[batch[-1]])), 0)
+        lengths_B = np.asarray([len(rows[i]) for i in full_batch], np.int32)
         yield (
             batch,
             meshlib.put(tokens_BT, lm.mesh, ("batch", None)),
@@ -126,8 +126,8 @@ def score_continuations(
     lm: LM, prefixes: Sequence[Sequence[int]], continuations: Sequence[Sequence[int]], *, batch_size: int = 32
 ) -> np.ndarray:
     """Summed log-probability [N] float32 of each continuation after its prefix, both as token ids."""
-    scored = score_ids(lm, prefixes, continuations, batch_size=batch_size)
-    return np.asarray([logps.sum(dtype=np.float32) for logps in scored], np.float32)
+    token_logps = score_ids(lm, prefixes, continuations, batch_size=batch_size)
+    return np.asarray([logps.sum(dtype=np.float32) for logps in token_logps], np.float32)
 
 
 def score(lm: LM, prompts: Sequence[Prompt | str], responses: Sequence[Response | str]) -> np.ndarray:

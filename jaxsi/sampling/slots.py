@@ -19,7 +19,7 @@ import jax.numpy as jnp
 
 from jaxsi.model import decoder, kv_cache, mesh as meshlib
 from jaxsi.model.decoder import Weights
-from jaxsi.model.kv_cache import Cache, Held, columns_seen
+from jaxsi.model.kv_cache import Cache, Contents, columns_seen
 from jaxsi.sampling import decoding
 from jaxsi.sampling.token_sampling import MAX_MARKER, Settings, ended, sample_tokens
 
@@ -31,7 +31,7 @@ class Slots(NamedTuple):
 
     Attributes:
       cache: columns of the ring, then of the prompts.
-      held: what the columns hold, by the window of a layer; ``column`` belongs to the ring.
+      contents: what the columns hold, by the window of a layer; ``column`` belongs to the ring.
       recent_BM: int32, the newest tokens, oldest first.
       places_B: int32, the text position of the newest token.
       counts_B, limits_B: int32, the number of new tokens and its limit.
@@ -40,7 +40,7 @@ class Slots(NamedTuple):
     """
 
     cache: Cache
-    held: dict[int, Held]
+    contents: dict[int, Contents]
     recent_BM: jax.Array
     places_B: jax.Array
     counts_B: jax.Array
@@ -149,25 +149,25 @@ def extend_prompts(
     weights: Weights,
     tokens_PT: jax.Array,
     counts_P: jax.Array,
-    before: Wave,
+    base: Wave,
     rows_P: jax.Array | None,
     *,
     fixed: Fixed,
     length: int,
 ) -> Wave:
-    """Appends more tokens of prompts to the rows ``rows_P`` of ``before``, in a cache of ``length`` columns.
+    """Appends more tokens of prompts to the rows ``rows_P`` of ``base``, in a cache of ``length`` columns.
 
-    ``before`` must have one prompt per row. If ``rows_P`` is None, all rows stay in order on their devices. A row
+    ``base`` must have one prompt per row. If ``rows_P`` is None, all rows stay in order on their devices. A row
     without new tokens is copied.
     """
 
     def fit(_: int, rows_P: jax.Array | None, x_BKSC: jax.Array) -> jax.Array:
         return jnp.pad(_rows(x_BKSC, rows_P), ((0, 0), (0, 0), (0, length - x_BKSC.shape[2]), (0, 0)))
 
-    cache = fixed.changed(fit, rows_P, before.cache)
-    lengths_P = _rows(before.lengths_P, rows_P)
+    cache = fixed.changed(fit, rows_P, base.cache)
+    lengths_P = _rows(base.lengths_P, rows_P)
     hidden_PD, cache = decoding.extend(weights, fixed.config, tokens_PT, counts_P, cache, lengths_P, dtype=fixed.dtype)
-    hidden_PD = jnp.where((counts_P > 0)[:, None], hidden_PD, _rows(before.hidden_PD, rows_P))
+    hidden_PD = jnp.where((counts_P > 0)[:, None], hidden_PD, _rows(base.hidden_PD, rows_P))
     places_P = jnp.arange(counts_P.shape[0], dtype=jnp.int32)
     return Wave(fixed.on_mesh(cache), places_P, jnp.zeros_like(places_P), lengths_P + counts_P, hidden_PD)
 
@@ -185,7 +185,7 @@ def empty_slots(*, fixed: Fixed, size: int, ring: int, prompt: int) -> Slots:
 
     return Slots(
         cache=fixed.stored([(zeros[window], zeros[window]) for window in decoder.windows(c)]),
-        held={w: Held(by_row(jnp.full((size, S), -1, jnp.int32)), jnp.int32(0)) for w, S in columns.items()},
+        contents={w: Contents(by_row(jnp.full((size, S), -1, jnp.int32)), jnp.int32(0)) for w, S in columns.items()},
         recent_BM=by_row(jnp.full((size, MAX_MARKER), -1, jnp.int32)),
         places_B=by_row(integers),
         counts_B=by_row(integers),
@@ -260,19 +260,19 @@ def refill_slots(
         new_nKSC = jax.vmap(cut)(rows_n, begin(columns))
         return old_BKSC.at[into_n, :, first : first + columns].set(new_nKSC, mode="drop")
 
-    def hold(window: int, held: Held) -> Held:
-        S = held.positions_BS.shape[1]
+    def hold(window: int, contents: Contents) -> Contents:
+        S = contents.positions_BS.shape[1]
         columns_S = jnp.arange(S, dtype=jnp.int32) - columns_seen(ring, window)
         places_nS = columns_S[None] - (starts_n - begin(columns_seen(width, window)))[:, None]
         in_prompt_nS = (columns_S >= 0)[None] & (places_nS >= 0) & (places_nS < lengths_n[:, None])
-        return held._replace(positions_BS=put(held.positions_BS, jnp.where(in_prompt_nS, places_nS, -1)))
+        return contents._replace(positions_BS=put(contents.positions_BS, jnp.where(in_prompt_nS, places_nS, -1)))
 
     recent_nM = jnp.full((rows_n.shape[0], MAX_MARKER), -1, jnp.int32).at[:, -1].set(first_n)
     stopped_n = ended(recent_nM, settings)
     limits_n = jnp.minimum(limits_n, settings.limit)
     return Slots(
         cache=fixed.changed(enter, rows_n, slots.cache, wave.cache),
-        held={window: hold(window, held) for window, held in slots.held.items()},
+        contents={window: hold(window, contents) for window, contents in slots.contents.items()},
         recent_BM=put(slots.recent_BM, recent_nM),
         places_B=put(slots.places_B, lengths_n),
         counts_B=put(slots.counts_B, 1),
@@ -304,9 +304,9 @@ def decode_slots(
     def write(x_BN: jax.Array, x_B: jax.Array, column: jax.Array) -> jax.Array:
         return jax.lax.dynamic_update_slice_in_dim(x_BN, x_B[:, None], column, axis=1)
 
-    def advance(window: int, held: Held) -> Held:
-        after = held.column + 1
-        return held._replace(column=jnp.where(after < columns_seen(ring, window), after, 0))
+    def advance(window: int, contents: Contents) -> Contents:
+        next_column = contents.column + 1
+        return contents._replace(column=jnp.where(next_column < columns_seen(ring, window), next_column, 0))
 
     def unfinished(state: Any) -> jax.Array:
         i, slots, _, _ = state
@@ -314,9 +314,9 @@ def decode_slots(
 
     def step(state: Any) -> Any:
         i, slots, tokens_BN, logps_BN = state
-        held = {
-            window: held._replace(positions_BS=write(held.positions_BS, slots.places_B, held.column))
-            for window, held in slots.held.items()
+        contents = {
+            window: contents._replace(positions_BS=write(contents.positions_BS, slots.places_B, contents.column))
+            for window, contents in slots.contents.items()
         }
         hidden_BD, cache = decoding.decode(
             weights,
@@ -324,7 +324,7 @@ def decode_slots(
             slots.recent_BM[:, -1],
             slots.places_B,
             slots.cache,
-            held,
+            contents,
             dtype=fixed.dtype,
         )
         next_B, logp_B = sample_tokens(
@@ -337,7 +337,7 @@ def decode_slots(
         stopped_B = slots.stopped_B | (going_B & ended(recent_BM, settings))
         slots = Slots(
             cache=cache,
-            held={window: advance(window, columns) for window, columns in held.items()},
+            contents={window: advance(window, columns) for window, columns in contents.items()},
             recent_BM=recent_BM,
             places_B=slots.places_B + going_B,
             counts_B=counts_B,
@@ -374,17 +374,17 @@ def resize_slots(
 
         recent, prompt = jnp.split(_rows(x, rows_b), [columns_seen(ring, window)], axis=axis)
         if longer(window):
-            recent = jnp.roll(recent, -slots.held[window].column, axis=axis)
+            recent = jnp.roll(recent, -slots.contents[window].column, axis=axis)
         recent = pad(recent, columns_seen(new_ring, window))
         return jnp.concatenate([recent, pad(prompt, columns_seen(new_prompt, window))], axis=axis)
 
-    def hold(window: int, held: Held) -> Held:
-        positions_BS = columns(window, rows_b, held.positions_BS, axis=1, empty=-1)
-        return Held(positions_BS, jnp.int32(ring) if longer(window) else held.column)
+    def hold(window: int, contents: Contents) -> Contents:
+        positions_BS = columns(window, rows_b, contents.positions_BS, axis=1, empty=-1)
+        return Contents(positions_BS, jnp.int32(ring) if longer(window) else contents.column)
 
     others = {f: _rows(getattr(slots, f), rows_b) for f in Slots._fields[2:]}
     return Slots(
         cache=fixed.changed(columns, rows_b, slots.cache),
-        held={window: hold(window, held) for window, held in slots.held.items()},
+        contents={window: hold(window, contents) for window, contents in slots.contents.items()},
         **others,
     )

@@ -100,10 +100,10 @@ def marker_ids(tokenizer: Tokenizer, text: str) -> tuple[int, ...]:
       ValueError: if the line break before it and its first characters form one token: then the sampler cannot see that
         the marker ends a response.
     """
-    before, whole = tokenizer.encode_text("x\n"), tokenizer.encode_text(f"x\n{text}")
-    if not text or whole[: len(before)] != before:
+    prefix, whole = tokenizer.encode_text("x\n"), tokenizer.encode_text(f"x\n{text}")
+    if not text or whole[: len(prefix)] != prefix:
         raise ValueError(f"{text!r} does not begin with a token of its own after a line break; choose another marker")
-    return tuple(whole[len(before) :])
+    return tuple(whole[len(prefix) :])
 
 
 def written_response(tokenizer: Tokenizer, id: str, prompt_id: str, text: str) -> Response:

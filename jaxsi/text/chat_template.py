@@ -93,14 +93,14 @@ class ControlStrings:
             spans.append((len(text) - end, len(text)))
         if not spans:
             return text
-        written, position = "", 0
+        safe_text, position = "", 0
         for start, end in sorted(spans):
             if end <= position:  # inside the previous span
                 continue
             start = max(start, position)
-            written += text[position:start] + sentinel(text[start:end])
+            safe_text += text[position:start] + sentinel(text[start:end])
             position = end
-        return written + text[position:]
+        return safe_text + text[position:]
 
     def _edge(self, text: str, pieces: set[str], *, front: bool) -> int:
         for n in range(min(self._longest - 1, len(text)), 0, -1):

@@ -99,8 +99,8 @@ class Tokenizer:
             self.names = {"bos_token": "", "eos_token": ""} | self.names
         compile_template(self.chat_template)  # a broken template is an error now, not at the first prompt
         # Some fine-tunes add turn markers without declaring them special: those that the template writes are control.
-        written = written_strings(self.chat_template, self.names)
-        markers = {text: token for text, token in vocabulary.added.items() if text in written}
+        template_text = written_strings(self.chat_template, self.names)
+        markers = {text: token for text, token in vocabulary.added.items() if text in template_text}
         markers |= {text: token for text, token in vocabulary.added.items() if token in self._generation_eos}
         ids = {**vocabulary.special, **markers}
         role_ids = {self.bos_id, self.eos_id, pad_id}
@@ -283,7 +283,7 @@ class SentencePieceLibrary:
         names = {name: text for name, text in self._model.names.items() if name not in config} | _special_names(config)
         special = {piece: ids[piece] for piece in self._model.control}
         self._extra: dict[str, int] = {}
-        listed = list(config.get("additional_special_tokens") or []) + list(config.get("extra_special_tokens") or [])
+        specials = list(config.get("additional_special_tokens") or []) + list(config.get("extra_special_tokens") or [])
         for number, token in (config.get("added_tokens_decoder") or {}).items():
             if token.get("lstrip") or token.get("rstrip"):
                 raise TokenizerError(
@@ -293,8 +293,8 @@ class SentencePieceLibrary:
                 )
             if ids.setdefault(token["content"], int(number)) >= self._size:
                 self._extra[token["content"]] = int(number)
-            listed += [token["content"]] if token.get("special") else []
-        for token in [*(t["content"] if isinstance(t, dict) else t for t in listed), *names.values()]:
+            specials += [token["content"]] if token.get("special") else []
+        for token in [*(t["content"] if isinstance(t, dict) else t for t in specials), *names.values()]:
             if token not in ids:
                 raise TokenizerError(
                     path, f"has no piece {token!r}, which tokenizer_config.json names", "Correct the name there"
@@ -483,10 +483,10 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
         _refuse_pointer(model_path)
         library = SentencePieceLibrary(model_path.read_bytes(), config, model_path, template)
     else:
-        found = ", ".join(sorted(path.name for path in folder.iterdir())[:12]) or "nothing"
+        names = ", ".join(sorted(path.name for path in folder.iterdir())[:12]) or "nothing"
         raise TokenizerError(
             folder,
-            f"has neither tokenizer.json nor tokenizer.model (it holds {found})",
+            f"has neither tokenizer.json nor tokenizer.model (it holds {names})",
             "Copy the file from where the model came from. To convert a tokenizer of another format to tokenizer.json, "
             "use transformers: AutoTokenizer.from_pretrained(FOLDER).save_pretrained(FOLDER)",
         )

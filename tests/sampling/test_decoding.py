@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from jaxsi.model import decoder
-from jaxsi.model.kv_cache import Cache, Held
+from jaxsi.model.kv_cache import Cache, Contents
 from jaxsi.sampling import decoding
 from tests.model.test_decoder import CONFIGS, full_hidden, tokens, weights_of
 
@@ -41,8 +41,8 @@ def test_cached_decoding_equals_the_full_forward_pass(name: str) -> None:
     columns_positions = np.where(columns < T, in_prompt, lengths[:, None] + columns - T).astype(np.int32)
     for i in range(new):
         step = np.asarray([row[0, n + i] for row, n in zip(rows, lengths, strict=True)])
-        held = {window: Held(columns_positions, jnp.int32(T + i)) for window in decoder.windows(config)}
-        hidden_BD, cache = decode(split, tokens_B=step, positions_B=lengths + i, cache=cache, held=held)
+        contents = {window: Contents(columns_positions, jnp.int32(T + i)) for window in decoder.windows(config)}
+        hidden_BD, cache = decode(split, tokens_B=step, positions_B=lengths + i, cache=cache, contents=contents)
         for b, n in enumerate(lengths):
             np.testing.assert_allclose(hidden_BD[b], expected[b][n + i], atol=1e-5)
 

@@ -54,7 +54,7 @@ def test_packed_padded_and_alone_agree(scored: list[np.ndarray]) -> None:
             weights, lm.config, batch.tokens_BT, batch.positions_BT, batch.segments_BT, dtype=np.float32
         )
     )
-    found: dict[str, list[float]] = {}
+    rows_by_layout: dict[str, list[float]] = {}
     for name, arrange, length in (("packed", packed, 64), ("padded", padded, 64)):
         batches = arrange(sequences, length, 8, lm.mesh, epochs=1, seed=0)
         batch = batches[0]
@@ -67,8 +67,8 @@ def test_packed_padded_and_alone_agree(scored: list[np.ndarray]) -> None:
             places = (segments[row] == segment) & mask[row]
             i = next(i for i, c in enumerate(CONTINUATIONS[:5]) if c == tokens[row, places].tolist())
             np.testing.assert_allclose(logps[row, places], scored[i], atol=1e-5)
-            found.setdefault(name, []).append(i)
-    assert all(sorted(numbers) == [0, 1, 2, 3, 4] for numbers in found.values()) and len(found) == 2
+            rows_by_layout.setdefault(name, []).append(i)
+    assert all(sorted(numbers) == [0, 1, 2, 3, 4] for numbers in rows_by_layout.values()) and len(rows_by_layout) == 2
 
 
 def test_score_sums_over_records_and_texts() -> None:

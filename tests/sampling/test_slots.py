@@ -11,7 +11,7 @@ import pytest
 import tiny
 from jaxsi.model import decoder, kv_cache
 from jaxsi.model.decoder import NO_WINDOW
-from jaxsi.model.kv_cache import Held
+from jaxsi.model.kv_cache import Contents
 from jaxsi.perf.bench_shapes import SHAPES
 from jaxsi.sampling import generate, slots
 
@@ -31,26 +31,27 @@ def ring_of_four(written: int, fixed: slots.Fixed) -> slots.Slots:
     The keys hold the numbers that the positions say.
     """
     empty = slots.empty_slots(fixed=fixed, size=2, ring=4, prompt=2)
-    held = {}
-    for window in empty.held:
+    contents = {}
+    for window in empty.contents:
         ring = [-1] * kv_cache.columns_seen(4, window)
         for n in range(written):
             ring[n % len(ring)] = 2 + n
         positions = jnp.asarray([[*ring, 0, 1], [*ring, 0, -1]], jnp.int32)
-        held[window] = Held(positions, jnp.int32(written % len(ring)))
+        contents[window] = Contents(positions, jnp.int32(written % len(ring)))
     layers = zip(empty.cache, decoder.windows(fixed.config), strict=True)
-    cache = [(k + held[window].positions_BS[:, None, :, None], v) for (k, v), window in layers]
-    return empty._replace(cache=cache, held=held)
+    cache = [(k + contents[window].positions_BS[:, None, :, None], v) for (k, v), window in layers]
+    return empty._replace(cache=cache, contents=contents)
 
 
-def grow(before: slots.Slots, rows: list[int], ring: int, prompt: int, fixed: slots.Fixed) -> dict[int, Held]:
+def grow(before: slots.Slots, rows: list[int], ring: int, prompt: int, fixed: slots.Fixed) -> dict[int, Contents]:
     after = slots.resize_slots(
         before, np.asarray(rows, np.int32), fixed=fixed, ring=4, new_ring=ring, new_prompt=prompt
     )
     for (k, _), window in zip(after.cache, decoder.windows(fixed.config), strict=True):
-        held, keys = np.asarray(after.held[window].positions_BS), np.asarray(k)[:, 0, :, 0]
-        np.testing.assert_array_equal(keys, np.where(held < 0, keys, held))  # keys and positions moved together
-    return after.held
+        positions, keys = np.asarray(after.contents[window].positions_BS), np.asarray(k)[:, 0, :, 0]
+        filled = positions >= 0
+        np.testing.assert_array_equal(keys[filled], positions[filled])  # keys and positions moved together
+    return after.contents
 
 
 def test_full_ring_grows_with_its_oldest_column_first() -> None:
@@ -92,20 +93,23 @@ def test_layer_with_a_window_takes_the_end_of_a_prompt(T) -> None:
     wave = slots.Wave([layer] * 2, *map(jnp.asarray, (rows, starts, lengths)), jnp.zeros((5, lm.config.embed_dim)))
     before = slots.empty_slots(fixed=fixed, size=6, ring=8, prompt=16)
     assert columns(before) == [4 + 4, 8 + 16]
-    stale = {window: Held(jnp.full_like(held.positions_BS, 1), held.column) for window, held in before.held.items()}
+    stale = {
+        window: Contents(jnp.full_like(contents.positions_BS, 1), contents.column)
+        for window, contents in before.contents.items()
+    }
     into = np.asarray([5, 3, 1, 0, 2])
     settings = generate._settings(lm, 0.0, 1.0, 0, 9, (), ())
     arguments = (np.arange(5), into, np.zeros((5, 2), np.uint32), np.full(5, 9), np.arange(5, dtype=np.int32), settings)
-    after = slots.refill_slots(before._replace(held=stale), wave, *arguments, fixed=fixed, ring=8, width=16)
+    after = slots.refill_slots(before._replace(contents=stale), wave, *arguments, fixed=fixed, ring=8, width=16)
     assert columns(after) == [4 + 4, 8 + 16]
     for (k, _), window, ring, most in zip(after.cache, (3, NO_WINDOW), (4, 8), (4, 16), strict=True):
-        held = np.asarray(after.held[window].positions_BS)
-        assert (held[4] == 1).all() and (held[into, :ring] == -1).all()
+        positions = np.asarray(after.contents[window].positions_BS)
+        assert (positions[4] == 1).all() and (positions[into, :ring] == -1).all()
         for p, b in enumerate(into):
             n = lengths[p]
-            (filled,) = np.nonzero(held[b] >= 0)
-            assert held[b, filled].tolist() == list(range(max(0, n - most), n))
-            np.testing.assert_array_equal(np.asarray(k)[b, 1, filled, 7], 100 * p + held[b, filled])
+            (filled,) = np.nonzero(positions[b] >= 0)
+            assert positions[b, filled].tolist() == list(range(max(0, n - most), n))
+            np.testing.assert_array_equal(np.asarray(k)[b, 1, filled, 7], 100 * p + positions[b, filled])
 
 
 def test_windows_as_long_as_ring_and_prompt_do_not_change_shapes() -> None:
@@ -121,7 +125,7 @@ def test_size_of_the_cache_of_a_mistral() -> None:
     def gib(windows: tuple[int | None, ...] | None) -> float:
         config = dataclasses.replace(SHAPES["llama-3-8b"], windows=windows)
         fixed = slots.Fixed(config, tiny.mesh(), jnp.dtype("bfloat16"))
-        held = jax.eval_shape(lambda: slots.empty_slots(fixed=fixed, size=16, ring=8192, prompt=16_384))
-        return sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(held.cache)) / 2**30
+        empty = jax.eval_shape(lambda: slots.empty_slots(fixed=fixed, size=16, ring=8192, prompt=16_384))
+        return sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(empty.cache)) / 2**30
 
     assert [gib(windows) for windows in (None, (4096,) * 32, (4096, None) * 16)] == [48, 16, 32]

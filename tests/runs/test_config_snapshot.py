@@ -20,7 +20,7 @@ from jaxsi.training.optim import OptimConfig
 from jaxsi.training.train import DPOConfig, TrainConfig
 
 ROOT = Path(__file__).parents[2]
-# What every shipped config and micro config was described as before the code moved into rooms: "file:function" or
+# What every shipped config was described as before the code moved into rooms: "file:function" or
 # "file:name" of configs() -> the content of config.json, with module paths as names.
 BEFORE = json.loads(
     gzip.decompress((ROOT / "tests" / "golden" / "configs_before_the_rooms.json.gz").read_bytes())

@@ -1,6 +1,7 @@
 """Methods x properties: a method joins the battery with one line in ``METHODS`` and a micro config."""
 
 import dataclasses
+import functools
 import json
 import math
 import os
@@ -195,27 +196,41 @@ def with_training(config: Any, **changes: Any) -> Any:
     return dataclasses.replace(config, **parts)
 
 
+@pytest.fixture(scope="module")
+def variants(tmp_path_factory):
+    """The run of each method's variant, made when it is first needed: (its config, its directory)."""
+
+    @functools.cache
+    def variant_of(name: str) -> tuple[Any, Path]:
+        config = with_variant(load_config(micro(name)), METHODS[name].variant)
+        return config, run_method(config, tmp_path_factory.mktemp("variant") / name)
+
+    return variant_of
+
+
+def with_variant(config: Any, variant: Variant) -> Any:
+    return with_training(dataclasses.replace(config, mesh=variant.mesh, evaluate=None), **variant.training)
+
+
 @each_method
-def test_mesh_remat_and_accumulation_change_nothing(name, tmp_path):
-    mesh, training = METHODS[name].variant
-    config = dataclasses.replace(load_config(micro(name)), mesh=mesh, evaluate=None)
-    other = run_method(with_training(config, **training), tmp_path / "run")
-    assert same_direction(update(config, micro_run(name).whole), update(config, other)) > 0.98
+def test_mesh_remat_and_accumulation_change_nothing(name, variants):
+    config, directory = variants(name)
+    assert same_direction(update(config, micro_run(name).whole), update(config, directory)) > 0.98
 
 
 @pytest.mark.parametrize("name", [LINES[name] for name, method in METHODS.items() if method.differs])
-def test_control_arm_differs_in_its_signal_alone(name, tmp_path):
-    config, control = load_config(micro(name)), load_config(micro(name), "control")
-    plain, changed = describe_config(config), describe_config(control)
+def test_control_arm_differs_in_its_signal_alone(name, variants, tmp_path):
+    """On the mesh of the variant, whose programs are compiled by now."""
+    plain, changed = (describe_config(load_config(micro(name), arm)) for arm in ("config", "control"))
     assert [field for field in plain if plain[field] != changed[field]] == [METHODS[name].differs]
-    config, control = (dataclasses.replace(arm, evaluate=None) for arm in (config, control))
-    directory = tmp_path / "run"
+    config, method = variants(name)
+    control, directory = with_variant(load_config(micro(name), "control"), METHODS[name].variant), tmp_path / "run"
     with Run.open(directory, control) as run:
         before = set(run.path.iterdir())
-        methods_table.share(config, micro_run(name).whole, control, run.path)
+        methods_table.share(config, method, control, run.path)
         shared = {path.name for path in set(run.path.iterdir()) - before}
     in_common = methods_table.IN_COMMON[name]
     assert shared <= set(in_common.shared)
     assert bool(shared) == (METHODS[name].differs in in_common.fields)
     run_method(control, directory)
-    assert not np.array_equal(update(config, micro_run(name).whole), update(config, directory))
+    assert not np.array_equal(update(config, method), update(config, directory))

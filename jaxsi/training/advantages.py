@@ -8,8 +8,8 @@ import numpy as np
 
 
 def leave_one_out(returns_PG: np.ndarray) -> np.ndarray:
-    """Each return less the mean of its group's others [P, G]; NaN returns count for nothing and stay NaN. The
-    advantages of a group sum to 0. A group with one number gets 0."""
+    """Each return minus the mean of the other returns in its group [P, G]. NaN returns are ignored and stay NaN. The
+    advantages of a group sum to 0. A group with a single finite return gets 0."""
     valid_PG = np.isfinite(returns_PG)
     count_P1 = valid_PG.sum(axis=1, keepdims=True)
     total_P1 = np.where(valid_PG, returns_PG, 0.0).sum(axis=1, keepdims=True)
@@ -23,8 +23,8 @@ def gae(
 ) -> tuple[jax.Array, jax.Array]:
     """Advantages and returns [B, T] by generalised advantage estimation (Schulman et al. 2016, equation 16).
 
-    ``values_BT`` is the value of the text before each token; behind a row's last True in ``mask_BT`` the value is 0.
-    The True positions of a row are one run.
+    ``values_BT`` is the value of the text before each token; after a row's last True in ``mask_BT`` the value is 0.
+    The True positions of a row are contiguous.
     """
     next_values_BT = jnp.where(jnp.roll(mask_BT, -1, axis=1), jnp.roll(values_BT, -1, axis=1), 0.0)
     next_values_BT = next_values_BT.at[:, -1].set(0.0)

@@ -1,6 +1,6 @@
-"""From records to batches on the mesh: the one border between JSON lines and arrays. Grain orders, packs and feeds.
+"""From records to batches on the mesh: the only place where JSON lines become arrays. Grain shuffles, packs and feeds.
 
-Which rows make batch number i is a pure function of (rows, seed, i), so a run resumes at any step by its number alone.
+The rows of batch number i are a pure function of (rows, seed, i), so a run resumes at any step from its number alone.
 """
 
 import dataclasses
@@ -22,20 +22,22 @@ from jaxsi.sampling.generate import bucket
 from jaxsi.text.chat import render_prompt, render_response
 from jaxsi.text.tokenizer import Tokenizer
 
-ATTENTION_COST = 3  # times what its FLOPs cost in products of weights (a CPU, XLA's attention, 0.5k to 1k tokens)
-WORTHWHILE = 0.95  # of the cost of pairs in two rows: what one row may cost at most
+ATTENTION_COST = (
+    3  # cost of an attention FLOP, in FLOPs of weight matmuls (XLA's attention on a CPU, 0.5k to 1k tokens)
+)
+WORTHWHILE = 0.95  # a pair is put in one row if that costs less than this share of two rows
 
 
 class DataError(ValueError):
-    """Training data of which nothing can be used."""
+    """Unusable training data."""
 
 
 class TokenBatch(NamedTuple):
-    """Token sequences, one or several packed in a row; segments 0 where there is none.
+    """Token sequences, one or several packed in a row; segment 0 is padding.
 
-    ``targets_BR``: the tokens that the loss counts, -1 where there are no more, and ``places_BR`` the columns whose
-    hidden states predict them. The head runs on these alone, so R is as small as they allow. ``lengths_B``: the tokens
-    of each row, where every row is one sequence; None where they are packed.
+    ``targets_BR``: the tokens that the loss counts, padded with -1. ``places_BR``: the columns whose hidden states
+    predict them. The head runs on these columns only, so R is as small as possible. ``lengths_B``: the number of tokens
+    in each row if every row is one sequence; None if rows are packed.
     """
 
     tokens_BT: Any
@@ -47,12 +49,12 @@ class TokenBatch(NamedTuple):
 
 
 class PairBatch(NamedTuple):
-    """Pairs of responses to one prompt, each in S rows: in two, with the prompt before each response, or in one, which
-    holds the prompt (segment ``SHARED``), the chosen and the rejected response (segments 1 and 2): neither response
-    sees the other.
+    """Pairs of responses to one prompt, each in S rows. With two rows, the prompt precedes each response. A single row
+    holds the prompt (segment ``SHARED``), then the chosen and the rejected response (segments 1 and 2), neither of
+    which sees the other.
 
-    ``places_B2R`` and ``targets_B2R`` as in ``TokenBatch``, of the chosen and of the rejected response, each in its own
-    row. ``ref_logps_B2`` float32: the reference's summed log-probabilities. real_B False for fill.
+    ``places_B2R`` and ``targets_B2R`` are as in ``TokenBatch``, one row each for the chosen and the rejected response.
+    ``ref_logps_B2`` float32: the reference's summed log-probabilities. ``real_B`` is False for fill.
     """
 
     tokens_BST: Any
@@ -65,9 +67,9 @@ class PairBatch(NamedTuple):
 
 
 class GroupBatch(NamedTuple):
-    """Rows of N sequences whose rewards are compared: the chosen and the rejected response of a pair (N = 2), each
-    after its prompt, or the four ordered pairs of PIT's gap (N = 4). One sequence a row: segments are 1, then 0. real_B
-    False for fill."""
+    """Groups of N sequences whose rewards are compared: the chosen and the rejected response of a pair (N = 2), each
+    after its prompt, or the four ordered pairs of PIT's gap (N = 4). Each sequence has its own row, so segments are 1,
+    then 0. ``real_B`` is False for fill."""
 
     tokens_BNT: Any
     segments_BNT: Any
@@ -75,7 +77,7 @@ class GroupBatch(NamedTuple):
 
 
 class Sequence_(NamedTuple):
-    """One text as token ids, and which of them the loss counts."""
+    """A text as token ids, with a mask of the tokens that the loss counts."""
 
     tokens: np.ndarray
     loss_mask: np.ndarray
@@ -87,20 +89,20 @@ class Sequence_(NamedTuple):
 
     @property
     def predicted(self) -> tuple[np.ndarray, np.ndarray]:
-        """Of these tokens, the columns whose hidden states predict them, and the tokens."""
+        """The columns whose hidden states predict the counted tokens, and those tokens."""
         return self.counted - 1, self.tokens[self.counted]
 
 
 def encode(prompt_ids: Sequence[int], response_ids: Sequence[int]) -> Sequence_:
-    """Prompt, then response; the loss counts the response, its end of turn included.
+    """Prompt, then response; the loss counts the response, including its end of turn.
 
     Raises:
-      DataError: one of them is empty: the first token of a text has nothing to predict it, and a row needs one that
-      counts.
+      DataError: if either is empty. Nothing predicts the first token of a text, so the prompt has to supply it, and a
+        row needs a token that counts.
     """
     if not len(prompt_ids) or not len(response_ids):
         raise DataError(
-            f"a prompt of {len(prompt_ids)} tokens and a response of {len(response_ids)}: each has at least 1; "
+            f"the prompt has {len(prompt_ids)} tokens and the response {len(response_ids)}; both need at least 1: "
             "drop the row"
         )
     tokens = np.asarray([*prompt_ids, *response_ids], np.int32)
@@ -108,15 +110,15 @@ def encode(prompt_ids: Sequence[int], response_ids: Sequence[int]) -> Sequence_:
 
 
 def encode_example(tokenizer: Tokenizer, example: SFTExample) -> Sequence_:
-    """A supervised example as tokens."""
+    """Encodes a supervised example."""
     return encode(render_prompt(tokenizer, example.messages), render_response(tokenizer, example.response))
 
 
 def encode_pair(tokenizer: Tokenizer, pair: PreferencePair) -> tuple[Sequence_, Sequence_]:
-    """A pair as tokens: the responses are the ids that were sampled, bit for bit.
+    """Encodes a pair; the responses keep exactly the ids that were sampled.
 
     Raises:
-      DataError: a response was sampled under another chat template.
+      DataError: if a response was sampled under another chat template.
     """
     for response in (pair.chosen, pair.rejected):
         if response.template != tokenizer.template_hash:
@@ -129,15 +131,15 @@ def encode_pair(tokenizer: Tokenizer, pair: PreferencePair) -> tuple[Sequence_, 
 
 
 class Part(NamedTuple):
-    """Rows ``start`` to ``stop`` of a batch whose first rows are ``chosen``, what is left being fill."""
+    """Rows ``start`` to ``stop`` of a batch that begins with the ``chosen`` rows and ends in fill."""
 
     chosen: Sequence[int]
     start: int
     stop: int
 
     @property
-    def own(self) -> Sequence[int]:
-        """Of the chosen, those in the part; where it is all fill the first of the batch, for its shapes."""
+    def row_numbers(self) -> Sequence[int]:
+        """The chosen rows in this part. If it is all fill: the first row of the batch, for its shapes."""
         return self.chosen[self.start : self.stop] or self.chosen[:1]
 
     @property
@@ -146,7 +148,7 @@ class Part(NamedTuple):
         return np.arange(self.start, self.stop) < len(self.chosen)
 
     def filled(self, rows: Sequence[np.ndarray], dtype: Any, fill: int = 0) -> np.ndarray:
-        """[stop - start, ...] of the rows that are ``own``."""
+        """[stop - start, ...]: ``rows``, one for each of ``row_numbers``, then fill."""
         out = np.full((self.stop - self.start, *rows[0].shape), fill, dtype)
         real = int(self.real.sum())
         if real:
@@ -156,8 +158,8 @@ class Part(NamedTuple):
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Batches:
-    """Batches by number, laid out on the mesh. ``plan[i]`` are the rows of batch i; ``collate`` makes NumPy of a part
-    of one: of several processes each makes the rows of its own devices."""
+    """Batches by number, laid out on the mesh. ``plan[i]`` lists the rows of batch i; ``collate`` turns a part of a
+    batch into NumPy arrays. With several processes, each collates only the rows of its own devices."""
 
     plan: grain.MapDataset
     collate: Callable[[Part], Any]
@@ -169,7 +171,10 @@ class Batches:
 
     def __getitem__(self, step: int) -> Any:
         chosen = [int(i) for i in np.atleast_1d(np.asarray(self.plan[step]))]
-        layout = lambda ndim: meshlib.sharding(self.mesh, ("batch",) + (None,) * (ndim - 1))  # noqa: E731
+
+        def layout(ndim: int) -> jax.sharding.NamedSharding:
+            return meshlib.sharding(self.mesh, ("batch",) + (None,) * (ndim - 1))
+
         if jax.process_count() == 1:
             return jax.tree.map(
                 lambda x: jax.device_put(x, layout(x.ndim)), self.collate(Part(chosen, 0, self.batch_size))
@@ -196,18 +201,18 @@ def _shuffled(count: int, batch_size: int, epochs: int, seed: int) -> grain.MapD
 
 
 def arrangement(mesh: Mesh) -> Callable[..., Batches]:
-    """How sequences become batches on this mesh: ``packed``, but ``padded`` on GPUs, whose fused attention takes no
-    segments."""
+    """How sequences become batches on this mesh: ``padded`` on GPUs, whose fused attention does not support segments,
+    and ``packed`` elsewhere."""
     return padded if meshlib.platform(mesh) == "gpu" else packed
 
 
 def packed(
     sequences: Sequence[Sequence_], length: int, batch_size: int, mesh: Mesh, *, epochs: int, seed: int
 ) -> Batches:
-    """Batches of several sequences to a row of ``length`` tokens, kept apart by segments (first fit).
+    """Batches whose rows of ``length`` tokens hold several sequences (first fit), separated by segments.
 
     Raises:
-      DataError: a sequence is longer than a row.
+      DataError: if a sequence is longer than a row.
     """
     _check_lengths(sequences, length)
     parts = grain.MapDataset.source([s._asdict() for s in sequences]).shuffle(seed % 2**32).to_iter_dataset()
@@ -216,15 +221,19 @@ def packed(
         grain.experimental.FirstFitPackIterDataset(parts, length_struct=lengths, num_packing_bins=64, seed=seed % 2**32)
     )
 
-    of_rows = [Sequence_(row["tokens"], row["loss_mask"]) for row in rows]
-    room = _room([len(row.counted) for row in of_rows], length)
+    packed_rows = [Sequence_(row["tokens"], row["loss_mask"]) for row in rows]
+    room = _room([len(row.counted) for row in packed_rows], length)
 
     def collate(part: Part) -> TokenBatch:
-        column = lambda name: part.filled([rows[i][name] for i in part.own], np.int32)  # noqa: E731
+        def column(name: str) -> np.ndarray:
+            return part.filled([rows[i][name] for i in part.row_numbers], np.int32)
+
         return TokenBatch(
-            column("tokens"), column("tokens_positions"), column("tokens_segment_ids"),
-            *_predicted([of_rows[i] for i in part.own], part, room),
-        )  # fmt: skip
+            column("tokens"),
+            column("tokens_positions"),
+            column("tokens_segment_ids"),
+            *_predicted([packed_rows[i] for i in part.row_numbers], part, room),
+        )
 
     return Batches(_shuffled(len(rows), batch_size, epochs, seed), collate, mesh, batch_size)
 
@@ -232,24 +241,24 @@ def packed(
 def padded(
     sequences: Sequence[Sequence_], length: int, batch_size: int, mesh: Mesh, *, epochs: int, seed: int
 ) -> Batches:
-    """Batches of one sequence to a row, alike in length, each batch as long as its bucket (at most ``length``).
+    """Batches with one sequence per row, grouped by length; each is as long as its bucket (at most ``length``).
 
     Raises:
-      DataError: a sequence is longer than ``length``.
+      DataError: if a sequence is longer than ``length``.
     """
     _check_lengths(sequences, length)
     sizes = [min(length, bucket(len(s.tokens), 64)) for s in sequences]
     rooms = _rooms(sizes, [len(s.counted) for s in sequences])
 
     def collate(part: Part) -> TokenBatch:
-        T, of_rows = max(sizes[i] for i in part.chosen), [sequences[i] for i in part.own]
-        tokens, segments = _rows(of_rows, T)
+        T, selected = max(sizes[i] for i in part.chosen), [sequences[i] for i in part.row_numbers]
+        tokens, segments = _rows(selected, T)
         return TokenBatch(
             part.filled(tokens, np.int32),
             np.broadcast_to(np.arange(T, dtype=np.int32), (part.stop - part.start, T)).copy(),
             part.filled(segments, np.int32),
-            *_predicted(of_rows, part, rooms[T]),
-            part.filled([np.asarray(len(s.tokens), np.int32) for s in of_rows], np.int32),
+            *_predicted(selected, part, rooms[T]),
+            part.filled([np.asarray(len(s.tokens), np.int32) for s in selected], np.int32),
         )
 
     return Batches(_bucketed(sizes, batch_size, epochs, seed), collate, mesh, batch_size)
@@ -259,7 +268,7 @@ def _check_lengths(sequences: Sequence[Sequence_], length: int) -> None:
     longest = max((len(s.tokens) for s in sequences), default=0)
     if longest > length:
         raise DataError(
-            f"a sequence has {longest} tokens, a row {length}: it is never cut; drop it or make rows longer"
+            f"a sequence has {longest} tokens, a row {length}; sequences are never cut: drop it or make rows longer"
         )
 
 
@@ -274,13 +283,13 @@ def _padded(x: np.ndarray, length: int, fill: int = 0) -> np.ndarray:
 
 
 def _room(counts: Sequence[int], length: int) -> int:
-    """Columns for so many counted tokens in a row of ``length``: eighths of it, so that few programs are compiled."""
+    """Columns to reserve for counted tokens in a row: a multiple of ``length`` / 8, so that few programs are compiled."""
     eighth = -(-length // 8)
     return min(length, eighth * max(1, -(-max(counts) // eighth)))
 
 
 def _rooms(sizes: Sequence[int], counts: Sequence[int]) -> dict[int, int]:
-    """The room in a batch as long as each of the sizes, which shorter rows may be in, too."""
+    """For each size, the room in a batch of that length, which may hold shorter rows, too."""
     together = list(zip(sizes, counts, strict=True))
     return {T: _room([count for size, count in together if size <= T], T) for T in set(sizes)}
 
@@ -295,7 +304,7 @@ def _predicted(rows: Sequence[Sequence_], part: Part, room: int) -> tuple[np.nda
 
 
 def _bucketed(sizes: Sequence[int], batch_size: int, epochs: int, seed: int) -> grain.MapDataset:
-    """A plan whose batches hold rows of one bucket, but for the last of each epoch, which hold what is left over."""
+    """A plan whose batches hold rows of one bucket, except for the last of each epoch, which hold the leftovers."""
     plan: list[list[int]] = []
     for epoch in range(epochs):
         order = grain.MapDataset.source(range(len(sizes))).shuffle((seed + epoch) % 2**32)
@@ -325,16 +334,19 @@ def groups(
 
     def collate(part: Part) -> GroupBatch:
         T = max(sizes[i] for i in part.chosen)
-        places = [_rows([encoded[i][n] for i in part.own], T) for n in range(len(encoded[part.own[0]]))]
-        together = lambda column: np.stack([part.filled(place[column], np.int32) for place in places], axis=1)  # noqa: E731
+        places = [_rows([encoded[i][n] for i in part.row_numbers], T) for n in range(len(encoded[part.row_numbers[0]]))]
+
+        def together(column: int) -> np.ndarray:
+            return np.stack([part.filled(place[column], np.int32) for place in places], axis=1)
+
         return GroupBatch(together(0), together(1), part.real)
 
     return Batches(_bucketed(sizes, batch_size, epochs, seed), collate, mesh, batch_size)
 
 
 class _PairRows(NamedTuple):
-    """A pair as S rows (tokens, positions, segments), which the last token of a response, that predicts nothing, is not
-    in; and (places, targets) of either response."""
+    """A pair as S rows (tokens, positions, segments), without the last token of each response, since it predicts
+    nothing; and (places, targets) of each response."""
 
     inputs: list[tuple[np.ndarray, np.ndarray, np.ndarray]]
     predicted: list[tuple[np.ndarray, np.ndarray]]
@@ -368,9 +380,9 @@ def _together(pair: tuple[Sequence_, Sequence_]) -> _PairRows:
 
 
 def _prompt(pair: tuple[Sequence_, Sequence_]) -> int:
-    """The tokens of the prompt of a pair.
+    """The number of tokens in a pair's prompt.
 
-    Raises: DataError: the two have not the same one.
+    Raises: DataError if the two responses follow different prompts.
     """
     chosen, rejected = (s.tokens[: s.counted[0]] for s in pair)
     if not np.array_equal(chosen, rejected):
@@ -381,12 +393,12 @@ def _prompt(pair: tuple[Sequence_, Sequence_]) -> int:
 def prompts_shared(
     config: ModelConfig, mesh: Mesh, encoded: Sequence[tuple[Sequence_, Sequence_]], min_length: int
 ) -> bool:
-    """Whether pairs go through the layers in one row each, the prompt once: where that is less work, which it is unless
-    prompts are much shorter than responses (what the responses do not see of each other is computed and masked). Never
-    where it would cost the fused attention: on GPUs, whose takes no segments, and on TPUs, whose measures windows in
-    columns, with a window shorter than a row.
+    """Whether each pair goes through the layers in one row, with its prompt once. This is less work unless prompts are
+    much shorter than responses (attention between the two responses is computed and then masked). It is never done
+    where it would rule out fused attention: on GPUs, where that does not support segments, and on TPUs, where that
+    measures windows in columns, if a window is shorter than a row.
 
-    Raises: DataError: the two of a pair have not the same prompt.
+    Raises: DataError if the two responses of a pair follow different prompts.
     """
     platform, together = meshlib.platform(mesh), [_together(pair) for pair in encoded]
     longest = max((bucket(rows.columns, min_length) for rows in together), default=0)
@@ -414,25 +426,25 @@ def pairs(
     shared: bool,
 ) -> Batches:
     """Batches of pairs with the reference's log-probabilities, each batch as long as its bucket (at least
-    ``min_length``); ``shared``: a pair is one row.
+    ``min_length``). With ``shared``, a pair is one row.
 
-    Raises: DataError: the two of a pair have not the same prompt.
+    Raises: DataError if the two responses of a pair follow different prompts.
     """
-    made = [(_together if shared else _apart)(pair) for pair in encoded]
-    sizes = [bucket(rows.columns, min_length) for rows in made]
-    rooms = _rooms(sizes, [rows.counted for rows in made])
+    encoded_rows = [(_together if shared else _apart)(pair) for pair in encoded]
+    sizes = [bucket(rows.columns, min_length) for rows in encoded_rows]
+    rooms = _rooms(sizes, [rows.counted for rows in encoded_rows])
 
     def collate(part: Part) -> PairBatch:
         T = max(sizes[i] for i in part.chosen)
 
-        def stacked(of_pair: Callable[[_PairRows], Sequence[np.ndarray]], length: int, fill: int = 0) -> np.ndarray:
-            arrays = [np.stack([_padded(x, length, fill) for x in of_pair(made[i])]) for i in part.own]
+        def stacked(column: Callable[[_PairRows], Sequence[np.ndarray]], length: int, fill: int = 0) -> np.ndarray:
+            arrays = [np.stack([_padded(x, length, fill) for x in column(encoded_rows[i])]) for i in part.row_numbers]
             return part.filled(arrays, np.int32, fill)
 
         tokens, positions, segments = (stacked(lambda rows, k=k: [x[k] for x in rows.inputs], T) for k in range(3))
         places = stacked(lambda rows: [x for x, _ in rows.predicted], rooms[T])
         targets = stacked(lambda rows: [x for _, x in rows.predicted], rooms[T], fill=-1)
-        refs = part.filled([np.asarray(ref_logps[i], np.float32) for i in part.own], np.float32)
+        refs = part.filled([np.asarray(ref_logps[i], np.float32) for i in part.row_numbers], np.float32)
         return PairBatch(tokens, positions, segments, places, targets, refs, part.real)
 
     return Batches(_bucketed(sizes, batch_size, epochs, seed), collate, mesh, batch_size)
@@ -441,6 +453,6 @@ def pairs(
 def pair_batches(
     lm: LM, encoded: Sequence[tuple[Sequence_, Sequence_]], refs: Any, batch_size: int, *, min_length: int, **order: int
 ) -> Batches:
-    """``pairs``, in the layout that is less work: one for the reference and for training."""
+    """``pairs`` in whichever layout is less work; the reference and the training use the same one."""
     shared = prompts_shared(lm.config, lm.mesh, encoded, min_length)
     return pairs(encoded, refs, batch_size, lm.mesh, min_length=min_length, shared=shared, **order)

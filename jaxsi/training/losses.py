@@ -2,8 +2,8 @@
 
 The caller divides the sum by the count of the whole global batch, so that neither accumulation nor the number of
 devices changes the loss. Every pair loss takes the same ``PairLogps`` and ``beta``, so that a config names the
-function itself. A loss with settings of its own is a frozen dataclass that is called like one, ``simpo(gamma=0.5)``:
-equal settings are one compiled program, a run directory keeps them, and the command line has them as flags."""
+function itself. A loss with its own settings is a callable frozen dataclass, ``simpo(gamma=0.5)``: equal settings share
+one compiled program, a run directory stores them, and the command line offers them as flags."""
 
 import dataclasses
 from typing import NamedTuple
@@ -19,8 +19,8 @@ PerPair = Float[Array, "B"]
 
 
 class PairLogps(NamedTuple):
-    """Log-probabilities summed over each response's tokens, under the policy and the reference; the numbers of those
-    tokens; and which rows are pairs, the others being fill."""
+    """Log-probabilities summed over each response's tokens, under the policy and under the reference; the token counts;
+    and a mask that is False for fill rows."""
 
     chosen_B: PerPair
     rejected_B: PerPair
@@ -32,17 +32,17 @@ class PairLogps(NamedTuple):
 
 
 def _total(loss_B: PerPair, real_B: Bool[Array, "B"]) -> Loss:
-    # where, not multiply: a NaN in a filled row must not reach the sum.
+    # jnp.where, not a product: a NaN in a fill row must not reach the sum.
     return jnp.sum(jnp.where(real_B, loss_B, 0.0)), jnp.sum(real_B, dtype=jnp.float32)
 
 
 def sft(logps_BT: Float[Array, "B T"], loss_mask_BT: Bool[Array, "B T"]) -> Loss:
-    """Negative log-likelihood of the tokens where the mask is True; the count is of tokens."""
+    """Negative log-likelihood of the tokens where the mask is True; the count is the number of tokens."""
     return -jnp.sum(jnp.where(loss_mask_BT, logps_BT, 0.0)), jnp.sum(loss_mask_BT, dtype=jnp.float32)
 
 
 def margin(p: PairLogps) -> PerPair:
-    """Log-ratio of the policy to the reference on the chosen response, less that on the rejected."""
+    """Log-ratio of policy to reference on the chosen response, minus that on the rejected one."""
     return (p.chosen_B - p.ref_chosen_B) - (p.rejected_B - p.ref_rejected_B)
 
 
@@ -55,7 +55,7 @@ def dpo(p: PairLogps, *, beta: float) -> Loss:
 @stored_as("losses.dpo_smoothed")
 @dataclasses.dataclass(frozen=True)
 class dpo_smoothed:
-    """DPO that takes a label as wrong with probability e = ``label_smoothing`` (cDPO, Mitchell 2023):
+    """DPO that assumes a label is wrong with probability e = ``label_smoothing`` (cDPO, Mitchell 2023):
     -(1 - e) log sigma(beta * margin) - e log sigma(-beta * margin)."""
 
     label_smoothing: float = 0.1
@@ -96,8 +96,8 @@ class simpo:
 
 @stored_as("losses.orpo")
 def orpo(p: PairLogps, *, beta: float) -> Loss:
-    """Mean negative log-likelihood of the chosen response plus beta * -log sigma(log odds ratio), the odds being q /
-    (1 - q) of q = exp(mean token logp) (Hong et al. 2024, equations 5 to 7, whose lambda is beta here)."""
+    """Mean negative log-likelihood of the chosen response plus beta * -log sigma(log odds ratio); odds are q /
+    (1 - q) with q = exp(mean token logp) (Hong et al. 2024, equations 5 to 7, whose lambda is beta here)."""
     chosen_B, rejected_B = _means(p)
     log_odds_B = (chosen_B - _log1mexp(chosen_B)) - (rejected_B - _log1mexp(rejected_B))
     return _total(-chosen_B - beta * jax.nn.log_sigmoid(log_odds_B), p.real_B)
@@ -122,7 +122,7 @@ def _preferred(better_B: PerPair, worse_B: PerPair) -> PerPair:
 
 
 def bradley_terry(rewards_B2: PerGroup, real_B: Bool[Array, "B"]) -> Loss:
-    """-log sigma(r(x, y_w) - r(x, y_l)) of rewards (chosen, rejected): the usual reward model's loss."""
+    """-log sigma(r(x, y_w) - r(x, y_l)) for rewards (chosen, rejected): the usual loss of a reward model."""
     return _total(_preferred(rewards_B2[:, 0], rewards_B2[:, 1]), real_B)
 
 
@@ -132,8 +132,8 @@ GAP_INEQUALITIES = {"wl>ww": (0, 1), "wl>ll": (0, 2), "wl>lw": (0, 3), "ww>lw": 
 
 def gap(gaps_B4: PerGroup, real_B: Bool[Array, "B"]) -> Loss:
     """The sum of -log sigma(g(a) - g(b)) over ``GAP_INEQUALITIES`` (PIT, arXiv 2310.00898, equation 2), of gaps in the
-    order (w,l), (w,w), (l,l), (l,w): 5 ln 2 where all are equal. A constant added to all four changes nothing, so the
-    zero point of a gap is not learnt; nothing ties g(w,w) to g(l,l)."""
+    order (w,l), (w,w), (l,l), (l,w); 5 ln 2 if all are equal. A constant added to all four changes nothing, so the zero
+    point of a gap is not learnt, and g(w,w) is not tied to g(l,l)."""
     terms = [_preferred(gaps_B4[:, a], gaps_B4[:, b]) for a, b in GAP_INEQUALITIES.values()]
     return _total(sum(terms, jnp.zeros(real_B.shape)), real_B)
 
@@ -150,7 +150,7 @@ def ppo_clip(
     clip: float,
 ) -> Loss:
     """-min(ratio A, clip(ratio, 1 - clip, 1 + clip) A) of each token, ratio = pi / pi_old (PPO, Schulman et al. 2017,
-    equation 7); at ratio 1 its gradient is the policy gradient's. The count is of tokens."""
+    equation 7); at ratio 1 its gradient is the policy gradient's. The count is the number of tokens."""
     ratio_BT = jnp.exp(jnp.where(loss_mask_BT, logps_BT - old_logps_BT, 0.0))
     clipped_BT = jnp.clip(ratio_BT, 1 - clip, 1 + clip)
     loss_BT = -jnp.minimum(ratio_BT * advantages_BT, clipped_BT * advantages_BT)
@@ -160,8 +160,8 @@ def ppo_clip(
 def value_clip(
     values_BT: PerToken, old_values_BT: PerToken, returns_BT: PerToken, loss_mask_BT: Bool[Array, "B T"], *, clip: float
 ) -> Loss:
-    """Half of max((V - R)^2, (clip(V, V_old - clip, V_old + clip) - R)^2) of each token: the value loss that PPO's code
-    has (Huang et al. 2022, detail 9). The count is of tokens."""
+    """Half of max((V - R)^2, (clip(V, V_old - clip, V_old + clip) - R)^2) of each token: the value loss of PPO's
+    code (Huang et al. 2022, detail 9). The count is the number of tokens."""
     near_BT = old_values_BT + jnp.clip(values_BT - old_values_BT, -clip, clip)
     loss_BT = 0.5 * jnp.maximum(jnp.square(values_BT - returns_BT), jnp.square(near_BT - returns_BT))
     return jnp.sum(jnp.where(loss_mask_BT, loss_BT, 0.0)), jnp.sum(loss_mask_BT, dtype=jnp.float32)

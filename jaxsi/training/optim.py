@@ -26,8 +26,8 @@ def linear(start: float, end: float, steps: int) -> optax.Schedule:
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class OptimConfig:
     """AdamW. ``end_learning_rate`` None keeps the learning rate constant after the warm-up. ``offload`` keeps the
-    moments, two thirds of a training state, in the host's memory between updates. The learning rate is by default that
-    of the Self-Rewarding paper's SFT."""
+    moments, two thirds of a training state, in the host's memory between updates. The default learning rate is that of
+    the Self-Rewarding paper's SFT."""
 
     learning_rate: float = 5.5e-6
     end_learning_rate: float | None = None
@@ -44,19 +44,19 @@ class OptimConfig:
         if self.learning_rate <= 0:
             raise ValueError(f"learning_rate is {self.learning_rate}; it must be positive")
         if self.end_learning_rate is not None and self.end_learning_rate < 0:
-            raise ValueError(f"end_learning_rate is {self.end_learning_rate}; it is at least 0")
+            raise ValueError(f"end_learning_rate is {self.end_learning_rate}; it must be at least 0")
 
 
 def schedule(config: OptimConfig, steps: int) -> optax.Schedule:
     """Learning rate by step over a run of ``steps`` optimizer steps."""
-    after = max(1, steps - config.warmup_steps)
+    decay_steps = max(1, steps - config.warmup_steps)
     if config.end_learning_rate is None:
         body = optax.constant_schedule(config.learning_rate)
     else:
-        body = config.decay(config.learning_rate, config.end_learning_rate, after)
+        body = config.decay(config.learning_rate, config.end_learning_rate, decay_steps)
     if not config.warmup_steps:
         return body
-    # The first step already moves: step 0 uses 1/warmup of the rate, not 0.
+    # Step 0 uses 1/warmup of the rate, not 0: the first step already changes the weights.
     rise = optax.linear_schedule(config.learning_rate / config.warmup_steps, config.learning_rate, config.warmup_steps)
     return optax.join_schedules([rise, body], [config.warmup_steps])
 

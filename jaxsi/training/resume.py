@@ -1,4 +1,4 @@
-"""What training leaves on disk: points to go on from, the result, which counts once it is complete, and the log."""
+"""What training writes to disk: resume points, the result (valid once it is complete), and the log."""
 
 import json
 import math
@@ -18,11 +18,11 @@ Restored = TypeVar("Restored")
 
 
 def finished(lm: LM, scope: Scope) -> LM | None:
-    """The scope's trained model, where an earlier run has made it."""
+    """The scope's trained model, if an earlier run has finished it; else None."""
     folder = scope.path / "checkpoint"
     if not checkpoint.is_complete(folder / "weights"):
         return None
-    remove(scope.path / "resume")  # where a run was killed just before it did so itself
+    remove(scope.path / "resume")  # left behind if a run was killed just before it removed it
     return lm.replace(checkpoint.restore(folder / "weights", jax.tree.map(_abstract, lm.weights)))
 
 
@@ -31,7 +31,7 @@ def _abstract(x: jax.Array) -> jax.ShapeDtypeStruct:
 
 
 def resumed(start: Restored, folder: Path, step: int | None = None) -> Restored:
-    """The newest sound state in ``folder`` (or that of ``step``), or ``start``."""
+    """The newest intact state in ``folder`` (or that of ``step``); ``start`` if there is none."""
     saved = checkpoint.latest(folder) if step is None else folder / f"{step:08d}"
     if saved is None:
         return start
@@ -48,13 +48,13 @@ def moments_of(scope: Scope, like: Restored) -> Restored:
 
 
 def compared(folder: Path) -> int:
-    """The step of the model that early stopping compared last, by the newest sound point in ``folder``; or 0."""
+    """The step of the model that early stopping compared last, from the newest intact resume point in ``folder``; or 0."""
     saved = checkpoint.latest(folder)
     return 0 if saved is None else checkpoint.read_meta(saved)["compared"] or 0
 
 
 def save_resume(folder: Path, state: Any, *, done: int, compared: int | None = None) -> None:
-    """One newest resume point, of ``done`` steps: older ones go when it is complete, but for that of ``compared``."""
+    """Saves a resume point after ``done`` steps, then removes the older ones, except for that of ``compared``."""
     target = folder / f"{done:08d}"
     checkpoint.save(target, state, {"step": done, "compared": compared})
     for old in folder.iterdir():
@@ -63,10 +63,10 @@ def save_resume(folder: Path, state: Any, *, done: int, compared: int | None = N
 
 
 def save_result(trained: LM, state: Any, scope: Scope, meta: dict[str, Any]) -> None:
-    """The scope's checkpoint, with the moments of ``state`` (a train.State or None). Its weights come last: with them
-    it counts as complete."""
+    """The scope's checkpoint, with the moments of ``state`` (a train.State or None). The weights are
+    written last: once they are there, the checkpoint counts as complete."""
     folder = scope.path / "checkpoint"
-    remove(folder / "optimizer")  # complete, where a run was killed between the two
+    remove(folder / "optimizer")  # complete if a run was killed between the two saves
     if state is not None:
         moments = {"moments": state.moments, "step": state.step}
         checkpoint.save(folder / "optimizer", moments, {"data_position": int(state.step)})
@@ -75,13 +75,13 @@ def save_result(trained: LM, state: Any, scope: Scope, meta: dict[str, Any]) -> 
 
 
 def remove(folder: Path) -> None:
-    """What a killed process left there, or what is no longer wanted (process 0)."""
+    """Removes a folder that a killed process left behind or that is no longer needed (process 0 only)."""
     if jax.process_index() == 0:
         shutil.rmtree(folder, ignore_errors=True)
 
 
 class Log:
-    """train.jsonl, one line each few steps; on resume the lines after the checkpoint are dropped."""
+    """train.jsonl, one line every few steps. On resume, lines after the checkpoint are dropped."""
 
     def __init__(self, path: Path, done: int, total: int) -> None:
         self.path, self.total = path, total
@@ -89,8 +89,8 @@ class Log:
             return
         path.parent.mkdir(parents=True, exist_ok=True)
         lines = path.read_text().splitlines() if path.exists() else []
-        kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= done]
-        path.write_text("".join(line + "\n" for line in kept))
+        valid_lines = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= done]
+        path.write_text("".join(line + "\n" for line in valid_lines))
 
     def write(self, step: int, learning_rate: float, metrics: dict[str, jax.Array]) -> None:
         values = {name: float(value) for name, value in jax.device_get(metrics).items()}

@@ -1,7 +1,7 @@
 """Reward models: a scalar head on the decoder, read at the last token of a text.
 
-A text is encoded by one function, in training as in use. PIT's gap rewards are such rewards of a conversation that
-shows a reference response: see jaxsi.stages.gap.
+Training and use encode texts with the same function. PIT's gap rewards are rewards of this kind, for a conversation
+that shows a reference response: see jaxsi.stages.gap.
 """
 
 import dataclasses
@@ -22,17 +22,17 @@ from jaxsi.runs.run import Scope
 from jaxsi.sampling.scoring import rows_on_mesh
 from jaxsi.text.chat import render_prompt, render_response
 from jaxsi.text.tokenizer import Tokenizer
-from jaxsi.training import batches as data, losses, resume, train
+from jaxsi.training import batches, losses, resume, train
 from jaxsi.training.batches import GroupBatch, Sequence_
 from jaxsi.training.train import TrainConfig
 
 
 class RewardError(ValueError):
-    """A reward model that gives no number, or a model that is none."""
+    """No scalar head, a text that is too long, or a non-finite reward."""
 
 
 class Objective(NamedTuple):
-    """A loss of the N rewards of a group, and what it wants: (name, place of the higher, place of the lower)."""
+    """A loss of the N rewards of a group, and the inequalities that it trains: (name, index of the higher, of the lower)."""
 
     loss: Callable[..., losses.Loss]
     inequalities: tuple[tuple[str, int, int], ...]
@@ -46,16 +46,16 @@ BRADLEY_TERRY = Objective(losses.bradley_terry, (("w>l", 0, 1),))
 
 
 def reward_sequence(tokenizer: Tokenizer, messages: Sequence[Message], response: Response | str) -> Sequence_:
-    """Prompt and response as tokens, for r(x, y): a sampled response is the ids that were sampled."""
+    """Prompt and response as tokens, for r(x, y). A sampled response keeps the ids that were sampled."""
     ids = response.token_ids if isinstance(response, Response) else render_response(tokenizer, response)
-    return data.encode(render_prompt(tokenizer, messages), ids)
+    return batches.encode(render_prompt(tokenizer, messages), ids)
 
 
 # ------------------------------------------------------------------------------------------------------------- training
 
 
 def with_scalar_head(lm: LM) -> LM:
-    """The decoder of ``lm`` with a scalar head of zeros in place of the head it has."""
+    """The decoder of ``lm`` with its head replaced by a scalar head of zeros."""
     config = dataclasses.replace(lm.config, scalar_head=True)
     head = jax.device_put(
         np.zeros((config.embed_dim,), jax.tree.leaves(lm.weights)[0].dtype), meshlib.sharding(lm.mesh, ("embed",))
@@ -66,8 +66,8 @@ def with_scalar_head(lm: LM) -> LM:
 
 @dataclasses.dataclass(frozen=True)
 class RewardLoss:
-    """An objective of a ``GroupBatch``, with the share of groups that each inequality holds in. Equal fields are one
-    compiled program."""
+    """An objective of a ``GroupBatch``, and the share of groups in which each inequality holds. Instances with equal
+    fields share one compiled program."""
 
     config: ModelConfig
     mesh: Mesh
@@ -77,13 +77,24 @@ class RewardLoss:
 
     def __call__(self, weights: Weights, batch: GroupBatch) -> tuple[losses.Loss, train.Metrics]:
         B, N, T = batch.tokens_BNT.shape
-        flat = lambda x: meshlib.constrain(x.reshape(N * B, T), self.mesh, ("batch", None))  # noqa: E731
+
+        def flat(x_BNT: jax.Array) -> jax.Array:
+            return meshlib.constrain(x_BNT.reshape(N * B, T), self.mesh, ("batch", None))
+
         rewards_BN = last_values(
-            weights, flat(batch.tokens_BNT), flat(batch.segments_BNT),
-            config=self.config, mesh=self.mesh, dtype=jnp.dtype(self.dtype), remat=self.remat,
-        ).reshape(B, N)  # fmt: skip
+            weights,
+            flat(batch.tokens_BNT),
+            flat(batch.segments_BNT),
+            config=self.config,
+            mesh=self.mesh,
+            dtype=jnp.dtype(self.dtype),
+            remat=self.remat,
+        ).reshape(B, N)
         loss, count = self.objective.loss(rewards_BN, batch.real_B)
-        mean = lambda x_B: (jnp.sum(jnp.where(batch.real_B, x_B, 0.0)), count)  # noqa: E731
+
+        def mean(x_B: jax.Array) -> tuple[jax.Array, jax.Array]:
+            return jnp.sum(jnp.where(batch.real_B, x_B, 0.0)), count
+
         metrics = {
             name: mean((rewards_BN[:, a] > rewards_BN[:, b]) + 0.5 * (rewards_BN[:, a] == rewards_BN[:, b]))
             for name, a, b in self.objective.inequalities
@@ -101,7 +112,7 @@ def last_values(
     dtype: Any,
     remat: Remat = "none",
 ) -> jax.Array:
-    """The scalar [B] float32 at the last token of each right-padded row, wherever its padding (segment 0) begins."""
+    """The scalar [B] float32 at the last token of each right-padded row, before its padding (segment 0)."""
     lengths_B = jnp.sum(segments_BT > 0, axis=-1)
     values_BT = decoder.scalar_values(
         weights, config, tokens_BT, lengths_B=lengths_B, dtype=dtype, remat=remat, mesh=mesh
@@ -115,36 +126,41 @@ def train_reward(
 ) -> LM:
     """A reward model on ``lm``'s decoder; the result is also the scope's checkpoint.
 
-    Groups with a sequence longer than ``config.max_length`` are dropped and counted. Raises: TrainingError where none
-    is left.
+    Groups with a sequence longer than ``config.max_length`` are dropped and counted.
+
+    Raises: TrainingError if all groups are too long.
     """
     start = with_scalar_head(lm)
-    if (made := resume.finished(start, scope)) is not None:
-        return made
+    if (trained := resume.finished(start, scope)) is not None:
+        return trained
     config.check(lm.mesh)
-    kept = [group for group in groups if max(len(s.tokens) for s in group) <= config.max_length]
-    scope.value("reward_data", lambda: {"groups": len(kept), "dropped_too_long": len(groups) - len(kept)})
-    if not kept:
+    fitting = [group for group in groups if max(len(s.tokens) for s in group) <= config.max_length]
+    scope.value("reward_data", lambda: {"groups": len(fitting), "dropped_too_long": len(groups) - len(fitting)})
+    if not fitting:
         raise train.TrainingError(
             f"{scope.path}: none of {len(groups)} groups fits in max_length = {config.max_length} tokens; raise it"
         )
     with scope.timed("reward"):
-        batches = data.groups(
-            kept, config.batch_size, lm.mesh,
-            epochs=config.epochs, seed=train.seed_of(scope, "reward"), min_length=config.min_length,
-        )  # fmt: skip
+        group_batches = batches.groups(
+            fitting,
+            config.batch_size,
+            lm.mesh,
+            epochs=config.epochs,
+            seed=train.seed_of(scope, "reward"),
+            min_length=config.min_length,
+        )
         loss = RewardLoss(lm_config(start), lm.mesh, config.dtype, config.remat, objective)
-        return train.fit(start, batches, loss, config, scope)
+        return train.fit(start, group_batches, loss, config, scope)
 
 
 # ------------------------------------------------------------------------------------------------------------------ use
 
 
 def lm_config(lm: LM) -> ModelConfig:
-    """The configuration of a reward model. Raises: RewardError for a model that is none."""
+    """The configuration of a reward model. Raises: RewardError if it has no scalar head."""
     if not lm.config.scalar_head:
         raise RewardError(
-            "this model has no scalar head, so it is no reward model; give the checkpoint of a gap_reward or "
+            "this model has no scalar head, so it cannot give rewards; pass the checkpoint of a gap_reward or "
             "policy_reward scope, or a Hugging Face sequence classifier with one label"
         )
     return lm.config
@@ -154,7 +170,7 @@ def lm_config(lm: LM) -> ModelConfig:
 def score_rewards(
     weights: Weights, tokens_BT: jax.Array, lengths_B: jax.Array, *, config: ModelConfig, dtype: Any, mesh: Mesh
 ) -> jax.Array:
-    """The reward [B] float32 of right-padded rows."""
+    """The reward [B] float32 of each right-padded row."""
     positions_BT = jnp.broadcast_to(jnp.arange(tokens_BT.shape[1], dtype=jnp.int32), tokens_BT.shape)
     segments_BT = (positions_BT < lengths_B[:, None]).astype(jnp.int32)
     return last_values(weights, tokens_BT, segments_BT, config=config, dtype=dtype, mesh=mesh)
@@ -163,18 +179,20 @@ def score_rewards(
 def rewards(lm: LM, sequences: Sequence[Sequence_], *, batch_size: int = 64) -> np.ndarray:
     """The reward [N] float32 of each text.
 
-    Raises: RewardError for a model without a scalar head, a text longer than its positions, or a reward that is not
-      finite, naming the text's number.
+    Raises: RewardError if the model has no scalar head, if a text is longer than its positions, or if a reward is not
+      finite (the message names the text's number).
     """
     config = lm_config(lm)
     longest = max((len(s.tokens) for s in sequences), default=0)
     if longest > config.max_positions:
-        raise RewardError(f"a text has {longest} tokens, the reward model {config.max_positions} positions; drop it")
+        raise RewardError(
+            f"a text has {longest} tokens, the reward model {config.max_positions} positions; drop the text"
+        )
     out = np.zeros(len(sequences), np.float32)
     for batch, tokens_BT, lengths_B in rows_on_mesh(lm, [s.tokens.tolist() for s in sequences], batch_size):
         rewards_B = score_rewards(
             lm.weights, tokens_BT, lengths_B, config=config, dtype=jnp.dtype(lm.dtype), mesh=lm.mesh
-        )  # fmt: skip
+        )
         out[batch] = meshlib.fetch(rewards_B)[: len(batch)]
     bad = np.flatnonzero(~np.isfinite(out))
     if len(bad):
@@ -186,8 +204,7 @@ def rewards(lm: LM, sequences: Sequence[Sequence_], *, batch_size: int = 64) -> 
 
 
 class RewardOf(NamedTuple):
-    """The rewards of sampled responses by a reward model, as reinforcement learning asks for them: called with prompts
-    and responses, it returns [N] float32."""
+    """A reward model as the reward function of reinforcement learning: (prompts, responses) -> [N] float32."""
 
     lm: LM
     batch_size: int
@@ -201,7 +218,7 @@ class RewardOf(NamedTuple):
 def inequalities(
     lm: LM, groups: Sequence[tuple[Sequence_, ...]], objective: Objective, **options: Any
 ) -> Mapping[str, float]:
-    """The share of held-out groups in which each inequality of the objective holds, and their "mean"."""
+    """The share of held-out groups in which each inequality of the objective holds, and the "mean" of these shares."""
     N = len(groups[0])
     rewards_BN = rewards(lm, [s for group in groups for s in group], **options).reshape(-1, N)
     shares = {

@@ -1,4 +1,4 @@
-"""The train step, the loop around it, and the two ways to train that the methods share: ``sft`` and ``dpo``."""
+"""The train step, the training loop, and the two kinds of training that the methods share: ``sft`` and ``dpo``."""
 
 import dataclasses
 import functools
@@ -21,16 +21,25 @@ from jaxsi.runs.config_snapshot import may_change, stored_as
 from jaxsi.runs.progress import progress
 from jaxsi.runs.records import PreferencePair, SFTExample
 from jaxsi.runs.run import Scope
-from jaxsi.training import batches as data, losses, optim, resume
-from jaxsi.training.batches import Batches, PairBatch, Sequence_, TokenBatch
+from jaxsi.training import losses, optim, resume
+from jaxsi.training.batches import (
+    Batches,
+    PairBatch,
+    Sequence_,
+    TokenBatch,
+    arrangement,
+    encode_example,
+    encode_pair,
+    pair_batches,
+)
 from jaxsi.training.losses import PairLogps
 from jaxsi.training.optim import OptimConfig
 
-MAX_SKIPPED = 5  # updates in a row with a gradient that is not finite, before training gives up
+MAX_SKIPPED = 5  # training gives up after this many updates in a row without a finite gradient
 
 
 class TrainingError(RuntimeError):
-    """Training that cannot go on: nothing to train on, or gradients that are not finite."""
+    """Training cannot go on: there is no data, or gradients are not finite."""
 
 
 @stored_as("train.TrainConfig")
@@ -39,7 +48,7 @@ class TrainConfig:
     """How to train. ``batch_size`` is global, in rows (packed rows for SFT on CPU and TPU, pairs for DPO).
 
     ``max_length``: the longest sequence in tokens; longer ones are dropped and counted. ``min_length``: the shortest
-    padded length, so that short data compile once. ``checkpoint_every`` optimizer steps, a checkpoint to resume from.
+    padded length, so that short data compile once. ``checkpoint_every``: optimizer steps between resume points.
     """
 
     optim: OptimConfig = OptimConfig()
@@ -57,15 +66,15 @@ class TrainConfig:
     def __post_init__(self) -> None:
         numbers = {name: value for name, value in vars(self).items() if type(value) is int}
         if wrong := [f"{name} is {value}" for name, value in numbers.items() if value < 1]:
-            raise ValueError(f"{', '.join(wrong)}; the least is 1")
+            raise ValueError(f"{', '.join(wrong)}; the minimum is 1")
         if self.batch_size % self.accumulate:
             raise ValueError(
-                f"batch_size {self.batch_size} does not divide in accumulate = {self.accumulate} parts; "
+                f"batch_size {self.batch_size} is not divisible into accumulate = {self.accumulate} parts; "
                 "change one of them"
             )
 
     def check(self, mesh: Mesh) -> None:
-        """Raises MeshError where the rows of a micro-batch do not divide among the devices."""
+        """Raises MeshError if the rows of a micro-batch do not divide evenly among the devices."""
         rows, parts = self.batch_size // self.accumulate, meshlib.axis_size(mesh, "batch")
         if rows % parts:
             raise meshlib.MeshError(
@@ -77,11 +86,12 @@ class TrainConfig:
 @stored_as("train.DPOConfig")
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DPOConfig:
-    """Preference training: ``loss`` is a pair loss of losses.py. ``nll_coef`` weighs the likelihood of the chosen
-    response beside it (0 is the paper's DPO).
+    """Preference training: ``loss`` is a pair loss of losses.py. ``nll_coef`` weights an added likelihood
+    term of the chosen response (0 is the paper's DPO).
 
-    In a method that goes round several times: ``reference``, M_{t-1} or the model before the first round;
-    ``optimizer``, whether a round begins with new moments or takes over those of the round before.
+    Two settings concern methods with several rounds. ``reference``: M_{t-1} ("previous"), or the model before the first
+    round ("first"). ``optimizer``: a round starts with new moments ("reset"), or takes over those of the previous round
+    ("carry").
     """
 
     train: TrainConfig = TrainConfig(optim=OptimConfig(learning_rate=1e-6))
@@ -102,7 +112,7 @@ class DPOConfig:
 
 
 class State(NamedTuple):
-    """What a step changes. ``skipped``: updates in a row that were left out for gradients that are not finite."""
+    """What a step changes. ``skipped``: the current number of updates in a row skipped because of non-finite gradients."""
 
     weights: Weights
     moments: Any
@@ -117,7 +127,7 @@ Metrics = dict[str, tuple[jax.Array, jax.Array]]  # name -> (sum, count)
 
 @dataclasses.dataclass(frozen=True)
 class SFTLoss:
-    """Token negative log-likelihood of a ``TokenBatch``. Equal fields are one compiled program."""
+    """Token negative log-likelihood of a ``TokenBatch``. Instances with equal fields share one compiled program."""
 
     config: ModelConfig
     mesh: Mesh
@@ -140,7 +150,10 @@ def pair_logps(
 ) -> jax.Array:
     """Summed log-probabilities [B, 2] of the chosen and the rejected responses, in one pass over all rows."""
     B, S, _ = batch.tokens_BST.shape
-    rows = lambda x: meshlib.constrain(x.reshape(B * S, -1), mesh, ("batch", None))  # noqa: E731
+
+    def rows(x: jax.Array) -> jax.Array:
+        return meshlib.constrain(x.reshape(B * S, -1), mesh, ("batch", None))
+
     hidden_BTD = decoder.hidden_states(
         weights, config, rows(batch.tokens_BST), rows(batch.positions_BST), rows(batch.segments_BST),
         lengths_B=None if S == 1 else jnp.sum(rows(batch.segments_BST), axis=1), forked=S == 1,
@@ -153,7 +166,7 @@ def pair_logps(
 
 @dataclasses.dataclass(frozen=True)
 class PairLoss:
-    """A pair loss of a ``PairBatch``, with the likelihood term. Equal fields are one compiled program."""
+    """A pair loss of a ``PairBatch``, plus the likelihood term. Instances with equal fields share one compiled program."""
 
     config: ModelConfig
     mesh: Mesh
@@ -173,14 +186,17 @@ class PairLoss:
         preference, count = self.loss(p, beta=self.beta)
         likelihood, _ = losses.nll(p)
         total = preference + self.nll_coef * likelihood if self.nll_coef else preference
-        mean = lambda x_B: (jnp.sum(jnp.where(p.real_B, x_B, 0.0)), count)  # noqa: E731
+
+        def mean(x_B: jax.Array) -> tuple[jax.Array, jax.Array]:
+            return jnp.sum(jnp.where(p.real_B, x_B, 0.0)), count
+
         margin_B = losses.margin(p)
         metrics = {
             "preference_loss": (preference, count),
             "nll": (likelihood, count),
             "accuracy": mean((margin_B > 0) + 0.5 * (margin_B == 0)),
             "margin": mean(margin_B),
-            # Likelihood displacement shows here: DPO can raise the margin while both responses sink.
+            # These show likelihood displacement: DPO can raise the margin while both responses become less likely.
             "chosen_logps": mean(p.chosen_B),
             "rejected_logps": mean(p.rejected_B),
             "chosen_shift": mean(p.chosen_B - p.ref_chosen_B),
@@ -192,7 +208,7 @@ class PairLoss:
 def train_step(
     state: State, batch: Any, learning_rate: jax.Array, *, loss: Any, optimizer: OptimConfig, accumulate: int
 ) -> tuple[State, dict[str, jax.Array]]:
-    """One optimizer step on a global batch, run in ``accumulate`` parts, normalised by the count of the whole batch."""
+    """One optimizer step on a global batch, computed in ``accumulate`` parts and normalised by the whole batch's count."""
 
     def summed(weights: Weights, part: Any) -> tuple[jax.Array, tuple[jax.Array, Metrics]]:
         (total, count), metrics = loss(weights, part)
@@ -205,11 +221,14 @@ def train_step(
     if accumulate == 1:
         gradients, sums = one_part(batch)
     else:
-        # Part a takes rows a, a + A, ...: each device's rows stay on it.
+        # Part a takes rows a, a + A, ..., so that every row stays on its device.
         parts = jax.tree.map(lambda x: x.reshape(-1, accumulate, *x.shape[1:]).swapaxes(0, 1), batch)
         first = jax.eval_shape(one_part, jax.tree.map(lambda x: x[0], parts))
         zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), first)
-        add = lambda total, part: (jax.tree.map(jnp.add, total, one_part(part)), None)  # noqa: E731
+
+        def add(total: Any, part: Any) -> tuple[Any, None]:
+            return jax.tree.map(jnp.add, total, one_part(part)), None
+
         (gradients, sums), _ = jax.lax.scan(add, zeros, parts)
     (total, count), metrics = sums
     count = jnp.maximum(count, 1.0)
@@ -219,7 +238,10 @@ def train_step(
     held = _moved(state.moments, jax.memory.Space.Device) if optimizer.offload else state.moments
     updates, moments = optim.make_optimizer(optimizer).update(gradients, held, state.weights)
     weights = jax.tree.map(lambda w, u: w - learning_rate * u, state.weights, updates)
-    keep = lambda new, old: jax.tree.map(lambda n, o: jnp.where(finite, n, o), new, old)  # noqa: E731
+
+    def keep(new: Any, old: Any) -> Any:
+        return jax.tree.map(lambda n, o: jnp.where(finite, n, o), new, old)
+
     skipped = jnp.where(finite, 0, state.skipped + 1)
     moments = keep(moments, held)
     if optimizer.offload:
@@ -230,22 +252,22 @@ def train_step(
 
 
 def _moved(moments: Any, space: jax.memory.Space) -> Any:
-    """The moments in that memory; the count of steps, a scalar, stays on the device."""
+    """Moves the moments to ``space``; the step count, a scalar, stays on the device."""
     return jax.tree.map(lambda x: jax.device_put(x, space) if x.ndim else x, moments)
 
 
 def initial_state(weights: Weights, optimizer: OptimConfig) -> State:
-    """The state before the first step, with a copy of the weights: the step donates its state, and the caller's model
-    lives on."""
+    """The state before the first step. The weights are copied: a step donates its state, and the caller still needs its
+    model."""
     weights = jax.tree.map(jnp.copy, weights)
-    # Zeros depend on no weight, so without a word XLA puts them all on one device.
+    # Zeros depend on no weight, so without explicit shardings XLA puts them all on one device.
     layout = state_layout(weights, optimizer)
     moments = jax.jit(optim.make_optimizer(optimizer).init, out_shardings=layout.moments)(weights)
     return State(weights, moments, *(jax.device_put(jnp.int32(0), place) for place in (layout.step, layout.skipped)))
 
 
 def state_layout(weights: Weights, optimizer: OptimConfig) -> Any:
-    """The sharding of every array of a state whose weights are ``weights``, or their shapes with shardings."""
+    """The sharding of every array in a state for ``weights`` (arrays, or shapes with shardings)."""
     replicated = meshlib.sharding(jax.tree.leaves(weights)[0].sharding.mesh, ())
     init = optim.make_optimizer(optimizer).init
     moments = optax.tree_utils.tree_map_params(
@@ -272,31 +294,31 @@ def fit(
     state: Scope | None = None,
     better: Callable[[LM, LM], bool] | None = None,
 ) -> LM:
-    """Trains, or takes up training where its last checkpoint left it, and saves the result as the scope's checkpoint.
+    """Trains, resuming from the last checkpoint if there is one, and saves the result as the scope's checkpoint.
 
     Args:
-      state: an earlier training of the same model, whose optimizer goes on.
-      better: early stopping. Every ``checkpoint_every`` steps and at the end, ``better(now, previous)`` compares with
-        the previous checkpoint (the first time, with ``lm``); training ends, with the previous weights, when it is
-        False.
+      state: an earlier training of the same model, whose optimizer moments are carried over.
+      better: early stopping. Every ``checkpoint_every`` steps and at the end, ``better(now, previous)`` compares the
+        model with the previous checkpoint (the first time, with ``lm``). When it returns False, training ends with the
+        previous weights.
 
     Raises:
-      TrainingError: no batches, or MAX_SKIPPED gradients in a row that are not finite.
+      TrainingError: if there are no batches, or if MAX_SKIPPED gradients in a row are not finite.
     """
     total = min(len(batches), config.max_steps or len(batches))
     if total == 0:
-        raise TrainingError(f"{scope.path}: nothing to train on; look at the counts of the stages before it")
+        raise TrainingError(f"{scope.path}: nothing to train on; check the counts of the earlier stages")
     check_master(lm)
-    # All at once: a rate read from the device at each step would wait for the step before.
+    # All rates at once: reading one from the device at each step would wait for the previous step.
     rates = np.asarray(jax.vmap(optim.schedule(config.optim, total))(jnp.arange(total)), np.float32)
-    lmlib.make_room()  # the memory of the stages that sampled
+    lmlib.make_room()  # frees what the sampling stages used
     folder = scope.path / "resume"
     fresh = initial_state(lm.weights, config.optim)
     if state is not None:
         fresh = fresh._replace(moments=resume.moments_of(state, fresh.moments))
     current = resume.resumed(fresh, folder)
     done = int(current.step)
-    # What early stopping compares with, and goes back to: the model that it compared last.
+    # Early stopping compares with the model of its last comparison, and may return to it.
     previous, previous_step = lm, resume.compared(folder) if better is not None else 0
     if previous_step:
         current = resume.resumed(current, folder, previous_step)
@@ -310,7 +332,7 @@ def fit(
                 if not _compared(better, now, previous):
                     break
                 previous, previous_step = now, step
-                if step > done:  # else it is kept: a stop came before its comparison
+                if step > done:  # else it is already saved: the run was stopped just before this comparison
                     resume.save_resume(folder, current, done=step, compared=step)
             current, metrics = train_step(
                 current, batches[step], rates[step], loss=loss, optimizer=config.optim, accumulate=config.accumulate
@@ -325,12 +347,12 @@ def fit(
             if stopping or due:
                 resume.save_resume(folder, current, done=steps, compared=previous_step)
             if stopping:
-                raise preemption.Stopped(f"{scope.path}: training is kept up to step {steps} of {total}")
+                raise preemption.Stopped(f"{scope.path}: training is saved up to step {steps} of {total}")
         else:
             if better is not None and _compared(better, now := _snapshot(lm, current), previous):
                 previous, previous_step = now, total
     trained, steps = (lm.replace(current.weights), total) if better is None else (previous, previous_step)
-    # Moments of later steps than the weights' are of no use to anyone.
+    # After an early stop the moments belong to later steps than the weights, so they are not saved.
     resume.save_result(
         trained, current if steps == total else None, scope, {"step": steps, "stopped_early": steps < total}
     )
@@ -339,7 +361,7 @@ def fit(
 
 def _compared(better: Callable[[LM, LM], bool], now: LM, previous: LM) -> bool:
     answer = better(now, previous)
-    lmlib.make_room()  # the memory of what was sampled for it
+    lmlib.make_room()  # frees what sampling for the comparison used
     return answer
 
 
@@ -347,21 +369,21 @@ def check_master(lm: LM) -> None:
     dtypes = {str(w.dtype) for w in jax.tree.leaves(lm.weights)}
     if dtypes != {"float32"}:
         raise TrainingError(
-            f"the weights to train are {', '.join(sorted(dtypes))}, in which small updates are lost; "
-            'load the model with weights_dtype="float32" (TrainConfig.dtype is that of the computation)'
+            f"the weights to train are {', '.join(sorted(dtypes))}, a dtype in which small updates are lost; "
+            'load the model with weights_dtype="float32" (TrainConfig.dtype only sets the dtype of the computation)'
         )
 
 
 def check_skipped(state: State, steps: int, total: int, scope: Scope) -> None:
     if (skipped := int(state.skipped)) >= min(MAX_SKIPPED, total):
         raise TrainingError(
-            f"{scope.path}: {skipped} updates in a row had gradients that are not finite (at most {MAX_SKIPPED - 1}) "
-            f"at step {steps}; lower the learning rate, or look at the data of these steps. The last checkpoint is kept"
+            f"{scope.path}: {skipped} updates in a row had non-finite gradients (at most {MAX_SKIPPED - 1} are allowed) "
+            f"at step {steps}; lower the learning rate, or check the data of these steps. The last checkpoint is kept"
         )
 
 
 def _snapshot(lm: LM, state: State) -> LM:
-    """The model of a state that the next step will donate."""
+    """A copy of the state's model, since the next step donates the state."""
     return lm.replace(jax.tree.map(jnp.copy, state.weights))
 
 
@@ -371,14 +393,14 @@ def _snapshot(lm: LM, state: State) -> LM:
 def sft(lm: LM, examples: Sequence[SFTExample], config: TrainConfig, scope: Scope) -> LM:
     """Supervised fine-tuning on the examples' responses; the result is also the scope's checkpoint.
 
-    Rows are packed on CPU and TPU; on GPU, where fused attention takes no segments, they are batched by length.
+    Rows are packed on CPU and TPU. On GPU they are batched by length, since fused attention there has no segments.
     """
-    if (made := resume.finished(lm, scope)) is not None:
-        return made
+    if (trained := resume.finished(lm, scope)) is not None:
+        return trained
     config.check(lm.mesh)
     with scope.timed("sft"):
-        sequences = _fitting(scope, [data.encode_example(lm.tokenizer, e) for e in examples], config.max_length)
-        batches = data.arrangement(lm.mesh)(
+        sequences = _fitting(scope, [encode_example(lm.tokenizer, e) for e in examples], config.max_length)
+        batches = arrangement(lm.mesh)(
             sequences, config.max_length, config.batch_size, lm.mesh, epochs=config.epochs, seed=seed_of(scope, "sft")
         )
         return fit(lm, batches, SFTLoss(lm.config, lm.mesh, config.dtype, config.remat), config, scope)
@@ -397,28 +419,28 @@ def dpo(
     """Preference training from ``lm``; the result is also the scope's checkpoint.
 
     Args:
-      reference: the model that the loss compares with, ``lm`` by default.
+      reference: the model that the loss compares with; ``lm`` by default.
       state, better: as in ``fit``.
     """
-    if (made := resume.finished(lm, scope)) is not None:
-        return made
+    if (trained := resume.finished(lm, scope)) is not None:
+        return trained
     train = config.train
     train.check(lm.mesh)
-    every = [data.encode_pair(lm.tokenizer, pair) for pair in pairs]
-    encoded = [(c, r) for c, r in every if max(len(c.tokens), len(r.tokens)) <= train.max_length]
-    scope.value("dpo_data", lambda: {"pairs": len(encoded), "dropped_too_long": len(every) - len(encoded)})
+    all_pairs = [encode_pair(lm.tokenizer, pair) for pair in pairs]
+    encoded = [(c, r) for c, r in all_pairs if max(len(c.tokens), len(r.tokens)) <= train.max_length]
+    scope.value("dpo_data", lambda: {"pairs": len(encoded), "dropped_too_long": len(all_pairs) - len(encoded)})
     if not encoded:
         raise TrainingError(
-            f"{scope.path}: no pair to train on: {len(every)} given, of which {len(encoded)} have at most max_length = "
-            f"{train.max_length} tokens; look at the counts of the pairs stage, or raise max_length"
+            f"{scope.path}: no pair to train on: of {len(all_pairs)} pairs, {len(encoded)} have at most max_length = "
+            f"{train.max_length} tokens; check the counts of the pairs stage, or raise max_length"
         )
-    # The name says of which weights and which pairs: values of others are never taken for these.
+    # The name identifies the weights and the pairs, so that values of other ones are never reused.
     reference = lm if reference is None else reference
     name = f"ref_logps_{reference.fingerprint}_{_digest(encoded, train)}"
     refs = scope.value(name, reference_logps, reference, encoded, train)
     with scope.timed("dpo"):
         seed = seed_of(scope, "dpo")
-        batches = data.pair_batches(
+        batches = pair_batches(
             lm, encoded, refs, train.batch_size, epochs=train.epochs, seed=seed, min_length=train.min_length
         )
         loss = PairLoss(lm.config, lm.mesh, train.dtype, train.remat, config.loss, config.beta, config.nll_coef)
@@ -426,7 +448,7 @@ def dpo(
 
 
 def _digest(encoded: Sequence[tuple[Sequence_, Sequence_]], config: TrainConfig) -> str:
-    """8 hex digits of all that the reference's log-probabilities depend on beside the weights."""
+    """8 hex digits that identify everything except the weights that the reference's log-probabilities depend on."""
     digest = hashlib.sha256(f"{config.dtype} {config.batch_size // config.accumulate} {config.min_length}".encode())
     for sequence in (side for pair in encoded for side in pair):
         digest.update(f"{len(sequence.tokens)} ".encode() + sequence.tokens.tobytes() + sequence.loss_mask.tobytes())
@@ -434,11 +456,11 @@ def _digest(encoded: Sequence[tuple[Sequence_, Sequence_]], config: TrainConfig)
 
 
 def reference_logps(lm: LM, encoded: Sequence[tuple[Sequence_, Sequence_]], config: TrainConfig) -> list[list[float]]:
-    """The reference's summed log-probabilities (chosen, rejected) of each pair, by the program and the micro-batch
-    that train."""
+    """The reference's summed log-probabilities (chosen, rejected) of each pair, computed with the program and the
+    micro-batch size of training."""
     micro = config.batch_size // config.accumulate
-    none = [(0.0, 0.0)] * len(encoded)
-    batches = data.pair_batches(lm, encoded, none, micro, epochs=1, seed=0, min_length=config.min_length)
+    zeros = [(0.0, 0.0)] * len(encoded)
+    batches = pair_batches(lm, encoded, zeros, micro, epochs=1, seed=0, min_length=config.min_length)
     out = np.zeros((len(encoded), 2), np.float32)
     for step in range(len(batches)):
         preemption.check()
@@ -454,16 +476,16 @@ reference_pair_logps = jax.jit(pair_logps, static_argnames=("config", "mesh", "d
 
 
 def seed_of(scope: Scope, name: str) -> int:
-    """A 31-bit seed for Grain, named like a key."""
+    """A 31-bit seed for Grain, derived from the scope's key of that name."""
     return int(jax.random.bits(scope.key(name))) % 2**31
 
 
 def _fitting(scope: Scope, sequences: Sequence[Sequence_], max_length: int) -> list[Sequence_]:
-    kept = [s for s in sequences if len(s.tokens) <= max_length]
-    scope.value("sft_data", lambda: {"sequences": len(kept), "dropped_too_long": len(sequences) - len(kept)})
-    if not kept:
+    fitting = [s for s in sequences if len(s.tokens) <= max_length]
+    scope.value("sft_data", lambda: {"sequences": len(fitting), "dropped_too_long": len(sequences) - len(fitting)})
+    if not fitting:
         raise TrainingError(
             f"{scope.path}: none of {len(sequences)} examples has at most max_length = {max_length} tokens; "
             "raise max_length"
         )
-    return kept
+    return fitting

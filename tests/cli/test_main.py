@@ -479,9 +479,7 @@ def test_mesh_that_does_not_fit_is_refused_before_any_work(world, tmp_path, caps
     run = ["run", world / "micro.py", "--run-dir", tmp_path / "run"]
     assert "needs 3 devices, there are 8" in failure(capsys, *run, "--mesh.fsdp", 3)
     assert "dpo.train.batch_size 12" in failure(capsys, *run, "--dpo.train.batch-size", 12)
-    assert "heads = 2 of the model is not divisible by 8" in failure(
-        capsys, *run, "--mesh.fsdp", 1, "--mesh.tensor", 8
-    )
+    assert "heads = 2 of the model is not divisible by 8" in failure(capsys, *run, "--mesh.fsdp", 1, "--mesh.tensor", 8)
     assert "3 prompts for 4 iterations" in failure(capsys, *run, "--iterations", 5)
     assert not (tmp_path / "run").exists()
 

@@ -160,7 +160,7 @@ def test_run_resumes_to_the_same_bytes_after_a_kill_of_one_process_and_signals_t
         (code, _, err), (other, _, _) = ended(processes, 120)
         assert (code, other) == (75, 75), err
     [point] = (directory / "iter_2" / "resume").iterdir()
-    saved = f"{directory / 'iter_2'}: training is kept up to step {int(point.name)} of"
+    saved = f"{directory / 'iter_2'}: training is saved up to step {int(point.name)} of"
     assert f"jaxsi: stopped by SIGTERM; {saved}" in err
 
     assert artefacts(finished_run(directory)) == artefacts(whole)

@@ -283,7 +283,7 @@ def _padded(x: np.ndarray, length: int, fill: int = 0) -> np.ndarray:
 
 
 def _room(counts: Sequence[int], length: int) -> int:
-    """Columns to reserve for counted tokens in a row: a multiple of ``length`` / 8, so that few programs are compiled."""
+    """Columns reserved for a row's counted tokens: a multiple of ``length`` / 8, so that few programs are compiled."""
     eighth = -(-length // 8)
     return min(length, eighth * max(1, -(-max(counts) // eighth)))
 

@@ -48,7 +48,7 @@ def moments_of(scope: Scope, like: Restored) -> Restored:
 
 
 def compared(folder: Path) -> int:
-    """The step of the model that early stopping compared last, from the newest intact resume point in ``folder``; or 0."""
+    """The step of the model that early stopping compared last, by the newest intact point in ``folder``; or 0."""
     saved = checkpoint.latest(folder)
     return 0 if saved is None else checkpoint.read_meta(saved)["compared"] or 0
 

@@ -32,7 +32,7 @@ class RewardError(ValueError):
 
 
 class Objective(NamedTuple):
-    """A loss of the N rewards of a group, and the inequalities that it trains: (name, index of the higher, of the lower)."""
+    """A loss of the N rewards of a group, and its inequalities: (name, index of the higher, index of the lower)."""
 
     loss: Callable[..., losses.Loss]
     inequalities: tuple[tuple[str, int, int], ...]

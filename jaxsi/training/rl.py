@@ -1,14 +1,14 @@
-"""On-policy reinforcement learning with a KL to a frozen reference: ``ppo`` and ``rloo`` on shared parts.
+"""On-policy reinforcement learning with a KL penalty to a frozen reference: ``ppo`` and ``rloo`` on shared parts.
 
     for step = 1 .. S:
         y_i^g ~ pi(. | x_i)                                   g = 1 .. G, temperature 1, the whole distribution
-        r_i^g = reward(x_i, y_i^g)                            less a penalty where the token limit cut y off
+        r_i^g = reward(x_i, y_i^g)                            minus a penalty if the token limit cut y off
         A     from r and from log pi - log pi_ref             ``rloo`` or ``ppo``
         pi    <- clipped policy gradient on A, by minibatches
 
-RLOO (Ahmadian et al. 2024, arXiv 2402.14740): R = r - kl_coef * sum_t log(pi / pi_ref), A = R less the mean R of the
-prompt's other responses. PPO (Schulman et al. 2017): the KL is paid token by token, a value model and GAE give A.
-Everything that is drawn is named by step, prompt and sample, so a run that was killed goes on with the same noise.
+RLOO (Ahmadian et al. 2024, arXiv 2402.14740): R = r - kl_coef * sum_t log(pi / pi_ref), A = R minus the mean R of the
+prompt's other responses. PPO (Schulman et al. 2017): the KL penalty is per token; a value model and GAE give A.
+Random draws are keyed by step, prompt and sample, so a run that was killed resumes with the same noise.
 """
 
 import dataclasses
@@ -39,20 +39,20 @@ from jaxsi.training.reward import lm_config, with_scalar_head
 
 Reward = Callable[[Sequence[Prompt], Sequence[Response]], np.ndarray]
 Monitor = Callable[[Sequence[Prompt], Sequence[Response], np.ndarray], Mapping[str, float]]
-MAX_BAD = 0.5  # share of rewards in a step that may be no number
+MAX_BAD = 0.5  # largest share of non-finite rewards allowed in a step
 
 
 class RLError(RuntimeError):
-    """Reinforcement learning that cannot go on: too few prompts, or rewards that are not numbers."""
+    """Reinforcement learning cannot go on: too few prompts, or too many non-finite rewards."""
 
 
 @stored_as("rl.RLConfig")
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RLConfig:
-    """How to reinforce. A step samples ``prompts_per_step`` x ``group_size`` responses and goes over them ``epochs``
-    times in minibatches of ``batch_size`` rows.
+    """How to reinforce. A step samples ``prompts_per_step`` x ``group_size`` responses and trains on them for
+    ``epochs`` epochs, in minibatches of ``batch_size`` rows.
 
-    ``cut_off_penalty`` is taken from the reward of a response that the token limit ended: it has no end to be judged.
+    ``cut_off_penalty`` is subtracted from the reward of a response that the token limit cut off: it is incomplete.
     """
 
     optim: OptimConfig
@@ -74,11 +74,11 @@ class RLConfig:
     def __post_init__(self) -> None:
         numbers = {name: value for name, value in vars(self).items() if type(value) is int}
         if wrong := [f"{name} is {value}" for name, value in numbers.items() if value < 1]:
-            raise ValueError(f"{', '.join(wrong)}; the least is 1")
+            raise ValueError(f"{', '.join(wrong)}; the minimum is 1")
         if self.rows % self.batch_size or self.batch_size % self.accumulate:
             raise ValueError(
                 f"prompts_per_step {self.prompts_per_step} x group_size {self.group_size} = {self.rows} rows, "
-                f"batch_size {self.batch_size}, accumulate {self.accumulate}: each divides the one before"
+                f"batch_size {self.batch_size}, accumulate {self.accumulate}: each must divide the one before it"
             )
         if self.kl_coef < 0 or not 0 < self.clip < 1 or self.cut_off_penalty < 0:
             raise ValueError(
@@ -88,7 +88,7 @@ class RLConfig:
 
     @property
     def rows(self) -> int:
-        """Responses a step."""
+        """Responses per step."""
         return self.prompts_per_step * self.group_size
 
     @property
@@ -102,7 +102,7 @@ class RLConfig:
         return self.steps * self.epochs * (self.rows // self.batch_size)
 
     def check(self, mesh: Mesh) -> None:
-        """Raises MeshError where the rows of a micro-batch do not divide among the devices."""
+        """Raises MeshError if the rows of a micro-batch do not divide evenly among the devices."""
         rows, parts = self.rows_at_once, meshlib.axis_size(mesh, "batch")
         if rows % parts:
             raise meshlib.MeshError(
@@ -113,7 +113,7 @@ class RLConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PPOConfig:
-    """What PPO has beside ``RLConfig``: discount ``gamma``, GAE's ``lam``, and the range of the clipped value."""
+    """PPO's settings beside ``RLConfig``: discount ``gamma``, GAE's ``lam``, and the range of the clipped value."""
 
     gamma: float = 1.0
     lam: float = 0.95
@@ -127,9 +127,9 @@ class PPOConfig:
 
 
 class RolloutBatch(NamedTuple):
-    """Responses after their prompts, one a row: segments are 1, then 0. loss_mask True at the response's tokens;
-    ``old_logps_BT``: of the policy that sampled; values and returns are zeros without a value model. A row without a
-    mask is fill, or had no reward."""
+    """Responses after their prompts, one per row: segments are 1, then 0. ``loss_mask_BT`` is True at the response's
+    tokens. ``old_logps_BT`` are those of the policy that sampled. Values and returns are zeros without a value model. A
+    row whose mask is all False is fill, or its response had no reward."""
 
     tokens_BT: Any
     segments_BT: Any
@@ -141,7 +141,7 @@ class RolloutBatch(NamedTuple):
 
     @property
     def lengths_B(self) -> jax.Array:
-        """The tokens of each row, padding behind them."""
+        """The number of tokens in each row, without the padding after them."""
         return jnp.sum(self.segments_BT, axis=1)
 
 
@@ -150,7 +150,7 @@ class RolloutBatch(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class PolicyLoss:
-    """The clipped policy gradient of a ``RolloutBatch``. Equal fields are one compiled program."""
+    """The clipped policy gradient of a ``RolloutBatch``. Instances with equal fields share one compiled program."""
 
     config: ModelConfig
     mesh: Mesh
@@ -160,20 +160,28 @@ class PolicyLoss:
 
     def __call__(self, weights: Weights, batch: RolloutBatch) -> tuple[losses.Loss, train.Metrics]:
         logps_BT = decoder.sequence_logps(
-            weights, self.config, batch.tokens_BT, lengths_B=batch.lengths_B,
-            dtype=jnp.dtype(self.dtype), remat=self.remat, mesh=self.mesh,
-        )  # fmt: skip
+            weights,
+            self.config,
+            batch.tokens_BT,
+            lengths_B=batch.lengths_B,
+            dtype=jnp.dtype(self.dtype),
+            remat=self.remat,
+            mesh=self.mesh,
+        )
         mask_BT = batch.loss_mask_BT
         loss = losses.ppo_clip(logps_BT, batch.old_logps_BT, batch.advantages_BT, mask_BT, clip=self.clip)
         ratio_BT = jnp.exp(jnp.where(mask_BT, logps_BT - batch.old_logps_BT, 0.0))
-        mean = lambda x_BT: (jnp.sum(jnp.where(mask_BT, x_BT, 0.0)), loss[1])  # noqa: E731
+
+        def mean(x_BT: jax.Array) -> tuple[jax.Array, jax.Array]:
+            return jnp.sum(jnp.where(mask_BT, x_BT, 0.0)), loss[1]
+
         return loss, {"ratio": mean(ratio_BT), "clipped": mean(jnp.abs(ratio_BT - 1) > self.clip)}
 
 
 def token_values(
     weights: Weights, batch: RolloutBatch, *, config: ModelConfig, mesh: Mesh, dtype: str, remat: Remat
 ) -> jax.Array:
-    """The value [B, T] of the text before each token: the scalar head's number one token earlier."""
+    """The value [B, T] of the text before each token: the scalar head's output at the previous token."""
     values_BT = decoder.scalar_values(
         weights, config, batch.tokens_BT, lengths_B=batch.lengths_B,
         dtype=jnp.dtype(dtype), remat=remat, mesh=mesh,
@@ -183,7 +191,7 @@ def token_values(
 
 @dataclasses.dataclass(frozen=True)
 class ValueLoss:
-    """The clipped value loss of a ``RolloutBatch``. Equal fields are one compiled program."""
+    """The clipped value loss of a ``RolloutBatch``. Instances with equal fields share one compiled program."""
 
     config: ModelConfig
     mesh: Mesh
@@ -212,8 +220,8 @@ _values = jax.jit(token_values, static_argnames=("config", "mesh", "dtype", "rem
 
 
 class Rollouts(NamedTuple):
-    """One step's responses, prompt-major, as NumPy: ``batch`` without advantages; rewards_B float64, NaN where there
-    is none; ref_logps_BT of the reference; and what was measured."""
+    """One step's responses, prompt-major, as NumPy: ``batch`` without advantages; ``rewards_B`` float64, NaN for a
+    missing reward; ``ref_logps_BT`` of the reference; and metrics."""
 
     batch: RolloutBatch
     rewards_B: np.ndarray
@@ -230,9 +238,9 @@ def roll_out(
     key: jax.Array,
     monitor: Monitor | None = None,
 ) -> Rollouts:
-    """Samples ``group_size`` responses to each prompt, and scores them by the reward, the policy and the reference.
+    """Samples ``group_size`` responses to each prompt, and scores them with the reward, the policy and the reference.
 
-    Raises: RLError where more than half of the rewards are not finite, naming a prompt.
+    Raises: RLError if more than half of the rewards are not finite; the message names a prompt.
     """
     responses = generate(
         policy, prompts, num_samples=config.group_size, temperature=1.0, top_p=1.0,
@@ -243,9 +251,9 @@ def roll_out(
     if rewards_B.shape != (len(responses),) or len(bad) > MAX_BAD * len(responses):
         where = f"the first is for {responses[bad[0]].prompt_id!r}" if len(bad) else f"shape {rewards_B.shape}"
         raise RLError(
-            f"{len(bad)} of the rewards of {len(responses)} responses are not numbers ({where}); look at the reward"
+            f"{len(bad)} of the rewards of {len(responses)} responses are not numbers ({where}); check the reward"
         )
-    measured = {} if monitor is None else dict(monitor(prompts, responses, rewards_B))
+    monitored = {} if monitor is None else dict(monitor(prompts, responses, rewards_B))
     cut_off_B = np.asarray([response.finish_reason == "length" for response in responses])
     rewards_B = np.where(np.isfinite(rewards_B), rewards_B - config.cut_off_penalty * cut_off_B, np.nan)
     batch, sampler_BT = _rows(policy, prompts, responses)
@@ -257,7 +265,7 @@ def roll_out(
         "reward": float(np.nanmean(rewards_B)),
         "reward_std": float(np.nanstd(rewards_B)),
         "kl": float(difference_BT.sum() / len(responses)),  # nats a response
-        # Schulman's k3: never negative, of less variance.
+        # Schulman's k3 estimator: never negative, and with less variance.
         "kl_k3": float(np.where(mask_BT, np.expm1(-difference_BT) + difference_BT, 0.0).sum() / mask_BT.sum()),
         "entropy": float(-np.where(mask_BT, old_BT, 0.0).sum() / mask_BT.sum()),
         "sampler_gap": float(np.abs(np.where(mask_BT, sampler_BT - old_BT, 0.0)).max()),
@@ -265,14 +273,14 @@ def roll_out(
         "cut_off": float(cut_off_B.mean()),
         "no_reward": float(len(bad)),
         "even_groups": float(np.mean(np.ptp(np.nan_to_num(groups_PG), axis=1) == 0)),
-        **measured,
+        **monitored,
     }
     mask_BT = mask_BT & np.isfinite(rewards_B)[:, None]
     return Rollouts(batch._replace(loss_mask_BT=mask_BT, old_logps_BT=old_BT), rewards_B, ref_BT, metrics)
 
 
 def _rows(policy: LM, prompts: Sequence[Prompt], responses: Sequence[Response]) -> tuple[RolloutBatch, np.ndarray]:
-    """The rows of a step as NumPy, and the log-probabilities that the sampler gave."""
+    """The rows of a step as NumPy, and the sampler's log-probabilities."""
     heads = {prompt.id: render_prompt(policy.tokenizer, prompt.messages) for prompt in prompts}
     rows = [[*heads[response.prompt_id], *response.token_ids] for response in responses]
     T = bucket(max(map(len, rows)), 64)
@@ -293,7 +301,7 @@ def _place(batch: RolloutBatch, rows: np.ndarray | slice, mesh: Mesh) -> Rollout
 
 
 def _in_parts(function: Callable[[RolloutBatch], jax.Array], batch: RolloutBatch, config: RLConfig, mesh: Mesh) -> Any:
-    """``function`` of a whole step's rows, in micro-batches: its values [B, T] as NumPy."""
+    """Applies ``function`` to the rows of a whole step, in micro-batches; returns its values [B, T] as NumPy."""
     size = config.rows_at_once
     parts = [slice(start, start + size) for start in range(0, len(batch.tokens_BT), size)]
     return np.concatenate([meshlib.fetch(function(_place(batch, rows, mesh))) for rows in parts])
@@ -305,11 +313,11 @@ def _logps_of(lm: LM, batch: RolloutBatch, config: RLConfig) -> np.ndarray:
 
 
 def prompts_of_step(prompts: Sequence[Prompt], step: int, config: RLConfig, seed: int) -> list[Prompt]:
-    """The prompts of step number ``step``: each epoch deals all of them once, in an order of its own."""
+    """The prompts of step number ``step``. Each epoch goes through all prompts once, in its own order."""
     per_epoch = len(prompts) // config.prompts_per_step
     if per_epoch == 0:
         raise RLError(
-            f"{len(prompts)} prompts for steps of prompts_per_step = {config.prompts_per_step}; give more, or lower it"
+            f"{len(prompts)} prompts are fewer than prompts_per_step = {config.prompts_per_step}; add some or lower it"
         )
     epoch, place = divmod(step, per_epoch)
     order = np.random.default_rng([seed, epoch]).permutation(len(prompts))
@@ -317,7 +325,7 @@ def prompts_of_step(prompts: Sequence[Prompt], step: int, config: RLConfig, seed
 
 
 def minibatches(rows: int, config: RLConfig, seed: int, step: int) -> list[np.ndarray]:
-    """The row numbers of each optimizer step: every epoch its own order, but one where a step is one batch."""
+    """The row numbers of each optimizer step. Each epoch has its own order, unless one batch holds the whole step."""
     if rows == config.batch_size:
         return [np.arange(rows)] * config.epochs
     orders = [np.random.default_rng([seed, step, epoch]).permutation(rows) for epoch in range(config.epochs)]
@@ -340,10 +348,10 @@ def rloo(
 ) -> LM:
     """Reinforces ``policy`` with the leave-one-out baseline; the result is also the scope's checkpoint.
 
-    Raises: ValueError for groups of one response, which have no others to be compared with.
+    Raises: ValueError if groups hold a single response, which leaves no others to compare it with.
     """
     if config.group_size < 2:
-        raise ValueError(f"group_size is {config.group_size}; leave-one-out needs at least 2 responses to a prompt")
+        raise ValueError(f"group_size is {config.group_size}; leave-one-out needs at least 2 responses per prompt")
 
     def with_advantages(rollouts: Rollouts, _: Any) -> RolloutBatch:
         batch, mask_BT = rollouts.batch, rollouts.batch.loss_mask_BT
@@ -368,19 +376,19 @@ def ppo(
     value: LM | None = None,
     extra: PPOConfig = PPOConfig(),
 ) -> LM:
-    """Reinforces ``policy`` with a value model and GAE; the policy is the scope's checkpoint, the value model that of
-    scope/value.
+    """Reinforces ``policy`` with a value model and GAE. The policy becomes the scope's checkpoint, the value model that
+    of scope/value.
 
     Args:
-      value: where the value model begins; by default with the policy's decoder and a head of zeros.
+      value: the initial value model; by default the policy's decoder with a head of zeros.
     """
     value = with_scalar_head(policy) if value is None else value
-    config_of_value = lm_config(value)
+    value_config = lm_config(value)
 
     def with_advantages(rollouts: Rollouts, weights: Weights) -> RolloutBatch:
         batch, mask_BT = rollouts.batch, rollouts.batch.loss_mask_BT
         program = functools.partial(
-            _values, weights, config=config_of_value, mesh=value.mesh, dtype=config.dtype, remat="none"
+            _values, weights, config=value_config, mesh=value.mesh, dtype=config.dtype, remat="none"
         )
         values_BT = np.where(mask_BT, _in_parts(program, batch, config, value.mesh), 0.0)
         rewards_BT = -config.kl_coef * np.where(mask_BT, batch.old_logps_BT - rollouts.ref_logps_BT, 0.0)
@@ -415,16 +423,16 @@ def _reinforce(
     value_clip: float,
     monitor: Monitor | None,
 ) -> LM:
-    """The loop that both learners share: roll out, advantages, minibatches; resumable at every checkpoint."""
-    if (made := resume.finished(policy, scope)) is not None:
-        return made
+    """The loop that both learners share: roll-outs, advantages, minibatches. It can resume at every checkpoint."""
+    if (finished := resume.finished(policy, scope)) is not None:
+        return finished
     config.check(policy.mesh)
-    lmlib.make_room()  # the memory of the stages that sampled
+    lmlib.make_room()  # frees what the sampling stages used
     learners = {"policy": policy} if value is None else {"policy": policy, "value": value}
     policy_loss = PolicyLoss(policy.config, policy.mesh, config.dtype, config.remat, config.clip)
-    loss_of: dict[str, Any] = {"policy": policy_loss}
+    loss_by_name: dict[str, Any] = {"policy": policy_loss}
     if value is not None:
-        loss_of["value"] = ValueLoss(value.config, value.mesh, config.dtype, config.remat, value_clip)
+        loss_by_name["value"] = ValueLoss(value.config, value.mesh, config.dtype, config.remat, value_clip)
     rates = np.asarray(jax.vmap(optim.schedule(config.optim, config.updates))(jnp.arange(config.updates)), np.float32)
     per_step = config.updates // config.steps
     seed = train.seed_of(scope, "rl")
@@ -435,7 +443,7 @@ def _reinforce(
         log = resume.Log(scope.path / "train.jsonl", done, config.steps)
         advance(done, False)
         for step in range(done, config.steps):
-            # The name is no fingerprint: rollouts are not stored, and reading every weight at each step costs time.
+            # A name, no fingerprint: rollouts are not stored, and a fingerprint would read all weights at each step.
             now = dataclasses.replace(policy, weights=states["policy"].weights, identity=f"{scope.name} step {step}")
             chosen = prompts_of_step(prompts, step, config, seed)
             rollouts = roll_out(now, reference, chosen, reward, config, scope.key("rollouts", step), monitor)
@@ -445,11 +453,11 @@ def _reinforce(
             rate = rates[step * per_step]
             for k, rows in enumerate(minibatches(config.rows, config, seed, step)):
                 part, rate = _place(batch, rows, policy.mesh), rates[step * per_step + k]
-                for name, loss in loss_of.items():
-                    states[name], learnt = train.train_step(
+                for name, loss in loss_by_name.items():
+                    states[name], step_metrics = train.train_step(
                         states[name], part, rate, loss=loss, optimizer=config.optim, accumulate=config.accumulate
                     )
-                    metrics |= learnt if name == "policy" else {f"value_{n}": x for n, x in learnt.items()}
+                    metrics |= step_metrics if name == "policy" else {f"value_{n}": x for n, x in step_metrics.items()}
             advance(1, True)
             last = step + 1 == config.steps
             if (step + 1) % config.log_every == 0 or last:
@@ -459,10 +467,10 @@ def _reinforce(
             if not last and (stopping or (step + 1) % config.checkpoint_every == 0):
                 resume.save_resume(scope.path / "resume", states, done=step + 1)
             if stopping:
-                raise preemption.Stopped(f"{scope.path}: training is kept up to step {step + 1} of {config.steps}")
+                raise preemption.Stopped(f"{scope.path}: training is saved up to step {step + 1} of {config.steps}")
         if value is not None:
             trained_value = value.replace(states["value"].weights)
-            resume.remove(scope.path / "value")  # complete, where a run was killed between the two
+            resume.remove(scope.path / "value")  # complete if a run was killed between the two saves
             save_checkpoint(trained_value, scope.path / "value", {"step": config.steps})
         trained = policy.replace(states["policy"].weights)
         resume.save_result(trained, states["policy"], scope, {"step": config.steps})

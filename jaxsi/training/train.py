@@ -112,7 +112,7 @@ class DPOConfig:
 
 
 class State(NamedTuple):
-    """What a step changes. ``skipped``: the current number of updates in a row skipped because of non-finite gradients."""
+    """What a step changes. ``skipped``: updates in a row, up to now, skipped for non-finite gradients."""
 
     weights: Weights
     moments: Any
@@ -166,7 +166,7 @@ def pair_logps(
 
 @dataclasses.dataclass(frozen=True)
 class PairLoss:
-    """A pair loss of a ``PairBatch``, plus the likelihood term. Instances with equal fields share one compiled program."""
+    """A pair loss of a ``PairBatch``, plus the likelihood term. Equal fields share one compiled program."""
 
     config: ModelConfig
     mesh: Mesh
@@ -196,7 +196,7 @@ class PairLoss:
             "nll": (likelihood, count),
             "accuracy": mean((margin_B > 0) + 0.5 * (margin_B == 0)),
             "margin": mean(margin_B),
-            # These show likelihood displacement: DPO can raise the margin while both responses become less likely.
+            # These show likelihood displacement: DPO can raise the margin while both responses sink.
             "chosen_logps": mean(p.chosen_B),
             "rejected_logps": mean(p.rejected_B),
             "chosen_shift": mean(p.chosen_B - p.ref_chosen_B),
@@ -208,7 +208,7 @@ class PairLoss:
 def train_step(
     state: State, batch: Any, learning_rate: jax.Array, *, loss: Any, optimizer: OptimConfig, accumulate: int
 ) -> tuple[State, dict[str, jax.Array]]:
-    """One optimizer step on a global batch, computed in ``accumulate`` parts and normalised by the whole batch's count."""
+    """One optimizer step on a global batch, in ``accumulate`` parts, normalised by the whole batch's count."""
 
     def summed(weights: Weights, part: Any) -> tuple[jax.Array, tuple[jax.Array, Metrics]]:
         (total, count), metrics = loss(weights, part)
@@ -377,7 +377,7 @@ def check_master(lm: LM) -> None:
 def check_skipped(state: State, steps: int, total: int, scope: Scope) -> None:
     if (skipped := int(state.skipped)) >= min(MAX_SKIPPED, total):
         raise TrainingError(
-            f"{scope.path}: {skipped} updates in a row had non-finite gradients (at most {MAX_SKIPPED - 1} are allowed) "
+            f"{scope.path}: {skipped} updates in a row had non-finite gradients (at most {MAX_SKIPPED - 1}) "
             f"at step {steps}; lower the learning rate, or check the data of these steps. The last checkpoint is kept"
         )
 

@@ -4,6 +4,7 @@ import functools
 import itertools
 import math
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -60,7 +61,7 @@ def pairs(chosen: np.ndarray = CHOSEN, rejected: np.ndarray = REJECTED, real: np
 
 
 @pytest.mark.parametrize("name", EQUATIONS)
-def test_equation_and_count(name: str) -> None:
+def test_loss_matches_its_equation_and_count(name: str) -> None:
     loss, per_pair = EQUATIONS[name]
     total, count = loss(pairs(), beta=BETA)
     np.testing.assert_allclose(total, per_pair[REAL].sum(), rtol=2e-6)
@@ -69,9 +70,12 @@ def test_equation_and_count(name: str) -> None:
 
 @pytest.mark.parametrize("name", EQUATIONS)
 def test_descent_prefers_the_chosen_response(name: str) -> None:
-    """Going down the gradient raises the chosen response, never raises the rejected one; fill rows have no gradient."""
+    """Gradient descent raises the chosen response and never the rejected one; fill rows have no gradient."""
     loss, _ = EQUATIONS[name]
-    value = lambda chosen, rejected: loss(pairs(chosen, rejected), beta=BETA)[0]  # noqa: E731
+
+    def value(chosen: Any, rejected: Any) -> jax.Array:
+        return loss(pairs(chosen, rejected), beta=BETA)[0]
+
     by_chosen, by_rejected = jax.grad(value, argnums=(0, 1))(jnp.asarray(CHOSEN), jnp.asarray(REJECTED))
     if name == "hinge":  # flat beyond its margin
         active = REAL & (BETA * MARGIN < 1)
@@ -101,8 +105,10 @@ def test_dpo_at_the_reference_is_ln_2() -> None:
     assert abs(float(total / count) - math.log(2)) < 1e-7
 
 
-def test_orpo_is_finite_for_a_response_of_probability_one() -> None:
-    value = lambda chosen: losses.orpo(pairs(chosen), beta=BETA)[0]  # noqa: E731
+def test_orpo_is_finite_at_probability_one() -> None:
+    def value(chosen: Any) -> jax.Array:
+        return losses.orpo(pairs(chosen), beta=BETA)[0]
+
     loss, gradient = jax.value_and_grad(value)(jnp.zeros(6))
     assert np.isfinite(loss) and np.isfinite(gradient).all()
 
@@ -129,12 +135,12 @@ GAPS = RNG.normal(0, 2, (6, 4)).astype(np.float32)  # g(w,l), g(w,w), g(l,l), g(
 
 
 def five_terms(gaps: np.ndarray) -> np.ndarray:
-    """Equation 2 of PIT: every inequality among the four gaps, per preference."""
+    """Equation 2 of PIT: all inequalities among the four gaps, for each preference."""
     wl, ww, ll, lw = gaps.astype(np.float64).T
     return -sum(np.log(sigmoid(z)) for z in (wl - ww, wl - ll, wl - lw, ww - lw, ll - lw))
 
 
-def test_the_gap_loss_is_its_five_terms() -> None:
+def test_gap_loss_is_the_sum_of_its_five_terms() -> None:
     total, count = losses.gap(jnp.asarray(GAPS), jnp.asarray(REAL))
     np.testing.assert_allclose(total, five_terms(GAPS)[REAL].sum(), rtol=2e-6)
     assert float(count) == REAL.sum() == 4
@@ -153,14 +159,14 @@ def test_the_gap_loss_is_its_five_terms() -> None:
         ((1.0, 2.0, 0.0, -1.0), sum(math.log(1 + math.exp(-z)) for z in (-1, 1, 2, 3, 1))),
     ],
 )
-def test_the_gap_loss_by_hand(gaps: tuple[float, ...], expected: float) -> None:
+def test_gap_loss_matches_values_by_hand(gaps: tuple[float, ...], expected: float) -> None:
     total, count = losses.gap(jnp.asarray([gaps]), jnp.asarray([True]))
     assert float(total) == pytest.approx(expected, rel=1e-6) and float(count) == 1
 
 
 @settings(max_examples=25, deadline=None)
 @given(shift=st.integers(-64, 64))
-def test_the_zero_point_of_a_gap_is_not_in_the_loss(shift: int) -> None:
+def test_gap_loss_ignores_the_zero_point(shift: int) -> None:
     gaps = np.round(GAPS * 64) / 64  # adding a whole number is exact
     moved, still = (losses.gap(jnp.asarray(g, jnp.float32), jnp.asarray(REAL))[0] for g in (gaps + shift, gaps))
     assert float(moved) == float(still)
@@ -180,7 +186,7 @@ def test_fill_groups_do_not_reach_the_sum(loss: Callable[..., losses.Loss], pois
     np.testing.assert_array_equal(np.asarray(clean), np.asarray(dirty))
 
 
-def test_bradley_terry_by_hand() -> None:
+def test_bradley_terry_matches_values_by_hand() -> None:
     rewards = jnp.asarray([[0.0, 0.0], [2.0, 1.0], [1.0, 3.0], [9.0, -9.0]])
     total, count = losses.bradley_terry(rewards, jnp.asarray([True, True, True, False]))
     expected = math.log(2) + math.log(1 + math.exp(-1)) + math.log(1 + math.exp(2))
@@ -220,7 +226,7 @@ def test_log_probability_of_a_known_transition_matrix() -> None:
 
 @pytest.mark.parametrize("prompt", [1, 4])
 def test_gradient_is_zero_at_prompt_targets_and_not_at_response_targets(prompt: int) -> None:
-    """Each token comes once, so row i of the head's gradient is the gradient of the logits where i is the input."""
+    """Each token occurs once, so row i of the head's gradient is that of the logits whose input is token i."""
     tokens = np.array([3, 1, 4, 15, 5, 9, 2, 0], np.int32)  # ends in the end of turn, here 0, which is also the pad
     mask = np.arange(len(tokens)) >= prompt
 

@@ -18,7 +18,7 @@ def test_decay_goes_from_start_to_end(decay: optim.Schedule) -> None:
     assert (np.diff(values) < 0).all()
 
 
-def test_constant_without_an_end() -> None:
+def test_learning_rate_is_constant_without_an_end() -> None:
     rate = optim.schedule(OptimConfig(learning_rate=2e-5), 7)
     assert [float(rate(step)) for step in range(8)] == [pytest.approx(2e-5)] * 8
 
@@ -32,7 +32,7 @@ def test_warm_up_moves_from_the_first_step_and_reaches_the_rate(warmup: int) -> 
     assert (np.diff(values[warmup:]) < 0).all()
 
 
-def test_warm_up_longer_than_the_run() -> None:
+def test_warm_up_may_be_longer_than_the_run() -> None:
     rate = optim.schedule(OptimConfig(learning_rate=1e-3, end_learning_rate=0.0, warmup_steps=50), 10)
     values = [float(rate(step)) for step in range(10)]
     assert np.isfinite(values).all() and 0 < values[0] < values[-1] < 1e-3
@@ -45,7 +45,7 @@ def test_schedules_are_traceable() -> None:
 
 
 @pytest.mark.parametrize(("clip_norm", "weight_decay"), [(None, 0.0), (0.5, 0.1)])
-def test_adamw_is_optax_adamw(clip_norm: float | None, weight_decay: float) -> None:
+def test_optimizer_equals_optax_adamw(clip_norm: float | None, weight_decay: float) -> None:
     config = OptimConfig(
         learning_rate=3e-2,
         end_learning_rate=1e-3,
@@ -61,7 +61,10 @@ def test_adamw_is_optax_adamw(clip_norm: float | None, weight_decay: float) -> N
     ours = optim.make_optimizer(config)
     mine = yours = {"a": jnp.array([1.0, -2.0, 3.0]), "b": jnp.array([[0.5]])}
     my_state, your_state = ours.init(mine), theirs.init(yours)
-    loss = lambda w: jnp.sum(jnp.square(w["a"])) * 3 + jnp.sum(jnp.sin(5 * w["b"]))  # noqa: E731
+
+    def loss(w: dict[str, jax.Array]) -> jax.Array:
+        return jnp.sum(jnp.square(w["a"])) * 3 + jnp.sum(jnp.sin(5 * w["b"]))
+
     for step in range(10):
         updates, my_state = ours.update(jax.grad(loss)(mine), my_state, mine)
         mine = jax.tree.map(lambda w, u, r: w - r * u, mine, updates, jax.tree.map(lambda _: rate(step), mine))  # noqa: B023
@@ -79,6 +82,6 @@ def test_adamw_is_optax_adamw(clip_norm: float | None, weight_decay: float) -> N
         ({"end_learning_rate": -1e-6}, "end_learning_rate is -1e-06"),
     ],
 )
-def test_bad_configs(change: dict, message: str) -> None:
+def test_config_rejects_bad_settings(change: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         OptimConfig(**({"learning_rate": 1e-3} | change))

@@ -9,6 +9,7 @@ import pytest
 
 import tiny
 from jaxsi import lm as lmlib
+from jaxsi.model import decoder
 from jaxsi.model.decoder import ModelError, Remat
 from jaxsi.runs.run import Run
 from jaxsi.sampling import generate
@@ -44,25 +45,24 @@ def groups(lm):
 
 
 def scored(mesh: str = "1x1x1"):
-    """A reward model whose head is not zero."""
+    """A reward model with a nonzero head."""
     lm = reward.with_scalar_head(tiny.make_lm(mesh))
     head = np.random.default_rng(0).normal(size=lm.config.embed_dim).astype(np.float32)
     placed = jax.device_put(head, lm.weights["score"].sharding)
     return lm.replace(lm.weights | {"score": placed})
 
 
-def test_the_reward_is_the_head_on_the_last_hidden_state() -> None:
-    from jaxsi.model import decoder as model
+def test_reward_is_the_head_on_the_last_hidden_state() -> None:
 
     lm = scored()
     sequences = [reward.reward_sequence(lm.tokenizer, p.messages, p.chosen) for p in PREFERENCES[:3]]
     for sequence, got in zip(sequences, reward.rewards(lm, sequences), strict=True):
-        hidden = model.hidden_states(lm.weights, lm.config, sequence.tokens[None])[0, -1]
+        hidden = decoder.hidden_states(lm.weights, lm.config, sequence.tokens[None])[0, -1]
         np.testing.assert_allclose(got, hidden @ lm.weights["score"], rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("mesh", ["1x1x1", "2x2x2", "1x8x1"])
-def test_rewards_know_neither_padding_nor_batch_mates(mesh: str) -> None:
+def test_rewards_do_not_depend_on_padding_or_batch_mates(mesh: str) -> None:
     lm = scored(mesh)
     rows = [s for group in groups(lm)[:5] for s in group]
     assert len({len(s.tokens) for s in rows}) > 1
@@ -71,7 +71,7 @@ def test_rewards_know_neither_padding_nor_batch_mates(mesh: str) -> None:
     np.testing.assert_allclose(reward.rewards(scored(), rows, batch_size=4), together, atol=2e-5)
 
 
-def test_an_end_of_turn_inside_the_prompt_is_not_the_last_token() -> None:
+def test_end_of_turn_inside_the_prompt_is_not_the_last_token() -> None:
     lm = scored()
     short = gap.gap_sequence(lm.tokenizer, X, "axe red cat.", "cat.", "{prompt}")
     changed = batches.Sequence_(short.tokens.copy(), short.loss_mask)
@@ -82,7 +82,7 @@ def test_an_end_of_turn_inside_the_prompt_is_not_the_last_token() -> None:
 
 @pytest.mark.parametrize("mesh", ["1x1x1", "2x2x2", "1x8x1"])
 @pytest.mark.parametrize(("remat", "accumulate"), [("none", 1), ("full", 2)])
-def test_the_loss_begins_at_five_ln_two(tmp_path: Path, mesh: str, remat: Remat, accumulate: int) -> None:
+def test_gap_loss_begins_at_five_ln_two(tmp_path: Path, mesh: str, remat: Remat, accumulate: int) -> None:
     if mesh == "1x8x1" and accumulate == 2:
         accumulate = 1
     lm = tiny.make_lm(mesh)
@@ -96,7 +96,7 @@ def test_the_loss_begins_at_five_ln_two(tmp_path: Path, mesh: str, remat: Remat,
     assert json.loads(line)["wl>lw"] == 0.5
 
 
-def test_a_planted_preference_is_learnt_and_kept(tmp_path: Path) -> None:
+def test_planted_preference_is_learnt_and_saved(tmp_path: Path) -> None:
     lm = tiny.make_lm()
     with Run.open(tmp_path, Config()) as run:
         gap_rm = reward.train_reward(lm, groups(lm), GAP, train_config(epochs=8), run.at("gap"))
@@ -113,7 +113,7 @@ def test_a_planted_preference_is_learnt_and_kept(tmp_path: Path) -> None:
     np.testing.assert_array_equal(reward.rewards(loaded, rows), reward.rewards(gap_rm, rows))
 
 
-def test_an_unchanged_reference_gains_nothing() -> None:
+def test_unchanged_reference_has_zero_gain() -> None:
     lm = scored()
     items = [(p.messages, text, p.rejected) for p in PREFERENCES[:4] for text in (p.rejected, p.chosen)]
     gains = gap.gains(lm, items, "{prompt}")
@@ -122,14 +122,14 @@ def test_an_unchanged_reference_gains_nothing() -> None:
     np.testing.assert_allclose(gap_N - zero_N, gains)
 
 
-def test_a_reward_model_goes_to_hugging_face_and_back(tmp_path: Path) -> None:
+def test_reward_model_survives_export_to_hugging_face(tmp_path: Path) -> None:
     lm = scored("2x2x2")
     lmlib.export(lm, tmp_path / "model", dtype="float32")
     loaded = lmlib.load(tmp_path / "model", tiny.mesh(), "float32")
     assert loaded.config == lm.config and loaded.fingerprint == lm.fingerprint
 
 
-def test_bad_rewards_and_models_are_errors(tmp_path: Path) -> None:
+def test_bad_rewards_and_models_are_refused(tmp_path: Path) -> None:
     lm = scored()
     sequence = reward.reward_sequence(lm.tokenizer, X, "axe.")
     with pytest.raises(RewardError, match="has no scalar head"):

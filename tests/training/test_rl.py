@@ -32,11 +32,11 @@ class Config:
 
 
 def config(**changes) -> RLConfig:
-    made = RLConfig(
+    base = RLConfig(
         optim=OptimConfig(learning_rate=1e-2), steps=2, prompts_per_step=4, group_size=4, batch_size=16,
         cut_off_penalty=0.0, max_new_tokens=6, remat="none", dtype="float32", checkpoint_every=1,
     )  # fmt: skip
-    return dataclasses.replace(made, **changes)
+    return dataclasses.replace(base, **changes)
 
 
 def shortness(prompts, responses) -> np.ndarray:
@@ -64,14 +64,14 @@ def test_leave_one_out_sums_to_zero(P: int, G: int, seed: int) -> None:
             assert advantages[p, g] == pytest.approx(returns[p, g] - np.delete(returns[p], g).mean())
 
 
-def test_a_missing_return_counts_for_nothing() -> None:
+def test_leave_one_out_ignores_missing_returns() -> None:
     advantages = leave_one_out(np.asarray([[1.0, np.nan, 3.0], [2.0, np.nan, np.nan]]))
     np.testing.assert_array_equal(advantages, [[-2.0, np.nan, 2.0], [0.0, np.nan, np.nan]])
 
 
 @settings(max_examples=20, deadline=None)
 @given(st.integers(0, 99), st.sampled_from([0.9, 1.0]), st.sampled_from([0.0, 0.95, 1.0]))
-def test_gae_is_the_loop(seed: int, gamma: float, lam: float) -> None:
+def test_gae_matches_an_explicit_loop(seed: int, gamma: float, lam: float) -> None:
     rng = np.random.default_rng(seed)
     B, T = 3, 9
     rewards, values = rng.normal(size=(2, B, T)).astype(np.float32)
@@ -88,7 +88,7 @@ def test_gae_is_the_loop(seed: int, gamma: float, lam: float) -> None:
     assert not np.asarray(got)[~mask].any()
 
 
-def test_the_clipped_losses_are_their_equations() -> None:
+def test_clipped_losses_match_their_equations() -> None:
     rng = np.random.default_rng(0)
     logps, old, advantages, values, old_values, returns = rng.normal(size=(6, 2, 5)).astype(np.float32)
     mask = rng.random((2, 5)) < 0.7
@@ -106,7 +106,7 @@ def test_the_clipped_losses_are_their_equations() -> None:
 
 
 @pytest.mark.parametrize(("learner", "mesh"), [(rloo, "1x1x1"), (ppo, "2x2x2"), (rloo, "1x8x1")])
-def test_ratio_and_kl_at_the_first_step(tmp_path: Path, learner, mesh: str) -> None:
+def test_first_step_has_ratio_one_and_kl_zero(tmp_path: Path, learner, mesh: str) -> None:
     _, lines = learnt(tmp_path, learner, tiny.make_lm(mesh), steps=1)
     assert lines[0]["ratio"] == pytest.approx(1, abs=1e-5) and lines[0]["clipped"] == 0
     assert lines[0]["kl"] == pytest.approx(0, abs=1e-5) and lines[0]["kl_k3"] == pytest.approx(0, abs=1e-5)
@@ -114,7 +114,7 @@ def test_ratio_and_kl_at_the_first_step(tmp_path: Path, learner, mesh: str) -> N
 
 
 @pytest.mark.parametrize("learner", LEARNERS)
-def test_a_planted_reward_rises_and_the_kl_holds_it_back(tmp_path: Path, learner) -> None:
+def test_planted_reward_rises_and_kl_penalty_holds_it_back(tmp_path: Path, learner) -> None:
     lm = tiny.make_lm()
     changes = {"steps": 10, "optim": OptimConfig(learning_rate=5e-2), "prompts_per_step": 8, "batch_size": 32}
     _, free = learnt(tmp_path / "free", learner, lm, kl_coef=0.0, **changes)
@@ -124,7 +124,7 @@ def test_a_planted_reward_rises_and_the_kl_holds_it_back(tmp_path: Path, learner
 
 
 @pytest.mark.parametrize("learner", LEARNERS)
-def test_a_killed_training_goes_on_as_if_nothing_had_been(tmp_path: Path, learner, monkeypatch) -> None:
+def test_killed_training_resumes_to_the_same_result(tmp_path: Path, learner, monkeypatch) -> None:
     lm = tiny.make_lm()
     whole, lines = learnt(tmp_path / "whole", learner, lm, steps=3)
     save, calls = resume.save_resume, []
@@ -146,13 +146,13 @@ def test_a_killed_training_goes_on_as_if_nothing_had_been(tmp_path: Path, learne
 
 
 @pytest.mark.parametrize("learner", LEARNERS)
-def test_a_stopped_training_keeps_its_step_and_goes_on(tmp_path: Path, learner, monkeypatch) -> None:
+def test_stopped_training_saves_its_step_and_resumes(tmp_path: Path, learner, monkeypatch) -> None:
     lm = tiny.make_lm()
     whole, lines = learnt(tmp_path / "whole", learner, lm, steps=3, checkpoint_every=9)
     polls: list[None] = []
     with monkeypatch.context() as patch:
         patch.setattr(preemption, "asked", lambda: polls.append(None) or len(polls) == 3)  # first, as the stage begins
-        with pytest.raises(preemption.Stopped, match="training is kept up to step 2 of 3"):
+        with pytest.raises(preemption.Stopped, match="training is saved up to step 2 of 3"):
             learnt(tmp_path / "cut", learner, lm, steps=3, checkpoint_every=9)
     again, relogged = learnt(tmp_path / "cut", learner, lm, steps=3, checkpoint_every=9)
     assert again.fingerprint == whole.fingerprint
@@ -162,7 +162,7 @@ def test_a_stopped_training_keeps_its_step_and_goes_on(tmp_path: Path, learner, 
 @pytest.mark.parametrize(
     ("mesh", "accumulate", "remat"), [("2x2x2", 1, "full"), ("1x8x1", 2, "none"), ("1x1x1", 4, "products")]
 )
-def test_a_step_does_not_know_the_mesh(tmp_path: Path, mesh: str, accumulate: int, remat: Remat) -> None:
+def test_step_does_not_depend_on_the_mesh(tmp_path: Path, mesh: str, accumulate: int, remat: Remat) -> None:
     one, _ = learnt(tmp_path / "one", rloo, tiny.make_lm(), steps=1)
     other, _ = learnt(tmp_path / "other", rloo, tiny.make_lm(mesh), steps=1, accumulate=accumulate, remat=remat)
     # Adam divides by the root of tiny second moments: where a gradient is nearly 0, its sign may be rounding.
@@ -172,19 +172,17 @@ def test_a_step_does_not_know_the_mesh(tmp_path: Path, mesh: str, accumulate: in
 
 
 def test_epochs_and_minibatches_cover_every_row_once() -> None:
-    made = config(epochs=3, batch_size=8, steps=2)
-    batches = rl.minibatches(16, made, seed=0, step=1)
+    batches = rl.minibatches(16, config(epochs=3, batch_size=8, steps=2), seed=0, step=1)
     assert len(batches) == 6 == made.updates // made.steps
     for epoch in range(3):
         assert sorted(np.concatenate(batches[2 * epoch : 2 * epoch + 2])) == list(range(16))
 
 
-def test_every_epoch_deals_all_prompts_once() -> None:
-    made = config()
-    dealt = [[p.id for p in rl.prompts_of_step(PROMPTS, step, made, seed=1)] for step in range(4)]
+def test_every_epoch_uses_all_prompts_once() -> None:
+    dealt = [[p.id for p in rl.prompts_of_step(PROMPTS, step, config(), seed=1)] for step in range(4)]
     assert sorted(dealt[0] + dealt[1]) == sorted(dealt[2] + dealt[3]) == [p.id for p in PROMPTS]
     assert dealt[:2] != dealt[2:]
-    with pytest.raises(RLError, match="8 prompts for steps of prompts_per_step = 9"):
+    with pytest.raises(RLError, match="8 prompts are fewer than prompts_per_step = 9"):
         rl.prompts_of_step(PROMPTS, 0, config(prompts_per_step=9, batch_size=36), seed=1)
 
 
@@ -208,7 +206,7 @@ def test_monitors_do_not_see_padding(tmp_path: Path) -> None:
     assert rollouts.metrics["kl_k3"] > 0
 
 
-def test_rewards_that_are_no_numbers_are_left_out_or_an_error(tmp_path: Path) -> None:
+def test_non_finite_rewards_are_left_out_until_too_many(tmp_path: Path) -> None:
     def some(prompts, responses):
         return np.where(np.arange(len(responses)) % 4 == 0, np.nan, shortness(prompts, responses))
 
@@ -218,33 +216,31 @@ def test_rewards_that_are_no_numbers_are_left_out_or_an_error(tmp_path: Path) ->
         learnt(tmp_path / "all", rloo, tiny.make_lm(), lambda p, r: np.full(len(r), np.nan))
 
 
-def test_the_cut_off_pay(tmp_path: Path) -> None:
+def test_cut_off_responses_pay_the_penalty(tmp_path: Path) -> None:
     lm = tiny.make_lm()
     plain, fined = (
         rl.roll_out(lm, lm, PROMPTS[:4], shortness, config(cut_off_penalty=penalty), jax.random.key(0))
         for penalty in (0.0, 2.0)
     )
     assert plain.metrics["cut_off"] > 0
-    np.testing.assert_allclose(
-        (plain.rewards_B - fined.rewards_B).mean(), 2 * plain.metrics["cut_off"], atol=1e-6
-    )  # fmt: skip
+    np.testing.assert_allclose((plain.rewards_B - fined.rewards_B).mean(), 2 * plain.metrics["cut_off"], atol=1e-6)
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"batch_size": 5}, "each divides the one before"),
+        ({"batch_size": 5}, "each must divide the one before it"),
         ({"kl_coef": -1.0}, "kl_coef is -1"),
         ({"steps": 0}, "steps is 0"),
         ({"clip": 1.0}, "clip 1.0"),
     ],
 )
-def test_settings_out_of_range(changes, message) -> None:
+def test_config_rejects_settings_out_of_range(changes, message) -> None:
     with pytest.raises(ValueError, match=message):
         config(**changes)
 
 
-def test_what_cannot_work_is_refused(tmp_path: Path) -> None:
+def test_impossible_group_size_and_mesh_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="group_size is 1"):
         learnt(tmp_path / "a", rloo, tiny.make_lm(), group_size=1, batch_size=4)
     with pytest.raises(MeshError, match="4 rows do not divide"):

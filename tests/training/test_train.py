@@ -21,7 +21,8 @@ from jaxsi.model.mesh import MeshError
 from jaxsi.runs import checkpoint, preemption
 from jaxsi.runs.records import SFTExample
 from jaxsi.runs.run import Run, Scope
-from jaxsi.training import batches as data, losses, resume, train
+from jaxsi.training import losses, resume, train
+from jaxsi.training.batches import Batches, Sequence_, encode, encode_pair, pairs as pairs_in_batches
 from jaxsi.training.optim import OptimConfig
 from jaxsi.training.train import DPOConfig, PairLoss, TrainConfig, TrainingError
 
@@ -41,7 +42,7 @@ CONFIG = TrainConfig(
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config:
-    """The least that a run needs."""
+    """The smallest config that a run accepts."""
 
     seed: int = 0
 
@@ -52,18 +53,18 @@ def scope(tmp_path: Path) -> Any:
         yield run.at("iter_1")
 
 
-def encoded(count: int = 10, **options: Any) -> list[tuple[data.Sequence_, data.Sequence_]]:
-    return [data.encode_pair(tiny.tokenizer(), pair) for pair in tiny.preference_pairs(count, **options)]
+def encoded(count: int = 10, **options: Any) -> list[tuple[Sequence_, Sequence_]]:
+    return [encode_pair(tiny.tokenizer(), pair) for pair in tiny.preference_pairs(count, **options)]
 
 
 def pair_loss(lm: LM, **changes: Any) -> PairLoss:
     return dataclasses.replace(PairLoss(lm.config, lm.mesh, "float32", "none", losses.dpo, 0.1, 0.0), **changes)
 
 
-def batches(lm: LM, refs: Any = None, count: int = 10, *, shared: bool = True) -> data.Batches:
+def batches(lm: LM, refs: Any = None, count: int = 10, *, shared: bool = True) -> Batches:
     """Six batches: two epochs of ten pairs, four to a batch."""
     refs = [(-20.0, -30.0)] * count if refs is None else refs
-    return data.pairs(encoded(count), refs, 4, lm.mesh, epochs=2, seed=0, min_length=64, shared=shared)
+    return pairs_in_batches(encoded(count), refs, 4, lm.mesh, epochs=2, seed=0, min_length=64, shared=shared)
 
 
 def fit(lm: LM, scope: Scope, *, refs: Any = None, config: TrainConfig = CONFIG, better: Any = None) -> LM:
@@ -71,16 +72,16 @@ def fit(lm: LM, scope: Scope, *, refs: Any = None, config: TrainConfig = CONFIG,
 
 
 class Killed(BaseException):
-    """Stands for a kill: nothing in the package catches it."""
+    """Simulates a kill: nothing in the package catches it."""
 
 
 def kill_after(monkeypatch: pytest.MonkeyPatch, module: Any, name: str, calls: int) -> None:
-    """The call after so many of ``module.name`` does not come back."""
-    real, made = getattr(module, name), []
+    """``module.name`` works for ``calls`` calls; the next call raises ``Killed``."""
+    real, seen_calls = getattr(module, name), []
 
     def counted(*args: Any, **options: Any) -> Any:
-        made.append(None)
-        if len(made) > calls:
+        seen_calls.append(None)
+        if len(seen_calls) > calls:
             raise Killed
         return real(*args, **options)
 
@@ -94,19 +95,19 @@ def log_of(scope: Scope) -> list[dict[str, Any]]:
 # ----------------------------------------------------------------------------------------------------------- one step
 
 
-def test_step_0_of_dpo_is_ln_2_and_metrics_are_those_of_numpy() -> None:
+def test_dpo_starts_at_ln_2_with_the_metrics_of_numpy() -> None:
     lm = tiny.make_lm()
     pairs = encoded()
     refs = np.asarray(train.reference_logps(lm, pairs, CONFIG))
     assert refs.shape == (10, 2) and np.abs(refs).min() > 1, "no reference value is left at its start"
-    made = data.pairs(pairs, refs.tolist(), 4, lm.mesh, epochs=1, seed=0, min_length=64, shared=True)
+    pair_batches = pairs_in_batches(pairs, refs.tolist(), 4, lm.mesh, epochs=1, seed=0, min_length=64, shared=True)
     state = train.initial_state(lm.weights, OPTIM)
     _, metrics = train.train_step(
-        state, made[2], 0.0, loss=pair_loss(lm), optimizer=OPTIM, accumulate=1
+        state, pair_batches[2], 0.0, loss=pair_loss(lm), optimizer=OPTIM, accumulate=1
     )  # 2 of 4 are fill
     assert abs(float(metrics["loss"]) - math.log(2)) < 1e-6
     assert float(metrics["accuracy"]) == pytest.approx(0.5, abs=0.5) and abs(float(metrics["margin"])) < 1e-4
-    rows = made.plan[2]
+    rows = pair_batches.plan[2]
     assert len(rows) == 2
     np.testing.assert_allclose(metrics["chosen_logps"], refs[rows, 0].mean(), rtol=1e-5)
     np.testing.assert_allclose(metrics["rejected_logps"], refs[rows, 1].mean(), rtol=1e-5)
@@ -130,20 +131,22 @@ def test_nll_term_and_other_pair_losses_go_through_the_same_step() -> None:
         assert float(count) == 4
 
 
-def test_gradients_reach_exactly_the_responses_targets() -> None:
-    """The gradient of a log-probability is not zero where the token is of a response, its end of turn among them, and
-    zero elsewhere; a fill row has none at all."""
+def test_gradients_reach_exactly_the_response_targets() -> None:
+    """The gradient of a log-probability is nonzero at response tokens, including the end of turn, and zero elsewhere.
+    It is zero in the whole of a fill row."""
     lm = tiny.make_lm()
     batch = batches(lm)[2]
     real, targets = np.asarray(batch.real_B), np.asarray(batch.targets_B2R)
     assert not real.all() and (targets >= 0).any() and (targets < 0).any()
-    token_logps = train.model.token_logps
+    token_logps = train.decoder.token_logps
 
     def loss(bias: jax.Array) -> jax.Array:
-        # A bias on the log-probability of each target stands for its logit.
-        biased = lambda *args, **options: token_logps(*args, **options) + bias  # noqa: E731
+        # A bias on the log-probability of each target stands in for its logit.
+        def biased(*args: Any, **options: Any) -> jax.Array:
+            return token_logps(*args, **options) + bias
+
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(train.model, "token_logps", biased)
+            patch.setattr(train.decoder, "token_logps", biased)
             return pair_loss(lm)(lm.weights, batch)[0][0]
 
     B, _, R = targets.shape
@@ -154,30 +157,33 @@ def test_gradients_reach_exactly_the_responses_targets() -> None:
     assert not gradient[~real].any()
 
 
-def test_a_pair_in_one_row_is_the_pair_in_two() -> None:
-    """Losses, metrics and gradients, windows of attention and prompts of one token among them."""
-    pairs = [data.encode_pair(tiny.tokenizer(), pair) for pair in tiny.preference_pairs(7, longest=40)]
+def test_pair_in_one_row_equals_pair_in_two_rows() -> None:
+    """Losses, metrics and gradients agree, also with windowed attention and with prompts of one token."""
+    pairs = [encode_pair(tiny.tokenizer(), pair) for pair in tiny.preference_pairs(7, longest=40)]
     chosen, rejected = pairs[0]
-    one = lambda s: data.encode(s.tokens[:1], s.tokens[int(s.counted[0]) :])  # noqa: E731
+
+    def one(s: Sequence_) -> Sequence_:
+        return encode(s.tokens[:1], s.tokens[int(s.counted[0]) :])
+
     pairs[0] = one(chosen), one(rejected)
     refs = [(-20.0, -30.0)] * len(pairs)
     for windows in (None, (3, 3), (5, None)):
         lm = tiny.make_lm()
         lm = dataclasses.replace(lm, config=dataclasses.replace(lm.config, windows=windows))
-        made = {
-            shared: data.pairs(pairs, refs, 8, lm.mesh, epochs=1, seed=0, min_length=16, shared=shared)[0]
+        layouts = {
+            shared: pairs_in_batches(pairs, refs, 8, lm.mesh, epochs=1, seed=0, min_length=16, shared=shared)[0]
             for shared in (False, True)
         }
-        assert made[True].tokens_BST.shape[1] == 1 and made[False].tokens_BST.shape[1] == 2
+        assert layouts[True].tokens_BST.shape[1] == 1 and layouts[False].tokens_BST.shape[1] == 2
         total = lambda loss, weights, batch: loss(weights, batch)[0][0]  # noqa: E731
         value_and_gradients = jax.jit(jax.value_and_grad(functools.partial(total, pair_loss(lm))))
-        results = {shared: value_and_gradients(lm.weights, batch) for shared, batch in made.items()}
+        results = {shared: value_and_gradients(lm.weights, batch) for shared, batch in layouts.items()}
         np.testing.assert_allclose(results[True][0], results[False][0], rtol=1e-5)
         moved = max(float(jnp.abs(g).max()) for g in jax.tree.leaves(results[False][1]))
         assert tiny.max_difference(results[True][1], results[False][1]) < 1e-4 * moved
 
 
-def test_a_gradient_that_is_not_finite_changes_nothing() -> None:
+def test_non_finite_gradient_changes_nothing() -> None:
     lm = tiny.make_lm()
     state = train.initial_state(lm.weights, OPTIM)
     step = lambda state, refs: train.train_step(  # noqa: E731
@@ -196,7 +202,7 @@ def test_a_gradient_that_is_not_finite_changes_nothing() -> None:
 # ----------------------------------------------------------------------------------------------------------- the loop
 
 
-def test_fit_trains_and_leaves_the_model_it_was_given(scope: Scope) -> None:
+def test_fit_trains_a_copy_of_its_model(scope: Scope) -> None:
     lm = tiny.make_lm()
     trained = fit(lm, scope)
     assert not any(w.is_deleted() for w in jax.tree.leaves(lm.weights))
@@ -223,7 +229,7 @@ def test_fit_trains_and_leaves_the_model_it_was_given(scope: Scope) -> None:
         (lmlib, "save_checkpoint", 0),  # the optimizer is saved, the weights are not
     ],
 )
-def test_a_killed_fit_resumes_to_the_same_bits(
+def test_killed_fit_resumes_to_the_same_bits(
     module: Any, name: str, calls: int, tmp_path: Path, scope: Scope, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     lm = tiny.make_lm()
@@ -243,13 +249,13 @@ def test_a_killed_fit_resumes_to_the_same_bits(
 
 
 def stop_at(monkeypatch: pytest.MonkeyPatch, poll: int) -> None:
-    """SIGTERM, as seen from the poll of that number on."""
+    """Simulates a SIGTERM that arrives at that poll."""
     polls: list[None] = []
     monkeypatch.setattr(preemption, "asked", lambda: polls.append(None) or len(polls) >= poll)
 
 
 @pytest.mark.parametrize("step", [1, 2, 5])
-def test_a_stopped_fit_keeps_its_step_and_resumes_to_the_same_bits(
+def test_stopped_fit_saves_its_step_and_resumes_to_the_same_bits(
     step: int, tmp_path: Path, scope: Scope, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     lm = tiny.make_lm()
@@ -258,7 +264,7 @@ def test_a_stopped_fit_keeps_its_step_and_resumes_to_the_same_bits(
         expected = fit(lm, whole)
         with monkeypatch.context() as patch:
             stop_at(patch, step)
-            with pytest.raises(preemption.Stopped, match=f"training is kept up to step {step} of 6"):
+            with pytest.raises(preemption.Stopped, match=f"training is saved up to step {step} of 6"):
                 fit(lm, scope)
         assert [path.name for path in (scope.path / "resume").iterdir()] == [f"{step:08d}"]
         again = fit(lm, scope)
@@ -266,17 +272,17 @@ def test_a_stopped_fit_keeps_its_step_and_resumes_to_the_same_bits(
         assert (scope.path / "train.jsonl").read_bytes() == (whole.path / "train.jsonl").read_bytes()
 
 
-def test_a_fit_that_is_told_to_stop_at_its_last_step_is_done(scope: Scope, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_fit_stopped_at_its_last_step_is_complete(scope: Scope, monkeypatch: pytest.MonkeyPatch) -> None:
     stop_at(monkeypatch, 6)
     assert fit(tiny.make_lm(), scope).fingerprint
     assert checkpoint.is_complete(scope.path / "checkpoint" / "weights")
 
 
 @pytest.mark.parametrize("stops", [(1,), (2,), (3,), (4,), (3, 2), (5,)], ids=str)
-def test_a_stop_changes_nothing_that_early_stopping_compares(
+def test_stop_does_not_change_what_early_stopping_compares(
     stops: tuple[int, ...], tmp_path: Path, scope: Scope, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Neither between two comparisons nor where one is due, which then is made by the command that goes on."""
+    """Neither between two comparisons nor when one is due; that one is then done by the resuming command."""
     lm = tiny.make_lm()
     seen: list[tuple[str, str]] = []
 
@@ -293,7 +299,7 @@ def test_a_stop_changes_nothing_that_early_stopping_compares(
         step += polls
         with monkeypatch.context() as patch:
             stop_at(patch, polls)
-            with pytest.raises(preemption.Stopped, match=f"training is kept up to step {step} of 6"):
+            with pytest.raises(preemption.Stopped, match=f"training is saved up to step {step} of 6"):
                 fit(lm, scope, better=better)
         assert len(seen) == (step - 1) // 2  # a comparison that is due does not delay the stop
     again = fit(lm, scope, better=better)
@@ -304,7 +310,7 @@ def test_a_stop_changes_nothing_that_early_stopping_compares(
 
 
 @pytest.mark.slow
-def test_moments_in_the_hosts_memory_train_and_resume_to_the_same_bits(
+def test_offloaded_moments_train_and_resume_to_the_same_bits(
     tmp_path: Path, scope: Scope, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     lm, config = tiny.make_lm("2x2x2"), dataclasses.replace(CONFIG, optim=dataclasses.replace(OPTIM, offload=True))
@@ -325,7 +331,7 @@ def test_moments_in_the_hosts_memory_train_and_resume_to_the_same_bits(
     assert tiny.max_difference(fit(lm, scope, config=config).weights, expected.weights) == 0
 
 
-def test_a_steady_loop_compiles_once_and_never_asks_the_host(scope: Scope) -> None:
+def test_steady_loop_compiles_once_without_host_transfers(scope: Scope) -> None:
     lm = tiny.make_lm()
     names: list[str] = []
     jax.monitoring.register_event_duration_secs_listener(
@@ -342,7 +348,7 @@ def test_a_steady_loop_compiles_once_and_never_asks_the_host(scope: Scope) -> No
     assert not re.findall(r"(?i)infeed|outfeed|callback|send-done|recv-done|SendToHost|RecvFromHost", text)
 
 
-def test_bad_gradients_in_a_row_end_training(scope: Scope) -> None:
+def test_non_finite_gradients_in_a_row_end_training(scope: Scope) -> None:
     with pytest.raises(TrainingError, match=r"5 updates in a row .* at step 5; lower the learning rate"):
         fit(tiny.make_lm(), scope, refs=[(math.nan, 0.0)] * 10)
     assert [row["loss"] for row in log_of(scope)] == [None] * 5
@@ -350,8 +356,8 @@ def test_bad_gradients_in_a_row_end_training(scope: Scope) -> None:
 
 
 @pytest.mark.parametrize("good", [0, 1, 2, 3])
-def test_early_stopping_gives_the_checkpoint_before(good: int, scope: Scope) -> None:
-    """Checkpoints after steps 2, 4 and 6; the first that is no better ends training with the one before it."""
+def test_early_stopping_returns_the_previous_checkpoint(good: int, scope: Scope) -> None:
+    """Checkpoints after steps 2, 4 and 6; the first one that is not better ends training with the one before it."""
     lm = tiny.make_lm()
     seen: list[tuple[str, str]] = []
 
@@ -384,11 +390,11 @@ def test_early_stopping_resumes_with_the_right_previous_model(scope: Scope, monk
     assert len(seen) == 3 and seen[2][1] == seen[1][0] and trained.fingerprint == seen[1][0]
 
 
-def test_nothing_to_train_on(scope: Scope) -> None:
+def test_fit_refuses_empty_data_and_bfloat16_weights(scope: Scope) -> None:
     lm = tiny.make_lm()
-    none = data.pairs([], [], 4, lm.mesh, epochs=1, seed=0, min_length=64, shared=False)
+    empty = pairs_in_batches([], [], 4, lm.mesh, epochs=1, seed=0, min_length=64, shared=False)
     with pytest.raises(TrainingError, match="nothing to train on"):
-        train.fit(lm, none, pair_loss(lm), CONFIG, scope)
+        train.fit(lm, empty, pair_loss(lm), CONFIG, scope)
     half = lm.replace(jax.tree.map(lambda w: w.astype(jnp.bfloat16), lm.weights))
     with pytest.raises(TrainingError, match=r'bfloat16.*load the model with weights_dtype="float32"'):
         fit(half, scope)
@@ -409,7 +415,7 @@ def examples(count: int) -> list[SFTExample]:
     ]
 
 
-def test_sft_learns_and_is_done_once(scope: Scope, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_sft_learns_and_runs_only_once(scope: Scope, monkeypatch: pytest.MonkeyPatch) -> None:
     lm = tiny.make_lm()
     config = dataclasses.replace(CONFIG, batch_size=2, epochs=4, checkpoint_every=100)
     long = SFTExample(id="long", messages=({"role": "user", "content": "loop"},), response="tree " * 80)
@@ -440,10 +446,10 @@ def test_dpo_starts_at_its_reference_and_moves_the_margin(scope: Scope) -> None:
     assert lm.fingerprint in stored.name and len(json.loads(stored.read_text())) == 10
 
 
-def test_reference_values_of_other_weights_or_pairs_are_not_taken(
+def test_reference_values_of_other_weights_or_pairs_are_not_reused(
     scope: Scope, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A file of reference values is of one set of weights, one list of pairs, one dtype and micro-batch."""
+    """A file of reference values belongs to one set of weights, one list of pairs, one dtype and one micro-batch."""
     lm = tiny.make_lm()
     other = lm.replace(lm.weights | {"final_norm": lm.weights["final_norm"].at[0].add(2.0**-20)})
     with monkeypatch.context() as patch:
@@ -465,9 +471,7 @@ def test_over_long_pairs_are_dropped_and_counted(scope: Scope, monkeypatch: pyte
     kept = sum(n <= limit for n in lengths)
     assert kept < 10
     assert json.loads((scope.path / "dpo_data.json").read_text()) == {"pairs": kept, "dropped_too_long": 10 - kept}
-    with pytest.raises(
-        TrainingError, match="no pair to train on: 10 given, of which 0 have at most max_length = 2 tokens"
-    ):
+    with pytest.raises(TrainingError, match="no pair to train on: of 10 pairs, 0 have at most max_length = 2 tokens"):
         dpo(lm, scope.run.at("iter_2"), max_length=2)
 
 
@@ -477,13 +481,13 @@ def test_over_long_pairs_are_dropped_and_counted(scope: Scope, monkeypatch: pyte
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"batch_size": 6, "accumulate": 4}, "batch_size 6 does not divide in accumulate = 4 parts"),
-        ({"accumulate": 0}, "accumulate is 0; the least is 1"),
-        ({"min_length": 0, "log_every": 0}, "min_length is 0, log_every is 0; the least is 1"),
-        ({"max_steps": 0}, "max_steps is 0; the least is 1"),
+        ({"batch_size": 6, "accumulate": 4}, "batch_size 6 is not divisible into accumulate = 4 parts"),
+        ({"accumulate": 0}, "accumulate is 0; the minimum is 1"),
+        ({"min_length": 0, "log_every": 0}, "min_length is 0, log_every is 0; the minimum is 1"),
+        ({"max_steps": 0}, "max_steps is 0; the minimum is 1"),
     ],
 )
-def test_bad_configs(changes: dict[str, int], message: str) -> None:
+def test_config_rejects_bad_settings(changes: dict[str, int], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         dataclasses.replace(CONFIG, **changes)
 
@@ -491,7 +495,7 @@ def test_bad_configs(changes: dict[str, int], message: str) -> None:
 @pytest.mark.parametrize(
     "stage", [train.sft, lambda lm, rows, config, scope: train.dpo(lm, rows, DPOConfig(train=config), scope)]
 )
-def test_rows_that_do_not_divide_among_devices(stage: Callable[..., Any], scope: Scope) -> None:
+def test_rows_must_divide_among_devices(stage: Callable[..., Any], scope: Scope) -> None:
     lm = tiny.make_lm("1x8x1")
     for config in (
         dataclasses.replace(CONFIG, batch_size=12),
@@ -502,7 +506,7 @@ def test_rows_that_do_not_divide_among_devices(stage: Callable[..., Any], scope:
     dataclasses.replace(CONFIG, batch_size=32, accumulate=4).check(lm.mesh)
 
 
-def test_a_short_run_of_skipped_steps_does_not_pass_for_training(scope: Scope) -> None:
+def test_short_training_with_only_skipped_steps_is_an_error(scope: Scope) -> None:
     lm = tiny.make_lm()
     bad = lm.replace(jax.tree.map(lambda w: w * jnp.nan, lm.weights))
     with pytest.raises(TrainingError, match="not finite"):

@@ -10,11 +10,12 @@ import pytest
 import tiny
 from jaxsi.model import decoder
 from jaxsi.model.decoder import Remat
-from jaxsi.training import batches as data, losses, train
+from jaxsi.training import losses, train
+from jaxsi.training.batches import Batches, Sequence_, encode_pair, packed, pairs, prompts_shared
 from jaxsi.training.optim import OptimConfig
 from jaxsi.training.train import PairLoss, SFTLoss, TrainConfig
 
-pytestmark = pytest.mark.xdist_group("trajectories")  # what it makes once, one worker makes
+pytestmark = pytest.mark.xdist_group("trajectories")  # one worker, so that the module's fixtures are computed once
 
 # A large eps: Adam's sign-like first steps would make rounding errors of tiny gradients as large as a step.
 OPTIM = OptimConfig(learning_rate=3e-2, eps=1e-2)
@@ -42,7 +43,7 @@ class Trajectory(NamedTuple):
     weights: Any
 
 
-def run(lm: Any, batches: data.Batches, loss: Any, accumulate: int) -> tuple[list[float], Any]:
+def run(lm: Any, batches: Batches, loss: Any, accumulate: int) -> tuple[list[float], Any]:
     state = train.initial_state(lm.weights, OPTIM)
     shardings = jax.tree.map(lambda x: x.sharding, state)
     history = []
@@ -51,20 +52,20 @@ def run(lm: Any, batches: data.Batches, loss: Any, accumulate: int) -> tuple[lis
             state, batches[step], np.float32(3e-2), loss=loss, optimizer=OPTIM, accumulate=accumulate
         )
         history.append(float(metrics["loss"]))
-    kept = jax.tree.map(lambda x, s: x.sharding.is_equivalent_to(s, x.ndim), state, shardings)
-    assert jax.tree.all(kept), "every part of the state stays where it was"
+    unmoved = jax.tree.map(lambda x, s: x.sharding.is_equivalent_to(s, x.ndim), state, shardings)
+    assert jax.tree.all(unmoved), "every part of the state stays where it was"
     return history, jax.device_get(state.weights)
 
 
-def encoded() -> list[tuple[data.Sequence_, data.Sequence_]]:
+def encoded() -> list[tuple[Sequence_, Sequence_]]:
     """72 pairs of ragged lengths: batches of 32, 32 and 8 with 24 rows of fill."""
-    return [data.encode_pair(tiny.tokenizer(), pair) for pair in tiny.preference_pairs(72, longest=40)]
+    return [encode_pair(tiny.tokenizer(), pair) for pair in tiny.preference_pairs(72, longest=40)]
 
 
-def dpo_batches(lm: Any, refs: list[list[float]]) -> data.Batches:
-    shared = data.prompts_shared(lm.config, lm.mesh, encoded(), 64)
+def dpo_batches(lm: Any, refs: list[list[float]]) -> Batches:
+    shared = prompts_shared(lm.config, lm.mesh, encoded(), 64)
     assert shared, "this is the layout that short pairs have on CPU"
-    return data.pairs(encoded(), refs, ROWS, lm.mesh, epochs=1, seed=0, min_length=64, shared=shared)
+    return pairs(encoded(), refs, ROWS, lm.mesh, epochs=1, seed=0, min_length=64, shared=shared)
 
 
 @pytest.fixture(scope="module")
@@ -118,7 +119,7 @@ def sft() -> dict[Variant, Trajectory]:
     for variant in (Variant("1x1x1", "none", 1), Variant("1x1x1", "none", 4), Variant("2x2x2", "none", 2)):
         lm = tiny.make_lm(variant.mesh)
         sequences = [side for pair in encoded() for side in pair][:80]
-        batches = data.packed(sequences, 128, 8, lm.mesh, epochs=1, seed=0)
+        batches = packed(sequences, 128, 8, lm.mesh, epochs=1, seed=0)
         assert len(batches) == STEPS and not np.asarray(batches[STEPS - 1].segments_BT).any(axis=1).all()
         loss = SFTLoss(lm.config, lm.mesh, "float32", variant.remat)
         history, weights = run(lm, batches, loss, variant.accumulate)
@@ -139,7 +140,7 @@ def test_sft_loss_is_the_mean_over_the_tokens_of_the_whole_batch(sft: dict[Varia
     """Not the mean of the parts' means: rows hold different numbers of tokens that count."""
     lm = tiny.make_lm()
     sequences = [side for pair in encoded() for side in pair][:80]
-    batch = data.packed(sequences, 128, 8, lm.mesh, epochs=1, seed=0)[0]
+    batch = packed(sequences, 128, 8, lm.mesh, epochs=1, seed=0)[0]
     logps = jax.jit(
         lambda w, b: decoder.sequence_logps(w, lm.config, b.tokens_BT, b.positions_BT, b.segments_BT, dtype=np.float32)
     )(lm.weights, batch)

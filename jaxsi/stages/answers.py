@@ -1,4 +1,4 @@
-"""Prompts together with the responses to them: what a judge or a reviser reads in one piece."""
+"""Prompts together with their responses, as a judge or a reviser reads them."""
 
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, TypeVar
@@ -17,7 +17,7 @@ class Answers(NamedTuple):
 
 
 def answers(prompts: Sequence[Prompt], responses: Sequence[Response]) -> list[Answers]:
-    """The responses by prompt, prompts and responses in their order."""
+    """Groups the responses by prompt; both keep their order."""
     by_prompt: dict[str, list[Response]] = {}
     for response in responses:
         by_prompt.setdefault(response.prompt_id, []).append(response)
@@ -27,7 +27,7 @@ def answers(prompts: Sequence[Prompt], responses: Sequence[Response]) -> list[An
 def read_answers(
     answers: Sequence[Answers], reader: Callable[..., list[Record]], lm: LM, *settings: Any
 ) -> list[Record]:
-    """What ``reader(lm, prompts, responses, *settings)``, a judge or a reviser, makes of these answers: as a stage for
+    """Calls ``reader(lm, prompts, responses, *settings)``, a judge or a reviser, on these answers; a stage for
     ``Scope.sharded``."""
     responses = [response for answer in answers for response in answer.responses]
     return reader(lm, [answer.prompt for answer in answers], responses, *settings)
@@ -36,10 +36,10 @@ def read_answers(
 def as_records(
     prompts: Sequence[Prompt | str], responses: Sequence[Response | str]
 ) -> tuple[list[Prompt], list[Response]]:
-    """Prompts and responses as records. A text becomes a prompt with its place as id; response i, if it is a text,
+    """Prompts and responses as records. A text becomes a prompt whose id is its index; response i, if it is a text,
     answers prompt i.
 
-    Raises: ValueError if there are texts among the responses, but not one response for each prompt.
+    Raises: ValueError if some responses are texts, and there is not exactly one response for each prompt.
     """
     records = [p if isinstance(p, Prompt) else Prompt.of(str(i), p) for i, p in enumerate(prompts)]
     if any(isinstance(response, str) for response in responses) and len(responses) != len(records):
@@ -51,8 +51,15 @@ def as_records(
 
 
 def written(id: str, prompt_id: str, sample: int, text: str) -> Response:
-    """A text that no model of ours sampled, as a response: without token ids, for those who read texts."""
+    """A text that was not sampled here, as a response. It has no token ids, so only readers of texts can use it."""
     return Response(
-        id=id, prompt_id=prompt_id, sample=sample, text=text, token_ids=(), logps=(), finish_reason="stop",
-        fingerprint="", template="",
-    )  # fmt: skip
+        id=id,
+        prompt_id=prompt_id,
+        sample=sample,
+        text=text,
+        token_ids=(),
+        logps=(),
+        finish_reason="stop",
+        fingerprint="",
+        template="",
+    )

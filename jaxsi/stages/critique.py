@@ -1,8 +1,8 @@
 """Critics: language feedback, a score and an improved response to every response (SRT, arXiv 2406.07168).
 
 A critic is a function (prompts, responses, template, key) -> critiques: a stronger local model (`LocalCritic`), a model
-behind an endpoint (`endpoint.EndpointCritic`), the embedded world's exact one, or the model itself, which goes on
-writing after its own response (`continue_critique`). What does not parse is None and is dropped and counted later.
+behind an endpoint (`endpoint.EndpointCritic`), the embedded world's exact critic, or the model itself, which continues
+its own response (`continue_critique`). Parts that do not parse are None; they are dropped and counted later.
 """
 
 from collections import Counter
@@ -47,20 +47,26 @@ class LocalCritic:
     def __call__(
         self, prompts: Sequence[Prompt], responses: Sequence[Response], template: CritiqueTemplate, key: jax.Array
     ) -> list[Critique]:
-        """One critique of each response; where the request leaves no room for feedback, one without any part."""
+        """One critique for each response; an empty one if the request leaves no room for feedback."""
         lm = borrowed(self.model, self.dtype)
         requests = critic_requests(prompts, responses, template)
         room = lm.config.max_positions - self.max_new_tokens
         fitting = [p for p in requests if len(render_prompt(lm.tokenizer, p.messages)) <= room]
         written = generate.generate(
-            lm, fitting, num_samples=1, temperature=self.temperature, top_p=1.0,
-            max_new_tokens=self.max_new_tokens, key=key, batch_size=self.batch_size,
-        )  # fmt: skip
+            lm,
+            fitting,
+            num_samples=1,
+            temperature=self.temperature,
+            top_p=1.0,
+            max_new_tokens=self.max_new_tokens,
+            key=key,
+            batch_size=self.batch_size,
+        )
         texts = {w.prompt_id: (w.text, w.finish_reason) for w in written}
         return [
             critique(response, *texts.get(response.id, ("", "length")), template, lm.fingerprint, lm.tokenizer)
             for response in responses
-        ]  # fmt: skip
+        ]
 
 
 @stored_as("critique_by")
@@ -81,9 +87,9 @@ class CritiqueBy:
 
 
 def critique_by(function: Callable[[str, str], str]) -> CritiqueBy:
-    """A critic for SRT's ``critic``: `function(prompt, response)` returns what a critic would write by the run's
-    template, such as "Weaknesses: ... Suggestions: ... Score: 7 Improved response: ..."; what it leaves out is missing.
-    What holds for the function of ``judge_by`` holds for it."""
+    """A critic for SRT's ``critic``: `function(prompt, response)` returns a critique in the format of the run's
+    template, such as "Weaknesses: ... Suggestions: ... Score: 7 Improved response: ..."; it may leave parts out. The
+    rules for the function of ``judge_by`` apply."""
     return CritiqueBy(function)
 
 
@@ -92,15 +98,15 @@ def critic_requests(
 ) -> list[Prompt]:
     """The critic's request for each response, under the response's id.
 
-    Raises: ValueError naming a response whose prompt is not among ``prompts``, or an id that is doubled.
+    Raises: ValueError if a response's prompt is not among ``prompts``, or if an id occurs twice; the message names it.
     """
     by_id = {prompt.id: prompt for prompt in prompts}
     requests: dict[str, Prompt] = {}
     for response in responses:
         if response.prompt_id not in by_id or response.id in requests:
             raise ValueError(
-                f"response {response.id!r} answers prompt {response.prompt_id!r}, not one of the {len(by_id)} given, "
-                "or is there twice"
+                f"response {response.id!r} answers prompt {response.prompt_id!r}, which is not among the {len(by_id)} "
+                "prompts, or its id occurs twice; pass the prompts that were sampled, and unique ids"
             )
         question = question_text(by_id[response.prompt_id].messages)
         requests[response.id] = Prompt.of(response.id, template.render(question, response.text))
@@ -115,7 +121,7 @@ def critique(
     fingerprint: str,
     tokenizer: Tokenizer | None = None,
 ) -> Critique:
-    """A critic's text as a record; an improved response that the token limit cut off is none."""
+    """A critic's text as a record; an improved response that the token limit cut off is left out."""
     parts = template.parse(text)
     return Critique(
         id=response.id,
@@ -137,19 +143,26 @@ def critique(
 def marked_response(
     tokenizer: Tokenizer, id: str, prompt_id: str, text: str, template: CritiqueTemplate, fingerprint: str
 ) -> Response:
-    """A text as a response that ends where its feedback begins, not in an end of turn: what ``generate`` gives with
-    ``stop_text=template.feedback``."""
+    """A text as a response that ends with the feedback marker instead of an end of turn, like those of ``generate``
+    with ``stop_text=template.feedback``."""
     ids, marker = render_response(tokenizer, template.marked(text)), list(marker_ids(tokenizer, template.feedback))
     end = next((i for i in range(len(ids) - len(marker), -1, -1) if ids[i : i + len(marker)] == marker), None)
     if end is None:
         raise ValueError(
             f"response {id!r}: the tokens of {template.feedback!r} depend on the text before them; choose a "
-            "heading that begins with a token of its own"
+            "heading that always begins a new token"
         )
     return Response(
-        id=id, prompt_id=prompt_id, sample=0, text=template.marked(text), token_ids=tuple(ids[: end + len(marker)]),
-        logps=(), finish_reason="stop", fingerprint=fingerprint, template=tokenizer.template_hash,
-    )  # fmt: skip
+        id=id,
+        prompt_id=prompt_id,
+        sample=0,
+        text=template.marked(text),
+        token_ids=tuple(ids[: end + len(marker)]),
+        logps=(),
+        finish_reason="stop",
+        fingerprint=fingerprint,
+        template=tokenizer.template_hash,
+    )
 
 
 def continue_critique(
@@ -162,13 +175,13 @@ def continue_critique(
     *,
     score_only: bool = False,
 ) -> list[Critique]:
-    """What ``lm`` writes after prompt and marked draft: its own feedback and improved response, in the draft's own
-    ids, so that y, f and r are one sequence.
+    """Continues prompt and marked draft with ``lm``: its own feedback and improved response. The continuation follows
+    the draft's own ids, so that y, f and r are one sequence.
 
-    A draft that has no marker, or leaves no room, has a critique without any part.
+    A draft without a marker, or without room after it, gets an empty critique.
 
     Args:
-      score_only: end before the improved response, for calls of which only the score counts.
+      score_only: stop before the improved response, for calls that need only the score.
     """
     heads = {prompt.id: render_prompt(lm.tokenizer, prompt.messages) for prompt in prompts}
     room = lm.config.max_positions - cfg.max_new_tokens
@@ -180,9 +193,15 @@ def continue_critique(
     ids = [id for id, prefix in prefixes.items() if len(prefix) <= room]
     marker = marker_ids(lm.tokenizer, template.improved) if score_only else ()
     sampled = generate.generate_ids(
-        lm, [prefixes[id] for id in ids], generate.named_keys(key, ids), temperature=cfg.temperature, top_p=1.0,
-        max_new_tokens=cfg.max_new_tokens, marker=marker, batch_size=cfg.batch_size,
-    )  # fmt: skip
+        lm,
+        [prefixes[id] for id in ids],
+        generate.named_keys(key, ids),
+        temperature=cfg.temperature,
+        top_p=1.0,
+        max_new_tokens=cfg.max_new_tokens,
+        marker=marker,
+        batch_size=cfg.batch_size,
+    )
     texts: dict[str, tuple[str, FinishReason]] = {
         id: (lm.tokenizer.decode(token_ids), "stop" if stopped else "length")
         for id, [(token_ids, _, stopped)] in zip(ids, sampled, strict=True)
@@ -195,8 +214,8 @@ def continue_critique(
 
 @dataclass(frozen=True, kw_only=True)
 class OwnCritic:
-    """A model as the critic of its own marked responses: `continue_critique` in the form of a critic. With `score_only`
-    it ends before the improved response."""
+    """A model as the critic of its own marked responses: `continue_critique` as a critic. With `score_only`, it stops
+    before the improved response."""
 
     lm: LM
     config: CritiqueConfig
@@ -211,7 +230,7 @@ class OwnCritic:
 def read_drafts(
     drafts: Sequence[Response], critic: Critic, prompts: Sequence[Prompt], template: CritiqueTemplate, key: jax.Array
 ) -> list[Critique]:
-    """The critiques of some drafts, as a stage for ``Scope.sharded``."""
+    """The critiques of ``drafts``; a stage for ``Scope.sharded``."""
     return critic(prompts, drafts, template, key)
 
 
@@ -221,19 +240,19 @@ def read_drafts(
 def improved_responses(
     tokenizer: Tokenizer, critiques: Sequence[Critique], template: CritiqueTemplate, *, marked: bool
 ) -> list[Response]:
-    """The improved responses as responses of their own, under the ids of the drafts, for a second, independent call of
-    the critic."""
-    made = []
+    """The improved responses as separate responses, under the ids of the drafts, for a second, independent call of the
+    critic."""
+    responses = []
     for c in critiques:
         if c.improved is None:
             continue
         response = marked_response(tokenizer, c.id, c.prompt_id, c.improved, template, c.fingerprint)
-        made.append(response if marked else replace(response, text=c.improved))
-    return made
+        responses.append(response if marked else replace(response, text=c.improved))
+    return responses
 
 
 def is_complete(c: Critique) -> bool:
-    """Whether no part of a critique is missing (the paper's first filter)."""
+    """Whether a critique has all its parts (the paper's first filter)."""
     return None not in (c.weaknesses, c.suggestions, c.score, c.improved)
 
 
@@ -246,11 +265,11 @@ def refinement_examples(
     *,
     refinement_only: bool = False,
 ) -> tuple[list[SFTExample], dict[str, int]]:
-    """x -> y, f, r of each draft that passes the paper's two filters: all parts of the feedback are there, and r scores
-    at least as high as y, in a call of its own (``checks``, critiques of the improved responses).
+    """x -> y, f, r for each draft that passes the paper's two filters: the feedback has all its parts, and r scores at
+    least as high as y in a separate call (``checks``, critiques of the improved responses).
 
     Args:
-      refinement_only: x -> r (the ablation).
+      refinement_only: x -> r instead (the ablation).
 
     Returns: examples in the order of ``drafts``, and counts: drafts, kept, "empty" or cut-off drafts, "incomplete"
       feedback, "unscored" checks, and "worse" refinements.
@@ -286,23 +305,23 @@ def refinement_pairs(
     draft_scores: Sequence[float | None],
     refined_scores: Sequence[float | None],
 ) -> tuple[list[PreferencePair], dict[str, int]]:
-    """(x, r, y) of each draft whose improved response scores strictly higher. Both sides end where feedback begins: if
-    one ended in an end of turn, DPO would teach when to stop and not what to write.
+    """(x, r, y) for each draft whose improved response scores strictly higher. Both sides end where feedback begins: if
+    one ended with an end of turn, DPO would teach when to stop instead of what to write.
 
     Args:
       refined: marked improved responses, under the ids of their drafts; ``refined_scores`` are theirs.
 
-    Returns: pairs in the order of ``drafts``, and counts: drafts, pairs, "no_marker" (drafts that went on to no
+    Returns: pairs in the order of ``drafts``, and counts: drafts, pairs, "no_marker" (drafts without
       feedback), "no_refinement", "unscored", "ties" (and worse ones), "identical".
     """
     messages = {prompt.id: prompt.messages for prompt in prompts}
-    after = {r.id: (r, score) for r, score in zip(refined, refined_scores, strict=True)}
+    refined_by_id = {r.id: (r, score) for r, score in zip(refined, refined_scores, strict=True)}
     names = ("drafts", "pairs", "no_marker", "no_refinement", "unscored", "ties", "identical")
     counts = Counter(dict.fromkeys(names, 0))
     pairs = []
     for draft, c, score in zip(drafts, critiques, draft_scores, strict=True):
         counts["drafts"] += 1
-        better, better_score = after.get(draft.id, (None, None))
+        better, better_score = refined_by_id.get(draft.id, (None, None))
         if not c.text:
             counts["no_marker"] += 1
         elif better is None:

@@ -20,7 +20,7 @@ from jaxsi.training.batches import Sequence_
 from jaxsi.training.reward import reward_sequence, rewards
 from jaxsi.training.rl import RLConfig
 
-GAP_ORDER = ("wl", "ww", "ll", "lw")  # (y1, y2) of the four gaps g(y1, y2) that are compared: w better, l worse
+GAP_ORDER = ("wl", "ww", "ll", "lw")  # (y1, y2) of the four gaps g(y1, y2): w is better, l is worse
 
 
 def gap_sequence(
@@ -33,9 +33,7 @@ def gap_sequence(
 def gap_group(tokenizer: Tokenizer, preference: Preference, request: str) -> tuple[Sequence_, ...]:
     """The four ordered pairs of a preference, in ``GAP_ORDER``."""
     side = {"w": preference.chosen, "l": preference.rejected}
-    return tuple(
-        gap_sequence(tokenizer, preference.messages, side[y1], side[y2], request) for y1, y2 in GAP_ORDER
-    )  # fmt: skip
+    return tuple(gap_sequence(tokenizer, preference.messages, side[y1], side[y2], request) for y1, y2 in GAP_ORDER)
 
 
 def reward_group(tokenizer: Tokenizer, preference: Preference) -> tuple[Sequence_, ...]:
@@ -50,17 +48,17 @@ Item = tuple[Sequence[Message], Response | str, str]  # messages, response, refe
 
 @stored_as("reward.gaps")
 def gaps(lm: LM, items: Sequence[Item], request: str, *, batch_size: int = 64) -> tuple[np.ndarray, np.ndarray]:
-    """g(x, y, y_ref) and g(x, y_ref, y_ref), each [N] float32. The loss does not settle the zero point of g, and an
-    unchanged reference is what no gap means: their difference is the gain of y over y_ref."""
+    """g(x, y, y_ref) and g(x, y_ref, y_ref), each [N] float32. The loss leaves the zero point of g open. An unchanged
+    reference has no gap, so the difference of the two is the gain of y over y_ref."""
     keys = [(_key(messages), reference) for messages, _, reference in items]
     unchanged = {
         key: gap_sequence(lm.tokenizer, messages, reference, reference, request)
         for key, (messages, _, reference) in zip(keys, items, strict=True)
     }
-    own = [gap_sequence(lm.tokenizer, *item, request) for item in items]
-    values = rewards(lm, [*own, *unchanged.values()], batch_size=batch_size)
-    zero = dict(zip(unchanged, values[len(own) :], strict=True))
-    return values[: len(own)], np.asarray([zero[key] for key in keys], np.float32)
+    sequences = [gap_sequence(lm.tokenizer, *item, request) for item in items]
+    values = rewards(lm, [*sequences, *unchanged.values()], batch_size=batch_size)
+    zero = dict(zip(unchanged, values[len(sequences) :], strict=True))
+    return values[: len(sequences)], np.asarray([zero[key] for key in keys], np.float32)
 
 
 def gains(lm: LM, items: Sequence[Item], request: str, *, batch_size: int = 64) -> np.ndarray:
@@ -70,14 +68,14 @@ def gains(lm: LM, items: Sequence[Item], request: str, *, batch_size: int = 64) 
 
 
 def _key(messages: Sequence[Message]) -> tuple[tuple[str, str], ...]:
-    """A conversation as something that a dict can be keyed by."""
+    """A conversation as a hashable key."""
     return tuple((message["role"], message["content"]) for message in messages)
 
 
 @stored_as("reward_by")
 @dataclasses.dataclass(frozen=True)
 class RewardBy:
-    """A plain function of texts in the place of `gaps`: see `reward_by`."""
+    """A plain function of texts in place of `gaps`: see `reward_by`."""
 
     function: Callable[[str, str], float]
 
@@ -94,20 +92,20 @@ class RewardBy:
 
 def reward_by(function: Callable[[str, str], float]) -> RewardBy:
     """A reward for PIT's ``rewarding``: `function(prompt, response)` rewards a response, and the gap is the reward of
-    the response less that of the reference. What holds for the function of ``judge_by`` holds for it."""
+    the response minus that of the reference. The rules for the function of ``judge_by`` apply."""
     return RewardBy(function)
 
 
 def with_room(lm: LM, prompts: Sequence[Prompt], longest: int) -> list[Prompt]:
-    """The prompts after which the context of ``lm`` has room for ``longest`` tokens."""
+    """The prompts that leave room for ``longest`` tokens in the context of ``lm``."""
     room = lm.config.max_positions - longest
     return [prompt for prompt in prompts if len(render_prompt(lm.tokenizer, prompt.messages)) <= room]
 
 
 class GapReward:
-    """r_gap(x, y, y_ref) - r_gap(x, y_ref, y_ref) of responses to the improver's ``prompts``, one for each reference.
-    Left out, and counted in ``left_out``: empty references, and those after which the context has no room for a
-    response, or for the reference itself as one."""
+    """r_gap(x, y, y_ref) - r_gap(x, y_ref, y_ref) for responses to the improver's ``prompts``, one for each reference.
+    ``left_out`` counts the references left out: empty ones, and those after which the context has too little room for a
+    response, or for the reference itself as the response."""
 
     def __init__(
         self,
@@ -117,8 +115,8 @@ class GapReward:
         rewarding: Callable[..., tuple[np.ndarray, np.ndarray]],
         config: RLConfig,
     ):
-        """Args: ``lm``, the gap reward model; ``rewarding``, ``gaps`` or a function in its place; ``config``, that of
-        the training, which knows the length of a response and how many rows go through a model together."""
+        """Args: ``lm`` is the gap reward model; ``rewarding`` is ``gaps`` or a replacement; ``config`` is that of the
+        training, and sets the length of a response and the number of rows that go through a model together."""
         self.lm, self.request, self.rewarding, self.config = lm, request, rewarding, config
         self.zero = 0.0
         self.items: dict[str, tuple[tuple[Message, ...], str]] = {}  # messages and reference of each prompt
@@ -132,7 +130,7 @@ class GapReward:
         self.left_out = len(references) - len(self.prompts)
 
     def fits(self, conversation: Prompt, reference: str) -> bool:
-        """Whether the context has room for a response, and for the reference as one."""
+        """Whether the context has room for a response, and for the reference as the response."""
         longest = max(self.config.max_new_tokens, len(render_response(self.lm.tokenizer, reference)))
         return bool(with_room(self.lm, [conversation], longest))
 
@@ -143,7 +141,7 @@ class GapReward:
         return gap_N - zero_N
 
     def monitor(self, prompts: Sequence[Prompt], responses: Sequence[Response], gains: np.ndarray) -> dict[str, float]:
-        """How far the responses are from their references: what shows a learner that copies, pads or flatters."""
+        """How far the responses are from their references: this exposes a learner that copies, pads or flatters."""
         references = [self.items[response.prompt_id][1] for response in responses]
         return {
             "gained": float(np.mean(gains > 0)),
@@ -153,7 +151,7 @@ class GapReward:
 
 
 def change_from(references: Sequence[str], responses: Sequence[Response]) -> dict[str, float]:
-    """Share of exact copies, edit distance in words and length gap in characters, of responses against references."""
+    """Responses against references: share of exact copies, edit distance in words, length gap in characters."""
     both = [
         (reference.strip(), response.text.strip()) for reference, response in zip(references, responses, strict=True)
     ]

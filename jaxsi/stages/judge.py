@@ -1,6 +1,6 @@
-"""The judge: render the rubric, sample judgments, parse what was generated; and what judgments say, in numbers.
+"""The judge: render the rubric, sample judgments, parse the scores; and statistics of judgments.
 
-A judgment that does not parse, or whose judge prompt is too long for the model, is None all the way: never a number.
+A judgment that does not parse, or whose judge prompt is too long for the model, stays None everywhere, never a number.
 """
 
 import logging
@@ -25,11 +25,11 @@ from jaxsi.text.tokenizer import Tokenizer
 
 _log = logging.getLogger(__name__)
 
-# Alarms above these shares (below, for the parse rate): the judge has collapsed or does not follow its rubric.
+# Shares above these (below, for the parse rate) raise an alarm: the judge has collapsed or ignores its rubric.
 ONE_SCORE_ALARM = 0.6
 TIE_ALARM = 0.6
 PARSE_ALARM = 0.5
-# Tokens that re-reading a generated justification as text may cost beyond those that were sampled.
+# Extra tokens that a generated justification may take when its text is encoded again.
 _SPARE_TOKENS = 8
 
 
@@ -39,9 +39,9 @@ class JudgeConfig:
     """How each response is judged: K = `num_samples` justifications with their scores, averaged over the valid ones.
 
     `expected` takes the expectation over the score strings after each justification in place of the parsed number:
-    finer (fewer ties), never unparsable, and usable with a model that writes no verdicts. Defaults: K of the paper, and
-    the sampling settings of its open re-implementations (the paper states none). `batch_size` judgments are in flight.
-    Below `min_parse_rate` a method stops: it would learn from the few judgments that happened to parse.
+    it is finer (fewer ties), always parses, and works with a model that does not write verdicts. Defaults: K of the
+    paper, and the sampling settings of its open re-implementations (the paper states none). `batch_size` judgments are
+    sampled at a time. Below `min_parse_rate` a method stops: it would learn from the few judgments that did parse.
     """
 
     num_samples: int = 3
@@ -55,12 +55,12 @@ class JudgeConfig:
     def __post_init__(self) -> None:
         if self.num_samples < 1 or self.max_new_tokens < 1:
             raise ValueError(
-                f"num_samples is {self.num_samples} and max_new_tokens {self.max_new_tokens}; both are at least 1"
+                f"num_samples is {self.num_samples} and max_new_tokens {self.max_new_tokens}; both must be at least 1"
             )
         if self.temperature < 0 or not 0 < self.top_p <= 1:
             raise ValueError(f"temperature is {self.temperature} (>= 0) and top_p {self.top_p} (in (0, 1])")
         if not 0 <= self.min_parse_rate <= 1:
-            raise ValueError(f"min_parse_rate is {self.min_parse_rate}; it lies in [0, 1]")
+            raise ValueError(f"min_parse_rate is {self.min_parse_rate}; it must lie in [0, 1]")
 
 
 @stored_as("feedback.judge")
@@ -75,14 +75,14 @@ def judge(
     """Judges each response by itself (pointwise) with `lm` as the judge (Self-Rewarding, arXiv 2401.10020, figure 2).
 
     Args:
-      prompts: at least those that the responses name; or texts, and then texts as responses, one for each.
-      rubric: that of the Self-Rewarding paper, by default.
-      key: typed key of the stage; the noise of a judgment is folded from it, the response's id and its sample number.
+      prompts: at least those that the responses name; or texts, with one response text for each.
+      rubric: by default that of the Self-Rewarding paper.
+      key: typed key of the stage; a judgment's noise is folded from it, the response's id and the sample number.
 
-    Returns: one Judgment per response, in the order of `responses`. Where the judge prompt leaves no room for
-      `cfg.max_new_tokens`, all scores are None and there are no texts (`judgment_statistics` counts these).
+    Returns: one Judgment per response, in the order of `responses`. If a judge prompt leaves too little room for
+      `cfg.max_new_tokens`, all its scores are None and it has no texts (`judgment_statistics` counts these).
 
-    Raises: ValueError for a doubled response id, or a response whose prompt is not among `prompts`.
+    Raises: ValueError if a response id occurs twice, or if a response's prompt is not among `prompts`.
     """
     prompts, responses = as_records(prompts, responses)
     rubric = load_rubric() if rubric is None else rubric
@@ -119,7 +119,7 @@ def judge(
 @stored_as("judge_by")
 @dataclass(frozen=True)
 class JudgeBy:
-    """A plain function of texts in the place of `judge`: see `judge_by`."""
+    """A plain function of texts in place of `judge`: see `judge_by`."""
 
     function: Callable[[str, str], float | None]
 
@@ -136,45 +136,51 @@ class JudgeBy:
         scores = [number(self.function, texts[r.prompt_id], r.text) for r in responses]
         return [
             Judgment(
-                id=response.id, prompt_id=response.prompt_id, scores=(score,), score=score, texts=("",),
-                fingerprint=lm.fingerprint, template=lm.tokenizer.template_hash,
+                id=response.id,
+                prompt_id=response.prompt_id,
+                scores=(score,),
+                score=score,
+                texts=("",),
+                fingerprint=lm.fingerprint,
+                template=lm.tokenizer.template_hash,
             )
             for response, score in zip(responses, scores, strict=True)
-        ]  # fmt: skip
+        ]
 
 
 def judge_by(function: Callable[[str, str], float | None]) -> JudgeBy:
     """A judge for Self-Rewarding's ``judging``: `function(prompt, response)` scores a response, higher is better; None
-    is no score. It is a function that a module or a config file defines, or a `functools.partial` of one; the run keeps
-    a hash of its source, so it may not change on resume."""
+    means that it has no score. A module or a config file has to define the function (or it is a `functools.partial` of
+    such a function). The run stores a hash of its source, so it may not change on resume."""
     return JudgeBy(function)
 
 
 def number(function: Callable[[str, str], float | None], prompt: str, response: str) -> float | None:
-    """What a function of the user says of a response. Raises: ValueError if that is no finite number."""
+    """The user's function of a prompt and a response. Raises: ValueError if the result is neither finite nor None."""
     value = function(prompt, response)
     if value is None:
         return None
-    if not isinstance(value, numbers.Real) or not math.isfinite(value):  # NumPy's scalars are numbers, too
+    if not isinstance(value, numbers.Real) or not math.isfinite(value):  # NumPy scalars are numbers, too
         raise ValueError(
             f"{getattr(function, '__qualname__', function)} returned {value!r} for the response {response!r:.80} to "
-            f"{prompt!r:.80}; it has to return a finite number, or None for no score"
+            f"{prompt!r:.80}; it must return a finite number, or None for no score"
         )
     return float(value)
 
 
 def judgment_statistics(judgments: Sequence[Judgment], *, low: int, high: int) -> dict[str, object]:
-    """What the metrics of an iteration say about its judge (JSON-able; a rate without a denominator is None).
+    """The metrics of an iteration's judge (JSON-able; a rate without a denominator is None).
 
-    parse_rate: valid of all K x N judgments. unscored: responses without any valid one. too_long: responses whose judge
-    prompt did not fit. tie_rate: prompts whose scored responses (at least two) all have one mean. histogram: share of
-    each whole score among the valid (an expected score counts as the nearest). entropy: of the histogram, in nats.
-    mean, std: of the mean scores. alarms: of "one_score", "ties" and "parse_rate", those beyond their thresholds.
+    parse_rate: share of valid scores among all K x N. unscored: responses without a valid score. too_long: responses
+    whose judge prompt did not fit. tie_rate: share of prompts whose scored responses (at least two) all have the same
+    mean. histogram: share of each whole score among the valid ones (an expected score counts as the nearest). entropy:
+    of the histogram, in nats. mean, std: of the mean scores. alarms: those of "one_score", "ties" and "parse_rate"
+    that are beyond their thresholds.
     """
     verdicts = [score for judgment in judgments for score in judgment.scores]
     valid = [score for score in verdicts if score is not None]
     means = [judgment.score for judgment in judgments if judgment.score is not None]
-    nearest = Counter(math.floor(score + 0.5) for score in valid)  # those of a user's function have their own range
+    nearest = Counter(math.floor(score + 0.5) for score in valid)  # scores of a user's function have their own range
     histogram = {str(value): nearest[value] / len(valid) if valid else None for value in range(low, high + 1)}
     shares = [count / len(valid) for count in nearest.values()]
     groups = [scores for scores in _scores_by_prompt(judgments).values() if len(scores) >= 2]
@@ -201,20 +207,20 @@ def judgment_statistics(judgments: Sequence[Judgment], *, low: int, high: int) -
 
 
 def check_judge(statistics: Mapping[str, Any], cfg: JudgeConfig) -> None:
-    """Says the alarms of `judgment_statistics`, and raises ValueError where hardly a judgment has a score."""
+    """Logs the alarms of `judgment_statistics`; raises ValueError if too few judgments have a score."""
     for alarm in statistics["alarms"]:
         _log.warning("the judge raises the alarm %r: %s", alarm, dict(statistics))
     rate = statistics["parse_rate"]
     if rate is not None and rate < cfg.min_parse_rate:
         raise ValueError(
             f"{rate:.1%} of the judgments have a score, fewer than judge.min_parse_rate = {cfg.min_parse_rate:.1%}; "
-            "in a new run directory, use a model that can judge, or judge.expected"
+            "start a new run directory with a model that can judge, or set judge.expected"
         )
 
 
 @dataclass(frozen=True, kw_only=True)
 class Comparison:
-    """Prompts on which a scores higher than b, lower, the same, and those that one of the two has no score for."""
+    """Numbers of prompts on which a scores higher than b, lower, or the same, and on which a or b has no score."""
 
     wins: int
     losses: int
@@ -223,7 +229,7 @@ class Comparison:
 
     @property
     def win_rate(self) -> float | None:
-        """(wins + ties / 2) of the valid prompts; None where none is valid."""
+        """(wins + ties / 2) / valid prompts; None if no prompt is valid."""
         valid = self.wins + self.losses + self.ties
         return (self.wins + self.ties / 2) / valid if valid else None
 
@@ -231,12 +237,12 @@ class Comparison:
 def compare(a: Sequence[Judgment], b: Sequence[Judgment]) -> Comparison:
     """Compares two models' judged responses prompt by prompt, by the mean score of each prompt's scored responses.
 
-    Raises: ValueError naming a prompt that only one side was asked.
+    Raises: ValueError if a prompt is on one side only; the message names it.
     """
     only = {judgment.prompt_id for judgment in a} ^ {judgment.prompt_id for judgment in b}
     if only:
         raise ValueError(
-            f"{len(only)} prompts are on one side of the comparison only, the first is {min(only)!r}; "
+            f"{len(only)} prompts are on only one side of the comparison, the first is {min(only)!r}; "
             "judge both models on the same prompts"
         )
     scores_a, scores_b = _scores_by_prompt(a), _scores_by_prompt(b)
@@ -254,7 +260,7 @@ def _judge_prompts(prompts: Sequence[Prompt], responses: Sequence[Response], rub
         if response.prompt_id not in by_id:
             raise ValueError(
                 f"response {response.id!r} answers prompt {response.prompt_id!r}, which is not among the {len(by_id)} "
-                "prompts given; pass the prompts that were sampled"
+                "prompts; pass the prompts that were sampled"
             )
         if response.id in rendered:
             raise ValueError(f"two responses have the id {response.id!r}; ids are unique")
@@ -271,7 +277,7 @@ def _parsed(rubric: Rubric, sample: Response) -> float | None:
 def _expected_scores(
     lm: LM, judge_prompts: Sequence[Prompt], generated: dict[str, list[Response]], rubric: Rubric, cfg: JudgeConfig
 ) -> dict[str, list[float | None]]:
-    """Per response, for each sampled justification: the mean of the scores under softmax(log p(score string | ...))."""
+    """For each response and sampled justification: the mean score under softmax(log p(score string | ...))."""
     prefixes: list[list[int]] = []
     choices: list[list[list[int]]] = []
     for prompt in judge_prompts:
@@ -291,7 +297,7 @@ def _expected_scores(
 
 
 def _expectation(logps_G: np.ndarray, values: np.ndarray) -> float | None:
-    """Mean of `values` under softmax(logps); None where no log-prob is a number above -inf."""
+    """Mean of `values` under softmax(logps); None if a log-prob is NaN or all are -inf."""
     if np.isnan(logps_G).any() or not np.isfinite(logps_G.max()):
         return None
     p = np.exp(logps_G - logps_G.max())
@@ -301,15 +307,15 @@ def _expectation(logps_G: np.ndarray, values: np.ndarray) -> float | None:
 def _split_at_score(
     tokenizer: Tokenizer, texts: Sequence[str], rubric: Rubric, max_tokens: int
 ) -> tuple[list[int], list[list[int]]]:
-    """Texts that differ in the score at their end -> the ids they share, and each one's remaining ids.
+    """Texts that differ only in the score at their end -> their shared ids, and the remaining ids of each.
 
-    Justification and score are encoded in one piece, as a model that was taught such texts has seen them; what is
-    scored starts where the ids first differ.
+    Justification and score are encoded in one piece, as in the texts that a model was trained on. Scoring starts where
+    the ids first differ.
     """
     rows = [tokenizer.encode_text(text) for text in texts]
     forced = [tokenizer.encode_text(f"\n{rubric.marker}{score}") for score in rubric.score_strings]
     if max(map(len, rows)) > max_tokens + max(map(len, forced)) + _SPARE_TOKENS:
-        # Text that is no language (bytes of random weights) can take many more ids than were sampled. Cut it to fit.
+        # Encoding random bytes (from random weights) can take many more ids than were sampled. Cut them to fit.
         head = tokenizer.encode_text(texts[0])[:max_tokens]
         rows = [head + row for row in forced]
     shared = 0
@@ -318,8 +324,8 @@ def _split_at_score(
     ends = [row[shared:] for row in rows]
     if any(a == b[: len(a)] for i, a in enumerate(ends) for j, b in enumerate(ends) if i != j):
         raise ValueError(
-            f"rubric {rubric.name!r}: with this tokenizer one of the score strings {rubric.score_strings} begins "
-            "another, so their probabilities overlap; use scores of one digit, or judge with expected=False"
+            f"rubric {rubric.name!r}: with this tokenizer one of the score strings {rubric.score_strings} is a "
+            "prefix of another, so their probabilities overlap; use scores of one digit, or judge with expected=False"
         )
     return rows[0][:shared], ends
 

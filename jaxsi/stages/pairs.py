@@ -1,4 +1,4 @@
-"""Scored responses to preference pairs: the best and the worst of each prompt, and the permuted-score control arm.
+"""From scored responses to preference pairs: best and worst of each prompt, and the permuted-score control arm.
 
 Scores are joined to responses by id only. An invalid response (no score, or cut off by the token limit) is in no pair.
 """
@@ -27,27 +27,28 @@ def best_and_worst(
 ) -> tuple[list[PreferencePair], dict[str, int]]:
     """One pair per prompt: chosen = argmax, rejected = argmin of the mean scores (Self-Rewarding, arXiv 2401.10020).
 
-    A prompt gives no pair where fewer than two responses are valid ("too_few"), best and worst score are equal
-    ("ties"), the gap is below `min_gap` ("small_gap") or both responses have the same token ids ("identical"). Equal
-    scores are decided by the sample number. The order of candidates and judgments does not matter.
+    A prompt has no pair if fewer than two responses are valid ("too_few"), if best and worst score are equal ("ties"),
+    if the gap is below `min_gap` ("small_gap"), or if both responses have the same token ids ("identical"). The sample
+    number breaks ties. The order of candidates and judgments does not matter.
 
     Args:
       length_control: rho of Meta-Rewarding (arXiv 2407.19594): among responses within rho * (best - worst) of the best
-        score the shortest (in tokens) is chosen, within as much of the worst the longest is rejected. 0 <= rho < 0.5.
-      reject_cut_off, choose_cut_off: let a response that the token limit cut off be the rejected, or the chosen one.
-        It is trained on as it was sampled, without an end of turn.
+        score, the shortest (in tokens) is chosen; within the same distance of the worst, the longest is rejected.
+        0 <= rho < 0.5.
+      reject_cut_off, choose_cut_off: allow the rejected, or the chosen response to be one that the token limit cut
+        off. It is trained on as it was sampled, without an end of turn.
 
     Returns: the pairs in the order of `prompts`, and counts: prompts, pairs, ties, too_few, small_gap, identical, and
       unscored and cut_off responses.
 
-    Raises: ValueError naming an id that is doubled, unknown, or lacks its judgment.
+    Raises: ValueError if an id occurs twice, is unknown, or has no judgment; the message names it.
     """
     if not 0.0 <= length_control < 0.5:
         raise ValueError(
-            f"length_control is {length_control}; it lies in [0, 0.5), or best and worst could change places"
+            f"length_control is {length_control}; it must lie in [0, 0.5), or best and worst could change places"
         )
     if not min_gap >= 0.0:
-        raise ValueError(f"min_gap is {min_gap}; it is at least 0")
+        raise ValueError(f"min_gap is {min_gap}; it must be at least 0")
     groups = _joined(candidates, judgments, prompts)
     counts = Counter(dict.fromkeys(("prompts", "pairs", "ties", "too_few", "small_gap", "identical"), 0))
     counts.update(prompts=len(prompts), unscored=0, cut_off=0)
@@ -77,7 +78,7 @@ def best_and_worst(
 
 
 class Preference(NamedTuple):
-    """Two texts in answer to one prompt, ``chosen`` the better one: (x, y_w, y_l)."""
+    """Two answers to one prompt, of which ``chosen`` is better: (x, y_w, y_l)."""
 
     id: str
     messages: tuple[Message, ...]
@@ -86,12 +87,12 @@ class Preference(NamedTuple):
 
 
 def preferences(ranked: Sequence[RankedResponses]) -> tuple[list[Preference], dict[str, int]]:
-    """The best and the worst response of each ranking, of equal ranks the first.
+    """The best and the worst response of each ranking; among equal ranks, the first.
 
     Returns: the preferences in the order of `ranked`, and counts: prompts, preferences, "ties" (all ranks equal),
-      "empty" (one of the two is, but for white space) and "identical" ones, which are left out.
+      "empty" (one of the two is only white space) and "identical" ones, which are left out.
 
-    Raises: ValueError naming a prompt whose ranks do not fit its responses, or an id that is doubled.
+    Raises: ValueError if a prompt's ranks do not match its responses, or if an id occurs twice; the message names it.
     """
     counts = Counter(dict.fromkeys(("prompts", "preferences", "ties", "empty", "identical"), 0))
     found: dict[str, Preference] = {}
@@ -113,22 +114,23 @@ def preferences(ranked: Sequence[RankedResponses]) -> tuple[list[Preference], di
 
 
 def check_rankings(ranked: Sequence[RankedResponses]) -> None:
-    """Raises ValueError naming a prompt whose ranks do not fit its responses, or an id that is doubled."""
+    """Raises ValueError if a prompt's ranks do not match its responses, or if an id occurs twice; names the prompt."""
     seen: set[str] = set()
     for record in ranked:
         if len(record.ranks) != len(record.responses) or not record.ranks or record.id in seen:
             raise ValueError(
                 f"ranking {record.id!r}: {len(record.responses)} responses, {len(record.ranks)} ranks; give each "
-                "response a rank, and each ranking an id of its own"
+                "response a rank, and each ranking a unique id"
             )
         seen.add(record.id)
 
 
 def permuted_within_prompt(judgments: Sequence[Judgment], seed: int | str) -> list[Judgment]:
-    """The control arm: the verdicts (scores, mean, texts) of each prompt's scored responses dealt out again at random.
+    """The control arm: the verdicts (scores, mean, texts) of each prompt's scored responses, permuted at random.
 
-    Which responses have a score stays, so about as many pairs arise; what the scores say about the responses is gone.
-    A prompt's permutation depends on `seed`, its id and its judgments' ids, not on the order of `judgments` (kept).
+    The same responses have scores, so about as many pairs arise, but the scores no longer say anything about them. A
+    prompt's permutation depends on `seed`, its id and its judgments' ids, not on the order of `judgments`, which is
+    preserved.
     """
     groups: dict[str, list[Judgment]] = defaultdict(list)
     for judgment in judgments:
@@ -147,8 +149,8 @@ def permuted_within_prompt(judgments: Sequence[Judgment], seed: int | str) -> li
 
 
 def pair_statistics(pairs: Sequence[PreferencePair]) -> dict[str, float | None]:
-    """Means over the pairs, None where there are none: score gap, chosen and rejected tokens, and their difference (the
-    signal that makes responses longer from iteration to iteration)."""
+    """Means over the pairs, None without pairs: score gap, chosen and rejected tokens, and their difference (the signal
+    that makes responses longer from iteration to iteration)."""
     if not pairs:
         return dict.fromkeys(("gap", "chosen_tokens", "rejected_tokens", "length_difference"))
     chosen = sum(len(pair.chosen.token_ids) for pair in pairs) / len(pairs)
@@ -176,7 +178,7 @@ def _select(
     if best <= worst:
         return "ties"
     window = rho * (best - worst)
-    # Length decides only under length control; otherwise a tie at the top would favour short responses unasked.
+    # Length only counts under length control; otherwise ties at the top would favour short responses.
     length = (lambda response: len(response.token_ids)) if rho else (lambda response: 0)
     top = [(score, response) for score, response in choosable if score >= best - window]
     bottom = [(score, response) for score, response in rejectable if score <= worst + window]
@@ -192,7 +194,7 @@ def _select(
 def _joined(
     candidates: Sequence[Response], judgments: Sequence[Judgment], prompts: Sequence[Prompt]
 ) -> dict[str, list[tuple[Response, float | None]]]:
-    """Responses with their scores by prompt id, in the order of sample numbers."""
+    """Responses with their scores, by prompt id, ordered by sample number."""
     _check_unique("prompt", (prompt.id for prompt in prompts))
     _check_unique("response", (response.id for response in candidates))
     _check_unique("judgment", (judgment.id for judgment in judgments))
@@ -207,7 +209,7 @@ def _joined(
         if response.prompt_id not in groups or judgment.prompt_id != response.prompt_id:
             raise ValueError(
                 f"response {response.id!r} is of prompt {response.prompt_id!r}, "
-                f"its judgment of {judgment.prompt_id!r}; both must name one prompt of this call"
+                f"its judgment of {judgment.prompt_id!r}; both must name the same prompt of this call"
             )
         groups[response.prompt_id].append((response, judgment.score))
     if by_id:

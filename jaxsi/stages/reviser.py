@@ -1,8 +1,8 @@
 """Revision of drafts by a reviser: its label, then the draft itself or a better answer (SEFT, arXiv 2406.10813).
 
 A reviser reads a prompt and a draft, writes a label (rewrite, correct, keep) and then the final answer. The label is
-the one whose whole string is the likeliest; a draft to be kept is copied by this code, never written again. The
-probability of that label is also a score of the draft, at no extra cost.
+the one whose whole string is likeliest. A draft to be kept is copied by this code, never generated again. The
+probability of the label keep is also a score of the draft, at no extra cost.
 """
 
 from collections import Counter
@@ -20,15 +20,15 @@ from jaxsi.stages.prompts.reviser import ReviserTemplate
 from jaxsi.text.chat import render_prompt, render_response
 from jaxsi.text.tokenizer import Tokenizer
 
-# Beginnings of answers: what all of them share after a label belongs to the label.
+# Sample answers. The tokens that all of them share after a label belong to the label.
 _PROBES = ("the", "A", "1", '"', "#", "é")
 
 
 @stored_as("revise.ReviseConfig")
 @dataclass(frozen=True, kw_only=True)
 class ReviseConfig:
-    """How a reviser writes the answers of drafts that it does not keep; its label is never sampled. ``batch_size`` rows
-    are in flight at a time."""
+    """How a reviser answers drafts that it does not keep; its label is never sampled. ``batch_size`` rows are processed
+    at a time."""
 
     temperature: float = 1.0
     top_p: float = 1.0
@@ -38,16 +38,16 @@ class ReviseConfig:
     def __post_init__(self) -> None:
         generate.SamplingConfig(temperature=self.temperature, top_p=self.top_p, max_new_tokens=self.max_new_tokens)
         if self.batch_size < 1:
-            raise ValueError(f"batch_size is {self.batch_size}; it is at least 1")
+            raise ValueError(f"batch_size is {self.batch_size}; it must be at least 1")
 
 
 def lead_ids(tokenizer: Tokenizer, template: ReviserTemplate) -> tuple[tuple[int, ...], ...]:
-    """The token ids with which a reviser's output begins under each label: those that all answers after it share.
+    """The token ids that a reviser's output begins with under each label: those that all answers after it share.
 
-    A token may reach over the border between the label and its answer (the separator is often part of one of the two),
-    so this is not what the label's text alone encodes to.
+    A token may span the border between the label and its answer (the separator is often part of one of the two), so
+    these ids may differ from those of the label's text alone.
 
-    Raises: ValueError where the ids of one label begin those of another: their probabilities would overlap.
+    Raises: ValueError if the ids of one label are a prefix of another's, since their probabilities would overlap.
     """
     leads = []
     for label in template.labels:
@@ -58,8 +58,8 @@ def lead_ids(tokenizer: Tokenizer, template: ReviserTemplate) -> tuple[tuple[int
         leads.append(tuple(rows[0][:shared]))
     if any(a == b[: len(a)] for i, a in enumerate(leads) for j, b in enumerate(leads) if i != j):
         raise ValueError(
-            f"reviser template {template.name!r}: with this tokenizer one of the labels {template.labels} begins "
-            f"another ({leads}); choose other labels, or another separator"
+            f"reviser template {template.name!r}: with this tokenizer one of the labels {template.labels} is a "
+            f"prefix of another ({leads}); choose other labels, or another separator"
         )
     return tuple(leads)
 
@@ -67,10 +67,10 @@ def lead_ids(tokenizer: Tokenizer, template: ReviserTemplate) -> tuple[tuple[int
 def label_probs(
     lm: LM, prompts: Sequence[Prompt], responses: Sequence[Response], template: ReviserTemplate, cfg: ReviseConfig
 ) -> list[tuple[float, float, float] | None]:
-    """The probability of each label's whole string, normalised over the three; None where a draft leaves no room for
-    its revision in the model's context.
+    """The probability of each label's whole string, normalised over the three; None if a draft leaves no room for its
+    revision in the model's context.
 
-    Raises: ValueError for a doubled response id, or a response whose prompt is not among ``prompts``.
+    Raises: ValueError if a response id occurs twice, or if a response's prompt is not among ``prompts``.
     """
     requests = _requests(lm, prompts, responses, template)
     leads = lead_ids(lm.tokenizer, template)
@@ -83,8 +83,8 @@ def label_probs(
     )
     probs_N3 = np.exp(logps_N3.astype(np.float64) - logps_N3.max(axis=1, keepdims=True))
     probs_N3 /= probs_N3.sum(axis=1, keepdims=True)
-    found = {id: tuple(row) for id, row in zip(fitting, probs_N3.tolist(), strict=True)}
-    return [found.get(response.id) for response in responses]
+    probs_by_id = {id: tuple(row) for id, row in zip(fitting, probs_N3.tolist(), strict=True)}
+    return [probs_by_id.get(response.id) for response in responses]
 
 
 @stored_as("revise.revise")
@@ -96,16 +96,16 @@ def revise(
     cfg: ReviseConfig,
     key: jax.Array,
 ) -> list[Revision]:
-    """What the reviser ``lm`` makes of each draft: the likeliest label, then the draft itself or a new answer.
+    """Revises each draft with the reviser ``lm``: the likeliest label, then the draft itself or a new answer.
 
     Args:
       prompts: at least those that the responses name.
-      key: typed key of the stage; the noise of an answer is folded from it and the draft's id.
+      key: typed key of the stage; an answer's noise is folded from it and the draft's id.
 
-    Returns: one Revision per response, in their order. Where a draft leaves no room in the model's context, its label
-      is None and its response the draft.
+    Returns: one Revision per response, in their order. If a draft leaves no room in the model's context, its label is
+      None and its response is the draft.
 
-    Raises: as `label_probs`.
+    Raises: like `label_probs`.
     """
     return _revise(lm, prompts, responses, template, cfg, key, template.labels)
 
@@ -119,7 +119,7 @@ def always_revise(
     cfg: ReviseConfig,
     key: jax.Array,
 ) -> list[Revision]:
-    """`revise` without the choice to keep a draft: the likelier of the other two labels."""
+    """`revise` without the label keep: the likelier of the other two labels."""
     return _revise(lm, prompts, responses, template, cfg, key, (template.major, template.minor))
 
 
@@ -132,15 +132,15 @@ def best_of_n(
     cfg: ReviseConfig,
     key: jax.Array,
 ) -> list[Revision]:
-    """The draft of each prompt that the reviser would most probably keep, as it is; of equal ones the first.
+    """For each prompt, the unchanged draft that the reviser would most probably keep; among equal ones, the first.
 
-    Drafts that were cut off, are empty or leave no room in the context are not chosen; a prompt may have none. Takes
-    what `revise` takes; ``key`` is of no use to it.
+    Drafts that were cut off, are empty or leave no room in the context are not chosen, so a prompt may be left without
+    one. The arguments are those of `revise`; ``key`` is not used.
     """
     best: dict[str, Revision] = {}
     for revision in labelled_drafts(lm, prompts, responses, template, cfg):
-        now = best.get(revision.prompt_id)
-        if usable(revision) and (now is None or keep_prob(revision) > keep_prob(now)):
+        leader = best.get(revision.prompt_id)
+        if usable(revision) and (leader is None or keep_prob(revision) > keep_prob(leader)):
             best[revision.prompt_id] = revision
     return [best[prompt.id] for prompt in prompts if prompt.id in best]
 
@@ -148,7 +148,7 @@ def best_of_n(
 def labelled_drafts(
     lm: LM, prompts: Sequence[Prompt], responses: Sequence[Response], template: ReviserTemplate, cfg: ReviseConfig
 ) -> list[Revision]:
-    """Each draft with its likeliest label, and nothing written."""
+    """Each draft with its likeliest label, without a new answer."""
     probs = label_probs(lm, prompts, responses, template, cfg)
     return [
         Revision(
@@ -169,13 +169,13 @@ def keep_prob(revision: Revision) -> float:
 
 
 def keep_share(revisions: Sequence[Revision], template: ReviserTemplate) -> float | None:
-    """The share of labelled drafts that stay as they are; None where none is labelled."""
+    """The share of labelled drafts whose label is keep; None without labelled drafts."""
     labels = [revision.label for revision in revisions if revision.label is not None]
     return labels.count(template.no) / len(labels) if labels else None
 
 
 def usable(revision: Revision) -> bool:
-    """Whether a revision is something to learn from: labelled, ended by itself, and not empty."""
+    """Whether a revision can be trained on: labelled, not cut off, and not empty."""
     response = revision.response
     return revision.label is not None and response.finish_reason == "stop" and bool(response.text.strip())
 
@@ -193,11 +193,11 @@ def targets(prompts: Sequence[Prompt], revisions: Sequence[Revision]) -> list[SF
 def revision_statistics(
     drafts: Sequence[Response], revisions: Sequence[Revision], template: ReviserTemplate
 ) -> dict[str, float | None]:
-    """How many drafts and revisions of each label there are, and why some are no targets; "unchanged": the share of
-    revisions whose text is the draft's."""
+    """Counts of drafts, of revisions by label, and of reasons why some are not targets. "unchanged" is the share of
+    revisions whose text equals the draft's."""
     counts = Counter(revision.label for revision in revisions)
     texts = {draft.id: draft.text for draft in drafts}
-    same = sum(revision.response.text == texts[revision.id] for revision in revisions)
+    unchanged = sum(revision.response.text == texts[revision.id] for revision in revisions)
     return {
         "drafts": float(len(drafts)),
         "revisions": float(len(revisions)),
@@ -205,7 +205,7 @@ def revision_statistics(
         "too_long": float(counts[None]),
         "cut_off": float(sum(revision.response.finish_reason != "stop" for revision in revisions)),
         "empty": float(sum(not revision.response.text.strip() for revision in revisions)),
-        "unchanged": same / len(revisions) if revisions else None,
+        "unchanged": unchanged / len(revisions) if revisions else None,
         "keep_share": keep_share(revisions, template),
     }
 
@@ -220,7 +220,7 @@ def _requests(
         if response.prompt_id not in messages:
             raise ValueError(
                 f"response {response.id!r} answers prompt {response.prompt_id!r}, which is not among the "
-                f"{len(messages)} prompts given; pass the prompts that were sampled"
+                f"{len(messages)} prompts; pass the prompts that were sampled"
             )
         if response.id in requests:
             raise ValueError(f"two responses have the id {response.id!r}; ids are unique")
@@ -245,8 +245,8 @@ def _revise(
         if (probs := draft.label_probs) is not None:
             drafts[id] = replace(draft, label=template.labels[max(places, key=lambda place, p=probs: p[place])])
     changed = [draft for draft in drafts.values() if draft.label not in (None, template.no)]
-    written = _written(lm, prompts, changed, template, cfg, key)
-    return [replace(draft, response=written.get(id, draft.response)) for id, draft in drafts.items()]
+    answers = _written(lm, prompts, changed, template, cfg, key)
+    return [replace(draft, response=answers.get(id, draft.response)) for id, draft in drafts.items()]
 
 
 def _written(

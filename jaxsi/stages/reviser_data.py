@@ -1,7 +1,7 @@
-"""What a reviser learns from: ranked responses as pairs, their revision labels, and the examples made of them.
+"""A reviser's training data: pairs from ranked responses, their revision labels, and the examples built from them.
 
-SEFT (arXiv 2406.10813) has revision labels and measures how difficult a revision is; that the perplexity of the
-warm-up reviser decides between rewrite and correct is recalled, without a source.
+SEFT (arXiv 2406.10813) has revision labels and measures how difficult a revision is. That the warm-up reviser's
+perplexity decides between rewrite and correct is from memory, without a source.
 """
 
 import hashlib
@@ -24,10 +24,10 @@ from jaxsi.text.tokenizer import Tokenizer
 
 @dataclass(frozen=True, kw_only=True)
 class RevisionPair:
-    """A response and what a reviser should make of it: (x, y_l, y_h), or (x, y, y) where it is the best of its prompt.
+    """A response and its target revision: (x, y_l, y_h), or (x, y, y) if it is the best response to its prompt.
 
-    ``gap``: by how many ranks the target is better, 0 where it is the response itself. ``price``: what the target costs
-    the warm-up reviser. ``label``: one of the template's, None until the pair is labelled.
+    ``gap``: the number of ranks by which the target is better; 0 if it is the response itself. ``price``: how hard the
+    target is for the warm-up reviser. ``label``: one of the template's labels; None until the pair is labelled.
     """
 
     id: str
@@ -42,17 +42,17 @@ class RevisionPair:
 def revision_pairs(
     ranked: Sequence[RankedResponses], fits: Callable[[RevisionPair], bool] = lambda pair: True
 ) -> tuple[list[RevisionPair], dict[str, int]]:
-    """Every response of each ranking with the best one as its target; a response ranked like the best is its own.
+    """Every response of each ranking with the best one as its target; those that share the best rank target themselves.
 
     Args:
       fits: whether a pair's texts are short enough.
 
     Returns: pairs with the ids of their responses (number i of ranking r is "r#i"), and counts: prompts, pairs, keep
-      (pairs whose response is the target), "ties" (prompts whose ranks are all equal: none is known to be good), and
-      the responses left out: "empty" (but for white space), "equal" (the text of the best one, ranked below it),
-      "too_long".
+      (pairs whose response is the target), "ties" (prompts whose ranks are all equal, so that no response is known to
+      be good), and the responses left out: "empty" (only white space), "equal" (same text as the best one, but ranked
+      below it), "too_long".
 
-    Raises: ValueError naming a prompt whose ranks do not fit its responses, or an id that is doubled.
+    Raises: ValueError if a prompt's ranks do not match its responses, or if an id occurs twice; the message names it.
     """
     check_rankings(ranked)
     counts = Counter(dict.fromkeys(("prompts", "pairs", "keep", "ties", "empty", "equal", "too_long"), 0))
@@ -81,15 +81,15 @@ def revision_pairs(
 
 
 def longest_text(tokenizer: Tokenizer, pair: RevisionPair, template: ReviserTemplate) -> int:
-    """Tokens of the longest text that the pair becomes: a request with its answer, under whichever label."""
-    asked = [ask(pair.messages, pair.response) for ask in (template.ask, template.ask_warm_up)]
+    """Tokens of the longest text that the pair can become: the longest request plus the longest answer of any label."""
+    requests = [ask(pair.messages, pair.response) for ask in (template.ask, template.ask_warm_up)]
     answers = [render_response(tokenizer, template.write(label, pair.target)) for label in template.labels]
-    return max(len(render_prompt(tokenizer, messages)) for messages in asked) + max(map(len, answers))
+    return max(len(render_prompt(tokenizer, messages)) for messages in requests) + max(map(len, answers))
 
 
 @stored_as("revision_data.perplexities")
 def perplexities(lm: LM, pairs: Sequence[RevisionPair], template: ReviserTemplate, batch_size: int) -> list[float]:
-    """exp(-(1/|y_h|) log P(y_h | x, y_l)) of each pair under the warm-up reviser: dear where the revision is hard."""
+    """exp(-(1/|y_h|) log P(y_h | x, y_l)) of each pair under the warm-up reviser: high if the revision is hard."""
     requests = [render_prompt(lm.tokenizer, template.ask_warm_up(pair.messages, pair.response)) for pair in pairs]
     return np.exp(_mean_losses(lm, requests, pairs, batch_size)).tolist()
 
@@ -98,8 +98,7 @@ def perplexities(lm: LM, pairs: Sequence[RevisionPair], template: ReviserTemplat
 def relative_perplexities(
     lm: LM, pairs: Sequence[RevisionPair], template: ReviserTemplate, batch_size: int
 ) -> list[float]:
-    """`perplexities` divided by exp(-(1/|y_h|) log P(y_h | x)): what is left when the difficulty of y_h itself is taken
-    off."""
+    """`perplexities` divided by exp(-(1/|y_h|) log P(y_h | x)), which removes the difficulty of y_h itself."""
     alone = [render_prompt(lm.tokenizer, pair.messages) for pair in pairs]
     losses = np.exp(-_mean_losses(lm, alone, pairs, batch_size))
     return (np.asarray(perplexities(lm, pairs, template, batch_size)) * losses).tolist()
@@ -108,7 +107,7 @@ def relative_perplexities(
 def _mean_losses(
     lm: LM, requests: Sequence[Sequence[int]], pairs: Sequence[RevisionPair], batch_size: int
 ) -> np.ndarray:
-    """Mean negative log-likelihood [N] float64 of each target's tokens, the end of turn included."""
+    """Mean negative log-likelihood [N] float64 of each target's tokens, including the end of turn."""
     targets = [render_response(lm.tokenizer, pair.target) for pair in pairs]
     logps = scoring.score_ids(lm, requests, targets, batch_size=batch_size)
     return np.asarray([-row.mean(dtype=np.float64) for row in logps])
@@ -116,8 +115,8 @@ def _mean_losses(
 
 @stored_as("revision_data.by_price")
 def by_price(pairs: Sequence[RevisionPair], template: ReviserTemplate, threshold: float | None) -> list[RevisionPair]:
-    """A rewrite where the price is above ``threshold`` (None: the median price), else a correction; pairs whose
-    response is the target are kept."""
+    """Labels a pair a rewrite if its price is above ``threshold`` (None: the median price), else a correction; keep if
+    its response is the target."""
     prices = [pair.price for pair in pairs if pair.gap and pair.price is not None]
     limit = float(np.median(prices)) if threshold is None and prices else threshold
     return [replace(pair, label=template.no if not pair.gap else _label(template, pair.price, limit)) for pair in pairs]
@@ -125,15 +124,15 @@ def by_price(pairs: Sequence[RevisionPair], template: ReviserTemplate, threshold
 
 @stored_as("revision_data.by_gap")
 def by_gap(pairs: Sequence[RevisionPair], template: ReviserTemplate, threshold: float | None) -> list[RevisionPair]:
-    """A rewrite where the target is more than ``threshold`` ranks better (None: 2, so that of Nectar's ranks 2 and 3
-    are corrected, 4 to 7 rewritten), else a correction; pairs whose response is the target are kept."""
+    """Labels a pair a rewrite if its target is more than ``threshold`` ranks better, else a correction; keep if its
+    response is the target. None is 2: Nectar's ranks 2 and 3 are corrected, 4 to 7 rewritten."""
     limit = 2 if threshold is None else threshold
     return [replace(pair, label=template.no if not pair.gap else _label(template, pair.gap, limit)) for pair in pairs]
 
 
 def _label(template: ReviserTemplate, value: float | None, limit: float | None) -> str:
     if value is None or limit is None:
-        raise ValueError("a pair has no price; price the pairs before they are labelled by it")
+        raise ValueError("a pair has no price; price the pairs before labelling them by price")
     return template.major if value > limit else template.minor
 
 
@@ -141,8 +140,8 @@ def _label(template: ReviserTemplate, value: float | None, limit: float | None) 
 @dataclass(frozen=True, kw_only=True)
 class LabelConfig:
     """How pairs are labelled: ``pricing`` is `perplexities` or `relative_perplexities`, ``labelling`` is `by_price` or
-    `by_gap`, ``threshold`` the latter's. ``mix``: how many examples of the reviser say rewrite, correct and keep, in
-    proportion."""
+    `by_gap`, ``threshold`` the latter's. ``mix``: the proportions of rewrite, correct and keep among the reviser's
+    examples."""
 
     pricing: Callable[..., list[float]] = perplexities
     labelling: Callable[..., list[RevisionPair]] = by_price
@@ -153,7 +152,7 @@ class LabelConfig:
     def __post_init__(self) -> None:
         if min(self.mix) < 0 or max(self.mix) <= 0 or self.batch_size < 1:
             raise ValueError(
-                f"mix is {self.mix} (three shares, none below 0, one above) and batch_size {self.batch_size} (>= 1)"
+                f"mix is {self.mix} (three shares >= 0, one of them > 0) and batch_size {self.batch_size} (>= 1)"
             )
 
 
@@ -167,8 +166,8 @@ def label_pairs(
 
 
 def label_statistics(labelled: Sequence[RevisionPair], template: ReviserTemplate) -> dict[str, float | None]:
-    """Pairs of each label, the median price, and whether price and rank gap tell the same story: Spearman's rho over
-    the pairs that change, and the share of them that both labellings, with their default thresholds, label alike."""
+    """Numbers of pairs by label, the median price, and how well price and rank gap agree: Spearman's rho over the pairs
+    that change, and the share of them that both labellings, with their default thresholds, label alike."""
     counts = Counter(pair.label for pair in labelled)
     changed = [pair for pair in labelled if pair.gap]
     prices = [pair.price for pair in changed if pair.price is not None]
@@ -196,17 +195,17 @@ def warm_up_examples(pairs: Sequence[RevisionPair], template: ReviserTemplate) -
 def reviser_examples(
     labelled: Sequence[RevisionPair], template: ReviserTemplate, mix: Sequence[float], seed: int
 ) -> list[SFTExample]:
-    """(x, y) -> label, then y_h (the response itself under the label keep), as many of each label as ``mix`` lets.
+    """(x, y) -> label, then y_h (the response itself under the label keep), in the proportions of ``mix``.
 
-    The largest selection in these proportions; which pairs are in it is drawn by ``seed`` and their ids, whatever their
-    order. A label of share 0 has none.
+    The selection is the largest one in these proportions. It is drawn by ``seed`` and the pairs' ids, independently of
+    their order. A label with share 0 is left out.
     """
     groups = [[pair for pair in labelled if pair.label == label] for label in template.labels]
     unit = min(len(group) / share for group, share in zip(groups, mix, strict=True) if share)
     if not unit:
         have = ", ".join(f"{len(group)} {label!r}" for group, label in zip(groups, template.labels, strict=True))
         raise ValueError(
-            f"of {len(labelled)} pairs are labelled: {have}, and mix {tuple(mix)} wants some of each; choose another "
+            f"mix {tuple(mix)} needs pairs of each label, but the {len(labelled)} pairs are {have}; choose another "
             "labelling or threshold, or a share of 0"
         )
     drawn = {

@@ -1,7 +1,7 @@
 """New prompts by self-instruct: a few-shot request, and the filters that keep the pool of prompts varied.
 
-Self-Rewarding (arXiv 2401.10020) takes the recipe of Self-Instruct (arXiv 2212.10560) with 8 examples, 6 seeds and 2
-generated ones; the ROUGE-L threshold of 0.7 and the kind of blacklisted words are Self-Instruct's.
+Self-Rewarding (arXiv 2401.10020) uses the recipe of Self-Instruct (arXiv 2212.10560) with 8 examples: 6 seeds and 2
+generated ones. The ROUGE-L threshold of 0.7 and the kind of blacklisted words are from Self-Instruct.
 """
 
 import functools
@@ -28,25 +28,25 @@ from jaxsi.text.chat import render_prompt
 
 _log = logging.getLogger(__name__)
 
-# Tasks about things that a text model is not given.
+# Words of tasks that need input which a text model does not have.
 BLACKLIST = (
     *("image", "images", "picture", "pictures", "photo", "photos", "graph", "graphs", "plot", "draw", "diagram"),
     *("flowchart", "map", "maps", "file", "files", "video", "videos", "audio", "music", "go to"),
 )
-_PAIRS_PER_CALL = 200_000  # of ROUGE-L: bounds the memory of one call
+_PAIRS_PER_CALL = 200_000  # limits the memory of one ROUGE-L call
 
 
 class InstructError(RuntimeError):
-    """Self-instruct gave no new prompt at all; the message counts why."""
+    """Self-instruct found no new prompt at all; the message counts the reasons."""
 
 
 @stored_as("instruct.SelfInstruct")
 @dataclass(frozen=True, kw_only=True)
 class SelfInstruct:
-    """How `num_prompts` new prompts are made. Lengths are in words; `blacklist` holds whole words or phrases, any case.
+    """How to write `num_prompts` new prompts. Lengths are in words; `blacklist` holds whole words or phrases, any case.
 
-    A prompt is kept while its ROUGE-L F-measure with every seed and every kept prompt is below `rouge_threshold`
-    (1.0 keeps all but identical word sequences). `max_rounds` bounds the requests where few prompts pass the filters.
+    A prompt is kept if its ROUGE-L F-measure with every seed and every kept prompt is below `rouge_threshold`
+    (1.0 keeps all but identical word sequences). `max_rounds` limits the requests if few prompts pass the filters.
     `generator` is the MODEL that writes them; None is the run's own M_0.
     """
 
@@ -68,11 +68,11 @@ class SelfInstruct:
         least = {"num_prompts": 1, "num_seed_shots": 1, "num_generated_shots": 0, "max_new_tokens": 1, "max_rounds": 1}
         for name, limit in (least | {"min_words": 1}).items():
             if getattr(self, name) < limit:
-                raise ValueError(f"{name} is {getattr(self, name)}; it is at least {limit}")
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least {limit}")
         if self.max_words < self.min_words:
             raise ValueError(f"max_words is {self.max_words}, below min_words = {self.min_words}")
         if not 0.0 < self.rouge_threshold <= 1.0:
-            raise ValueError(f"rouge_threshold is {self.rouge_threshold}; it lies in (0, 1]")
+            raise ValueError(f"rouge_threshold is {self.rouge_threshold}; it must lie in (0, 1]")
 
 
 @stored_as("instruct.PromptFile")
@@ -88,7 +88,7 @@ class PromptFile:
 @stored_as("self_instruct.PromptList")
 @dataclass(frozen=True)
 class PromptList:
-    """Prompts that are given as texts; an equal part of them for each iteration. The place of a text is its id."""
+    """Prompts as texts, an equal part of them for each iteration. The id of a text is its index."""
 
     texts: tuple[str, ...]
 
@@ -96,30 +96,30 @@ class PromptList:
         return [Prompt.of(str(i), text) for i, text in enumerate(self.texts)]
 
 
-def prompt_source(given: Any) -> Any:
-    """A path as the `PromptFile` there, a list of texts as a `PromptList`, anything else as it is."""
-    if isinstance(given, str | os.PathLike):
-        return PromptFile(path=os.fspath(given))
-    if isinstance(given, list | tuple):
-        if wrong := [text for text in given if not isinstance(text, str) or not text.strip()]:
+def prompt_source(source: Any) -> Any:
+    """A path becomes a `PromptFile`, a list of texts a `PromptList`; anything else is returned unchanged."""
+    if isinstance(source, str | os.PathLike):
+        return PromptFile(path=os.fspath(source))
+    if isinstance(source, list | tuple):
+        if wrong := [text for text in source if not isinstance(text, str) or not text.strip()]:
             raise ValueError(f"prompts holds {wrong[0]!r:.80}; give a list of texts, the path of a file, or a function")
-        return PromptList(tuple(given))
-    return given
+        return PromptList(tuple(source))
+    return source
 
 
 def read_source(source: PromptFile | Callable[[], list[Prompt]]) -> list[Prompt]:
-    """The prompts of a user's file, or those that a function gives.
+    """The prompts of a user's file, or those that a function returns.
 
-    Raises: RecordError for a file that cannot be read. ValueError where there are no prompts, or two have one id.
+    Raises: RecordError if a file cannot be read. ValueError if there are no prompts, or if two have the same id.
     """
     if isinstance(source, PromptFile):
         return read_prompts(source.path, source.max_prompts)
-    made = source()
-    repeated = [id for id, count in Counter(prompt.id for prompt in made).items() if count > 1]
-    if not made or repeated:
-        what = f"{len(repeated)} ids more than once, the first is {repeated[0]!r}" if repeated else "no prompts"
-        raise ValueError(f"{source} gave {what}; each prompt has an id of its own")
-    return made
+    prompts = source()
+    repeated = [id for id, count in Counter(prompt.id for prompt in prompts).items() if count > 1]
+    if not prompts or repeated:
+        fault = f"{len(repeated)} ids more than once, the first is {repeated[0]!r}" if repeated else "no prompts"
+        raise ValueError(f"{source} returned {fault}; it must return prompts with unique ids")
+    return prompts
 
 
 def next_part(
@@ -128,9 +128,9 @@ def next_part(
     parts: int,
     exclude: frozenset[str] = frozenset(),
 ) -> list[Prompt]:
-    """The first of `parts` equal parts of the prompts that are not among the `earlier` ones, nor texts of `exclude`.
+    """The first of `parts` equal parts of the prompts that are neither among the `earlier` ones nor texts of `exclude`.
 
-    Raises: as `read_source`, and ValueError where none is left.
+    Raises: like `read_source`; ValueError if no prompts are left.
     """
     known = {_normal(text) for text in exclude}
     everything = [p for p in read_source(source) if _normal(p.text) not in known]
@@ -140,7 +140,7 @@ def next_part(
     left = [prompt for prompt in everything if prompt.id not in used]
     if not left:
         raise ValueError(
-            f"{source.path if isinstance(source, PromptFile) else source}: earlier iterations have had all of its "
+            f"{source.path if isinstance(source, PromptFile) else source}: earlier iterations have used all of its "
             f"{len(everything)} prompts (held-out ones do not count); add prompts, or set prompts.repeat of a file"
         )
     return left[: -(-len(left) // parts)]
@@ -158,20 +158,20 @@ def new_prompts(
 ) -> list[Prompt]:
     """Up to `cfg.num_prompts` new single-message prompts in the style of `seeds`, with the ids "{prefix}-000000", ...
 
-    Each request shows `num_seed_shots` seeds and `num_generated_shots` prompts kept in earlier rounds (more seeds in
-    their place while there are none), drawn from `key` and the request's own number. The first line of the reply is
-    kept if it passes, in this order: parsed, length, blacklist, not a duplicate, ROUGE-L.
+    Each request shows `num_seed_shots` seeds and `num_generated_shots` prompts kept in earlier rounds (more seeds while
+    there are none), drawn from `key` and the request's number. The first line of a reply is kept if it passes these
+    checks, in this order: it parses, length, blacklist, not a duplicate, ROUGE-L.
 
     Args:
-      exclude: texts (of held-out or earlier prompts) that may not come back; compared without case and spacing.
-      counts: filled with the number of requests, rounds, kept prompts, and of dropped ones by reason:
+      exclude: texts (of held-out or earlier prompts) that must not come back; case and spacing are ignored.
+      counts: receives the numbers of requests, rounds, kept prompts, and dropped ones by reason:
         "too_long_request", "cut_off", "unparsable", "length", "blacklist", "duplicate", "similar", and
         "surplus" (passed after enough were kept).
 
-    Raises: InstructError where not one prompt passes in `cfg.max_rounds` rounds; ValueError without seeds.
+    Raises: InstructError if no prompt passes in `cfg.max_rounds` rounds; ValueError without seeds.
     """
     if not seeds:
-        raise ValueError("new_prompts was given 0 seeds; it needs prompts to imitate")
+        raise ValueError("new_prompts got 0 seeds; it needs prompts to imitate")
     counts = Counter() if counts is None else counts
     seed_texts = sorted({prompt.text for prompt in seeds})
     known = {_normal(text) for text in (*seed_texts, *exclude)}
@@ -189,20 +189,20 @@ def new_prompts(
         missing = cfg.num_prompts - len(kept)
         if missing == 0:
             break
-        # Ask for what the acceptance so far makes necessary, within a factor of the whole, but for no less than runs
-        # at a time: the first that pass are kept, and fewer take as long.
+        # Request as many as the acceptance rate so far suggests, at most twice the whole number, and at least a full
+        # batch: a smaller one takes as long, and surplus prompts are not kept.
         needed = -(-missing * counts["requests"] // max(len(kept), 1))
         wanted = min(max(needed, cfg.batch_size), 2 * cfg.num_prompts)
     counts["kept"] = len(kept)
-    told = ", ".join(f"{name} {count}" for name, count in sorted(counts.items()))
+    reasons = ", ".join(f"{name} {count}" for name, count in sorted(counts.items()))
     if not kept:
         raise InstructError(
-            f"self-instruct kept 0 of {cfg.num_prompts} prompts in {cfg.max_rounds} rounds ({told}); "
-            "relax the filter that drops most, raise max_rounds, or give prompts from a file"
+            f"self-instruct kept 0 of {cfg.num_prompts} prompts in {cfg.max_rounds} rounds ({reasons}); "
+            "relax the filter that drops most, raise max_rounds, or read prompts from a file"
         )
     if len(kept) < cfg.num_prompts:
         _log.warning(
-            "self-instruct kept %d of %d prompts in %d rounds (%s)", len(kept), cfg.num_prompts, cfg.max_rounds, told
+            "self-instruct kept %d of %d prompts in %d rounds (%s)", len(kept), cfg.num_prompts, cfg.max_rounds, reasons
         )
     return [Prompt.of(f"{prefix}-{number:06d}", text) for number, text in enumerate(kept)]
 
@@ -210,8 +210,8 @@ def new_prompts(
 def rouge_l(candidates: Sequence[str], pool: Sequence[str]) -> np.ndarray:
     """ROUGE-L F-measure [len(candidates), len(pool)] float32 of every pair, over lower-case words.
 
-    Computed by tensorflow-text on the CPU where it is installed, else in NumPy; rounded to six digits, so that both are
-    on the same side of a threshold. Texts without a word score 0.
+    Computed by tensorflow-text on the CPU if that is installed, else in NumPy. Scores have six digits, so that both
+    fall on the same side of a threshold. Texts without words score 0.
     """
     ids: dict[str, int] = {}
     words = [
@@ -229,7 +229,7 @@ def rouge_l(candidates: Sequence[str], pool: Sequence[str]) -> np.ndarray:
 
 
 def _request(seed_texts: list[str], kept: list[str], cfg: SelfInstruct, seed: list[int]) -> str:
-    """The few-shot request of one seed: the seeds and kept prompts are drawn without replacement and shuffled."""
+    """The few-shot request for one seed: seed prompts and kept prompts, drawn without replacement and shuffled."""
     rng = np.random.default_rng(seed)
     num_kept = min(cfg.num_generated_shots, len(kept))
     num_seeds = min(cfg.num_seed_shots + cfg.num_generated_shots - num_kept, len(seed_texts))
@@ -267,7 +267,7 @@ def _keep_new(
     cfg: SelfInstruct,
     counts: Counter[str],
 ) -> None:
-    """Appends to `kept` (and `known`) what passes every filter, in the order of the replies, until there is enough."""
+    """Appends what passes every filter to `kept` (and `known`), in the order of the replies, until there is enough."""
     blacklist = (
         re.compile(rf"\b(?:{'|'.join(map(re.escape, cfg.blacklist))})\b", re.IGNORECASE) if cfg.blacklist else None
     )
@@ -339,7 +339,7 @@ def _f_measure_tensorflow(candidates: list[np.ndarray], pool: list[np.ndarray]) 
 
 
 def _f_measure_numpy(candidates: list[np.ndarray], pool: list[np.ndarray]) -> np.ndarray:
-    """The same where tensorflow-text has no wheels: longest common subsequences, a table row for the whole pool."""
+    """The same where tensorflow-text has no wheels: longest common subsequences, for the whole pool at once."""
     lengths = np.asarray([len(words) for words in pool])
     padded = np.full((len(pool), lengths.max(initial=0)), -1, np.int64)
     for row, words in zip(padded, pool, strict=True):

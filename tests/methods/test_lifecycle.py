@@ -90,7 +90,7 @@ def test_prompts_come_from_a_file_or_a_function(tmp_path: Path) -> None:
     file.write_text('{"prompt": "one"}\n{"prompt": "two"}\n')
     assert [p.text for p in read_source(PromptFile(path=str(file), max_prompts=1))] == ["one"]
     assert [p.id for p in read_source(lambda: [Prompt.of("a", "x")])] == ["a"]
-    with pytest.raises(ValueError, match="gave no prompts"):
+    with pytest.raises(ValueError, match="returned no prompts"):
         read_source(list)
     with pytest.raises(ValueError, match="1 ids more than once, the first is 'a'"):
         read_source(lambda: [Prompt.of("a", "x"), Prompt.of("a", "y")])

@@ -69,7 +69,7 @@ def test_prompts_of_a_file_never_repeat_even_when_iterations_are_added(tmp_path)
         return [[prompt.id for prompt in part] for part in parts]
 
     assert dealt(tmp_path / "run", 3) == [["p0", "p1", "p2", "p3"], ["p4", "p5", "p6"]]
-    with pytest.raises(ValueError, match="earlier iterations have had all of its 7 prompts"):
+    with pytest.raises(ValueError, match="earlier iterations have used all of its 7 prompts"):
         dealt(tmp_path / "run", 4)
     file.write_text(file.read_text() + json.dumps({"id": "p7", "prompt": "One more?"}) + "\n")
     assert dealt(tmp_path / "run", 4)[2] == ["p7"]

@@ -11,8 +11,7 @@ import pytest
 from jaxsi.lm import LM
 from jaxsi.model import decoder, mesh
 from jaxsi.runs.records import Judgment, Prompt, Response
-from jaxsi.sampling import generate as sampling, scoring
-from jaxsi.stages import judge as feedback
+from jaxsi.sampling import generate, scoring
 from jaxsi.stages.judge import Comparison, JudgeConfig, check_judge, compare, judge, judgment_statistics
 from jaxsi.stages.prompts import Rubric
 from jaxsi.text.tokenizer import Tokenizer, load_tokenizer
@@ -22,7 +21,7 @@ RUBRIC = Rubric(name="test", template="Q: {prompt}\nA: {response}\nReason, then 
 
 
 class CharTokenizer(Tokenizer):
-    """One id per character; 0 ends a text. It stands in for a real one where only lengths and ids count."""
+    """One id per character; 0 ends a text. A stand-in for tests in which only lengths and ids count."""
 
     def __init__(self):
         self.template_hash = "template"
@@ -39,17 +38,17 @@ def lm(monkeypatch):
     def render(tokenizer, messages):
         return tokenizer.encode_text("".join(message["content"] for message in messages))
 
-    monkeypatch.setattr(feedback, "render_prompt", render)
+    monkeypatch.setattr("jaxsi.stages.judge.render_prompt", render)
     lm = object.__new__(LM)
     lm.__dict__.update(config=SimpleNamespace(max_positions=400), tokenizer=CharTokenizer(), fingerprint="weights")
     return lm
 
 
-def recorded(monkeypatch, texts_of, cut_off=()):
-    """Makes sampling.generate give texts_of[prompt id], in a shuffled order; returns the list of its calls."""
+def recorded(monkeypatch, texts_by_prompt, cut_off=()):
+    """Makes `generate` return texts_by_prompt[prompt id], in a shuffled order; returns the list of its calls."""
     calls = []
 
-    def generate(lm, prompts, *, num_samples, temperature, top_p, max_new_tokens, key, batch_size):
+    def fake_generate(lm, prompts, *, num_samples, temperature, top_p, max_new_tokens, key, batch_size):
         calls.append(
             SimpleNamespace(
                 prompts=list(prompts), num_samples=num_samples, temperature=temperature, max_new_tokens=max_new_tokens
@@ -60,10 +59,10 @@ def recorded(monkeypatch, texts_of, cut_off=()):
                 id=f"{prompt.id}#{n}",
                 prompt_id=prompt.id,
                 sample=n,
-                text=texts_of[prompt.id][n],
-                token_ids=tuple(map(ord, texts_of[prompt.id][n])),
-                logps=(0.0,) * len(texts_of[prompt.id][n]),
-                finish_reason="length" if texts_of[prompt.id][n] in cut_off else "stop",
+                text=texts_by_prompt[prompt.id][n],
+                token_ids=tuple(map(ord, texts_by_prompt[prompt.id][n])),
+                logps=(0.0,) * len(texts_by_prompt[prompt.id][n]),
+                finish_reason="length" if texts_by_prompt[prompt.id][n] in cut_off else "stop",
                 fingerprint="weights",
                 template="template",
             )
@@ -72,7 +71,7 @@ def recorded(monkeypatch, texts_of, cut_off=()):
         ]
         return samples[::-1]  # joins must not rely on the order
 
-    monkeypatch.setattr(sampling, "generate", generate)
+    monkeypatch.setattr(generate, "generate", fake_generate)
     return calls
 
 
@@ -94,7 +93,7 @@ PROMPTS = [Prompt.of("p", "why?"), Prompt.of("q", "how?")]
 KEY = jax.random.key(0)
 
 
-def test_scores_are_parsed_from_what_was_generated_and_averaged_over_the_valid(lm, monkeypatch):
+def test_scores_are_parsed_from_generated_text_and_averaged_over_the_valid(lm, monkeypatch):
     texts = {
         "p#0": ["Good. Score: 4", "Fine. Score: 5", "Hm."],
         "p#1": ["Score: 10", "", "Score:"],
@@ -137,9 +136,12 @@ def each_choice(score):
 
 
 @pytest.mark.parametrize("expected", [False, True])
-def test_a_judge_prompt_that_does_not_fit_is_invalid_and_not_cut(lm, monkeypatch, expected):
+def test_judge_prompt_that_does_not_fit_is_invalid_and_not_cut(lm, monkeypatch, expected):
     calls = recorded(monkeypatch, {"p#0": ["Score: 3"] * 2})
-    zeros = lambda lm, prefixes, ends: np.zeros(len(prefixes), np.float32)  # noqa: E731
+
+    def zeros(lm, prefixes, ends):
+        return np.zeros(len(prefixes), np.float32)
+
     monkeypatch.setattr(scoring, "score_choices", each_choice(zeros))
     cfg = JudgeConfig(num_samples=2, max_new_tokens=100, expected=expected)
     short, long = judge(lm, PROMPTS, [answer("p", 0), answer("p", 1, "x" * 300)], RUBRIC, cfg, KEY)
@@ -149,7 +151,7 @@ def test_a_judge_prompt_that_does_not_fit_is_invalid_and_not_cut(lm, monkeypatch
     assert judgment_statistics([short, long], low=0, high=5)["too_long"] == 1
 
 
-def test_the_limit_counts_prompt_and_new_tokens(lm, monkeypatch):
+def test_limit_counts_prompt_and_new_tokens(lm, monkeypatch):
     recorded(monkeypatch, {"p#0": ["Score: 3"], "p#1": ["Score: 3"]})
     fixed = len(RUBRIC.render("why?", ""))
     fits = answer("p", 0, "x" * (400 - 100 - fixed))
@@ -158,24 +160,24 @@ def test_the_limit_counts_prompt_and_new_tokens(lm, monkeypatch):
     assert [j.score for j in judge(lm, PROMPTS, [fits, too_long], RUBRIC, cfg, KEY)] == [3, None]
 
 
-def test_nothing_fits_and_nothing_to_judge(lm, monkeypatch):
+def test_judge_accepts_no_fitting_and_no_responses(lm, monkeypatch):
     calls = recorded(monkeypatch, {})
     assert judge(lm, PROMPTS, [], RUBRIC, JudgeConfig(), KEY) == []
     (only,) = judge(lm, PROMPTS, [answer("p", 0, "x" * 500)], RUBRIC, JudgeConfig(expected=True), KEY)
     assert only.score is None and calls == []
 
 
-def test_unknown_prompt_and_doubled_id(lm):
+def test_unknown_prompt_and_repeated_id_are_refused(lm):
     with pytest.raises(ValueError, match="'r#0' answers prompt 'r'"):
         judge(lm, PROMPTS, [answer("r", 0)], RUBRIC, JudgeConfig(), KEY)
     with pytest.raises(ValueError, match="two responses have the id 'p#0'"):
         judge(lm, PROMPTS, [answer("p", 0), answer("p", 0)], RUBRIC, JudgeConfig(), KEY)
 
 
-def test_a_lost_judgment_is_noticed(lm, monkeypatch):
+def test_missing_judgment_is_an_error(lm, monkeypatch):
     recorded(monkeypatch, {"p#0": ["Score: 1", "Score: 2"]})
-    generate = sampling.generate
-    monkeypatch.setattr(sampling, "generate", lambda *args, **kwargs: generate(*args, **kwargs)[1:])
+    complete = generate.generate
+    monkeypatch.setattr(generate, "generate", lambda *args, **kwargs: complete(*args, **kwargs)[1:])
     with pytest.raises(AssertionError, match="'p#0'"):
         judge(lm, PROMPTS, [answer("p", 0)], RUBRIC, JudgeConfig(num_samples=2), KEY)
 
@@ -191,16 +193,19 @@ def test_expected_score_follows_the_justification(lm, monkeypatch):
         wanted = {"Good. Score: ": 4, "no verdict\nScore: ": 1, "Score: ": 0, "Bad. Score: ": 5}
         rows = []
         for prefix, continuation in seen:
-            given = prefix.removeprefix(RUBRIC.render("why?", "an answer")).removeprefix(
+            justification = prefix.removeprefix(RUBRIC.render("why?", "an answer")).removeprefix(
                 RUBRIC.render("how?", "an answer")
             )
-            rows.append(math.log(0.75 if int(continuation) == wanted[given] else 0.05) - 7.0)
+            rows.append(math.log(0.75 if int(continuation) == wanted[justification] else 0.05) - 7.0)
         return np.asarray(rows, np.float32)
 
     monkeypatch.setattr(scoring, "score_choices", each_choice(score))
     cfg = JudgeConfig(num_samples=2, max_new_tokens=64, expected=True)
     p, q = judge(lm, PROMPTS, [answer("p", 0), answer("q", 0)], RUBRIC, cfg, KEY)
-    mean = lambda favourite: 0.05 * 15 + 0.7 * favourite  # noqa: E731
+
+    def mean(favourite):
+        return 0.05 * 15 + 0.7 * favourite
+
     assert p.scores == pytest.approx((mean(4), mean(1)), abs=1e-5)
     assert q.scores == pytest.approx((mean(0), mean(5)), abs=1e-5)
     assert p.score == pytest.approx((mean(4) + mean(1)) / 2, abs=1e-5)
@@ -226,16 +231,19 @@ def test_expected_score_of_text_that_grows_when_read_again_stays_in_the_context(
 @pytest.mark.parametrize("bad", [np.nan, -np.inf])
 def test_expected_score_without_probabilities_is_invalid(lm, monkeypatch, bad):
     recorded(monkeypatch, {"p#0": ["x"]})
-    full = lambda lm, a, b: np.full(len(a), bad, np.float32)  # noqa: E731
+
+    def full(lm, prefixes, ends):
+        return np.full(len(prefixes), bad, np.float32)
+
     monkeypatch.setattr(scoring, "score_choices", each_choice(full))
     (judgment,) = judge(lm, PROMPTS, [answer("p", 0)], RUBRIC, JudgeConfig(num_samples=1, expected=True), KEY)
     assert judgment.scores == (None,) and judgment.score is None
 
 
-def test_expected_score_refuses_score_strings_that_begin_one_another(lm, monkeypatch):
+def test_expected_score_refuses_score_strings_that_are_prefixes(lm, monkeypatch):
     recorded(monkeypatch, {"p#0": ["x"]})
     ten = dataclasses.replace(RUBRIC, high=10)
-    with pytest.raises(ValueError, match="begins another"):
+    with pytest.raises(ValueError, match="is a prefix of another"):
         judge(lm, PROMPTS, [answer("p", 0)], ten, JudgeConfig(num_samples=1, expected=True), KEY)
 
 
@@ -295,12 +303,12 @@ def test_compare_by_prompt():
 @pytest.mark.parametrize(
     "fields", [{"num_samples": 0}, {"max_new_tokens": 0}, {"temperature": -1.0}, {"top_p": 0.0}, {"min_parse_rate": 10}]
 )
-def test_config_out_of_range(fields):
+def test_config_rejects_settings_out_of_range(fields):
     with pytest.raises(ValueError, match=next(iter(fields))):
         JudgeConfig(**fields)
 
 
-def test_a_real_model_of_random_weights_is_judged_by_the_expected_score(tmp_path):
+def test_random_weights_can_judge_by_the_expected_score(tmp_path):
     build_tokenizer(tmp_path)
     config = decoder.ModelConfig(
         family="llama",
@@ -325,7 +333,7 @@ def test_a_real_model_of_random_weights_is_judged_by_the_expected_score(tmp_path
     assert len({score for j in judgments for score in j.scores}) == 4
 
 
-def test_a_judge_that_hardly_parses_stops_the_method(caplog):
+def test_low_parse_rate_stops_the_method(caplog):
     silent = [judgment("p", n, None, None, 3 if n == 0 else None) for n in range(4)]
     statistics = judgment_statistics(silent, low=0, high=5)
     with pytest.raises(ValueError, match=r"8.3% of the judgments have a score.*min_parse_rate = 10.0%"):
@@ -334,6 +342,6 @@ def test_a_judge_that_hardly_parses_stops_the_method(caplog):
     check_judge(statistics, JudgeConfig(min_parse_rate=0.05))
 
 
-def test_statistics_are_of_the_rubrics_range():
+def test_statistics_cover_the_range_of_the_rubric():
     statistics = judgment_statistics([judgment("p", n, n) for n in range(6, 11)], low=0, high=10)
     assert statistics["histogram"]["10"] == statistics["histogram"]["6"] == 0.2 and not statistics["alarms"]

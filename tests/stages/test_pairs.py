@@ -24,14 +24,14 @@ def response(prompt_id, sample, tokens=(1, 2), finish="stop"):
     )
 
 
-def judgment(of, score):
+def judgment(response, score):
     scores = (None,) if score is None else (score,)
     return Judgment(
-        id=of.id,
-        prompt_id=of.prompt_id,
+        id=response.id,
+        prompt_id=response.prompt_id,
         scores=scores,
         score=score,
-        texts=(f"of {of.id}",),
+        texts=(f"of {response.id}",),
         fingerprint="weights",
         template="template",
     )
@@ -65,13 +65,13 @@ def test_argmax_over_argmin_with_prompt_and_scores():
     assert counts["prompts"] == counts["pairs"] == 1 and counts["ties"] == 0
 
 
-def test_all_equal_gives_no_pair_and_the_next_prompts_still_do():
+def test_prompt_with_equal_scores_has_no_pair_and_others_still_do():
     pairs, counts = best_and_worst(*world({"a": rows(4.0, 4.0, 4.0), "b": rows(4.0, 4.0, 3.0), "c": rows(2.0, 2.0)}))
     assert picked(pairs) == [("b", 0, 2)]
     assert counts["ties"] == 2 and counts["pairs"] == 1
 
 
-def test_invalid_is_never_the_worst():
+def test_invalid_response_is_never_the_worst():
     pairs, counts = best_and_worst(
         *world({"a": rows(None, 3.0, None, 4.0), "b": rows(None, 3.0), "c": rows(None, None)})
     )
@@ -79,7 +79,7 @@ def test_invalid_is_never_the_worst():
     assert counts["unscored"] == 5 and counts["too_few"] == 2
 
 
-def test_cut_off_is_dropped_and_may_be_rejected_only_by_option():
+def test_cut_off_response_is_dropped_and_may_be_rejected_only_by_option():
     table = {"a": [(5.0, 4, "length"), (3.0, 4, "stop"), (2.0, 4, "stop"), (1.0, 4, "length")]}
     pairs, counts = best_and_worst(*world(table))
     assert picked(pairs) == [("a", 1, 2)] and counts["cut_off"] == 2
@@ -97,7 +97,7 @@ def test_equal_token_ids_are_dropped():
     assert pairs == [] and counts["identical"] == 1
 
 
-def test_gap():
+def test_pairs_below_min_gap_are_dropped():
     table = {"a": rows(3.0, 3.5), "b": rows(3.0, 4.0)}
     pairs, counts = best_and_worst(*world(table), min_gap=1.0)
     assert picked(pairs) == [("b", 1, 0)] and counts["small_gap"] == 1
@@ -116,7 +116,7 @@ def test_settings_out_of_range(arguments):
         best_and_worst([], [], [], **arguments)
 
 
-def test_joins_are_by_id_and_complete():
+def test_judgments_join_by_id_and_completely():
     candidates, judgments, prompts = world({"a": rows(1.0, 5.0)})
     with pytest.raises(ValueError, match="'a#1' has no judgment"):
         best_and_worst(candidates, judgments[:1], prompts)
@@ -151,7 +151,7 @@ arguments_given = st.fixed_dictionaries(
 
 @settings(deadline=None)
 @given(tables, arguments_given)
-def test_what_holds_of_every_pair(table, arguments):
+def test_properties_of_every_pair(table, arguments):
     candidates, judgments, prompts = world(table)
     pairs, counts = best_and_worst(candidates, judgments, prompts, **arguments)
     score = {j.id: j.score for j in judgments}

@@ -10,7 +10,6 @@ import tiny
 from jaxsi.lm import LM
 from jaxsi.runs.records import Prompt, Response, Revision
 from jaxsi.sampling import scoring
-from jaxsi.stages import reviser as reviselib
 from jaxsi.stages.prompts.reviser import ReviserTemplate, load_reviser_template
 from jaxsi.stages.reviser import (
     ReviseConfig,
@@ -42,17 +41,17 @@ def lm() -> LM:
 
 
 def drafts(per_prompt: int = 4) -> list[Response]:
-    """Drafts of ragged lengths, with ids that no text of theirs would be encoded to."""
+    """Drafts of ragged lengths, whose ids differ from the encoding of their texts."""
     rng = np.random.default_rng(0)
-    made = []
+    records = []
     for prompt in PROMPTS:
         for n in range(per_prompt):
             ids = [*rng.integers(10, 600, rng.integers(1, 9)).tolist(), tiny.tokenizer().eos_id]
-            made.append(tiny.response(prompt, n, ids))
-    return made
+            records.append(tiny.response(prompt, n, ids))
+    return records
 
 
-def test_a_label_is_all_its_tokens_and_their_first_ones_may_coincide(lm):
+def test_label_is_scored_by_all_its_tokens_and_first_ones_may_coincide(lm):
     leads = lead_ids(lm.tokenizer, TEMPLATE)
     assert len({lead[0] for lead in leads}) == 1 and len(set(leads)) == 3
     probs = label_probs(lm, PROMPTS, drafts(), TEMPLATE, CFG)
@@ -65,7 +64,7 @@ def test_a_label_is_all_its_tokens_and_their_first_ones_may_coincide(lm):
         assert row == pytest.approx(expected, rel=1e-4)
 
 
-def test_what_is_taught_begins_with_the_label_that_is_scored(lm):
+def test_training_target_begins_with_the_scored_label(lm):
     for template in (TEMPLATE, load_reviser_template()):
         for label, lead in zip(template.labels, lead_ids(lm.tokenizer, template), strict=True):
             for text in ("cat red.", "Sure thing: 3 4", "É", "- a list", '"quoted"'):
@@ -74,19 +73,19 @@ def test_what_is_taught_begins_with_the_label_that_is_scored(lm):
             assert label in lm.tokenizer.decode(lead)
 
 
-def test_labels_of_which_one_begins_another_are_refused(lm):
+def test_label_that_is_a_prefix_of_another_is_refused(lm):
     clash = dataclasses.replace(TEMPLATE, labels=("form", "form bad", "good"))
-    with pytest.raises(ValueError, match="begins another"):
+    with pytest.raises(ValueError, match="is a prefix of another"):
         lead_ids(lm.tokenizer, clash)
 
 
-def test_on_no_the_draft_is_copied_byte_for_byte(lm):
-    given = drafts()
-    revisions = revise(lm, PROMPTS, given, TEMPLATE, CFG, KEY)
-    assert [r.id for r in revisions] == [d.id for d in given]
+def test_kept_draft_is_copied_byte_for_byte(lm):
+    all_drafts = drafts()
+    revisions = revise(lm, PROMPTS, all_drafts, TEMPLATE, CFG, KEY)
+    assert [r.id for r in revisions] == [d.id for d in all_drafts]
     labels = {r.label for r in revisions}
     assert TEMPLATE.no in labels and len(labels) > 1, "the seeds of this test shall give both kinds"
-    for draft, revision in zip(given, revisions, strict=True):
+    for draft, revision in zip(all_drafts, revisions, strict=True):
         assert revision.label == TEMPLATE.labels[int(np.argmax(revision.label_probs))]
         if revision.label == TEMPLATE.no:
             assert revision.response == draft  # text, token ids, logps, fingerprint: the very record
@@ -96,11 +95,11 @@ def test_on_no_the_draft_is_copied_byte_for_byte(lm):
             assert (revision.response.id, revision.response.prompt_id) == (draft.id, draft.prompt_id)
 
 
-def test_an_answer_depends_on_its_own_draft_and_key_only(lm):
-    given = drafts()
+def test_answer_depends_on_its_own_draft_and_key_only(lm):
+    all_drafts = drafts()
     """Token for token; probabilities to the rounding of products of other shapes."""
-    whole = {r.id: r for r in revise(lm, PROMPTS, given, TEMPLATE, CFG, KEY)}
-    for revision in revise(lm, PROMPTS, given[9:2:-1], TEMPLATE, CFG, KEY):
+    whole = {r.id: r for r in revise(lm, PROMPTS, all_drafts, TEMPLATE, CFG, KEY)}
+    for revision in revise(lm, PROMPTS, all_drafts[9:2:-1], TEMPLATE, CFG, KEY):
         expected = whole[revision.id]
         np.testing.assert_allclose(revision.response.logps, expected.response.logps, atol=1e-5)
         np.testing.assert_allclose(revision.label_probs, expected.label_probs, atol=1e-6)
@@ -108,13 +107,13 @@ def test_an_answer_depends_on_its_own_draft_and_key_only(lm):
         assert dataclasses.replace(revision, response=response, label_probs=expected.label_probs) == expected
 
 
-def test_an_answer_continues_its_label(lm):
-    given, greedy = drafts(2), dataclasses.replace(CFG, temperature=0.0)
+def test_answer_continues_its_label(lm):
+    all_drafts, greedy = drafts(2), dataclasses.replace(CFG, temperature=0.0)
     leads = dict(zip(TEMPLATE.labels, lead_ids(lm.tokenizer, TEMPLATE), strict=True))
     questions = {prompt.id: prompt.messages for prompt in PROMPTS}
-    revisions = always_revise(lm, PROMPTS, given, TEMPLATE, greedy, KEY)
-    starts, rows = [], np.zeros((len(given), 96), np.int32)
-    for i, (draft, revision) in enumerate(zip(given, revisions, strict=True)):
+    revisions = always_revise(lm, PROMPTS, all_drafts, TEMPLATE, greedy, KEY)
+    starts, rows = [], np.zeros((len(all_drafts), 96), np.int32)
+    for i, (draft, revision) in enumerate(zip(all_drafts, revisions, strict=True)):
         head = [
             *render_prompt(lm.tokenizer, TEMPLATE.ask(questions[draft.prompt_id], draft.text)),
             *leads[revision.label],
@@ -128,7 +127,7 @@ def test_an_answer_continues_its_label(lm):
         assert written and written == tuple(likeliest_T[start - 1 : start - 1 + len(written)])
 
 
-def test_always_revise_has_no_third_label(lm):
+def test_always_revise_never_keeps_a_draft(lm):
     gated = revise(lm, PROMPTS, drafts(), TEMPLATE, CFG, KEY)
     always = always_revise(lm, PROMPTS, drafts(), TEMPLATE, CFG, KEY)
     assert {r.label for r in always} <= {TEMPLATE.major, TEMPLATE.minor}
@@ -138,35 +137,35 @@ def test_always_revise_has_no_third_label(lm):
             assert a.response.token_ids == b.response.token_ids
 
 
-def test_the_best_draft_is_the_one_most_probably_kept(lm):
-    given = drafts()
-    probs = dict(zip([d.id for d in given], label_probs(lm, PROMPTS, given, TEMPLATE, CFG), strict=True))
-    best = best_of_n(lm, PROMPTS, given, TEMPLATE, CFG, KEY)
+def test_best_draft_is_the_one_most_probably_kept(lm):
+    all_drafts = drafts()
+    probs = dict(zip([d.id for d in all_drafts], label_probs(lm, PROMPTS, all_drafts, TEMPLATE, CFG), strict=True))
+    best = best_of_n(lm, PROMPTS, all_drafts, TEMPLATE, CFG, KEY)
     assert [r.prompt_id for r in best] == [prompt.id for prompt in PROMPTS]
     for revision in best:
-        group = {d.id: probs[d.id][2] for d in given if d.prompt_id == revision.prompt_id}
+        group = {d.id: probs[d.id][2] for d in all_drafts if d.prompt_id == revision.prompt_id}
         assert revision.id == max(group, key=group.__getitem__)
-        assert revision.response in given
+        assert revision.response in all_drafts
     best_ids = {r.id for r in best}
-    cut = [dataclasses.replace(d, finish_reason="length") if d.id in best_ids else d for d in given]
+    cut = [dataclasses.replace(d, finish_reason="length") if d.id in best_ids else d for d in all_drafts]
     cut = [d for d in cut if d.prompt_id != "p2"] + [tiny.response(PROMPTS[2], 0, [tiny.tokenizer().eos_id])]
     others = best_of_n(lm, PROMPTS, cut, TEMPLATE, CFG, KEY)
     assert [r.prompt_id for r in others] == ["p0", "p1"] and not best_ids & {r.id for r in others}
 
 
-def test_a_draft_without_room_comes_back_as_it_is_and_is_no_target(lm):
+def test_draft_without_room_is_returned_unchanged_and_not_a_target(lm):
     long = tiny.response(PROMPTS[0], 9, [20] * 240)
-    given = [*drafts(1), long]
-    revisions = revise(lm, PROMPTS, given, TEMPLATE, CFG, KEY)
+    all_drafts = [*drafts(1), long]
+    revisions = revise(lm, PROMPTS, all_drafts, TEMPLATE, CFG, KEY)
     assert revisions[-1].label is None and revisions[-1].label_probs is None and revisions[-1].response == long
     assert label_probs(lm, PROMPTS, [long], TEMPLATE, CFG) == [None]
-    counts = revision_statistics(given, revisions, TEMPLATE)
+    counts = revision_statistics(all_drafts, revisions, TEMPLATE)
     assert counts["too_long"] == 1 and counts["drafts"] == 4
     assert long.id not in {example.id for example in targets(PROMPTS, revisions)}
     assert best_of_n(lm, PROMPTS, [long], TEMPLATE, CFG, KEY) == []
 
 
-def test_drafts_must_fit_their_prompts(lm):
+def test_drafts_must_match_their_prompts(lm):
     with pytest.raises(ValueError, match="not among the 1 prompts"):
         revise(lm, PROMPTS[:1], drafts(), TEMPLATE, CFG, KEY)
     with pytest.raises(ValueError, match="two responses have the id"):
@@ -178,27 +177,27 @@ def revision(i: int, label: str | None, **of_response) -> Revision:
     return Revision(id=response.id, prompt_id=response.prompt_id, label=label, label_probs=None, response=response)
 
 
-def test_targets_are_the_answers_that_ended_by_themselves():
-    made = [
+def test_targets_are_the_answers_that_were_not_cut_off():
+    revisions = [
         revision(0, TEMPLATE.no, text="kept as it is"),
         revision(1, TEMPLATE.major, text=" "),
         revision(2, TEMPLATE.minor, finish_reason="length"),
         revision(3, None),
         revision(4, TEMPLATE.minor, text="better"),
     ]
-    assert [usable(r) for r in made] == [True, False, False, False, True]
-    examples = targets(PROMPTS, made)
+    assert [usable(r) for r in revisions] == [True, False, False, False, True]
+    examples = targets(PROMPTS, revisions)
     assert [(e.response, e.messages) for e in examples] == [
         ("kept as it is", PROMPTS[0].messages),
         ("better", PROMPTS[1].messages),
     ]
-    counts = revision_statistics([r.response for r in made], made, TEMPLATE)
+    counts = revision_statistics([r.response for r in revisions], revisions, TEMPLATE)
     assert (counts["empty"], counts["cut_off"], counts["too_long"], counts["unchanged"]) == (1, 1, 1, 1.0)
-    assert counts["keep_share"] == keep_share(made, TEMPLATE) == 0.25
+    assert counts["keep_share"] == keep_share(revisions, TEMPLATE) == 0.25
     assert keep_share([revision(0, None)], TEMPLATE) is None
 
 
-def test_a_reviser_without_drafts_writes_nothing(lm):
+def test_reviser_without_drafts_writes_nothing(lm):
     assert revise(lm, PROMPTS, [], TEMPLATE, CFG, KEY) == []
     assert labelled_drafts(lm, PROMPTS, [], TEMPLATE, CFG) == []
 
@@ -207,7 +206,7 @@ def test_settings_out_of_range_are_refused():
     for wrong in ({"temperature": -1.0}, {"top_p": 0.0}, {"max_new_tokens": 0}, {"batch_size": 0}):
         with pytest.raises(ValueError, match=r"is|hold"):
             ReviseConfig(**wrong)
-    assert reviselib.ReviseConfig().temperature == 1.0
+    assert ReviseConfig().temperature == 1.0
 
 
 @pytest.mark.parametrize("name", ["2x2x2", "1x8x1"])

@@ -75,28 +75,28 @@ def test_equal_empty_and_tied_responses_are_left_out_and_counted():
     assert counts == {"prompts": 5, "pairs": 7, "keep": 4, "ties": 2, "empty": 2, "equal": 1, "too_long": 0}
 
 
-def test_what_is_too_long_is_left_out_and_counted():
+def test_long_texts_are_left_out_and_counted():
     tokenizer = tiny.tokenizer()
     short, long = ranking("a", ["cat.", "dog."], [0, 1]), ranking("b", ["cat. " * 200, "dog."], [0, 1])
     pairs, counts = revision_pairs([short, long], lambda pair: longest_text(tokenizer, pair, TEMPLATE) <= 128)
     assert [p.id for p in pairs] == ["a#0", "a#1"] and counts["too_long"] == 2
     for p in pairs:  # the bound holds for every text that training makes of the pair
-        asked = [TEMPLATE.ask(p.messages, p.response), TEMPLATE.ask_warm_up(p.messages, p.response)]
+        requests = [TEMPLATE.ask(p.messages, p.response), TEMPLATE.ask_warm_up(p.messages, p.response)]
         answers = [p.target, *(TEMPLATE.write(label, p.target) for label in TEMPLATE.labels)]
-        longest = max(len(render_prompt(tokenizer, m)) for m in asked) + max(
+        longest = max(len(render_prompt(tokenizer, m)) for m in requests) + max(
             len(render_response(tokenizer, a)) for a in answers
         )
         assert longest == longest_text(tokenizer, p, TEMPLATE)
 
 
-def test_rankings_that_do_not_fit_their_responses_are_refused():
+def test_rankings_that_do_not_match_their_responses_are_refused():
     with pytest.raises(ValueError, match="'a': 2 responses, 1 ranks"):
         revision_pairs([ranking("a", ["x", "y"], [0])])
-    with pytest.raises(ValueError, match="an id of its own"):
+    with pytest.raises(ValueError, match="a unique id"):
         revision_pairs([ranking("a", ["x", "y"], [0, 1])] * 2)
 
 
-def test_the_price_is_the_perplexity_of_the_target():
+def test_price_is_the_perplexity_of_the_target():
     lm = tiny.make_lm()
     pairs, _ = revision_pairs(
         [ranking("cat dog", ["dog cat.", "cat dog."], [0, 1]), ranking("pig", ["a.", "b."], [0, 2])]
@@ -107,12 +107,12 @@ def test_the_price_is_the_perplexity_of_the_target():
     for p, price, ratio in zip(changed, prices, relative, strict=True):
         target = render_response(lm.tokenizer, p.target)
         request = render_prompt(lm.tokenizer, TEMPLATE.ask_warm_up(p.messages, p.response))
-        asked, alone = (
+        revising, alone = (
             scoring.score_ids(lm, [prefix], [target])[0].mean()
             for prefix in (request, render_prompt(lm.tokenizer, p.messages))
         )
-        assert price == pytest.approx(np.exp(-asked), rel=1e-4)
-        assert ratio == pytest.approx(np.exp(alone - asked), rel=1e-4)
+        assert price == pytest.approx(np.exp(-revising), rel=1e-4)
+        assert ratio == pytest.approx(np.exp(alone - revising), rel=1e-4)
     labelled = label_pairs(lm, pairs, TEMPLATE, LabelConfig(batch_size=4))
     assert [p.price for p in labelled if p.gap] == pytest.approx(prices)
     assert all(p.price is None and p.label == "good" for p in labelled if not p.gap)
@@ -135,47 +135,47 @@ def test_labels_follow_the_price_or_the_gap(drawn):
             assert after == dataclasses.replace(before, label=expected)
 
 
-def test_nectars_ranks_are_labelled_as_they_are_read():
+def test_labels_of_nectars_ranks():
     ranked = ranking("n", [str(i) for i in range(7)], list(range(7)))
     labels = [p.label for p in by_gap(revision_pairs([ranked])[0], TEMPLATE, None)]
     assert labels == ["good", "bad", "bad", "wrong", "wrong", "wrong", "wrong"]
 
 
-def test_a_pair_without_a_price_is_not_labelled_by_it():
+def test_pair_without_a_price_is_not_labelled_by_price():
     with pytest.raises(ValueError, match="no price"):
         by_price([pair(0, 1)], TEMPLATE, 2.0)
 
 
-def test_whether_both_labellings_agree_is_told():
-    def told(prices):
+def test_statistics_report_whether_both_labellings_agree():
+    def statistics(prices):
         pairs = [pair(i, i + 1, price) for i, price in enumerate(prices)]
         return label_statistics(by_price(pairs, TEMPLATE, None), TEMPLATE)
 
-    agree, disagree = told([1.0, 2.0, 3.0, 4.0]), told([4.0, 3.0, 2.0, 1.0])
+    agree, disagree = statistics([1.0, 2.0, 3.0, 4.0]), statistics([4.0, 3.0, 2.0, 1.0])
     assert agree["rank_agreement"] == pytest.approx(1) and disagree["rank_agreement"] == pytest.approx(-1)
     assert agree["same_label"] == 1.0 and disagree["same_label"] == 0.0
     assert (agree["wrong"], agree["bad"], agree["good"]) == (2, 2, 0) and agree["median_price"] == 2.5
-    assert told([1.0])["rank_agreement"] is None
+    assert statistics([1.0])["rank_agreement"] is None
 
 
 def labelled_pairs(counts: dict[str, int]) -> list[RevisionPair]:
-    made = []
+    records = []
     for label, count in counts.items():
         for i in range(count):
-            made.append(dataclasses.replace(pair(len(made), int(label != "good")), id=f"{label}{i}", label=label))
-    return made
+            records.append(dataclasses.replace(pair(len(records), int(label != "good")), id=f"{label}{i}", label=label))
+    return records
 
 
 @pytest.mark.parametrize(
     ("mix", "expected"),
     [((1, 1, 1), (6, 6, 6)), ((1, 1, 0), (12, 12, 0)), ((2, 1, 1), (12, 6, 6)), ((0, 1, 2), (0, 3, 6))],
 )
-def test_the_mix_is_the_largest_in_its_proportions(mix, expected):
+def test_selection_is_the_largest_in_the_proportions_of_the_mix(mix, expected):
     examples = reviser_examples(labelled_pairs({"wrong": 20, "bad": 12, "good": 6}), TEMPLATE, mix, seed=0)
     assert tuple(sum(e.response.startswith(f"{label} ") for e in examples) for label in TEMPLATE.labels) == expected
 
 
-def test_the_draw_depends_on_the_seed_and_the_ids_only():
+def test_draw_depends_on_seed_and_ids_only():
     pairs = labelled_pairs({"wrong": 20, "bad": 12, "good": 6})
     drawn = [
         {e.id for e in reviser_examples(order, TEMPLATE, (1, 1, 1), s)}
@@ -184,7 +184,7 @@ def test_the_draw_depends_on_the_seed_and_the_ids_only():
     assert drawn[0] == drawn[1] != drawn[2]
 
 
-def test_the_label_comes_first_and_no_target_is_the_input():
+def test_label_comes_first_and_targets_differ_from_inputs():
     pairs = labelled_pairs({"wrong": 2, "bad": 2, "good": 2})
     by_id = {p.id: p for p in pairs}
     for example in reviser_examples(pairs, TEMPLATE, (1, 1, 1), seed=0):

@@ -10,7 +10,7 @@ from hypothesis import given, settings, strategies as st
 
 from jaxsi.lm import LM
 from jaxsi.runs.records import Prompt, Response
-from jaxsi.sampling import generate as sampling
+from jaxsi.sampling import generate
 from jaxsi.stages import self_instruct
 from jaxsi.stages.prompts import load_template
 from jaxsi.stages.self_instruct import InstructError, SelfInstruct, new_prompts, rouge_l
@@ -42,10 +42,10 @@ def lm(monkeypatch):
 
 
 def replies(monkeypatch, give, finish=lambda text: "stop"):
-    """Makes sampling.generate reply give(round, i, request text); returns the requests of each round."""
+    """Makes `generate` reply give(round, i, request text); returns the requests of each round."""
     rounds = []
 
-    def generate(lm, prompts, *, num_samples, temperature, top_p, max_new_tokens, key, batch_size):
+    def fake_generate(lm, prompts, *, num_samples, temperature, top_p, max_new_tokens, key, batch_size):
         rounds.append(list(prompts))
         found = []
         for prompt in prompts:
@@ -66,7 +66,7 @@ def replies(monkeypatch, give, finish=lambda text: "stop"):
             )
         return found[::-1]
 
-    monkeypatch.setattr(sampling, "generate", generate)
+    monkeypatch.setattr(generate, "generate", fake_generate)
     return rounds
 
 
@@ -100,7 +100,10 @@ def test_ids_texts_and_shots(lm, monkeypatch, batch_size, second):
 
 
 def test_draws_depend_on_the_key_only(lm, monkeypatch):
-    give = lambda number, i, _: DISTINCT[i]  # noqa: E731
+
+    def give(number, i, _):
+        return DISTINCT[i]
+
     cfg = SelfInstruct(num_prompts=6)
     texts = []
     for seeds, key in [(SEEDS, KEY), (SEEDS[::-1], KEY), (SEEDS, jax.random.key(8))]:
@@ -148,7 +151,7 @@ def test_threshold_is_exclusive(lm, monkeypatch):
     assert [p.text for p in new_prompts(lm, SEEDS, looser, KEY)] == [first, second]
 
 
-def test_rounds_are_bounded_and_nothing_kept_is_an_error(lm, monkeypatch):
+def test_rounds_are_limited_and_no_new_prompt_is_an_error(lm, monkeypatch):
     rounds = replies(monkeypatch, lambda *_: "the same short text again")
     counts = Counter()
     cfg = SelfInstruct(num_prompts=5, max_rounds=3)
@@ -167,7 +170,7 @@ def test_requests_that_do_not_fit_are_counted(lm, monkeypatch):
     assert rounds == []
 
 
-def test_few_seeds_are_all_shown(lm, monkeypatch):
+def test_all_seeds_are_shown_if_there_are_few(lm, monkeypatch):
     rounds = replies(monkeypatch, lambda number, i, _: DISTINCT[i])
     new_prompts(lm, SEEDS[:3], SelfInstruct(num_prompts=1), KEY)
     assert sorted(shots(rounds[0][0])) == sorted(p.text for p in SEEDS[:3])
@@ -179,7 +182,7 @@ def test_few_seeds_are_all_shown(lm, monkeypatch):
     "fields",
     [{"num_prompts": 0}, {"num_seed_shots": 0}, {"max_rounds": 0}, {"max_words": 2}, {"rouge_threshold": 0.0}],
 )
-def test_config_out_of_range(fields):
+def test_config_rejects_settings_out_of_range(fields):
     with pytest.raises(ValueError, match=next(iter(fields))):
         SelfInstruct(**({"num_prompts": 1} | fields))
 
@@ -200,7 +203,7 @@ sentences = st.lists(st.lists(st.sampled_from("abcde"), max_size=8).map(" ".join
 
 @settings(max_examples=40, deadline=None)
 @given(sentences, sentences)
-def test_rouge_l_is_the_textbook_one_on_every_path(candidates, pool):
+def test_rouge_l_matches_the_textbook_on_every_path(candidates, pool):
     expected = np.array([[by_hand(a, b) for b in pool] for a in candidates])
     found = rouge_l(candidates, pool)
     assert found.dtype == np.float32 and found.shape == expected.shape

@@ -78,7 +78,7 @@ class SelfInstruct:
 @stored_as("instruct.PromptFile")
 @dataclass(frozen=True, kw_only=True)
 class PromptFile:
-    """Prompts from a JSONL file, an equal part of it for each iteration (all of it, where `repeat`)."""
+    """Prompts from a JSONL file, an equal part of it for each iteration (with `repeat`, all of it)."""
 
     path: str
     max_prompts: int | None = None
@@ -137,13 +137,13 @@ def next_part(
     if isinstance(source, PromptFile) and source.repeat and everything:
         return everything
     used = {prompt.id for prompt in earlier}
-    left = [prompt for prompt in everything if prompt.id not in used]
-    if not left:
+    unused = [prompt for prompt in everything if prompt.id not in used]
+    if not unused:
         raise ValueError(
             f"{source.path if isinstance(source, PromptFile) else source}: earlier iterations have used all of its "
             f"{len(everything)} prompts (held-out ones do not count); add prompts, or set prompts.repeat of a file"
         )
-    return left[: -(-len(left) // parts)]
+    return unused[: -(-len(unused) // parts)]
 
 
 def new_prompts(

@@ -315,8 +315,8 @@ def _bucketed(sizes: Sequence[int], batch_size: int, epochs: int, seed: int) -> 
             rows.append(i)
             if len(rows) == batch_size:
                 batches.append(waiting.pop(sizes[i]))
-        left = [i for size in sorted(waiting) for i in waiting[size]]
-        plan += batches + [left[k : k + batch_size] for k in range(0, len(left), batch_size)]
+        leftovers = [i for size in sorted(waiting) for i in waiting[size]]
+        plan += batches + [leftovers[k : k + batch_size] for k in range(0, len(leftovers), batch_size)]
     return grain.MapDataset.source(plan)
 
 
@@ -394,9 +394,9 @@ def prompts_shared(
     config: ModelConfig, mesh: Mesh, encoded: Sequence[tuple[Sequence_, Sequence_]], min_length: int
 ) -> bool:
     """Whether each pair goes through the layers in one row, with its prompt once. This is less work unless prompts are
-    much shorter than responses (attention between the two responses is computed and then masked). It is never done
-    where it would rule out fused attention: on GPUs, where that does not support segments, and on TPUs, where that
-    measures windows in columns, if a window is shorter than a row.
+    much shorter than responses (attention between the two responses is computed and then masked). It is never done if
+    it would rule out fused attention: on GPUs, whose fused attention does not support segments, and on TPUs, whose
+    fused attention measures windows in columns, if a window is shorter than a row.
 
     Raises: DataError if the two responses of a pair follow different prompts.
     """

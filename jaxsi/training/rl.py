@@ -183,9 +183,14 @@ def token_values(
 ) -> jax.Array:
     """The value [B, T] of the text before each token: the scalar head's output at the previous token."""
     values_BT = decoder.scalar_values(
-        weights, config, batch.tokens_BT, lengths_B=batch.lengths_B,
-        dtype=jnp.dtype(dtype), remat=remat, mesh=mesh,
-    )  # fmt: skip
+        weights,
+        config,
+        batch.tokens_BT,
+        lengths_B=batch.lengths_B,
+        dtype=jnp.dtype(dtype),
+        remat=remat,
+        mesh=mesh,
+    )
     return jnp.roll(values_BT, 1, axis=1).at[:, 0].set(0.0)
 
 
@@ -208,9 +213,13 @@ class ValueLoss:
 @functools.partial(jax.jit, static_argnames=("config", "mesh", "dtype"))
 def _logps(weights: Weights, batch: RolloutBatch, *, config: ModelConfig, mesh: Mesh, dtype: str) -> jax.Array:
     return decoder.sequence_logps(
-        weights, config, batch.tokens_BT, lengths_B=batch.lengths_B,
-        dtype=jnp.dtype(dtype), mesh=mesh,
-    )  # fmt: skip
+        weights,
+        config,
+        batch.tokens_BT,
+        lengths_B=batch.lengths_B,
+        dtype=jnp.dtype(dtype),
+        mesh=mesh,
+    )
 
 
 _values = jax.jit(token_values, static_argnames=("config", "mesh", "dtype", "remat"))
@@ -243,15 +252,21 @@ def roll_out(
     Raises: RLError if more than half of the rewards are not finite; the message names a prompt.
     """
     responses = generate(
-        policy, prompts, num_samples=config.group_size, temperature=1.0, top_p=1.0,
-        max_new_tokens=config.max_new_tokens, key=key, batch_size=config.batch_size,
-    )  # fmt: skip
+        policy,
+        prompts,
+        num_samples=config.group_size,
+        temperature=1.0,
+        top_p=1.0,
+        max_new_tokens=config.max_new_tokens,
+        key=key,
+        batch_size=config.batch_size,
+    )
     rewards_B = np.asarray(reward(prompts, responses), np.float64)
     bad = np.flatnonzero(~np.isfinite(rewards_B))
     if rewards_B.shape != (len(responses),) or len(bad) > MAX_BAD * len(responses):
-        where = f"the first is for {responses[bad[0]].prompt_id!r}" if len(bad) else f"shape {rewards_B.shape}"
+        detail = f"the first is for {responses[bad[0]].prompt_id!r}" if len(bad) else f"shape {rewards_B.shape}"
         raise RLError(
-            f"{len(bad)} of the rewards of {len(responses)} responses are not numbers ({where}); check the reward"
+            f"{len(bad)} of the rewards of {len(responses)} responses are not numbers ({detail}); check the reward"
         )
     monitored = {} if monitor is None else dict(monitor(prompts, responses, rewards_B))
     cut_off_B = np.asarray([response.finish_reason == "length" for response in responses])

@@ -33,17 +33,31 @@ PLAIN = st.text(st.characters(codec="utf-8", exclude_characters="\r\x0b\x0c\x1c\
 
 def draft_of(id: str, text: str = "axe red cat.", finish: str = "stop") -> Response:
     return Response(
-        id=id, prompt_id=id.split("#")[0], sample=0, text=text, token_ids=(5, 6), logps=(), finish_reason=finish,
-        fingerprint="f", template="t",
-    )  # fmt: skip
+        id=id,
+        prompt_id=id.split("#")[0],
+        sample=0,
+        text=text,
+        token_ids=(5, 6),
+        logps=(),
+        finish_reason=finish,
+        fingerprint="f",
+        template="t",
+    )
 
 
 def read(id: str, score: float | None = 5.0, improved: str | None = "axe red cat.", **changes) -> Critique:
     values = {"weaknesses": "talk", "suggestions": "good"} | changes
     return Critique(
-        id=id, prompt_id=id.split("#")[0], score=score, improved=improved, text="x", finish_reason="stop",
-        fingerprint="f", template="t", **values,
-    )  # fmt: skip
+        id=id,
+        prompt_id=id.split("#")[0],
+        score=score,
+        improved=improved,
+        text="x",
+        finish_reason="stop",
+        fingerprint="f",
+        template="t",
+        **values,
+    )
 
 
 # ------------------------------------------------------------------------------------------------------------- template
@@ -214,8 +228,14 @@ def test_uninformative_pairs_are_left_out_and_counted() -> None:
     pairs, counts = refinement_pairs(PROMPTS, drafts, critiques, refined, [1.0, 1.0, None], [2.0, 2.0, 2.0])
     assert not pairs
     assert counts == {
-        "drafts": 3, "pairs": 0, "no_marker": 1, "no_refinement": 0, "unscored": 1, "ties": 0, "identical": 1,
-    }  # fmt: skip
+        "drafts": 3,
+        "pairs": 0,
+        "no_marker": 1,
+        "no_refinement": 0,
+        "unscored": 1,
+        "ties": 0,
+        "identical": 1,
+    }
 
 
 def test_cut_off_refinement_is_left_out() -> None:

@@ -27,9 +27,12 @@ from jaxsi.stages.reviser import (
 from jaxsi.text.chat import render_prompt, render_response
 
 TEMPLATE = ReviserTemplate(
-    name="test", template="Task: {prompt} Answer: {response} Label:", warm_up="Task: {prompt} Answer: {response}",
-    labels=("form bad", "form wrong", "form good"), separator=" ",
-)  # fmt: skip
+    name="test",
+    template="Task: {prompt} Answer: {response} Label:",
+    warm_up="Task: {prompt} Answer: {response}",
+    labels=("form bad", "form wrong", "form good"),
+    separator=" ",
+)
 CFG = ReviseConfig(max_new_tokens=6, batch_size=8)
 PROMPTS = [Prompt.of(f"p{i}", text) for i, text in enumerate(("Reverse: cat red", "Sort A to Z: pig axe", "egg"))]
 KEY = jax.random.key(3)

@@ -27,9 +27,12 @@ from jaxsi.stages.reviser_data import (
 from jaxsi.text.chat import render_prompt, render_response
 
 TEMPLATE = ReviserTemplate(
-    name="test", template="Task: {prompt} Answer: {response} Label:", warm_up="Task: {prompt} Answer: {response}",
-    labels=("wrong", "bad", "good"), separator=" ",
-)  # fmt: skip
+    name="test",
+    template="Task: {prompt} Answer: {response} Label:",
+    warm_up="Task: {prompt} Answer: {response}",
+    labels=("wrong", "bad", "good"),
+    separator=" ",
+)
 
 
 def ranking(id: str, responses: list[str], ranks: list[int]) -> RankedResponses:

@@ -15,9 +15,14 @@ from jaxsi.training.optim import OptimConfig
 from jaxsi.training.train import DPOConfig, TrainConfig, dpo
 
 TRAIN = TrainConfig(
-    optim=OptimConfig(learning_rate=1e-3), batch_size=8, max_length=64, min_length=16, remat="none", dtype="float32",
+    optim=OptimConfig(learning_rate=1e-3),
+    batch_size=8,
+    max_length=64,
+    min_length=16,
+    remat="none",
+    dtype="float32",
     log_every=1,
-)  # fmt: skip
+)
 PAIRS = tiny.preference_pairs(16)
 
 

@@ -34,9 +34,15 @@ class Config:
 
 def train_config(**changes) -> TrainConfig:
     config = TrainConfig(
-        optim=OptimConfig(learning_rate=1e-2), batch_size=8, max_length=64, min_length=16, epochs=4, remat="none",
-        dtype="float32", log_every=1,
-    )  # fmt: skip
+        optim=OptimConfig(learning_rate=1e-2),
+        batch_size=8,
+        max_length=64,
+        min_length=16,
+        epochs=4,
+        remat="none",
+        dtype="float32",
+        log_every=1,
+    )
     return dataclasses.replace(config, **changes)
 
 

@@ -33,9 +33,17 @@ class Config:
 
 def config(**changes) -> RLConfig:
     base = RLConfig(
-        optim=OptimConfig(learning_rate=1e-2), steps=2, prompts_per_step=4, group_size=4, batch_size=16,
-        cut_off_penalty=0.0, max_new_tokens=6, remat="none", dtype="float32", checkpoint_every=1,
-    )  # fmt: skip
+        optim=OptimConfig(learning_rate=1e-2),
+        steps=2,
+        prompts_per_step=4,
+        group_size=4,
+        batch_size=16,
+        cut_off_penalty=0.0,
+        max_new_tokens=6,
+        remat="none",
+        dtype="float32",
+        checkpoint_every=1,
+    )
     return dataclasses.replace(base, **changes)
 
 

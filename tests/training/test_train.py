@@ -175,7 +175,10 @@ def test_pair_in_one_row_equals_pair_in_two_rows() -> None:
             for shared in (False, True)
         }
         assert layouts[True].tokens_BST.shape[1] == 1 and layouts[False].tokens_BST.shape[1] == 2
-        total = lambda loss, weights, batch: loss(weights, batch)[0][0]  # noqa: E731
+
+        def total(loss: Any, weights: Any, batch: Any) -> jax.Array:
+            return loss(weights, batch)[0][0]
+
         value_and_gradients = jax.jit(jax.value_and_grad(functools.partial(total, pair_loss(lm))))
         results = {shared: value_and_gradients(lm.weights, batch) for shared, batch in layouts.items()}
         np.testing.assert_allclose(results[True][0], results[False][0], rtol=1e-5)
@@ -186,9 +189,11 @@ def test_pair_in_one_row_equals_pair_in_two_rows() -> None:
 def test_non_finite_gradient_changes_nothing() -> None:
     lm = tiny.make_lm()
     state = train.initial_state(lm.weights, OPTIM)
-    step = lambda state, refs: train.train_step(  # noqa: E731
-        state, batches(lm, refs)[0], 1e-2, loss=pair_loss(lm), optimizer=OPTIM, accumulate=1
-    )
+
+    def step(state: Any, refs: Any) -> Any:
+        batch = batches(lm, refs)[0]
+        return train.train_step(state, batch, 1e-2, loss=pair_loss(lm), optimizer=OPTIM, accumulate=1)
+
     state, _ = step(state, None)
     before = jax.device_get(state)
     state, metrics = step(state, [(math.nan, 0.0)] * 10)
@@ -315,7 +320,10 @@ def test_offloaded_moments_train_and_resume_to_the_same_bits(
 ) -> None:
     lm, config = tiny.make_lm("2x2x2"), dataclasses.replace(CONFIG, optim=dataclasses.replace(OPTIM, offload=True))
     state = train.initial_state(lm.weights, config.optim)
-    kinds = lambda state: {x.sharding.memory_kind for x in jax.tree.leaves(state.moments) if x.ndim}  # noqa: E731
+
+    def kinds(state: Any) -> set[str]:
+        return {x.sharding.memory_kind for x in jax.tree.leaves(state.moments) if x.ndim}
+
     assert kinds(state) == {"pinned_host"}
     state, _ = train.train_step(
         state, batches(lm)[0], np.float32(1e-2), loss=pair_loss(lm), optimizer=config.optim, accumulate=1
@@ -468,9 +476,12 @@ def test_over_long_pairs_are_dropped_and_counted(scope: Scope, monkeypatch: pyte
     limit = sorted(lengths)[6]
     monkeypatch.setattr(train, "fit", lambda lm, *args, **options: lm)
     dpo(lm, scope, max_length=limit)
-    kept = sum(n <= limit for n in lengths)
+    fitting = sum(n <= limit for n in lengths)
     assert kept < 10
-    assert json.loads((scope.path / "dpo_data.json").read_text()) == {"pairs": kept, "dropped_too_long": 10 - kept}
+    assert json.loads((scope.path / "dpo_data.json").read_text()) == {
+        "pairs": fitting,
+        "dropped_too_long": 10 - fitting,
+    }
     with pytest.raises(TrainingError, match="no pair to train on: of 10 pairs, 0 have at most max_length = 2 tokens"):
         dpo(lm, scope.run.at("iter_2"), max_length=2)
 

@@ -1,6 +1,5 @@
 """Losses against their equations in NumPy, the signs of their gradients, and what must not reach them."""
 
-import functools
 import itertools
 import math
 from collections.abc import Callable
@@ -38,13 +37,13 @@ def log_odds(mean: np.ndarray) -> np.ndarray:
 EQUATIONS: dict[str, tuple[Callable[..., losses.Loss], np.ndarray]] = {
     "dpo": (losses.dpo, -np.log(sigmoid(BETA * MARGIN))),
     "dpo_smoothed": (
-        functools.partial(losses.dpo_smoothed, label_smoothing=0.2),
+        losses.dpo_smoothed(label_smoothing=0.2),
         -0.8 * np.log(sigmoid(BETA * MARGIN)) - 0.2 * np.log(sigmoid(-BETA * MARGIN)),
     ),
     "ipo": (losses.ipo, (MARGIN - 1 / (2 * BETA)) ** 2),
     "hinge": (losses.hinge, np.maximum(0, 1 - BETA * MARGIN)),
     "simpo": (
-        functools.partial(losses.simpo, gamma=0.5),
+        losses.simpo(gamma=0.5),
         -np.log(sigmoid(BETA / CHOSEN_TOKENS * CHOSEN - BETA / REJECTED_TOKENS * REJECTED - 0.5)),
     ),
     "orpo": (

@@ -180,8 +180,9 @@ def test_step_does_not_depend_on_the_mesh(tmp_path: Path, mesh: str, accumulate:
 
 
 def test_epochs_and_minibatches_cover_every_row_once() -> None:
-    batches = rl.minibatches(16, config(epochs=3, batch_size=8, steps=2), seed=0, step=1)
-    assert len(batches) == 6 == config().updates // config().steps
+    rl_config = config(epochs=3, batch_size=8, steps=2)
+    batches = rl.minibatches(16, rl_config, seed=0, step=1)
+    assert len(batches) == 6 == rl_config.updates // rl_config.steps
     for epoch in range(3):
         assert sorted(np.concatenate(batches[2 * epoch : 2 * epoch + 2])) == list(range(16))
 

@@ -64,7 +64,7 @@ class LM:
     @property
     def sampling_weights(self) -> Weights:
         """Weights cast to ``dtype``, unstacked and laid out by the sampling rules. They are kept for the model that
-        sampled last, and for one model at a time."""
+        sampled last, for one model at a time."""
         global _sampling
         if _sampling is None or _sampling[0]() is not self:
             _sampling = None  # first: the weights of two models may not fit
@@ -80,8 +80,9 @@ class LM:
     def fingerprint(self) -> str:
         """16 hex digits that change with any bit of any weight, whatever the mesh.
 
-        A checkpoint's are those it was saved with, in every dtype. Of a folder they are of the weights as loaded: the
-        same in every dtype where it is stored in bfloat16, others where float32 is rounded to bfloat16 on the way.
+        A checkpoint has the fingerprint that it was saved with, in every dtype. A folder has that of its weights as
+        loaded: if they are stored in bfloat16 it is the same in every dtype; float32 that is rounded to bfloat16 on the
+        way has another one.
         """
         return fingerprint(self.weights) if self.identity is None else self.identity
 

@@ -18,7 +18,7 @@ Examples:
   jaxsi run configs/self_rewarding/qwen3_0p6b_1gpu.py --model FOLDER --prompts prompts.jsonl --max-prompts 64
 
 CONFIG.py is a Python file with a function config(). Beside its own fields (of a nested one the first and the last name
-are enough where they say which is meant):
+are enough if they say which is meant):
   --prompts FILE      prompts from this file (JSONL with "prompt" or "messages") in place of the config's
   --max-prompts N     of that file, the first N
   --run-dir DIR       where the run lives; runs/<name of the config> by default
@@ -57,7 +57,7 @@ def run_config(cfg: Any, directory: Path) -> Report:
 def configure(path: Path, overrides: list[str], prompts: str | None = None, max_prompts: int | None = None) -> Any:
     """The config of a file with the fields that the command line changes.
 
-    Raises: UsageError for a file that is no config and for values that it does not take; SystemExit for wrong flags.
+    Raises: UsageError: if the file is not a config, or does not take a value. SystemExit: for wrong flags.
     """
     import tyro
 
@@ -88,7 +88,7 @@ def field_flags(cfg: Any, prefix: str = "--") -> list[str]:
 
 
 def _full_flag(word: str, flags: list[str]) -> str:
-    """`--dpo.learning-rate` -> `--dpo.train.optim.learning-rate`, where it stands for one field only."""
+    """`--dpo.learning-rate` -> `--dpo.train.optim.learning-rate`, if it stands for one field only."""
     given, equals, value = word.partition("=")
     parts = given.split(".")
     if not given.startswith("--") or given in flags or len(parts) < 2:

@@ -19,7 +19,7 @@ class Mesh:
 
 
 def stored_config(model: str) -> dict[str, Any] | None:
-    """The config.json of the run that MODEL (RUN_DIR or RUN_DIR@t) names; None where it names no run."""
+    """The config.json of the run that MODEL (RUN_DIR or RUN_DIR@t) names; None if it names none."""
     folder = Path(model)
     for run in (folder, Path(model.rpartition("@")[0] or model)):
         if (run / "journal.jsonl").is_file() and (run / "config.json").is_file():

@@ -27,7 +27,7 @@ class PreflightError(InputError, ValueError):
 
 
 def check(cfg: Any, directory: Path) -> None:
-    """Raises where a run of ``cfg`` in ``directory`` is bound to fail: no such model, a mesh that does not fit, lengths
+    """Raises if a run of ``cfg`` in ``directory`` is bound to fail: no such model, a mesh that does not fit, lengths
     beyond the model's positions, an over-long prompt, fewer prompts than iterations that are left.
 
     ``cfg`` is the Config of any method: its parts are known by their types.

@@ -83,8 +83,8 @@ class Round:
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config:
     """Everything that decides a run. The first ``internal_rounds`` of ``iterations`` rounds are ``internal``, the
-    others ``external``; each trains by ``sft``. ``start``, where given, trains the policy before evolution on
-    ``demonstrations``. New prompts are none of ``held_out``, by which evolution stops (None: it never does).
+    others ``external``; each trains by ``sft``. ``start``, if given, trains the policy before evolution on
+    ``demonstrations``. New prompts are never among ``held_out``, which decide when evolution stops (None: never).
 
     ``evaluate(policy, config, scope, reviser)`` gives the figures of an iteration's summary.
     """

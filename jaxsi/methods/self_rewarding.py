@@ -41,8 +41,8 @@ from jaxsi.training.train import DPOConfig, TrainConfig, dpo, seed_of, sft
 @stored_as("methods.self_rewarding.SeedData")
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SeedData:
-    """Human data: ``ift`` gives demonstrations; ``rankings``, where given, the ranked responses that EFT is made from,
-    ``max_share`` of which have one score at most. New prompts are none of ``held_out``."""
+    """Human data: ``ift`` gives demonstrations; ``rankings``, if given, the ranked responses that EFT is made from,
+    ``max_share`` of which have one score at most. New prompts are never among ``held_out``."""
 
     ift: Callable[[], list[SFTExample]]
     rankings: Callable[[], list[RankedResponses]] | None = None
@@ -155,7 +155,7 @@ def first_model(cfg: Config, base: LM, run: Run) -> LM:
 def evaluation_examples(
     cfg: Config, data: SeedData, training: TrainConfig, base: LM, run: Run, ift: list[SFTExample]
 ) -> list[SFTExample]:
-    """EFT: what a judge trained on IFT alone wrote where it ordered responses as people did, no score dominating."""
+    """EFT: what a judge trained on IFT alone wrote when it ordered responses as people did; no score dominates."""
     assert data.rankings is not None
     it = run.at("iter_1")
     baseline = sft(base, ift, training, run.at("sft_baseline"))

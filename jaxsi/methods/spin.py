@@ -73,7 +73,7 @@ def spin(cfg: Config, run: Run) -> LM:
 def against_demonstrations(
     model: LM, demonstrations: Sequence[SFTExample], responses: Sequence[Response]
 ) -> list[PreferencePair]:
-    """(x, y, y') of each demonstration, chosen before sampled; none where both are the same, or y' was cut off."""
+    """(x, y, y') of each demonstration, chosen before sampled; left out if both are the same, or y' was cut off."""
     sampled = {response.prompt_id: response for response in responses}
     pairs = []
     for example in demonstrations:

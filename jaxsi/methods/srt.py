@@ -48,7 +48,7 @@ class Config:
 
     ``critic(prompts, responses, template, key)`` gives critiques (``stages.critique``). ``refinement_only`` trains
     stage 1 on x -> r, an ablation; ``template.parts`` are the others. ``dpo`` None: stage 1 alone. ``scoring(prompts,
-    responses, template)``, where given, scores stage 2's responses in the model's place, and ``direction(pairs, seed)``
+    responses, template)``, if given, scores stage 2's responses in the model's place, and ``direction(pairs, seed)``
     may turn pairs round: the control arms.
     """
 

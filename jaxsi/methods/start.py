@@ -34,7 +34,7 @@ def run(config: Any, run_dir: Path | str) -> LM:
 def finish(config: Any, directory: Path) -> LM | None:
     """``run``, which returns None if nothing was left to do: then no model was loaded."""
     if not is_complete(directory, config):
-        # Before the directory exists: what is mended after an error here is no other config of a run.
+        # Before the directory exists: a config that is mended after an error here is not yet that of a run.
         check(config, directory)
     with Run.open(directory, config) as opened:
         return None if opened.complete else carry_out(config, opened)

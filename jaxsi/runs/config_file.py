@@ -9,14 +9,14 @@ from jaxsi.runs.errors import InputError
 
 
 class ConfigFileError(InputError, ValueError):
-    """A file that is no config; the message names it and what is missing."""
+    """A file that is not a config; the message names it and what is missing."""
 
 
 def load_config(path: Path | str, function: str = "config") -> Any:
     """The ``Config`` that ``function`` of a config file gives. A config that derives from another one loads it by its
     path, with this function.
 
-    Raises: ConfigFileError where there is no such file, or no such function in it; and what the file raises.
+    Raises: ConfigFileError: if the file or the function in it does not exist. Also what the file raises.
     """
     return _call(Path(path), function, "Config: return Config(...)")
 

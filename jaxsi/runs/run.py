@@ -5,7 +5,7 @@
     DIR/iter_1/candidates.shards/00000.jsonl   a stage on its way: at most the shard in flight is lost
     DIR/iter_1/quality.json                    a stage whose result is one JSON value
 
-`scope.records(name, stage, *args)` is the result of the stage, from its file where the file exists; so the text of a
+`scope.records(name, stage, *args)` is the result of the stage, read from its file if the file exists; so the text of a
 method is its resume logic. With several hosts every process calls the same stages in the same order on one shared file
 system; shard k is written by process k mod n, everything else by process 0.
 """
@@ -78,7 +78,7 @@ class Run:
         """
         path = Path(directory)
         given = describe_config(config)
-        if not _is_writer():  # process 0 checks and writes; where it fails, jax.distributed ends the others
+        if not _is_writer():  # process 0 checks and writes; if it fails, jax.distributed ends the others
             _barrier(f"open {path.name}")
             return Run(path, config, None)
         stored = stored_config(path)
@@ -158,7 +158,7 @@ class Scope:
         self.run, self.name, self.path = run, name, run.path / name
 
     def records(self, name: str, stage: Callable[..., Iterable[Record]], *args: Any, of: type[Record]) -> list[Record]:
-        """`list(stage(*args))`, records of class `of`, kept in <name>.jsonl: read from there where the file exists."""
+        """`list(stage(*args))`, records of class `of`, kept in <name>.jsonl: read from there if the file exists."""
         path = self._file(name, ".jsonl")
         if _agreed([path.exists()])[0]:
             return self._reused(name, _read_stage(path, of))

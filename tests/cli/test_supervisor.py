@@ -340,9 +340,22 @@ def test_wrong_command_is_started_once():
 @pytest.mark.slow
 def test_run_goes_on_after_a_process_is_killed(tmp_path):
     directory, env = tmp_path / "run", os.environ | {"PYTHONPATH": str(ROOT)}
-    words = ["--devices", "2", "--heartbeat", "10", "--backoff", "0.1", "--", "run", "tests/micro/spin.py"]
-    launch_words = ["launch", "local", "-n", "2", "--json"]
-    command = [sys.executable, "-m", "jaxsi", *launch_words, *words, "--run-dir", str(directory)]
+    launch_words = [
+        "launch",
+        "local",
+        "-n",
+        "2",
+        "--devices",
+        "1",
+        "--heartbeat",
+        "10",
+        "--backoff",
+        "0.1",
+        "--json",
+        "--",
+    ]
+    words = ["run", "tests/micro/spin.py", "--iterations", "1", "--run-dir", str(directory)]
+    command = [sys.executable, "-m", "jaxsi", *launch_words, *words]
     process = subprocess.Popen(command, cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     end = time.monotonic() + 300
     while not (directory / "iter_1" / "responses.jsonl").exists() and time.monotonic() < end:

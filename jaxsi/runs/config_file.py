@@ -1,4 +1,4 @@
-"""Config files: Python with one function ``config() -> Config``, or ``configs()`` for several that vary one."""
+"""Config files: Python with one function ``config() -> Config``, or ``configs()`` for several variants."""
 
 import importlib.util
 import sys
@@ -33,7 +33,7 @@ def _call(path: Path, function: str, shape: str) -> Any:
     name = f"jaxsi_config_{path.stem}"
     spec = importlib.util.spec_from_file_location(name, path)
     if spec is None or spec.loader is None:
-        raise ConfigFileError(f"{path} is no Python file; give a .py file with a function {function}()")
+        raise ConfigFileError(f"{path} is not a Python file; give a .py file with a function {function}()")
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module
     spec.loader.exec_module(module)

@@ -1,8 +1,8 @@
-"""A config as JSON values, and whether a run may go on with another one.
+"""A config as JSON values, and the check whether a run may resume with another config.
 
 Configs are frozen dataclasses, nested, with callables as values: no string selects code. On disk a class or a function
-of this package is its stored id, which stays when the code moves. A class or a function of the user is its module and
-name; a function also has a hash of its source, so that a changed judge is noticed as a changed number is.
+of this package is its stored id, which stays the same when code moves. A class or a function of the user is its module
+and name. A user's function also has a hash of its source: a changed judge is noticed as a changed number is.
 """
 
 import ast
@@ -41,8 +41,8 @@ class RunConfigError(RunError, InputError):
 def stored_as(id: str) -> Callable[[Stored], Stored]:
     """Gives a class or a function of this package the id under which run directories keep it.
 
-    Choose it once and never change it, also when the code is renamed or moved: a stored run with another id cannot go
-    on. Ids look like the module paths of the time when they were given.
+    Never change it, even when the code is renamed or moved: a run stored with another id cannot resume. Ids look like
+    the module paths of the time when they were chosen.
     """
 
     def mark(value: Stored) -> Stored:
@@ -52,9 +52,9 @@ def stored_as(id: str) -> Callable[[Stored], Stored]:
     return mark
 
 
-def may_change(*inside: str) -> dict[str, Any]:
-    """The `metadata` of a config's field that a resumed run may change, or of which it may change these parts."""
-    return {"may_change": inside or ("",)}
+def may_change(*parts: str) -> dict[str, Any]:
+    """The `metadata` of a config field that a resumed run may change: the whole field, or only `parts` of it."""
+    return {"may_change": parts or ("",)}
 
 
 # ---- description -----------------------------------------------------------------------------------------------------
@@ -70,8 +70,10 @@ def describe_config(value: Any, field: str = "config") -> Any:
     if value is None or isinstance(value, bool | int | float | str):
         return value
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        own = {f.name: describe_config(getattr(value, f.name), f"{field}.{f.name}") for f in dataclasses.fields(value)}
-        return {"__type__": _name(type(value), field), **own}
+        values = {
+            f.name: describe_config(getattr(value, f.name), f"{field}.{f.name}") for f in dataclasses.fields(value)
+        }
+        return {"__type__": _name(type(value), field), **values}
     if isinstance(value, os.PathLike):
         return os.fspath(value)
     if isinstance(value, functools.partial):
@@ -108,8 +110,8 @@ def _name(value: Any, field: str) -> str:
 
 
 def source_hash(function: FunctionType) -> str:
-    """16 hex digits of what a function does: its source without comments and layout, that of the functions of its
-    module that it calls, and the plain values of its module that it reads. "" if no source is to be had."""
+    """16 hex digits: a hash of a function's source without comments and layout, of the functions of its module that
+    it calls, and of the plain module values that it reads. "" if the source is not available."""
     digest = hashlib.sha256()
     todo, seen = [function], {function}
     while todo:
@@ -145,7 +147,7 @@ def check_config(path: Path, stored: dict[str, Any], config: Any) -> None:
     """Raises RunConfigError if `config` may not resume the run in `path`, whose config.json is `stored`.
 
     Fields marked with `may_change` may differ, and `iterations` may be raised. A field that the stored config lacks,
-    because it is newer than the run, counts as its default; so do the settings of what was a plain function then.
+    because it is newer than the run, counts as its default; so do those of a class that was a plain function then.
     """
     old, new = _flat(stored), _flat(describe_config(config))
     old = {f"{field}.__type__" if f"{field}.__type__" in new else field: value for field, value in old.items()}
@@ -168,8 +170,8 @@ def check_config(path: Path, stored: dict[str, Any], config: Any) -> None:
 
 
 def same_name(stored: str, id: str) -> bool:
-    """Whether a name in a config.json is that of the class or function with this id. Runs of earlier versions have the
-    module path of their time in its place, and user functions without a hash."""
+    """Whether a name in a config.json means the class or function with this id. Earlier versions stored module
+    paths in place of ids, and user functions without a hash."""
     return stored == id or stored.removeprefix(f"{_PACKAGE}.") == id or ("#" in id and stored == id.partition("#")[0])
 
 
@@ -185,7 +187,7 @@ def _same(before: Any, after: Any) -> bool:
 
 
 def _free(config: Any, prefix: str = "") -> list[str]:
-    """The dotted names of what a resumed run may change."""
+    """The dotted names of the fields that a resumed run may change."""
     names = []
     for field in dataclasses.fields(config):
         value, name = getattr(config, field.name), prefix + field.name

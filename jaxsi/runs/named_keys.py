@@ -8,7 +8,7 @@ import numpy as np
 
 
 def name_words(name: str | int) -> np.ndarray:
-    """The stable 64-bit hash of a name as two uint32 words; a number and its decimal text are two names."""
+    """The stable 64-bit hash of a name as two uint32 words; a number and its decimal text are different names."""
     text = f"s:{name}" if isinstance(name, str) else f"i:{operator.index(name)}"
     digest = hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest()
     return np.frombuffer(digest[:8], dtype=">u4").astype(np.uint32)

@@ -2,7 +2,7 @@
 
     DIR/config.json  summary.json  journal.jsonl  .lock
     DIR/iter_1/prompts.jsonl                   a finished stage
-    DIR/iter_1/candidates.shards/00000.jsonl   a stage on its way: at most the shard in flight is lost
+    DIR/iter_1/candidates.shards/00000.jsonl   an unfinished stage: a kill loses the current shard only
     DIR/iter_1/quality.json                    a stage whose result is one JSON value
 
 `scope.records(name, stage, *args)` is the result of the stage, read from its file if the file exists; so the text of a
@@ -35,14 +35,14 @@ Item = TypeVar("Item")
 
 
 class RunConfig(Protocol):
-    """What a frozen config needs to be that of a run: a seed, by which all keys of the run are named."""
+    """What a run needs of its frozen config: a seed, from which all its keys are derived."""
 
     @property
     def seed(self) -> int: ...
 
 
 class Sampler(Protocol):
-    """What a model shows of itself to those who check records: see `Scope.sharded`."""
+    """The identity of a model, to check records against: see `Scope.sharded`."""
 
     @property
     def fingerprint(self) -> str: ...
@@ -59,16 +59,16 @@ class StaleRecordsError(ValueError):
 
 
 class Run:
-    """A run directory that this process holds; `Run.open` makes one, `close` (or leaving a `with` block) lets it go."""
+    """A run directory held by this process, from `Run.open`; `close` (or leaving a `with` block) releases it."""
 
     def __init__(self, path: Path, config: RunConfig, lock: int | None):
         self.path, self.config = path, config
-        self._let_go = (lambda: None) if lock is None else weakref.finalize(self, os.close, lock)
-        self.inside = 0.0  # seconds of the stages that are done inside the one under way
+        self._release = (lambda: None) if lock is None else weakref.finalize(self, os.close, lock)
+        self.inside = 0.0  # seconds of the finished stages inside the current one
 
     @staticmethod
     def open(directory: Path | str, config: RunConfig, *, resume: bool = True) -> "Run":
-        """Makes the run directory, or takes up the run that is in it.
+        """Creates the run directory, or resumes the run in it.
 
         On resume only fields that their dataclass marks with `may_change` may differ, and `iterations` may be raised.
         With several hosts, call it after jax.distributed is initialised.
@@ -77,7 +77,7 @@ class Run:
           something that is not a run, or if it holds a run and ``resume`` is False.
         """
         path = Path(directory)
-        given = describe_config(config)
+        described = describe_config(config)
         if not _is_writer():  # process 0 checks and writes; if it fails, jax.distributed ends the others
             _barrier(f"open {path.name}")
             return Run(path, config, None)
@@ -89,23 +89,22 @@ class Run:
         with _disk(path):
             path.mkdir(parents=True, exist_ok=True)
             run = Run(path, config, _take_lock(path))
-            for leftover in path.rglob("*.tmp"):  # of a process that died: the lock says no other one lives
+            for leftover in path.rglob("*.tmp"):  # from a process that died: the lock shows that no other one lives
                 leftover.unlink()
             _end_torn_line(path / "journal.jsonl")
-            if stored is not None and stored.get("iterations") != given.get("iterations"):
-                run._write_summary(
-                    {"status": "running"}
-                )  # first: a kill here must not leave more iterations "complete"
-            if given != stored:
-                _write_json(path / "config.json", given)
+            if stored is not None and stored.get("iterations") != described.get("iterations"):
+                # First: after a kill here the added iterations must not count as complete.
+                run._write_summary({"status": "running"})
+            if described != stored:
+                _write_json(path / "config.json", described)
             if not (path / "summary.json").exists():
                 run._write_summary({"status": "running"})
         _barrier(f"open {path.name}")
         return run
 
     def close(self) -> None:
-        """Lets the directory go, for other processes to resume."""
-        self._let_go()
+        """Releases the directory, so that other processes can resume the run."""
+        self._release()
 
     def __enter__(self) -> Self:
         return self
@@ -152,7 +151,7 @@ class Run:
 
 
 class Scope:
-    """A folder of a run, e.g. iter_2: what is computed in it is computed once."""
+    """A folder of a run, e.g. iter_2. Each stage in it is computed once."""
 
     def __init__(self, run: Run, name: str):
         self.run, self.name, self.path = run, name, run.path / name
@@ -176,15 +175,15 @@ class Scope:
         of: type[Record],
         **keywords: Any,
     ) -> tuple[list[Record], Any]:
-        """What `stage(*args, **keywords)` returns: records, kept in <name>.jsonl, and a JSON value that counts what
-        became of its input, kept in <name>_counts.json. Both are read from there if both files exist."""
+        """`stage(*args, **keywords)`: records, stored in <name>.jsonl, and a JSON value with counts of what happened
+        to the input, stored in <name>_counts.json. If both files exist, they are read instead."""
         path, counts_path = self._file(name, ".jsonl"), self._file(f"{name}_counts", ".json")
         there, counts_there = _agreed([path.exists(), counts_path.exists()])
         if there and counts_there:
             return self._reused(name, _read_stage(path, of)), read_json(counts_path)
         with self._timed(name) as done:
-            made, value = stage(*args, **keywords)
-            records, counts = _checked_records(made, of, name), _plain(value, name)
+            output, value = stage(*args, **keywords)
+            records, counts = _checked_records(output, of, name), _plain(value, name)
             if there:  # records that later stages may have used already are never written again
                 records = _read_stage(path, of)
             else:
@@ -213,12 +212,11 @@ class Scope:
         """`list(stage(items, *args))` in shards of `shard_size` items, each on disk once it is done, then one
         <name>.jsonl.
 
-        The stage must give for a shard what it gives for the same items in one piece: keys named by id, not by
-        position.
+        A shard must give the records that its items give in one piece: name keys by id, not by position.
 
         Args:
-          by: the model that samples the records. Files outlive the model folder that they were made with, so all
-            records must have its fingerprint and its template.
+          by: the model that samples the records. All records must have its fingerprint and its template, since files
+            may outlive the model folder that they were made with.
 
         Raises: StaleRecordsError if a record was sampled by another model than `by`.
         """
@@ -237,10 +235,10 @@ class Scope:
         shard_size: int,
     ) -> list[Record]:
         if shard_size < 1:
-            raise RunError(f"stage {name!r}: shard_size is {shard_size}, the least is 1")
+            raise RunError(f"stage {name!r}: shard_size is {shard_size}; it must be at least 1")
         path, folder = self._file(name, ".jsonl"), self._file(name, ".shards")
         if _agreed([path.exists()])[0]:
-            self._write(folder, _remove, folder)  # a kill may have come between the merged file and this
+            self._write(folder, _remove, folder)  # a kill may have left it beside the merged file
             return self._reused(name, _read_stage(path, of))
         with self._timed(name) as done:
             cuts = range(0, len(items), shard_size)
@@ -253,13 +251,13 @@ class Scope:
                 for number, (cut, shard, is_finished) in enumerate(zip(cuts, shards, finished, strict=True)):
                     part = items[cut : cut + shard_size]
                     if is_finished:
-                        made = _read_stage(shard, of)
+                        part_records = _read_stage(shard, of)
                     else:
-                        made = _checked_records(stage(part, *args), of, name)
+                        part_records = _checked_records(stage(part, *args), of, name)
                         if number % count == index:
                             with _disk(shard):
-                                write_jsonl(shard, made)
-                    records += made
+                                write_jsonl(shard, part_records)
+                    records += part_records
                     advance(len(part), not is_finished)
                     if preemption.asked() and number + 1 < len(shards):
                         raise preemption.Stopped(f"{folder}: {number + 1} of {len(shards)} parts are kept")
@@ -288,7 +286,7 @@ class Scope:
         return fold(jax.random.key(self.run.config.seed, impl="threefry2x32"), self.name, *names)
 
     def seconds(self) -> dict[str, float]:
-        """{stage: seconds spent, less those of stages inside it}, over every time it was done in this scope."""
+        """{stage: seconds spent, without those of stages inside it}, summed over all times it ran in this scope."""
         total: dict[str, float] = {}
         for entry in read_journal(self.run.path):
             if entry["scope"] == self.name and entry["event"] == "done":
@@ -323,7 +321,7 @@ class Scope:
         return self.path / (_checked_name(name) + suffix)
 
     def _write(self, path: Path, write: Callable[..., None], *args: Any) -> None:
-        """Process 0 writes; nobody goes on before the file is there."""
+        """Process 0 writes; the others wait for the file."""
         if _is_writer():
             with _disk(path):
                 self.path.mkdir(exist_ok=True)
@@ -347,7 +345,7 @@ def stored_config(path: Path) -> dict[str, Any] | None:
 
 @contextlib.contextmanager
 def _disk(path: Path) -> Iterator[None]:
-    """What the disk refuses, in words."""
+    """Turns errors of the disk into RunErrors that say what to do."""
     try:
         yield
     except OSError as error:
@@ -386,11 +384,11 @@ def _read_stage(path: Path, of: type[Record]) -> list[Record]:
         ) from error.__cause__
 
 
-def _checked_records(made: Iterable[Record], of: type[Record], stage: str) -> list[Record]:
-    records = list(made)
+def _checked_records(output: Iterable[Record], of: type[Record], stage: str) -> list[Record]:
+    records = list(output)
     for record in records:
         if type(record) is not of:
-            raise RunError(f"stage {stage!r} gave a {type(record).__name__}, {of.__name__} is declared (of=…)")
+            raise RunError(f"stage {stage!r} returned a {type(record).__name__}, but of={of.__name__} is declared")
     return records
 
 
@@ -399,7 +397,7 @@ def _plain(value: Any, stage: str) -> Any:
     try:
         return json.loads(json.dumps(value, allow_nan=False))
     except (TypeError, ValueError) as error:
-        raise RunError(f"stage {stage!r} gave {value!r:.200}, which JSON cannot carry: {error}") from None
+        raise RunError(f"stage {stage!r} returned {value!r:.200}, which JSON cannot represent: {error}") from None
 
 
 def _check_sampled_by(model: Sampler, records: Sequence[Any], path: Path) -> None:
@@ -407,8 +405,8 @@ def _check_sampled_by(model: Sampler, records: Sequence[Any], path: Path) -> Non
         if (record.fingerprint, record.template) != (model.fingerprint, model.template_hash):
             raise StaleRecordsError(
                 f"{path}: record {record.id!r} was sampled by weights {record.fingerprint} with template "
-                f"{record.template}; this model has {model.fingerprint} and {model.template_hash}. Give the run back "
-                "its model, or start a new run directory"
+                f"{record.template}; this model has {model.fingerprint} and {model.template_hash}. Restore the "
+                "model, or start a new run directory"
             )
 
 
@@ -418,7 +416,7 @@ def _bytes_of(files: Sequence[Path]) -> Iterator[bytes]:
 
 
 def _plan_shards(folder: Path, plan: dict[str, int]) -> None:
-    """Shards cut otherwise are of no use: they go."""
+    """Deletes shards that were cut by another plan."""
     file = folder / "plan.json"
     if not (file.exists() and read_json(file) == plan):
         _remove(folder)
@@ -434,7 +432,9 @@ def _remove(folder: Path) -> None:
 
 def _checked_name(name: str) -> str:
     if not name or name.startswith(".") or not all(c.isalnum() or c in "_-.@" for c in name):
-        raise RunError(f"{name!r} names no file of a run: use letters, digits, _, -, . and @, and no leading dot")
+        raise RunError(
+            f"{name!r} is not a valid stage or folder name: use letters, digits, _, -, . and @; no leading dot"
+        )
     return name
 
 
@@ -454,7 +454,7 @@ def _end_torn_line(path: Path) -> None:
 def _take_lock(path: Path) -> int:
     descriptor = os.open(path / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the kernel lets go of it when the process dies
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the kernel releases it when the process dies
     except BlockingIOError:
         holder = os.read(descriptor, 200).decode(errors="replace") or "another process"
         os.close(descriptor)
@@ -490,7 +490,7 @@ def _barrier(name: str) -> None:
 
 
 def _agreed(flags: list[bool]) -> list[bool]:
-    """What process 0 sees: two processes that look at a folder at two moments must not part ways."""
+    """What process 0 sees: processes that look at a folder at different moments must still agree."""
     if processes()[1] == 1 or not flags:
         return flags
     from jax.experimental import multihost_utils

@@ -1,4 +1,4 @@
-"""What a run directory says of its run, to those who do not take it up."""
+"""The state of a run, read from its directory without opening it."""
 
 from pathlib import Path
 from typing import Any
@@ -13,11 +13,11 @@ def read_summary(directory: Path) -> dict[str, Any]:
 
 
 def status(directory: Path | str) -> dict[str, Any]:
-    """What is done in a run directory, without taking it up.
+    """The state of the run in a directory, without opening it.
 
     {"directory", "status", "live": a process holds it, "iterations": configured or None, "summary": summary.json,
     "stages": [{"scope", "stage", "state", "records", "seconds", "shards": "3/12" or None}]}, stages in the order in
-    which they first started, each "done", "running", "interrupted" or "deleted". Raises: RunError where there is no
+    which they first started, each "done", "running", "interrupted" or "deleted". Raises: RunError if there is no
     run.
     """
     path = Path(directory)

@@ -69,7 +69,7 @@ def files(folder: Path) -> dict[str, bytes]:
 # ---- stages ----------------------------------------------------------------------------------------------------------
 
 
-def test_a_stage_runs_once_and_is_then_read(tmp_path):
+def test_stage_runs_once_and_is_then_read(tmp_path):
     with Run.open(tmp_path / "run", Config()) as run:
         first = run.at("iter_1").records("prompts", prompts, "a", "b", of=Prompt)
         assert run.at("iter_1").value("quality", lambda: {"mean": 0.1, "ci95": (0.1, 0.30000000000000004)}) == {
@@ -79,13 +79,12 @@ def test_a_stage_runs_once_and_is_then_read(tmp_path):
     with Run.open(tmp_path / "run", Config()) as run:
         assert run.at("iter_1").records("prompts", refuse, of=Prompt) == first == prompts("a", "b")
         assert run.at("iter_1").value("quality", refuse) == {"mean": 0.1, "ci95": [0.1, 0.30000000000000004]}
-        assert run.at("iter_2").records("prompts", prompts, "c", of=Prompt) == prompts(
-            "c"
-        )  # another scope, another file
+        # another scope, another file
+        assert run.at("iter_2").records("prompts", prompts, "c", of=Prompt) == prompts("c")
     assert read_jsonl(tmp_path / "run" / "iter_1" / "prompts.jsonl", Prompt) == first
 
 
-def test_a_stage_that_fails_leaves_nothing_and_runs_again(tmp_path):
+def test_failed_stage_leaves_nothing_and_runs_again(tmp_path):
     def breaks():
         yield prompts("a")[0]
         raise ValueError("no")
@@ -138,7 +137,7 @@ def test_finished_shards_are_kept_when_a_later_one_fails(tmp_path):
         assert ran == ["a", "c", "e", "g"]
 
 
-def test_a_stage_that_is_told_to_stop_ends_after_the_shard_in_flight(tmp_path, monkeypatch):
+def test_stage_stops_after_the_current_shard_on_request(tmp_path, monkeypatch):
     items, ran = prompts(*"abcdefg"), []
 
     def stage(part):
@@ -158,7 +157,7 @@ def test_a_stage_that_is_told_to_stop_ends_after_the_shard_in_flight(tmp_path, m
 
 
 @pytest.mark.parametrize(("again", "size"), [("abcdefg", 3), ("abcdef", 2)])
-def test_shards_cut_otherwise_are_not_mixed_in(again, size, tmp_path):
+def test_shards_of_another_plan_are_not_mixed_in(again, size, tmp_path):
     def stops_after_one(part):
         if part[0].text != "a":
             raise RuntimeError
@@ -172,7 +171,7 @@ def test_shards_cut_otherwise_are_not_mixed_in(again, size, tmp_path):
         assert scope.sharded("loud", items, shout, of=Prompt, shard_size=size) == shout(items)
 
 
-def test_a_broken_stage_file_says_what_to_delete(tmp_path):
+def test_broken_stage_file_error_says_what_to_delete(tmp_path):
     with Run.open(tmp_path / "run", Config()) as run:
         scope = run.at("iter_1")
         scope.records("prompts", prompts, "a", "b", of=Prompt)
@@ -189,15 +188,15 @@ def test_a_broken_stage_file_says_what_to_delete(tmp_path):
             scope.value("quality", refuse)
 
 
-def test_a_stage_that_gives_something_else_is_refused_before_anything_is_written(tmp_path):
+def test_stage_with_a_wrong_result_is_refused_before_anything_is_written(tmp_path):
     with Run.open(tmp_path / "run", Config()) as run:
         scope = run.at("iter_1")
-        with pytest.raises(RunError, match="gave a str, Prompt is declared"):
+        with pytest.raises(RunError, match="returned a str, but of=Prompt is declared"):
             scope.records("prompts", lambda: ["a"], of=Prompt)
-        with pytest.raises(RunError, match="JSON cannot carry"):
+        with pytest.raises(RunError, match="JSON cannot represent"):
             scope.value("quality", lambda: float("nan"))
         for name in ("", "a/b", "..", ".hidden"):
-            with pytest.raises(RunError, match="names no file"):
+            with pytest.raises(RunError, match="is not a valid stage or folder name"):
                 scope.value(name, refuse)
         with pytest.raises(RunError, match="shard_size is 0"):
             scope.sharded("loud", [], shout, of=Prompt, shard_size=0)
@@ -221,19 +220,19 @@ def test_records_of_another_model_are_refused(tmp_path):
 
 
 def test_stage_that_counts_keeps_records_and_counts(tmp_path):
-    def counting(*texts, of_which):
-        return prompts(*texts), {"kept": len(texts), "of": of_which}
+    def counting(*texts, total):
+        return prompts(*texts), {"kept": len(texts), "of": total}
 
     with Run.open(tmp_path / "run", Config()) as run:
         it = run.at("iter_1")
-        first = it.counted("prompts", counting, "a", "b", of_which=3, of=Prompt)
+        first = it.counted("prompts", counting, "a", "b", total=3, of=Prompt)
         assert first == (prompts("a", "b"), {"kept": 2, "of": 3})
         assert json.loads((it.path / "prompts_counts.json").read_text()) == first[1]
         assert it.counted("prompts", refuse, of=Prompt) == first
         assert it.finished("prompts", of=Prompt) == first[0]
         # A kill between the two files: the counts are made again, the records, which others may have used, are not.
         (it.path / "prompts_counts.json").unlink()
-        assert it.counted("prompts", counting, "c", of_which=1, of=Prompt) == (first[0], {"kept": 1, "of": 1})
+        assert it.counted("prompts", counting, "c", total=1, of=Prompt) == (first[0], {"kept": 1, "of": 1})
         (it.path / "prompts.jsonl").unlink()
         with pytest.raises(RunError, match=r"prompts\.jsonl is gone, and later iterations need it"):
             it.finished("prompts", of=Prompt)
@@ -322,7 +321,7 @@ def test_kill_at_every_point_and_rerun_gives_the_same_bytes(tmp_path):
         assert all(json.loads(line)["event"] in ("start", "done", "reused") for line in journal)
 
 
-def test_what_a_dead_process_left_is_cleaned(tmp_path):
+def test_leftovers_of_a_dead_process_are_cleaned(tmp_path):
     with Run.open(tmp_path / "run", Config()) as run:
         run.at("iter_1").records("prompts", prompts, "a", of=Prompt)
     left = tmp_path / "run" / "iter_1" / ".candidates.jsonl.123.tmp"
@@ -347,7 +346,7 @@ DISK_FULL = PLAYERS + textwrap.dedent("""
 """)
 
 
-def test_a_full_disk_is_said_and_finished_work_is_kept(tmp_path):
+def test_full_disk_is_reported_and_finished_work_is_kept(tmp_path):
     done = subprocess.run(
         [sys.executable, "-c", DISK_FULL, str(tmp_path / "run")],
         cwd=REPO, check=True, capture_output=True, text=True,
@@ -360,7 +359,7 @@ def test_a_full_disk_is_said_and_finished_work_is_kept(tmp_path):
 # ---- opening ---------------------------------------------------------------------------------------------------------
 
 
-def test_another_config_is_refused_with_the_difference(tmp_path):
+def test_another_config_is_refused_with_the_differences(tmp_path):
     Run.open(tmp_path / "run", Config()).close()
     stored = (tmp_path / "run" / "config.json").read_bytes()
     other = Config(seed=1, iterations=1, lengths=(1, 3), model=Path("m"), dpo=Inner(beta=0.2, transform=prompts))
@@ -405,12 +404,12 @@ def test_another_method_is_another_config(tmp_path):
 
 
 @pytest.mark.parametrize("value", [lambda x: x, object(), Inner().__repr__, functools.partial(lambda x: x)])
-def test_a_config_value_without_a_lasting_name_is_refused(value):
+def test_config_value_without_a_lasting_name_is_refused(value):
     with pytest.raises(RunConfigError, match=r"config\.dpo\.transform is .*give a value, a function that"):
         describe_config(Config(dpo=Inner(transform=value)))
 
 
-def test_a_directory_in_use_and_one_that_is_no_run_are_refused(tmp_path):
+def test_directory_in_use_or_without_a_run_is_refused(tmp_path):
     run = Run.open(tmp_path / "run", Config())
     with pytest.raises(RunError, match=rf"in use by process {os.getpid()} on"):
         Run.open(tmp_path / "run", Config())
@@ -432,7 +431,7 @@ def test_a_directory_in_use_and_one_that_is_no_run_are_refused(tmp_path):
         Run.open(tmp_path / "run", Config())
 
 
-def test_the_lock_dies_with_its_process(tmp_path):
+def test_lock_dies_with_its_process(tmp_path):
     program = PLAYERS + "run = Run.open(sys.argv[1], Config()); os.kill(os.getpid(), signal.SIGKILL)"
     subprocess.run([sys.executable, "-c", program, str(tmp_path / "run")], cwd=REPO, check=False)
     assert (tmp_path / "run" / ".lock").exists()
@@ -480,7 +479,7 @@ def test_journal_seconds_and_status(tmp_path, monkeypatch):
         status(tmp_path / "nothing")
 
 
-def test_the_time_of_a_stage_inside_another_counts_once(tmp_path, monkeypatch):
+def test_time_of_a_nested_stage_counts_once(tmp_path, monkeypatch):
     now = [0.0]
     monkeypatch.setattr(run_module.time, "monotonic", lambda: now[0])
 
@@ -502,7 +501,7 @@ def test_the_time_of_a_stage_inside_another_counts_once(tmp_path, monkeypatch):
         assert scope.seconds() == {"inner": 4.0, "other": 2.0, "outer": 1.5, "after": 3.0}
 
 
-def test_a_value_that_is_a_list_is_not_taken_for_records(tmp_path):
+def test_list_value_is_not_taken_for_records(tmp_path):
     with Run.open(tmp_path / "run", Config()) as run:
         scope = run.at("iter_1")
         assert scope.value("logps", lambda: [1, 2]) == scope.value("logps", lambda: [3])
@@ -544,7 +543,7 @@ def test_names_spread(tmp_path):
     assert len(words) == 10_000
 
 
-def test_the_file_of_a_stage_may_be_given_by_the_user(tmp_path):
+def test_user_may_provide_the_file_of_a_stage(tmp_path):
     with Run.open(tmp_path / "run", Config()) as run:
         scope = run.at("iter_1")
         scope.path.mkdir()

@@ -12,6 +12,7 @@ import hashlib
 import inspect
 import os
 import re
+import sys
 import textwrap
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -106,29 +107,46 @@ def _name(value: Any, field: str) -> str:
         )
     if name.startswith(f"{_PACKAGE}."):
         raise RunConfigError(f"{field} is {name}, which has no stored id; write @stored_as(...) above its definition")
-    return f"{name}#{source_hash(value)}" if isinstance(value, FunctionType) else name
+    return f"{name}#{source_hash(value)}" if _has_code(value) else name
 
 
-def source_hash(function: FunctionType) -> str:
-    """16 hex digits: a hash of a function's source without comments and layout, of the functions of its module that
-    it calls, and of the plain module values that it reads. "" if the source is not available."""
+def _has_code(value: Any) -> bool:
+    """Whether it is a function, or a class whose instances are called like one."""
+    return isinstance(value, FunctionType) or (isinstance(value, type) and "__call__" in vars(value))
+
+
+def source_hash(code: Any) -> str:
+    """16 hex digits: a hash of the source of a function or a class without comments and layout, of the functions and
+    callable classes of its module that it uses, and of the plain module values that it reads. It is the same in every
+    version of Python. "" if the source is not available."""
     digest = hashlib.sha256()
-    todo, seen = [function], {function}
+    todo, seen = [code], {code}
+    namespace = code.__globals__ if isinstance(code, FunctionType) else vars(sys.modules[code.__module__])
     while todo:
-        current = todo.pop(0)
         try:
-            tree = ast.parse(textwrap.dedent(inspect.getsource(current)))
+            tree = ast.parse(textwrap.dedent(inspect.getsource(todo.pop(0))))
         except (OSError, TypeError, SyntaxError):  # typed at a prompt, or a module that is no longer on disk
             return ""
-        digest.update(ast.dump(tree).encode())
+        digest.update(repr(_syntax(tree)).encode())
         for name in sorted({node.id for node in ast.walk(tree) if isinstance(node, ast.Name)}):
-            value = current.__globals__.get(name)
-            if isinstance(value, FunctionType) and value.__module__ == function.__module__ and value not in seen:
+            value = namespace.get(name)
+            if _has_code(value) and value.__module__ == code.__module__ and value not in seen:
                 seen.add(value)
                 todo.append(value)
             elif isinstance(value, bool | int | float | str | bytes):
                 digest.update(f"{name}={value!r}".encode())
     return digest.hexdigest()[:16]
+
+
+def _syntax(node: Any) -> Any:
+    """A syntax tree as plain values. Versions of Python differ in its empty fields, and 3.12 ends some f-strings in an
+    empty text, so both are left out."""
+    if isinstance(node, ast.JoinedStr):
+        return "JoinedStr", [_syntax(part) for part in node.values if ast.dump(part) != "Constant(value='')"]
+    if isinstance(node, ast.AST):
+        fields = [(name, _syntax(value)) for name, value in ast.iter_fields(node) if value not in (None, [])]
+        return type(node).__name__, fields
+    return [_syntax(item) for item in node] if isinstance(node, list) else node
 
 
 def parts_of(cfg: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:

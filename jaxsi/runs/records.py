@@ -72,6 +72,21 @@ class Response:
     fingerprint: str
     template: str
 
+    @staticmethod
+    def of(id: str, prompt_id: str, sample: int, text: str) -> "Response":
+        """A text that was not sampled here. It has no token ids, so only readers of texts can use it."""
+        return Response(
+            id=id,
+            prompt_id=prompt_id,
+            sample=sample,
+            text=text,
+            token_ids=(),
+            logps=(),
+            finish_reason="stop",
+            fingerprint="",
+            template="",
+        )
+
 
 @dataclass(frozen=True, kw_only=True)
 class Judgment:
@@ -246,6 +261,11 @@ def write_atomically(path: Path | str, chunks: Iterable[bytes]) -> None:
         os.fsync(folder)
     finally:
         os.close(folder)
+
+
+def as_prompts(prompts: Iterable[Prompt | str]) -> list[Prompt]:
+    """Records, or texts, which become prompts with their index as id."""
+    return [p if isinstance(p, Prompt) else Prompt.of(str(i), p) for i, p in enumerate(prompts)]
 
 
 def read_prompts(path: Path | str, max_prompts: int | None = None) -> list[Prompt]:

@@ -18,7 +18,7 @@ from jaxsi.lm import LM
 from jaxsi.model.kv_cache import KVCache
 from jaxsi.runs.config_snapshot import stored_as
 from jaxsi.runs.named_keys import name_words
-from jaxsi.runs.records import Prompt, Response
+from jaxsi.runs.records import Prompt, Response, as_prompts
 from jaxsi.sampling import engine
 from jaxsi.sampling.token_sampling import MAX_MARKER, MAX_STOPS, Settings
 from jaxsi.text.chat import marker_ids, render_prompt
@@ -197,7 +197,7 @@ def generate(
       PromptTooLongError: if a prompt is too long; names the prompt.
     """
     _check_settings(temperature, top_p, top_k, max_new_tokens, num_samples)
-    records = [p if isinstance(p, Prompt) else Prompt.of(str(i), p) for i, p in enumerate(prompts)]
+    records = as_prompts(prompts)
     key = jax.random.key(seed) if key is None else key
     ids = [render_prompt(lm.tokenizer, p.messages) for p in records]
     for p, row in zip(records, ids, strict=True):

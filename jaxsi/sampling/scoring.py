@@ -12,7 +12,7 @@ from jax.sharding import Mesh
 from jaxsi.lm import LM, tokens_array
 from jaxsi.model import decoder, mesh as meshlib
 from jaxsi.model.decoder import ModelConfig, Weights
-from jaxsi.runs.records import Prompt, Response
+from jaxsi.runs.records import Prompt, Response, as_prompts
 from jaxsi.sampling.generate import bucket
 from jaxsi.text.chat import render_prompt, render_response
 
@@ -135,6 +135,6 @@ def score(lm: LM, prompts: Sequence[Prompt | str], responses: Sequence[Response 
 
     A ``Response`` is scored on its own token ids, a text on its tokens and the end of the turn.
     """
-    records = [p if isinstance(p, Prompt) else Prompt.of(str(i), p) for i, p in enumerate(prompts)]
+    records = as_prompts(prompts)
     ids = [list(r.token_ids) if isinstance(r, Response) else render_response(lm.tokenizer, r) for r in responses]
     return score_continuations(lm, [render_prompt(lm.tokenizer, p.messages) for p in records], ids)

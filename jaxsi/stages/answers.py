@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, TypeVar
 
 from jaxsi.lm import LM
-from jaxsi.runs.records import Prompt, Response
+from jaxsi.runs.records import Prompt, Response, as_prompts
 
 Record = TypeVar("Record")
 
@@ -41,25 +41,10 @@ def as_records(
 
     Raises: ValueError if some responses are texts, and there is not exactly one response for each prompt.
     """
-    records = [p if isinstance(p, Prompt) else Prompt.of(str(i), p) for i, p in enumerate(prompts)]
+    records = as_prompts(prompts)
     if any(isinstance(response, str) for response in responses) and len(responses) != len(records):
         raise ValueError(f"{len(responses)} responses to {len(records)} prompts; give one text for each prompt")
     return records, [
-        response if isinstance(response, Response) else written(f"{records[i].id}#0", records[i].id, 0, response)
+        response if isinstance(response, Response) else Response.of(f"{records[i].id}#0", records[i].id, 0, response)
         for i, response in enumerate(responses)
     ]
-
-
-def written(id: str, prompt_id: str, sample: int, text: str) -> Response:
-    """A text that was not sampled here, as a response. It has no token ids, so only readers of texts can use it."""
-    return Response(
-        id=id,
-        prompt_id=prompt_id,
-        sample=sample,
-        text=text,
-        token_ids=(),
-        logps=(),
-        finish_reason="stop",
-        fingerprint="",
-        template="",
-    )

@@ -123,20 +123,7 @@ def as_responses(ranked: Iterable[RankedResponses]) -> tuple[list[Prompt], list[
     prompts, responses = [], []
     for record in ranked:
         prompts.append(Prompt(id=record.id, messages=record.messages))
-        for i, text in enumerate(record.responses):
-            responses.append(
-                Response(
-                    id=f"{record.id}#{i}",
-                    prompt_id=record.id,
-                    sample=i,
-                    text=text,
-                    token_ids=(),
-                    logps=(),
-                    finish_reason="stop",
-                    fingerprint="",
-                    template="",
-                )
-            )
+        responses += [Response.of(f"{record.id}#{i}", record.id, i, text) for i, text in enumerate(record.responses)]
     return prompts, responses
 
 

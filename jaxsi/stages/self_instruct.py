@@ -20,7 +20,7 @@ import numpy as np
 from jaxsi.lm import LM
 from jaxsi.runs.config_snapshot import stored_as
 from jaxsi.runs.named_keys import fold
-from jaxsi.runs.records import Prompt, Response, read_prompts
+from jaxsi.runs.records import Prompt, Response, as_prompts, read_prompts
 from jaxsi.sampling import generate
 from jaxsi.stages.prompts import parse_new_prompt, render_few_shot
 from jaxsi.text import tensorflow_text
@@ -93,7 +93,7 @@ class PromptList:
     texts: tuple[str, ...]
 
     def __call__(self) -> list[Prompt]:
-        return [Prompt.of(str(i), text) for i, text in enumerate(self.texts)]
+        return as_prompts(self.texts)
 
 
 def prompt_source(source: Any) -> Any:

@@ -5,6 +5,7 @@ import functools
 import gzip
 import importlib
 import json
+import linecache
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -99,7 +100,6 @@ def written(folder: Path, **changes: str) -> Any:
     parts = {"weight": "1.0", "change": "", "comment": "", "value": "judge"} | changes
     (folder / "mine.py").write_text(FILE.format(**parts))
     importlib.invalidate_caches()
-    import linecache
 
     linecache.clearcache()
     return load_config(folder / "mine.py")
@@ -112,6 +112,47 @@ def test_changed_function_of_the_user_is_noticed(tmp_path: Path) -> None:
     for changes in ({"weight": "2.0"}, {"change": " + 1"}, {"value": "other"}):
         with pytest.raises(RunConfigError, match=r"judging: 'jaxsi_config_mine\.judge#"):
             check_config(tmp_path, stored, Config(judging=written(tmp_path, **changes)))
+
+
+JUDGE = """
+import dataclasses
+
+def helper(text):
+    return len(text){change}
+
+@dataclasses.dataclass(frozen=True)
+class Judge:
+    scale: float = 1.0
+    def __call__(self, prompt, response):
+        return self.scale * helper(response)
+
+def config():
+    return Judge()
+"""
+
+
+def test_changed_callable_class_of_the_user_is_noticed(tmp_path: Path) -> None:
+    def judge(change: str) -> Any:
+        (tmp_path / "judge.py").write_text(JUDGE.format(change=change))
+        linecache.clearcache()
+        return load_config(tmp_path / "judge.py")
+
+    stored = describe_config(Config(judging=judge("")))
+    assert stored["judging"]["__type__"].startswith("jaxsi_config_judge.Judge#")
+    check_config(tmp_path, stored, Config(judging=judge("  # a comment")))
+    with pytest.raises(RunConfigError, match=r"judging\.__type__: 'jaxsi_config_judge\.Judge#"):
+        check_config(tmp_path, stored, Config(judging=judge(" + 1")))
+    stored["judging"]["__type__"] = "jaxsi_config_judge.Judge"  # of a version that stored no hash
+    check_config(tmp_path, stored, Config(judging=judge("")))
+
+
+def described(value: list | None = None, *, scale: float = 2.0) -> str:
+    """Syntax that versions of Python keep in trees of their own: f-strings, empty lists, type comments."""
+    return f"{scale:>{4}} {value!r} {'nested'}" + "".join(x for x in "ab" if x)
+
+
+def test_source_hash_does_not_depend_on_the_version_of_python() -> None:
+    assert config_snapshot.source_hash(described) == "a1d9e06f22324a78"
 
 
 def test_run_stored_without_a_hash_resumes(tmp_path: Path) -> None:

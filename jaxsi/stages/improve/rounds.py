@@ -26,7 +26,7 @@ import numpy as np
 from jaxsi.lm import LM
 from jaxsi.runs import metrics
 from jaxsi.runs.named_keys import fold
-from jaxsi.runs.records import Improvement, Outcome, Prompt, Response
+from jaxsi.runs.records import Improvement, Outcome, Prompt, Response, as_prompts
 from jaxsi.sampling.generate import SamplingConfig, generate
 from jaxsi.text.chat import render_prompt
 
@@ -98,7 +98,7 @@ def improve(
 
     Raises: ValueError: if two prompts have the same id or rounds is below 0.
     """
-    records = [p if isinstance(p, Prompt) else Prompt.of(str(i), p) for i, p in enumerate(prompts)]
+    records = as_prompts(prompts)
     if rounds < 0 or len({prompt.id for prompt in records}) < len(records):
         raise ValueError(f"rounds is {rounds} (at least 0), or two of the {len(records)} prompts have the same id")
     key = jax.random.key(seed)

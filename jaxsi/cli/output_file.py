@@ -1,8 +1,6 @@
 """An output file that is computed in parts: a command that was killed goes on after its last complete part."""
 
 import dataclasses
-import hashlib
-import json
 import shutil
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -40,10 +38,9 @@ def check_out(out: Path) -> None:
 
 def digest(records: Sequence[Any], noun: str) -> str:
     """A short text that changes when a record does: "3 prompts, 0123456789abcdef"."""
-    from jaxsi.runs.records import to_json
+    from jaxsi.runs.records import digest as digest_of
 
-    rows = json.dumps([to_json(record) for record in records])
-    return f"{len(records)} {noun}, {hashlib.sha256(rows.encode()).hexdigest()[:16]}"
+    return f"{len(records)} {noun}, {digest_of(records)}"
 
 
 def write_in_parts(

@@ -1,14 +1,12 @@
 """SFT and DPO by themselves, on texts: one training as a run of its own, which resumes like any other."""
 
 import dataclasses
-import hashlib
-import json
 from collections.abc import Sequence
 from pathlib import Path
 
 from jaxsi.lm import LM
 from jaxsi.runs.config_snapshot import stored_as
-from jaxsi.runs.records import PreferencePair, Prompt, SFTExample, to_json
+from jaxsi.runs.records import PreferencePair, Prompt, SFTExample, digest
 from jaxsi.runs.run import Run
 from jaxsi.text.chat import written_response
 from jaxsi.training import train
@@ -41,7 +39,7 @@ def sft(
     Raises: RunConfigError if ``run_dir`` holds another training; TrainingError as ``training.train.sft``.
     """
     records = [e if isinstance(e, SFTExample) else _example(str(i), *e) for i, e in enumerate(examples)]
-    described = Training(model=lm.fingerprint, data=_digest(records), training=config, seed=seed)
+    described = Training(model=lm.fingerprint, data=digest(records), training=config, seed=seed)
     with Run.open(run_dir, described) as run:
         model = train.sft(lm, records, config, run.at("iter_1"))
         run.update_summary({"status": "complete"})
@@ -61,7 +59,7 @@ def dpo(
     ``sft``. ``reference`` is ``lm`` by default."""
     records = [pair if isinstance(pair, PreferencePair) else _pair(lm, str(i), *pair) for i, pair in enumerate(pairs)]
     models = lm.fingerprint if reference is None else f"{lm.fingerprint} reference {reference.fingerprint}"
-    described = Training(model=models, data=_digest(records), training=config, seed=seed)
+    described = Training(model=models, data=digest(records), training=config, seed=seed)
     with Run.open(run_dir, described) as run:
         model = train.dpo(lm, records, config, run.at("iter_1"), reference=reference)
         run.update_summary({"status": "complete"})
@@ -81,8 +79,3 @@ def _pair(lm: LM, id: str, prompt: str, chosen: str, rejected: str) -> Preferenc
         id=id, messages=Prompt.of(id, prompt).messages, chosen=sides[0], rejected=sides[1], chosen_score=1.0,
         rejected_score=0.0,
     )  # fmt: skip
-
-
-def _digest(records: Sequence[SFTExample | PreferencePair]) -> str:
-    lines = [json.dumps(to_json(record), ensure_ascii=False, sort_keys=True) for record in records]
-    return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:16]

@@ -15,7 +15,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from jaxsi.hf import export as hf_export, weights as hf
+from jaxsi.hf.config import config_json, read_config
+from jaxsi.hf.export import write_folder
+from jaxsi.hf.weights import load_weights
 from jaxsi.model import decoder, mesh as meshlib
 from jaxsi.model.decoder import ModelConfig, Weights
 from jaxsi.runs import checkpoint
@@ -26,11 +28,11 @@ _log = logging.getLogger(__name__)
 
 
 class LoadError(InputError, ValueError):
-    """A MODEL argument that names nothing loadable."""
+    """A MODEL argument that is not a model folder, a hub name, a checkpoint or a run."""
 
 
 class HubError(LoadError):
-    """A hub name that the hub did not give: the name may be wrong, or the network away for a while."""
+    """A hub name that could not be downloaded: the name may be wrong, or the network may be down for a while."""
 
     transient = True
 
@@ -51,7 +53,7 @@ class LM:
     identity: str | None = None
 
     def replace(self, weights: Weights) -> "LM":
-        """The same model with other weights, and so without its identity."""
+        """The same model with other weights. Its identity is dropped."""
         return dataclasses.replace(self, weights=weights, identity=None)
 
     def logits(self, token_ids: Any) -> jax.Array:
@@ -63,8 +65,8 @@ class LM:
 
     @property
     def sampling_weights(self) -> Weights:
-        """Weights cast to ``dtype``, unstacked and laid out by the sampling rules. They are kept for the model that
-        sampled last, for one model at a time."""
+        """Weights cast to ``dtype``, unstacked and laid out by the sampling rules. Only those of the model
+        that sampled last are kept."""
         global _sampling
         if _sampling is None or _sampling[0]() is not self:
             _sampling = None  # first: the weights of two models may not fit
@@ -97,8 +99,8 @@ def _forget_sampling_weights(model: weakref.ref[LM]) -> None:
 
 
 def make_room() -> None:
-    """Frees the memory of what was loaded or laid out for sampling alone; training calls it before it begins. What is
-    needed again is made again."""
+    """Frees the sampling weights and the borrowed model; training calls it before it begins. Both are made again when
+    they are needed."""
     global _sampling
     _sampling = None
     borrowed.cache_clear()
@@ -106,7 +108,7 @@ def make_room() -> None:
 
 @functools.lru_cache(maxsize=1)
 def borrowed(model: str, dtype: Any, mesh: Mesh | None = None) -> LM:
-    """MODEL for sampling alone, such as a critic or a generator of prompts. One at a time stays, until `make_room`."""
+    """MODEL for sampling alone, such as a critic or a generator of prompts. One model is kept, until `make_room`."""
     return load(model, mesh, dtype)
 
 
@@ -129,14 +131,13 @@ def sampling_layout(config: ModelConfig, mesh: Mesh) -> Weights:
     return decoder.weight_shardings(config, mesh, rules) | {"layers": [one_layer] * config.num_layers}
 
 
-@functools.lru_cache(
-    maxsize=8
-)  # jit knows programs by the function's identity: a new closure a model would compile again
+# Cached: jit knows programs by the function's identity, so new closures for each model would compile again.
+@functools.lru_cache(maxsize=8)
 def sampling_movers(
     config: ModelConfig, mesh: Mesh, dtype: Any
 ) -> tuple[Callable[..., Weights], Callable[..., Weights]]:
-    """The programs that make sampling weights of the canonical ones: of what is outside the layers, and of one layer
-    (stacked layers, its number)."""
+    """Two programs that make sampling weights: one moves what is outside the layers, the other moves one layer (given
+    all stacked layers and its number)."""
     layout = sampling_layout(config, mesh)
     top = {name: sharding for name, sharding in layout.items() if name != "layers"}
 
@@ -183,19 +184,19 @@ def load(path: str | Path, mesh: Mesh | None = None, dtype: Any = "bfloat16", *,
       float32.
 
     Raises:
-      LoadError: the path names nothing loadable. hf.HFError, checkpoint.CheckpointError: it does, and it is broken.
+      LoadError: the path is not a model. HFError, CheckpointError: it is one, and it is broken or not supported.
     """
     folder = resolve(path)
     mesh = mesh or meshlib.make_mesh()
     weights_dtype = jnp.dtype(weights_dtype or dtype)
-    config = hf.read_config(folder)
+    config = read_config(folder)
     identity = None
     if (folder / "weights").is_dir():
         identity = checkpoint.read_meta(folder / "weights")["fingerprint"]
         abstract = decoder.abstract_weights(config, mesh, weights_dtype)
         weights = checkpoint.restore(folder / "weights", abstract, cast=True)
     else:
-        weights = hf.load_weights(folder, config, mesh, dtype=weights_dtype)
+        weights = load_weights(folder, config, mesh, dtype=weights_dtype)
     return LM(
         config=config, weights=weights, tokenizer=load_tokenizer(folder), mesh=mesh, dtype=jnp.dtype(dtype),
         identity=identity,
@@ -207,7 +208,7 @@ def save_checkpoint(lm: LM, folder: Path, meta: dict[str, Any]) -> None:
     and they appear complete or not at all."""
     folder.mkdir(parents=True, exist_ok=True)
     if jax.process_index() == 0:
-        (folder / "config.json").write_text(json.dumps(hf.config_json(lm.config, dtype="float32"), indent=2))
+        (folder / "config.json").write_text(json.dumps(config_json(lm.config, dtype="float32"), indent=2))
         (folder / "generation_config.json").write_text(json.dumps(_generation_config(lm.tokenizer), indent=2))
         lm.tokenizer.save(folder)
     checkpoint.save(folder / "weights", lm.weights, meta | {"fingerprint": lm.fingerprint})
@@ -224,11 +225,11 @@ def export(
             extras(target)
 
     generation = _generation_config(lm.tokenizer)
-    hf_export.export(Path(folder), lm.config, lm.weights, dtype=dtype, generation=generation, extras=write_rest)
+    write_folder(Path(folder), lm.config, lm.weights, dtype=dtype, generation=generation, extras=write_rest)
 
 
 def _generation_config(tokenizer: Tokenizer) -> dict[str, Any]:
-    """All the ids that end a response, of which a tokenizer's own files may know but one."""
+    """All the ids that end a response; a tokenizer's own files may name only one of them."""
     return {
         "bos_token_id": tokenizer.bos_id,
         "eos_token_id": list(tokenizer.stop_ids),
@@ -240,7 +241,7 @@ def resolve(path: str | Path) -> Path:
     """The folder that MODEL names; hub names are looked up in the local cache or downloaded at a pinned revision."""
     text = str(path)
     folder = Path(text)
-    if _is_run(folder):  # before "@": a folder's own name may hold one
+    if _is_run(folder):  # before "@", which a folder's own name may contain
         return _iteration(folder, None)
     if (folder / "config.json").is_file():
         return folder
@@ -290,7 +291,7 @@ def _from_hub(name: str) -> Path:
         folder = Path(huggingface_hub.snapshot_download(repository, revision=revision or None, allow_patterns=patterns))
     except Exception as error:  # the hub client raises a dozen types; to the user all of them mean this
         raise HubError(
-            f"{name}: no such folder, and the hub did not give it ({type(error).__name__}: {error})"
+            f"{name}: no such folder, and it could not be downloaded from the hub ({type(error).__name__}: {error})"
         ) from error
     if not revision:
         _log.warning("%s is at revision %s now; name it with @%s to get the same again", name, *[folder.name] * 2)

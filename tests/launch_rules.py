@@ -405,7 +405,7 @@ EXTRAS = {"tpu": '".[tpu,endpoint]"', "cuda": '".[cuda13,endpoint]"', "cpu": '".
 def dockerfile(name: str, text: str) -> list[str]:
     lines = re.sub(r"\\\n", " ", re.sub(r"(?m)^#.*$", "", text)).splitlines()
     steps = [tuple(line.split(None, 1)) for line in lines if line.strip()]
-    found = [f"{step[0]} is no instruction of these files" for step in steps if step[0] not in INSTRUCTIONS]
+    found = [f"{step[0]} is not an instruction that these files use" for step in steps if step[0] not in INSTRUCTIONS]
     if found or any(len(step) != 2 for step in steps):
         return found or ["an instruction without arguments"]
     if steps[:2] != [("ARG", "BASE"), ("FROM", "${BASE}")] or len([step for step in steps if step[0] == "FROM"]) != 1:
@@ -437,7 +437,7 @@ def unit(text: str) -> list[str]:
             continue
         key, equals, value = line.partition("=")
         if not equals or key not in UNIT.get(section, ()):
-            found.append(f"{key} is no key of [{section}]")
+            found.append(f"{key} is not a key of [{section}]")
         given[key] = value
     if given.get("Restart") != "on-failure" or given.get("RestartPreventExitStatus") != "2":
         found.append("Restart=on-failure with RestartPreventExitStatus=2: not after wrong usage")

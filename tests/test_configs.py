@@ -77,7 +77,7 @@ def configs_of(path: Path) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=name_of)
-def test_it_loads_and_can_be_stored(path):
+def test_config_loads_and_can_be_stored(path):
     again = configs_of(path)
     for name, cfg in configs_of(path).items():
         described = describe_config(cfg)
@@ -88,7 +88,7 @@ def test_it_loads_and_can_be_stored(path):
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=name_of)
-def test_the_docstring_says_command_hardware_and_expectation(path):
+def test_docstring_says_command_hardware_and_expected_time(path):
     text = path.read_text(encoding="utf-8")
     relative = path.relative_to(ROOT).as_posix()
     command = f"jaxsi run {relative}"
@@ -113,13 +113,13 @@ def leaves(value: Any, prefix: str = "") -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("name", ARMS)
-def test_an_arm_differs_in_its_signal_alone(name):
+def test_arm_differs_only_in_its_signal(name):
     path = ROOT / "configs" / f"{name}.py"
     toy, arm = load_config(path.with_name("toy.py")), load_config(path)
     assert differences(toy, arm) == ARMS[name]
 
 
-def test_every_arm_is_known_and_on_the_bench():
+def test_every_arm_is_in_the_bench():
     arms = {name_of(path) for path in CONFIGS if path.stem.startswith("toy_") and path not in ABLATIONS}
     assert arms == set(ARMS)
     benched = {f"{method}/{Path(file).stem}" for method, files in bench.ARMS.items() for file in files.values()}
@@ -151,7 +151,7 @@ def flags(path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyP
 
 
 @pytest.mark.parametrize("method", sorted({path.parent.name for path in CONFIGS}))
-def test_the_flags_are_those_on_record(method, capsys, monkeypatch):
+def test_flags_are_the_recorded_ones(method, capsys, monkeypatch):
     found = set()
     for path in CONFIGS:
         if path.parent.name == method and path not in ABLATIONS:
@@ -163,7 +163,7 @@ def test_the_flags_are_those_on_record(method, capsys, monkeypatch):
     assert text == golden.read_text(encoding="utf-8"), "flags changed; JAXSI_UPDATE_GOLDEN=1 records them"
 
 
-def test_a_file_that_is_no_config_is_refused(tmp_path):
+def test_file_without_a_config_is_refused(tmp_path):
     (tmp_path / "empty.py").write_text("x = 1\n")
     with pytest.raises(ConfigFileError, match=r"empty\.py has no function config"):
         load_config(tmp_path / "empty.py")
@@ -214,7 +214,7 @@ def shaped(cfg: Any, config: ModelConfig, mesh: AbstractMesh) -> Iterator[tuple[
 
 
 @pytest.mark.parametrize("path", REAL, ids=name_of)
-def test_its_batches_lengths_and_heads_fit(path):
+def test_batches_lengths_and_heads_fit_the_mesh(path):
     cfg = load_config(path)
     mesh, architecture = abstract_mesh(path, cfg), published(cfg.model)
     decoder.weight_shardings(architecture, mesh)  # heads and all else that the mesh cuts
@@ -247,7 +247,7 @@ def lowered(part: TrainConfig | RLConfig, loss: Any, architecture: ModelConfig, 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("path", REAL, ids=name_of)
-def test_it_lowers_for_its_own_mesh(path):
+def test_config_lowers_for_its_mesh(path):
     """The training steps at the real widths, two layers deep: a scan is one program, whatever its length. Programs of
     one mesh that differ in sizes alone are lowered once: that the mesh divides them is tested above."""
     cfg = load_config(path)

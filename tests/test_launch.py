@@ -37,7 +37,7 @@ def text_of(name):
 
 
 @pytest.mark.parametrize("name", FILES)
-def test_every_file_is_taken_by_a_strict_reader(name):
+def test_strict_reader_accepts_every_file(name):
     assert rules.problems(name, text_of(name)) == []
 
 
@@ -48,7 +48,7 @@ def test_every_script_starts_the_same_command(name):
     assert rest == rules.RUN
 
 
-def test_no_other_script_starts_anything_and_no_registry_is_named():
+def test_no_other_script_starts_jobs_and_no_registry_is_named():
     assert [name for name in FILES if name.endswith((".sh", ".sbatch")) and rules.entry(text_of(name))] == STARTS
     assert '"$IMAGE" run "$CONFIG" --distributed --run-dir "$RUN_DIR"' in text_of("gpu_host/run_container.sh")
     for name in FILES:
@@ -175,13 +175,13 @@ MISTAKES = [
 
 
 @pytest.mark.parametrize(("name", "right", "wrong"), MISTAKES)
-def test_a_planted_mistake_is_found(name, right, wrong):
+def test_planted_mistake_is_found(name, right, wrong):
     text = text_of(name)
     assert right in text
     assert rules.problems(name, text.replace(right, wrong, 1)) != []
 
 
-def test_the_variables_of_a_file_are_told():
+def test_every_variable_of_a_file_is_documented():
     readme = text_of("README.md")
     for section in re.split(r"(?m)^## ", readme)[1:]:
         named = re.findall(r"`launch/([\w./-]+)`", section)
@@ -202,7 +202,7 @@ def readme_blocks():
     return re.findall(r"```bash\n(.*?)```", text_of("README.md"), re.DOTALL)
 
 
-def test_the_commands_of_the_readme_have_the_options_that_they_use():
+def test_readme_commands_have_the_options_they_need():
     seen = [command for block in readme_blocks() for command in rules.commands(block)]
     assert {"docker", "sky", "sbatch"} <= {command[0] for command in seen}
     assert [problem for command in seen for problem in rules.options(command)] == []
@@ -257,7 +257,7 @@ def readme_launches():
                 yield env["CONFIG"], [], task["num_nodes"] * chips
 
 
-def test_the_readme_gives_every_config_the_chips_of_its_mesh():
+def test_readme_gives_every_config_the_chips_of_its_mesh():
     found = list(readme_launches())
     assert [chips for _, _, chips in found] == [64, 64, 64, 8, 8, 32, 32, 1, 1, 64, 8]
     for path, options, chips in found:
@@ -268,7 +268,7 @@ def test_the_readme_gives_every_config_the_chips_of_its_mesh():
                 part.check(mesh)
 
 
-def test_the_quotas_of_the_readme_take_its_runs():
+def test_quotas_in_the_readme_admit_its_runs():
     quotas = dict(re.findall(r"\b(TPU_QUOTA|GPU_QUOTA)=(\d+)", text_of("README.md")))
     hosts = re.findall(r"HOSTS=(\d+) (CHIPS|GPUS)_PER_HOST=(\d+)", text_of("README.md"))
     assert [kind for _, kind, _ in hosts] == ["CHIPS", "GPUS"]
@@ -276,13 +276,13 @@ def test_the_quotas_of_the_readme_take_its_runs():
         assert int(count) * int(of_host) <= int(quotas["TPU_QUOTA" if kind == "CHIPS" else "GPU_QUOTA"])
 
 
-def test_the_user_of_the_image_may_write_into_the_bucket():
+def test_image_user_may_write_to_the_bucket():
     user = re.search(r"(?m)^USER (\d+)$", text_of("containers/Dockerfile.tpu"))[1]
     for name in ("gke/jobset-tpu.yaml", "gke/jobset-gpu.yaml", "xpk/storage.sh"):
         assert f"uid={user},gid={user}" in text_of(name)
 
 
-def test_a_service_of_a_user_lasts_when_he_has_left():
+def test_user_service_outlives_the_login():
     (block,) = [block for block in readme_blocks() if "systemctl --user" in block]
     assert block.index('loginctl enable-linger "$USER"') < block.index("systemctl --user enable")
 
@@ -340,7 +340,7 @@ def bash(name, *arguments, env):
 
 
 @pytest.mark.parametrize("name", ["jobset-tpu.yaml", "jobset-gpu.yaml", "kueue.yaml"])
-def test_a_file_is_filled_in_and_given_to_the_cluster(name, tools):
+def test_file_is_filled_in_and_submitted(name, tools):
     tool(tools, "kubectl", '#!/usr/bin/env bash\necho "# $*"\ncat\n')
     tool(tools, "envsubst", ENVSUBST)
     done = bash("gke/apply.sh", LAUNCH / "gke" / name, env=environment(tools, **rules.VALUES))
@@ -354,7 +354,7 @@ def test_a_file_is_filled_in_and_given_to_the_cluster(name, tools):
     assert f"{variable} is not set; launch/README.md says what it is" in failed.stderr
 
 
-def test_a_tpu_vm_is_made_and_told_what_to_run(tools, tmp_path):
+def test_tpu_vm_is_created_with_its_command(tools, tmp_path):
     log = tmp_path / "log"
     tool(tools, "gcloud", GCLOUD)
     given = {"NAME": "a-1", "PROJECT": "p", "ZONE": "z", "ACCELERATOR": "v6e-16", "RUNTIME": "r", "BUCKET": "b",
@@ -374,7 +374,7 @@ def test_a_tpu_vm_is_made_and_told_what_to_run(tools, tmp_path):
         assert name in bash("tpu_vm/create.sh", env=environment(tools, **without)).stderr
 
 
-def test_a_tpu_vm_that_cannot_be_asked_for_is_not_taken_to_be_there(tools, tmp_path):
+def test_failed_query_does_not_count_as_an_existing_tpu_vm(tools, tmp_path):
     tool(tools, "gcloud", GCLOUD)
     given = {"NAME": "a-1", "PROJECT": "p", "ZONE": "z", "ACCELERATOR": "v6e-16", "RUNTIME": "r", "BUCKET": "b",
              "CONFIG": "c.py", "ASK_SECONDS": "0.01"}  # fmt: skip
@@ -387,7 +387,7 @@ def test_a_tpu_vm_that_cannot_be_asked_for_is_not_taken_to_be_there(tools, tmp_p
     assert "the request is UNKNOWN after WAIT_SECONDS = 0; delete.sh takes it back" in done.stderr
 
 
-def test_the_tokens_of_a_run_are_handed_on_where_there_are_any(tools, tmp_path):
+def test_tokens_are_passed_to_the_run_if_they_are_set(tools, tmp_path):
     log, tokens = tmp_path / "log", tmp_path / "tokens.env"
     for name in ("gcloud", "xpk", "docker"):
         tool(tools, name, GCLOUD)
@@ -419,7 +419,7 @@ def test_the_tokens_of_a_run_are_handed_on_where_there_are_any(tools, tmp_path):
         ("ACTIVE", "active\nfailed", [], 1),
     ],
 )
-def test_a_tpu_vm_is_watched(state, service, again, code, tools, tmp_path):
+def test_watcher_recreates_a_preempted_tpu_vm(state, service, again, code, tools, tmp_path):
     log = tmp_path / "log"
     tool(tools, "gcloud", GCLOUD)
     given = {"NAME": "a", "PROJECT": "p", "ZONE": "z", "ACCELERATOR": "v6e-16", "RUNTIME": "r", "BUCKET": "b",
@@ -433,7 +433,7 @@ def test_a_tpu_vm_is_watched(state, service, again, code, tools, tmp_path):
     assert [name for name, word in seen.items() if word in asked] == again
 
 
-def test_a_tpu_vm_that_cannot_be_asked_for_once_is_kept(tools, tmp_path):
+def test_tpu_vm_survives_one_failed_query(tools, tmp_path):
     log = tmp_path / "log"
     tool(tools, "gcloud", GCLOUD)
     given = {"NAME": "a", "PROJECT": "p", "ZONE": "z", "ACCELERATOR": "v6e-16", "RUNTIME": "r", "BUCKET": "b",
@@ -493,7 +493,7 @@ SCRIPTS = ["single_node.sbatch", "multi_node.sbatch", "multi_node_container.sbat
 
 @pytest.mark.parametrize("name", SCRIPTS)
 @pytest.mark.parametrize(("code", "again"), [(0, False), (1, False), (2, False), (75, True), (134, False)])
-def test_a_job_comes_back_where_that_is_worth_it(name, code, again, tools, tmp_path):
+def test_job_is_requeued_only_for_exit_codes_worth_it(name, code, again, tools, tmp_path):
     for folder in (tools, tools / "bin"):
         folder.mkdir(exist_ok=True)
         tool(folder, "jaxsi", f'#!/usr/bin/env bash\necho "$SLURM_PROCID $*" >>{tmp_path}/asked\nexit {code}\n')
@@ -507,7 +507,7 @@ def test_a_job_comes_back_where_that_is_worth_it(name, code, again, tools, tmp_p
 
 @pytest.mark.parametrize("name", SCRIPTS)
 @pytest.mark.parametrize(("code", "again"), [(75, True), (134, True), (0, False), (2, False)])
-def test_a_job_has_its_tasks_save_before_its_time_is_over(name, code, again, tools, tmp_path):
+def test_job_signals_its_tasks_to_save_before_the_time_limit(name, code, again, tools, tmp_path):
     (tools / "bin").mkdir()
     saves = (
         f'trap "sleep 0.3; touch {tmp_path}/saved.$SLURM_PROCID; exit {code}" TERM\ntouch {tmp_path}/up.$SLURM_PROCID\n'
@@ -564,7 +564,7 @@ def free_job_id():
 
 
 @pytest.mark.slow
-def test_a_job_of_slurm_is_one_run(tools, tmp_path):
+def test_slurm_job_is_one_run(tools, tmp_path):
     directory = tmp_path / "run"
     (tools / "bin").mkdir()
     tool(tools / "bin", "jaxsi", f'#!/usr/bin/env bash\nexec {sys.executable} -m jaxsi "$@"\n')
@@ -596,7 +596,7 @@ def pods(name, count):
 
 
 @pytest.mark.slow
-def test_the_pods_of_a_jobset_are_one_run(tmp_path):
+def test_pods_of_a_jobset_are_one_run(tmp_path):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -616,7 +616,7 @@ def test_the_pods_of_a_jobset_are_one_run(tmp_path):
     one_complete_run(tmp_path / rules.VALUES["NAME"], outs)
 
 
-def test_the_pods_of_a_tpu_slice_are_told_by_gke_alone(monkeypatch):
+def test_only_gke_configures_the_pods_of_a_tpu_slice(monkeypatch):
     from jax._src.clusters import GkeTpuCluster
 
     names = [f"run-1-workers-0-{index}.run-1" for index in range(4)]

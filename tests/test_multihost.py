@@ -42,7 +42,7 @@ def two(tmp_path_factory):
 
 @pair_of_processes
 @pytest.mark.slow
-def test_two_processes_sample_judge_score_and_write_prompts_as_one(two, tmp_path):
+def test_two_processes_write_the_records_of_one(two, tmp_path):
     one = two_processes.sampled(tmp_path)
     assert len(one["records"]) == 12 + 12 and len(one["prompts"]) == 6
     for process in two[0]:

@@ -130,7 +130,7 @@ def test_method_holds_what_the_paper_does_and_nothing_else(path):
         ("safetensors", {"jaxsi/hf/weights.py", "jaxsi/hf/export.py"}),
     ],
 )
-def test_a_library_has_one_home(library, homes):
+def test_library_is_imported_only_in_its_home(library, homes):
     users = set()
     for path in MODULES:
         for node in ast.walk(parsed(path)):
@@ -142,7 +142,7 @@ def test_a_library_has_one_home(library, homes):
 
 
 @pytest.mark.parametrize("path", MODULES, ids=str)
-def test_budgets(path):
+def test_length_budgets(path):
     lines = len((ROOT / path).read_text(encoding="utf-8").splitlines())
     limit = METHOD_LINES if path.parts[1] == "methods" else MODULE_LINES
     assert lines < limit, f"{path} has {lines} lines, the budget is {limit}"
@@ -168,12 +168,12 @@ def test_tests_of_a_group_stay_together(request):
     assert request.node.nodeid.endswith("@together")
 
 
-def test_a_module_has_a_noun_for_a_name():
+def test_module_names_are_nouns():
     for path in MODULES:
         assert not {"utils", "common", "misc", "helpers"} & {path.stem, *path.parts}, path
 
 
-def test_every_module_of_a_name_has_a_docstring_and_no_leftovers():
+def test_every_module_has_a_docstring_and_no_leftovers():
     for path in MODULES:
         assert ast.get_docstring(parsed(path)), f"{path} does not say what it is"
         text = (ROOT / path).read_text(encoding="utf-8")
@@ -196,7 +196,7 @@ def child(code: str) -> dict:
     return json.loads(done.stdout.splitlines()[-1])
 
 
-# Time of the processor, not of the clock: other processes of the machine are no concern of this test.
+# CPU time, not wall time: other processes of the machine do not change it.
 TIMED = """
 import json, sys, time, contextlib, io
 muted = contextlib.redirect_stdout(io.StringIO())
@@ -225,18 +225,18 @@ print(json.dumps({{"seconds": time.process_time() - start, "heavy": sorted(heavy
     ],
     ids=["import", "--help", "generate --help", "run --help", "status"],
 )
-def test_starting_is_cheap(statement, limit):
+def test_start_imports_no_heavy_library(statement, limit):
     result = child(TIMED.format(statement=statement))
     assert result["heavy"] == []
     assert result["seconds"] < limit
 
 
-def test_tensorflow_comes_only_where_it_is_used():
+def test_tensorflow_is_imported_only_when_used():
     result = child(TIMED.format(statement="import jaxsi\njaxsi.load, jaxsi.generate, jaxsi.score"))
     assert not {"tensorflow", "torch", "datasets"} & set(result["heavy"])
 
 
-def test_the_wheel_holds_what_is_not_python(tmp_path):
+def test_wheel_contains_data_files(tmp_path):
     pytest.importorskip("hatchling", reason="pip install 'jaxsi[test]'")
     build = [sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", str(tmp_path)]
     subprocess.run(build, cwd=ROOT, check=True, capture_output=True)
@@ -255,7 +255,7 @@ def test_the_wheel_holds_what_is_not_python(tmp_path):
     assert sum((ROOT / name).stat().st_size for name in seed) <= 8 * 2**20
 
 
-def test_what_is_imported_is_declared():
+def test_imported_packages_are_declared():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     declared = {re.split(r"[^A-Za-z0-9_-]", text)[0].lower().replace("-", "_") for text in project["dependencies"]}
     declared |= {"orbax", "tensorflow", "google"}  # of orbax-checkpoint, tensorflow-text and protobuf
@@ -333,7 +333,7 @@ PAGES = ["README.md", "launch/README.md", *sorted(str(p.relative_to(ROOT)) for p
 
 
 @pytest.mark.parametrize("page", PAGES)
-def test_links_between_pages_lead_somewhere(page):
+def test_links_between_pages_work(page):
     text = re.sub(r"^```.*?^```$", "", (ROOT / page).read_text(encoding="utf-8"), flags=re.DOTALL | re.MULTILINE)
     for target, anchor in LINK.findall(text):
         if target.startswith("https://"):

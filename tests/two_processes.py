@@ -103,7 +103,7 @@ def exported(folder: Path) -> dict[str, Any]:
             return Slices(self.file.get_slice(name))
 
     with mock.patch.object(export, "save_file", save_and_note):
-        export.export(folder / "model", lm.config, lm.weights, dtype="float32", max_shard_bytes=50_000)
+        export.write_folder(folder / "model", lm.config, lm.weights, dtype="float32", max_shard_bytes=50_000)
     with mock.patch.object(weights, "_open", lambda stack, file: File(open_file(stack, file))):
         loaded = jax.tree.leaves(weights.load_weights(folder / "model", lm.config, lm.mesh))
     same = all(bool((a == b).all()) for a, b in zip(loaded, jax.tree.leaves(lm.weights), strict=True))

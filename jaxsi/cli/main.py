@@ -72,7 +72,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             return USAGE
         if (name := _command(argv)) is None:
             return _unknown(argv)
-        with preemption.noticed():
+        with preemption.listening():
             return _run_command(name, argv[len(name.split()) :], joining, as_json)
     except SystemExit as stop:  # from the parser: 0 after --help, 2 for a wrong command line
         code = stop.code if isinstance(stop.code, int) else USAGE

@@ -93,7 +93,7 @@ def plan(argv: list[str]) -> Report:
 def architecture(name: str) -> Any:
     """The architecture in a folder's config.json, or that of a published model."""
     from jaxsi import lm
-    from jaxsi.hf.weights import read_config
+    from jaxsi.hf.config import read_config
     from jaxsi.perf.architectures import published
 
     return read_config(lm.resolve(name)) if Path(name).exists() else published(name)

@@ -1,4 +1,4 @@
-"""``jaxsi run``: a config file with what the command line changes in it, into a run directory."""
+"""``jaxsi run``: runs a config file, with the fields that the command line changes, in a run directory."""
 
 import argparse
 import dataclasses
@@ -17,10 +17,10 @@ Examples:
   jaxsi run configs/self_rewarding/toy.py --dpo.learning-rate 5e-7 --run-dir runs/slow
   jaxsi run configs/self_rewarding/qwen3_0p6b_1gpu.py --model FOLDER --prompts prompts.jsonl --max-prompts 64
 
-CONFIG.py is a Python file with a function config(). Beside its own fields (of a nested one the first and the last name
-are enough if they say which is meant):
+CONFIG.py is a Python file with a function config(). Each field of the config is an option. For a nested field the first
+and the last name are enough if only one field fits: --dpo.learning-rate. Further options:
   --prompts FILE      prompts from this file (JSONL with "prompt" or "messages") in place of the config's
-  --max-prompts N     of that file, the first N
+  --max-prompts N     only the first N prompts of that file
   --run-dir DIR       where the run lives; runs/<name of the config> by default
 
 {EVERY_COMMAND}"""
@@ -42,7 +42,7 @@ def run(argv: list[str]) -> Report:
 
 
 def run_config(cfg: Any, directory: Path) -> Report:
-    """Runs ``cfg`` in ``directory``, unless that is done already, and reports its summary."""
+    """Runs ``cfg`` in ``directory``, unless the run is complete already, and reports its summary."""
     from jaxsi.methods.start import finish
     from jaxsi.runs.status import read_summary
 
@@ -55,9 +55,9 @@ def run_config(cfg: Any, directory: Path) -> Report:
 
 
 def configure(path: Path, overrides: list[str], prompts: str | None = None, max_prompts: int | None = None) -> Any:
-    """The config of a file with the fields that the command line changes.
+    """The config of a file, with the fields that the command line changes.
 
-    Raises: UsageError: if the file is not a config, or does not take a value. SystemExit: for wrong flags.
+    Raises: UsageError if the file is not a config, or if the config refuses a value. SystemExit for wrong flags.
     """
     import tyro
 
@@ -79,7 +79,7 @@ def configure(path: Path, overrides: list[str], prompts: str | None = None, max_
 
 
 def field_flags(cfg: Any, prefix: str = "--") -> list[str]:
-    """The flag of each field of a config that is not a config itself: --sft.optim.learning-rate, ..."""
+    """The flags of a config's fields, down to those that are not configs: --sft.optim.learning-rate, ..."""
     flags = []
     for field in dataclasses.fields(cfg):
         value, flag = getattr(cfg, field.name), prefix + field.name.replace("_", "-")
@@ -88,25 +88,25 @@ def field_flags(cfg: Any, prefix: str = "--") -> list[str]:
 
 
 def _full_flag(word: str, flags: list[str]) -> str:
-    """`--dpo.learning-rate` -> `--dpo.train.optim.learning-rate`, if it stands for one field only."""
-    given, equals, value = word.partition("=")
-    parts = given.split(".")
-    if not given.startswith("--") or given in flags or len(parts) < 2:
+    """`--dpo.learning-rate` -> `--dpo.train.optim.learning-rate`, if only one field fits."""
+    short, equals, value = word.partition("=")
+    parts = short.split(".")
+    if not short.startswith("--") or short in flags or len(parts) < 2:
         return word
-    meant = [flag for flag in flags if flag.split(".")[0] == parts[0] and flag.split(".")[-1] == parts[-1]]
-    meant = [flag for flag in meant if _is_subsequence(parts, flag.split("."))]
-    if len(meant) > 1:
-        raise UsageError(f"{given} may mean {' or '.join(meant)}; write one of these")
-    return meant[0] + equals + value if meant else word
+    fitting = [flag for flag in flags if flag.split(".")[0] == parts[0] and flag.split(".")[-1] == parts[-1]]
+    fitting = [flag for flag in fitting if _is_subsequence(parts, flag.split("."))]
+    if len(fitting) > 1:
+        raise UsageError(f"{short} fits several fields; write one of {', '.join(fitting)}")
+    return fitting[0] + equals + value if fitting else word
 
 
-def _is_subsequence(parts: list[str], of: list[str]) -> bool:
-    rest = iter(of)
+def _is_subsequence(parts: list[str], whole: list[str]) -> bool:
+    rest = iter(whole)
     return all(part in rest for part in parts)
 
 
 def _split(argv: list[str]) -> tuple[Path | None, argparse.Namespace, list[str]]:
-    """(config, the options of the command itself, the rest: fields of the config)."""
+    """(path of the config, the command's own options, the other words: fields of the config)."""
     place = next((i for i, word in enumerate(argv) if word.endswith(".py")), None)
     if argv and not argv[0].startswith("-"):
         place = 0
@@ -135,5 +135,5 @@ def _with_prompts(cfg: Any, prompts: str | None, max_prompts: int | None) -> Any
     if max_prompts is None:
         return cfg
     if not isinstance(cfg.prompts, PromptFile):
-        raise UsageError("--max-prompts cuts a file, and this config makes its prompts: give --prompts FILE as well")
+        raise UsageError("--max-prompts needs a file of prompts, and this config has none: give --prompts FILE as well")
     return dataclasses.replace(cfg, prompts=dataclasses.replace(cfg.prompts, max_prompts=max_prompts))

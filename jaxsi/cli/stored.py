@@ -1,4 +1,4 @@
-"""The config that a run directory holds, and the devices, for commands that go on from one of its models."""
+"""The config and the mesh of the run that a command's MODEL is from."""
 
 import dataclasses
 import json
@@ -10,8 +10,8 @@ Value = TypeVar("Value")
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Mesh:
-    """The devices: data x fsdp x tensor, -1 for all that are left; by default the mesh of MODEL's run, else all devices
-    on fsdp. Where any is given, the others are 1."""
+    """The devices: data x fsdp x tensor, -1 for all that are left. By default the mesh of MODEL's run, or else all devices
+    on fsdp. If one is given, the others are 1."""
 
     data: int | None = None
     fsdp: int | None = None
@@ -19,7 +19,7 @@ class Mesh:
 
 
 def stored_config(model: str) -> dict[str, Any] | None:
-    """The config.json of the run that MODEL (RUN_DIR or RUN_DIR@t) names; None if it names none."""
+    """The config.json of the run of MODEL = RUN_DIR or RUN_DIR@t; None if MODEL is not a run."""
     folder = Path(model)
     for run in (folder, Path(model.rpartition("@")[0] or model)):
         if (run / "journal.jsonl").is_file() and (run / "config.json").is_file():
@@ -34,7 +34,7 @@ def stored_value(cls: type[Value], value: dict[str, Any]) -> Value:
 
 
 def mesh_for(model: str, given: Mesh) -> Any:
-    """The mesh that the command line asks for, else that of the run MODEL is in, else all devices on fsdp."""
+    """The mesh given on the command line, or else that of MODEL's run, or else all devices on fsdp."""
     from jaxsi.model.mesh import MeshConfig, make_mesh
 
     sizes = {name: size for name, size in dataclasses.asdict(given).items() if size is not None}

@@ -21,7 +21,7 @@ from jaxsi.model.decoder import ModelConfig, Parameter, Weights, parameters
 MAX_SHARD_BYTES = 5 * 10**9
 
 
-def export(
+def write_folder(
     folder: Path,
     config: ModelConfig,
     weights: Weights,

@@ -16,11 +16,9 @@ import numpy as np
 import safetensors
 from jax.sharding import Mesh
 
-from jaxsi.hf.config import HFError, config_json, read_config, read_json
+from jaxsi.hf.config import HFError, read_json
 from jaxsi.model import mesh as meshlib
 from jaxsi.model.decoder import ModelConfig, Parameter, Weights, parameters, weight_shardings
-
-__all__ = ["HFError", "config_json", "load_weights", "read_config"]
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 DTYPES = {"F32": np.dtype(np.float32), "F16": np.dtype(np.float16), "BF16": np.dtype(jnp.bfloat16)}

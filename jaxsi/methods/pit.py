@@ -10,7 +10,7 @@
        round 0    maximise  r_gap(x, y, y_ref) - kl KL(M_PIT || M_PIT^SFT)          y_ref in {y_l, y_w} of D_RL
        round 1    the same from round 0's model,                                    y_ref ~ M_P^RL(. | x)
 
-Read in secondary sources: the paper's text was not to be had whole. From them: the five terms, the two rounds and
+Read in secondary sources: the paper's full text was not available. From them: the five terms, the two rounds and
 their references, the KL to the SFT model, the split in three. Ours: the layout of (x, y_ref), the reward models' start
 from the SFT models, the learner, the zero point (the reward is r_gap(x, y, y_ref) - r_gap(x, y_ref, y_ref): the loss
 leaves a constant per x open), ``mix``, and all hyper-parameters.
@@ -85,13 +85,13 @@ def pit(cfg: Config, run: Run) -> LM:
 
     model, t = improver, 0
     sides = {pair.id: pair for pair in parts[2]}
-    given = [(x, sides[x.id].rejected) for x in prompts] + [(x, sides[x.id].chosen) for x in prompts]
+    labelled = [(x, sides[x.id].rejected) for x in prompts] + [(x, sides[x.id].chosen) for x in prompts]
     for round, steps in enumerate(cfg.rounds):  # C
         if steps == 0:
             continue
         t += 1
         it = run.at(f"iter_{t}")
-        references = given if round == 0 else [*from_policy(cfg, policy, prompts, it), *mixed_in(cfg, given, it)]
+        references = labelled if round == 0 else [*from_policy(cfg, policy, prompts, it), *mixed_in(cfg, labelled, it)]
         reward = GapReward(gap_reward, references, cfg.request, cfg.rewarding, cfg.rl)
         config = dataclasses.replace(cfg.rl, steps=steps)
         model = cfg.learner(model, improver, reward.prompts, reward, config, it, monitor=reward.monitor)
@@ -102,29 +102,33 @@ def pit(cfg: Config, run: Run) -> LM:
 
 
 def before_the_curriculum(
-    cfg: Config, run: Run, of_sft: Sequence[Preference], of_rm: Sequence[Preference], of_rl: Sequence[Preference]
+    cfg: Config,
+    run: Run,
+    sft_pairs: Sequence[Preference],
+    reward_pairs: Sequence[Preference],
+    rl_pairs: Sequence[Preference],
 ) -> tuple[LM, LM, LM, list[Prompt]]:
     """A, B and the policy's part of C: M_P^RL, M_PIT^SFT, r_gap, and the prompts of D_RL."""
-    policy, improver, policy_reward, gap_reward = supervised_and_reward_models(cfg, run, of_sft, of_rm)
+    policy, improver, policy_reward, gap_reward = supervised_and_reward_models(cfg, run, sft_pairs, reward_pairs)
     longest = max(cfg.policy_rl.max_new_tokens, cfg.sampling.max_new_tokens)
-    prompts = with_room(policy, [Prompt(id=pair.id, messages=pair.messages) for pair in of_rl], longest)
-    run.at("iter_0").value("too_long", int, len(of_rl) - len(prompts))
+    prompts = with_room(policy, [Prompt(id=pair.id, messages=pair.messages) for pair in rl_pairs], longest)
+    run.at("iter_0").value("too_long", int, len(rl_pairs) - len(prompts))
     reward = RewardOf(policy_reward, cfg.policy_rl.rows_at_once)
     policy = cfg.learner(policy, policy, prompts, reward, cfg.policy_rl, run.at("policy_rl"))  # M_P^RL
     return policy, improver, gap_reward, prompts
 
 
 def supervised_and_reward_models(
-    cfg: Config, run: Run, of_sft: Sequence[Preference], of_rm: Sequence[Preference]
+    cfg: Config, run: Run, sft_pairs: Sequence[Preference], reward_pairs: Sequence[Preference]
 ) -> tuple[LM, LM, LM, LM]:
     """A and B. They are a function of their own because M_0 takes memory for as long as it runs, and no longer."""
     base = begin(cfg, run)
-    policy = sft(base, demonstrations(of_sft), cfg.sft, run.at("policy"))  # M_P^SFT
-    improver = sft(base, improvements(of_sft, cfg.request), cfg.sft, run.at("iter_0"))  # M_PIT^SFT
+    policy = sft(base, demonstrations(sft_pairs), cfg.sft, run.at("policy"))  # M_P^SFT
+    improver = sft(base, improvements(sft_pairs, cfg.request), cfg.sft, run.at("iter_0"))  # M_PIT^SFT
 
-    reward_groups = [reward_group(base.tokenizer, pair) for pair in of_rm]
+    reward_groups = [reward_group(base.tokenizer, pair) for pair in reward_pairs]
     policy_reward = train_reward(policy, reward_groups, BRADLEY_TERRY, cfg.reward, run.at("policy_reward"))  # r_P
-    gap_groups = [gap_group(base.tokenizer, pair, cfg.request) for pair in of_rm]
+    gap_groups = [gap_group(base.tokenizer, pair, cfg.request) for pair in reward_pairs]
     gap_reward = train_reward(improver, gap_groups, GAP, cfg.reward, run.at("gap_reward"))  # r_gap
     summarise(cfg, run, "base", base, None, gap_reward)
     return policy, improver, policy_reward, gap_reward
@@ -160,11 +164,11 @@ def from_policy(cfg: Config, policy: LM, prompts: Sequence[Prompt], it: Scope) -
     return [(prompt, by_prompt[prompt.id]) for prompt in prompts]
 
 
-def mixed_in(cfg: Config, given: Sequence[tuple[Prompt, str]], it: Scope) -> list[tuple[Prompt, str]]:
+def mixed_in(cfg: Config, labelled: Sequence[tuple[Prompt, str]], it: Scope) -> list[tuple[Prompt, str]]:
     """As many of round 0's references as are the share ``mix`` of all references of round 1."""
-    count = round(len(given) / 2 * cfg.mix / (1 - cfg.mix))
-    chosen = np.random.default_rng(seed_of(it, "mix")).permutation(len(given))[:count]
-    return [given[i] for i in chosen]
+    count = round(len(labelled) / 2 * cfg.mix / (1 - cfg.mix))
+    chosen = np.random.default_rng(seed_of(it, "mix")).permutation(len(labelled))[:count]
+    return [labelled[i] for i in chosen]
 
 
 def summarise(

@@ -4,18 +4,19 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from jaxsi import lm as lmlib
-from jaxsi.hf import weights
+from jaxsi.hf.config import read_config
+from jaxsi.lm import resolve
+from jaxsi.methods.seft import Config as SEFT
 from jaxsi.methods.self_rewarding import Config as SelfRewarding
 from jaxsi.model import decoder, mesh as meshlib
 from jaxsi.runs.config_snapshot import parts_of
 from jaxsi.runs.errors import InputError
-from jaxsi.runs.records import Prompt, RecordError, read_jsonl, read_prompts
+from jaxsi.runs.records import Prompt, RecordError, read_jsonl
 from jaxsi.sampling.generate import SamplingConfig
 from jaxsi.stages.critique import CritiqueConfig
 from jaxsi.stages.judge import JudgeConfig
 from jaxsi.stages.reviser import ReviseConfig
-from jaxsi.stages.self_instruct import PromptFile, SelfInstruct
+from jaxsi.stages.self_instruct import PromptFile, PromptList, SelfInstruct, read_source
 from jaxsi.text.chat import render_prompt
 from jaxsi.text.tokenizer import Tokenizer, load_tokenizer
 from jaxsi.training.rl import RLConfig
@@ -32,8 +33,8 @@ def check(cfg: Any, directory: Path) -> None:
 
     ``cfg`` is the Config of any method: its parts are known by their types.
     """
-    folder = lmlib.resolve(cfg.model)
-    config = weights.read_config(folder)
+    folder = resolve(cfg.model)
+    config = read_config(folder)
     mesh = meshlib.make_mesh(cfg.mesh)
     decoder.weight_shardings(config, mesh)
     parts = dict(parts_of(cfg))
@@ -49,7 +50,7 @@ def check(cfg: Any, directory: Path) -> None:
                         "lower it"
                     )
             case SelfInstruct():
-                writer = config if part.generator is None else weights.read_config(lmlib.resolve(part.generator))
+                writer = config if part.generator is None else read_config(resolve(part.generator))
                 _check_room(name, part.max_new_tokens, writer.max_positions)
             case SamplingConfig() | JudgeConfig() | CritiqueConfig() | ReviseConfig():
                 _check_room(name, part.max_new_tokens, config.max_positions)
@@ -57,19 +58,23 @@ def check(cfg: Any, directory: Path) -> None:
         limit = config.max_positions - cfg.sampling.max_new_tokens
         why = f"{config.max_positions} positions less sampling.max_new_tokens"
         check_lengths("early_stop.prompts", cfg.early_stop.prompts(), load_tokenizer(folder), limit, why)
-    file = parts.get("prompts")
-    if isinstance(file, PromptFile):
-        prompts = read_prompts(file.path, file.max_prompts)
-        if isinstance(cfg, SelfRewarding):
-            _check_supply(cfg, directory, prompts)
+    source = parts.get("prompts")
+    if isinstance(source, PromptFile | PromptList):
+        prompts, place = read_source(source), source.path if isinstance(source, PromptFile) else "prompts"
+        repeat = isinstance(source, PromptFile) and source.repeat
+        if isinstance(cfg, SelfRewarding | SEFT) and not repeat:
+            _check_supply(
+                place, prompts, directory, range(2 if isinstance(cfg, SelfRewarding) else 1, cfg.iterations + 1)
+            )
+        limit, why = config.max_positions - 1, f"the model has {config.max_positions} positions"
+        if isinstance(sampling := parts.get("sampling"), SamplingConfig):
+            limit = config.max_positions - sampling.max_new_tokens
+            why += f", of which sampling.max_new_tokens takes {sampling.max_new_tokens}"
         rows = {f"{name}.max_length": p.max_length for name, p in parts.items() if isinstance(p, TrainConfig)}
-        shortest = min(rows, key=rows.__getitem__)
-        limit = min(config.max_positions - cfg.sampling.max_new_tokens, rows[shortest] - 1)
-        why = (
-            f"the model has {config.max_positions} positions, of which sampling.max_new_tokens takes "
-            f"{cfg.sampling.max_new_tokens}, and {shortest} is {rows[shortest]}"
-        )
-        check_lengths(file.path, prompts, load_tokenizer(folder), limit, why)
+        if rows:
+            shortest = min(rows, key=rows.__getitem__)
+            limit, why = min(limit, rows[shortest] - 1), f"{why}, and {shortest} is {rows[shortest]}"
+        check_lengths(place, prompts, load_tokenizer(folder), limit, why)
 
 
 def _check_rows(name: str, part: TrainConfig | RLConfig, devices: int) -> None:
@@ -90,16 +95,16 @@ def _check_room(name: str, max_new_tokens: int, max_positions: int) -> None:
         )
 
 
-def _check_supply(cfg: Any, directory: Path, prompts: Sequence[Prompt]) -> None:
+def _check_supply(place: str, prompts: Sequence[Prompt], directory: Path, iterations: range) -> None:
     """Every iteration that has no prompts yet needs one that no other has had."""
-    files = [directory / f"iter_{t}" / "prompts.jsonl" for t in range(2, cfg.iterations + 1)]
+    files = [directory / f"iter_{t}" / "prompts.jsonl" for t in iterations]
     done = [file for file in files if file.exists()]
     used = {prompt.id for file in done for prompt in read_jsonl(file, Prompt)}
     left = sum(prompt.id not in used for prompt in prompts)
     rounds = len(files) - len(done)
-    if left < rounds and not cfg.prompts.repeat:
+    if left < rounds:
         reason = f"{left} prompts for {rounds} iterations of new prompts" + (f" ({len(used)} are used)" if used else "")
-        raise RecordError(cfg.prompts.path, None, f"{reason}; give more, lower iterations, or set prompts.repeat")
+        raise RecordError(place, None, f"{reason}; give more, lower iterations, or set repeat of a PromptFile")
 
 
 def check_lengths(path: Path | str, prompts: Sequence[Prompt], tokenizer: Tokenizer, limit: int, why: str) -> None:

@@ -2,12 +2,12 @@
 
     D_r = (x, y_l, y_h)  ranked responses;  P_R a reviser;  l in {MAJOR, MINOR, NO}
     A  warm-up reviser    minimise  -log P_R(y_h | x, y_l)
-    B  p = exp(-(1/|y_h|) log P_R(y_h | x, y_l))      l = MAJOR where p > tau, else MINOR; NO where y is the best of x
+    B  p = exp(-(1/|y_h|) log P_R(y_h | x, y_l))      l = MAJOR if p > tau, else MINOR; NO if y is the best of x
        adaptive reviser   minimise  -log P_R(l | x, y) - log P_R(y_t | x, y, l)     y_t = y_h; under NO, y itself
     C  for t = 1 .. T:
            y ~ pi_{t-1}(. | x)                                  x: fresh unlabelled prompts
            internal:  target = the y of N with the greatest P_R(NO | x, y)
-           external:  l, y+ = R(x, y);  target = y where l is NO, else y+
+           external:  l, y+ = R(x, y);  target = y if l is NO, else y+
            pi_t = SFT(pi_{t-1}, (x, target))
        until the share of NO among pi_t's responses to held-out prompts no longer rises
 

@@ -1,4 +1,4 @@
-"""SRT: self-refinement tuning (Hu et al. 2024, arXiv 2406.07168): a critic's language feedback, then one's own.
+"""SRT: self-refinement tuning (Hu et al. 2024, arXiv 2406.07168): a critic's feedback in words, then the model's.
 
     Stage 1, from a stronger critic                                          x_i of the first prompts
         y_i       ~ M_base(. | x_i)
@@ -87,21 +87,21 @@ def srt(cfg: Config, run: Run) -> LM:
     base = begin(cfg, run)  # M_base
     summarise(cfg, run, "base", base)
     prompts = run.at("iter_0").records("prompts", read_source, cfg.prompts, of=Prompt)
-    learnt, own = prompts[: cfg.critic_prompts], prompts[cfg.critic_prompts :]
+    first, others = prompts[: cfg.critic_prompts], prompts[cfg.critic_prompts :]
 
     it = run.at("iter_0")
-    drafts = it.sharded("drafts", learnt, sample, base, cfg.sampling, it.key("drafts"), of=Response, by=base)  # y
-    shown = [draft for draft in drafts if draft.finish_reason == "stop" and draft.text.strip()]
+    drafts = it.sharded("drafts", first, sample, base, cfg.sampling, it.key("drafts"), of=Response, by=base)  # y
+    finished = [draft for draft in drafts if draft.finish_reason == "stop" and draft.text.strip()]
     critiques = it.sharded(
-        "critiques", shown, read_drafts, cfg.critic, learnt, cfg.template, it.key("critiques"), of=Critique
+        "critiques", finished, read_drafts, cfg.critic, first, cfg.template, it.key("critiques"), of=Critique
     )  # f, r
     complete = [critique for critique in critiques if is_complete(critique)]
     refined = improved_responses(base.tokenizer, complete, cfg.template, marked=False)
     checks = it.sharded(
-        "checks", refined, read_drafts, cfg.critic, learnt, cfg.template, it.key("checks"), of=Critique
+        "checks", refined, read_drafts, cfg.critic, first, cfg.template, it.key("checks"), of=Critique
     )  # score(r)
     examples, counts = it.counted(
-        "examples", learnable, cfg, prompts=learnt, drafts=drafts, critiques=critiques, checks=checks, of=SFTExample
+        "examples", learnable, cfg, prompts=first, drafts=drafts, critiques=critiques, checks=checks, of=SFTExample
     )
     model = sft(base, examples, cfg.sft, it)  # M_self
     summarise(cfg, run, 0, model, examples=counts)
@@ -110,19 +110,19 @@ def srt(cfg: Config, run: Run) -> LM:
 
     it = run.at("iter_1")
     drafts = it.sharded(
-        "drafts", own, sample, model, cfg.sampling, it.key("drafts"), cfg.template.feedback, of=Response, by=model
+        "drafts", others, sample, model, cfg.sampling, it.key("drafts"), cfg.template.feedback, of=Response, by=model
     )  # y'
     critic = OwnCritic(lm=model, config=cfg.critique)
     critiques = it.sharded(
-        "critiques", drafts, read_drafts, critic, own, cfg.template, it.key("critiques"), of=Critique
+        "critiques", drafts, read_drafts, critic, others, cfg.template, it.key("critiques"), of=Critique
     )  # f', r'
     refined = improved_responses(model.tokenizer, critiques, cfg.template, marked=True)
     critic = dataclasses.replace(critic, score_only=True)
     checks = it.sharded(
-        "checks", refined, read_drafts, critic, own, cfg.template, it.key("checks"), of=Critique
+        "checks", refined, read_drafts, critic, others, cfg.template, it.key("checks"), of=Critique
     )  # score(r')
     pairs, counts = it.counted(
-        "pairs", better_refinements, cfg, prompts=own, drafts=drafts, critiques=critiques, refined=refined,
+        "pairs", better_refinements, cfg, prompts=others, drafts=drafts, critiques=critiques, refined=refined,
         checks=checks, of=PreferencePair,
     )  # fmt: skip
     if cfg.direction is not None:

@@ -1,5 +1,5 @@
-"""SIGTERM, by which schedulers announce that a machine will go away. Long work asks for it between its steps and stops
-once everything is saved; other work stops at once. Only the command line listens for it: importing does not.
+"""SIGTERM, by which schedulers announce that a machine will go away. Long work asks between its steps whether to stop,
+saves everything and stops; other work stops at once. Only the command line listens: importing this module does not.
 """
 
 import contextlib
@@ -16,21 +16,21 @@ class Stopped(BaseException):
 
 
 class _Notice:
-    """Whether SIGTERM has come, and how many pieces of work will ask for it."""
+    """Whether SIGTERM has come, and how many pieces of work now stop themselves."""
 
     came = False
-    asking = 0
+    stopping_themselves = 0
     polls = itertools.count()
 
 
 @contextlib.contextmanager
-def noticed() -> Iterator[None]:
-    """Listens for SIGTERM. Outside of ``polled`` it raises ``Stopped``; inside, ``asked`` becomes true. A second
+def listening() -> Iterator[None]:
+    """Listens for SIGTERM. It raises ``Stopped``, but inside ``stops_itself`` only ``requested`` becomes true. A second
     SIGTERM always raises. With several processes JAX itself listens, from the moment they have joined."""
 
     def on_signal(number: int, frame: Any) -> None:
         before, _Notice.came = _Notice.came, True
-        if before or not _Notice.asking:
+        if before or not _Notice.stopping_themselves:
             raise Stopped("what is finished is kept")
 
     previous = signal.signal(signal.SIGTERM, on_signal)
@@ -42,23 +42,25 @@ def noticed() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def polled() -> Iterator[None]:
-    """Marks work that calls ``asked`` between its steps and stops itself."""
-    _Notice.asking += 1
+def stops_itself() -> Iterator[None]:
+    """Marks work that asks ``requested`` between its steps, and then saves and stops."""
+    _Notice.stopping_themselves += 1
     try:
         yield
     finally:
-        _Notice.asking -= 1
+        _Notice.stopping_themselves -= 1
 
 
 def check() -> None:
-    """Call this between two pieces of work, outside of ``polled``. Raises: ``Stopped``: if SIGTERM has come. It calls
-    ``asked``, so all processes must make the same calls."""
-    if not _Notice.asking and asked():
+    """For use between two pieces of work, outside of ``stops_itself``.
+
+    Raises: ``Stopped`` if SIGTERM has come. All processes must make the same calls.
+    """
+    if not _Notice.stopping_themselves and requested():
         raise Stopped("what is finished is kept")
 
 
-def asked() -> bool:
+def requested() -> bool:
     """Whether to save and stop now. It becomes true at the same call on all processes; all must make the same calls."""
     jax = sys.modules.get("jax")
     if not _Notice.came and jax is not None and jax.distributed.is_initialized():

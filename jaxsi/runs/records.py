@@ -59,7 +59,7 @@ class Prompt:
 class Response:
     """One sampled answer, e.g. id "17#2" for sample 2 of prompt "17".
 
-    `token_ids` are the sampled ids (the end-of-turn included where finish_reason is "stop"); `logps[i]` is the log-prob
+    `token_ids` are the sampled ids (the end-of-turn included if finish_reason is "stop"); `logps[i]` is the log-prob
     of `token_ids[i]` under the untruncated softmax at temperature 1, independent of the sampling settings.
     """
 

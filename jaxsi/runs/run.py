@@ -247,7 +247,7 @@ class Scope:
             finished = _agreed([shard.exists() for shard in shards])
             records: list[Record] = []
             index, count = processes()
-            with progress(f"{self.name}/{name}", len(items)) as advance, preemption.polled():
+            with progress(f"{self.name}/{name}", len(items)) as advance, preemption.stops_itself():
                 for number, (cut, shard, is_finished) in enumerate(zip(cuts, shards, finished, strict=True)):
                     part = items[cut : cut + shard_size]
                     if is_finished:
@@ -259,7 +259,7 @@ class Scope:
                                 write_jsonl(shard, part_records)
                     records += part_records
                     advance(len(part), not is_finished)
-                    if preemption.asked() and number + 1 < len(shards):
+                    if preemption.requested() and number + 1 < len(shards):
                         raise preemption.Stopped(f"{folder}: {number + 1} of {len(shards)} parts are kept")
             _barrier(f"{self.name}/{folder.name}")
             self._write(path, write_atomically, path, _bytes_of(shards))

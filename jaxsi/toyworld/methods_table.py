@@ -186,7 +186,7 @@ def _without_prompts(figures: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _gain(after: Sequence[Mapping[str, Any]], before: Sequence[Mapping[str, Any]], name: str) -> dict[str, Any]:
-    """Of each run's quality ``after`` over its ``before``, which has it under ``name``."""
+    """Mean and interval of the gain of ``after`` over ``before``, which holds its qualities under ``name``."""
     qualities = [[figures["by_prompt"] for figures in after], [figures[name] for figures in before]]
     mean, low, high = metrics.paired_bootstrap(*map(np.asarray, qualities))
     return {"mean": mean, "ci95": [low, high]}
@@ -199,7 +199,7 @@ def _seconds(run: Path) -> float:
 
 
 def _interval(by_prompt: np.ndarray) -> list[float]:
-    """Of the mean over seeds x prompts."""
+    """The confidence interval of the mean over seeds x prompts."""
     _, low, high = metrics.paired_bootstrap(by_prompt, np.zeros_like(by_prompt))
     return [low, high]
 

@@ -20,7 +20,7 @@ def srt_prompts() -> list[Prompt]:
 def exact_scores(
     prompts: Sequence[Prompt], responses: Sequence[Response], template: CritiqueTemplate
 ) -> list[float | None]:
-    """The exact grades of responses that end where feedback begins; None if a prompt is not of the world."""
+    """The exact grades of responses, which end before the feedback; None if a prompt is not of the world."""
     texts = {prompt.id: prompt.text for prompt in prompts}
     grades = [world.grade(texts[r.prompt_id], template.unmarked(r.text) or r.text) for r in responses]
     return [None if grade is None else grade.total for grade in grades]

@@ -37,7 +37,7 @@ def _total(loss_B: PerPair, real_B: Bool[Array, "B"]) -> Loss:
 
 
 def sft(logps_BT: Float[Array, "B T"], loss_mask_BT: Bool[Array, "B T"]) -> Loss:
-    """Negative log-likelihood of the tokens where the mask is True; the count is the number of tokens."""
+    """Negative log-likelihood of the tokens whose mask is True; the count is the number of tokens."""
     return -jnp.sum(jnp.where(loss_mask_BT, logps_BT, 0.0)), jnp.sum(loss_mask_BT, dtype=jnp.float32)
 
 

@@ -451,7 +451,7 @@ def _reinforce(
     rates = np.asarray(jax.vmap(optim.schedule(config.optim, config.updates))(jnp.arange(config.updates)), np.float32)
     per_step = config.updates // config.steps
     seed = train.seed_of(scope, "rl")
-    with scope.timed("rl"), progress(f"{scope.name}/rl", config.steps) as advance, preemption.polled():
+    with scope.timed("rl"), progress(f"{scope.name}/rl", config.steps) as advance, preemption.stops_itself():
         start = {name: train.initial_state(lm.weights, config.optim) for name, lm in learners.items()}
         states = resume.resumed(start, scope.path / "resume")
         done = int(states["policy"].step) // per_step
@@ -478,7 +478,7 @@ def _reinforce(
             if (step + 1) % config.log_every == 0 or last:
                 log.write(step + 1, float(rate), metrics)
                 train.check_skipped(states["policy"], step + 1, config.steps, scope)
-            stopping = preemption.asked() and not last
+            stopping = preemption.requested() and not last
             if not last and (stopping or (step + 1) % config.checkpoint_every == 0):
                 resume.save_resume(scope.path / "resume", states, done=step + 1)
             if stopping:

@@ -324,7 +324,7 @@ def fit(
         current = resume.resumed(current, folder, previous_step)
         previous, current = _snapshot(lm, current), resume.resumed(current, folder)
     log = resume.Log(scope.path / "train.jsonl", done, total)
-    with progress(f"{scope.name}/train", total) as advance, preemption.polled():
+    with progress(f"{scope.name}/train", total) as advance, preemption.stops_itself():
         advance(done, False)
         for step in range(done, total):
             if better is not None and step % config.checkpoint_every == 0 and step > previous_step:
@@ -342,7 +342,7 @@ def fit(
             if steps % config.log_every == 0 or last:
                 log.write(steps, float(rates[step]), metrics)
                 check_skipped(current, steps, total, scope)
-            stopping = preemption.asked() and not last
+            stopping = preemption.requested() and not last
             due = better is None and not last and steps % config.checkpoint_every == 0
             if stopping or due:
                 resume.save_resume(folder, current, done=steps, compared=previous_step)

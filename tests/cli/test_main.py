@@ -581,5 +581,5 @@ def test_short_flag_stands_for_one_field():
     assert _full_flag("--dpo.beta", flags) == "--dpo.beta"
     assert _full_flag("--dpo.nonsense", flags) == "--dpo.nonsense"
     assert _full_flag("5e-7", flags) == "5e-7"
-    with pytest.raises(UsageError, match=r"may mean --a\.b\.x or --a\.c\.x"):
+    with pytest.raises(UsageError, match=r"fits several fields; write one of --a\.b\.x, --a\.c\.x"):
         _full_flag("--a.x", ["--a.b.x", "--a.c.x"])

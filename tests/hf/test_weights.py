@@ -540,7 +540,7 @@ def weights_of(config: ModelConfig, mesh: jax.sharding.Mesh) -> decoder.Weights:
 def test_export_then_load_returns_the_same_bits(config: ModelConfig, limit: int, tmp_path: Path) -> None:
     mesh = mesh_222()
     weights, folder = weights_of(config, mesh), tmp_path / "deep" / "out"
-    export.export(folder, config, weights, dtype="float32", max_shard_bytes=limit)
+    export.write_folder(folder, config, weights, dtype="float32", max_shard_bytes=limit)
     assert read_config(folder) == config
     assert_equal(load_weights(folder, config, mesh), weights)
     files = sorted(p.name for p in folder.iterdir())
@@ -558,7 +558,7 @@ def test_export_then_load_returns_the_same_bits(config: ModelConfig, limit: int,
 def test_export_in_bfloat16_with_all_other_files(tmp_path: Path) -> None:
     weights = weights_of(QWEN2, one_device())
     (tmp_path / "out").mkdir()  # an empty folder may already exist
-    export.export(
+    export.write_folder(
         tmp_path / "out",
         QWEN2,
         weights,
@@ -590,7 +590,7 @@ def test_export_appears_complete_or_not_at_all(tmp_path: Path, monkeypatch: pyte
         raise StopError
 
     with pytest.raises(StopError):
-        export.export(tmp_path / "out", LLAMA, weights, extras=fail)
+        export.write_folder(tmp_path / "out", LLAMA, weights, extras=fail)
     assert seen == [(False, True)]
     assert list(tmp_path.iterdir()) == []
 
@@ -599,7 +599,7 @@ def test_export_appears_complete_or_not_at_all(tmp_path: Path, monkeypatch: pyte
 
     monkeypatch.setattr(export, "save_file", full)
     with pytest.raises(HFError, match=r"out: cannot be written .*No space left.* nothing is left there"):
-        export.export(tmp_path / "out", LLAMA, weights)
+        export.write_folder(tmp_path / "out", LLAMA, weights)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -607,7 +607,7 @@ def test_export_does_not_overwrite_a_folder(tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
     (tmp_path / "out/precious").write_text("1")
     with pytest.raises(HFError, match="is not an empty folder"):
-        export.export(tmp_path / "out", LLAMA, weights_of(LLAMA, one_device()))
+        export.write_folder(tmp_path / "out", LLAMA, weights_of(LLAMA, one_device()))
     assert [p.name for p in (tmp_path / "out").iterdir()] == ["precious"]
     with pytest.raises(HFError, match="dtype 'int8' is not supported"):
-        export.export(tmp_path / "other", LLAMA, weights_of(LLAMA, one_device()), dtype="int8")
+        export.write_folder(tmp_path / "other", LLAMA, weights_of(LLAMA, one_device()), dtype="int8")

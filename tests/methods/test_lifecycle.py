@@ -39,7 +39,7 @@ def config(model: Path, first: TrainConfig | None = None, second: TrainConfig | 
     return Method(model=str(model), first=first, second=second)
 
 
-def test_a_run_goes_on_with_the_model_it_began_with(tmp_path: Path) -> None:
+def test_changed_model_is_refused_on_resume(tmp_path: Path) -> None:
     model = tmp_path / "model"
     lmlib.export(tiny.make_lm(), model, dtype="float32")
     with Run.open(tmp_path / "run", Config()) as run:
@@ -52,13 +52,13 @@ def test_a_run_goes_on_with_the_model_it_began_with(tmp_path: Path) -> None:
             begin(config(model), run)
 
 
-def test_a_batch_that_does_not_divide_is_refused_first(tmp_path: Path) -> None:
+def test_batch_that_does_not_divide_is_refused_before_any_work(tmp_path: Path) -> None:
     lmlib.export(tiny.make_lm(), tmp_path / "model", dtype="float32")
     with Run.open(tmp_path / "run", Config()) as run, pytest.raises(MeshError, match="4 rows do not divide"):
         begin(config(tmp_path / "model", EIGHT, dataclasses.replace(EIGHT, batch_size=4)), run)
 
 
-def test_the_summary_has_a_line_each_and_the_model_as_given_beside_them(tmp_path: Path) -> None:
+def test_summary_has_one_line_per_iteration_and_the_base_apart(tmp_path: Path) -> None:
     lm, measured = tiny.make_lm(), {"quality": {"mean": 70.0, "ci95": [69.0, 71.0]}, "mean_length": 6.0, "moved": 0.5}
     cfg = SimpleNamespace(evaluate=lambda lm, cfg, it, context: measured | {"context": context})
     with Run.open(tmp_path / "run", Config()) as run:

@@ -49,14 +49,14 @@ def said(prompt_id: str, text: str) -> Response:
 
 @settings(deadline=None)
 @given(n=st.integers(3, 20), seed=st.integers(0, 2**32))
-def test_the_split_covers_everything_once(n, seed):
+def test_split_covers_everything_once(n, seed):
     parts = split_in_three(PAIRS[:n], seed)
     assert [len(part) for part in parts] == [n // 3, n // 3, n - 2 * (n // 3)]
     assert sorted(pair.id for part in parts for pair in part) == sorted(pair.id for pair in PAIRS[:n])
     assert parts == split_in_three(PAIRS[:n], seed)
 
 
-def test_the_split_is_at_random():
+def test_split_is_random():
     firsts = [frozenset(pair.id for pair in split_in_three(PAIRS, seed)[0]) for seed in range(200)]
     share = sum("p0" in first for first in firsts) / 200
     assert share == pytest.approx(6 / 20, abs=0.12) and len(set(firsts)) > 190
@@ -64,7 +64,7 @@ def test_the_split_is_at_random():
         split_in_three(PAIRS[:2], 0)
 
 
-def test_the_policy_learns_the_better_response_and_the_improver_to_mend_the_worse():
+def test_policy_learns_the_better_response_and_improver_to_improve_the_worse():
     [plain], [mending] = pit.demonstrations(PAIRS[:1]), pit.improvements(PAIRS[:1], "Once more, {prompt}!")
     assert (plain.id, plain.messages, plain.response) == ("p0", X, "axe 0.")
     assert (mending.id, mending.response) == ("p0", "axe 0.")
@@ -76,7 +76,7 @@ def test_the_policy_learns_the_better_response_and_the_improver_to_mend_the_wors
 
 
 @pytest.mark.parametrize(("mix", "preferences", "count"), [(0.0, 50, 0), (0.2, 48, 12), (0.5, 50, 50), (0.75, 8, 16)])
-def test_the_mix_is_the_share_of_the_first_rounds_references(mix, preferences, count, monkeypatch):
+def test_mix_is_the_share_of_references_of_round_0(mix, preferences, count, monkeypatch):
     """Two references a preference are given, one is sampled: count / (count + preferences) = mix, while they last."""
     monkeypatch.setattr(pit, "seed_of", lambda it, name: 5)
     given = [(Prompt.of(f"p{i}", "x"), f"r{i}") for i in range(2 * preferences)]
@@ -89,7 +89,7 @@ def test_the_mix_is_the_share_of_the_first_rounds_references(mix, preferences, c
 # -------------------------------------------------------------------------------------------------------------- reward
 
 
-def test_a_reward_is_the_gap_over_that_of_the_unchanged_reference():
+def test_reward_is_the_gap_above_that_of_the_unchanged_reference():
     def rewarding(lm, items, request, *, batch_size):
         seen.append((lm, items, request, batch_size))
         return np.asarray([3.0, 1.0, 5.0]), np.asarray([1.0, 2.0, 0.0])
@@ -110,7 +110,7 @@ def test_a_reward_is_the_gap_over_that_of_the_unchanged_reference():
     assert measured["copied"] == pytest.approx(1 / 3)
 
 
-def test_a_reference_that_leaves_no_room_is_left_out_and_counted():
+def test_too_long_reference_is_left_out_and_counted():
     lm, prompt = tiny.make_lm(), Prompt(id="p", messages=X)
 
     def conversation(reference: str) -> int:
@@ -130,7 +130,7 @@ def test_a_reference_that_leaves_no_room_is_left_out_and_counted():
     assert np.isfinite(rollouts.rewards_B).all()
 
 
-def test_a_reward_model_without_numbers_is_named():
+def test_reward_model_with_non_finite_gaps_is_named():
     lm = tiny.make_lm()
     head = with_scalar_head(lm)
     broken = head.replace(head.weights | {"score": head.weights["score"] * np.nan})

@@ -59,3 +59,26 @@ def test_raised_iterations_need_unused_prompts(tmp_path):
     with pytest.raises(RecordError, match=r"0 prompts for 1 iterations of new prompts \(2 are used\)"):
         check(more, run)
     check(dataclasses.replace(more, prompts=dataclasses.replace(cfg.prompts, repeat=True)), run)
+
+
+def test_prompts_given_as_texts_are_checked_like_those_of_a_file(tmp_path):
+    with pytest.raises(RecordError, match="prompts: 1 prompts for 2 iterations"):
+        check(dataclasses.replace(TOY, prompts=["Reverse: cat"]), tmp_path)
+    with pytest.raises(RecordError, match=r"prompts: prompt '1' has .* positions, .* takes .*max_length is"):
+        check(dataclasses.replace(TOY, prompts=["Reverse: cat", "cat " * 5000]), tmp_path)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class WithoutTraining:
+    model: str = TOY.model
+    prompts: PromptFile
+    mesh: MeshConfig = TOY.mesh
+
+
+def test_config_without_training_and_sampling_is_checked(tmp_path):
+    file = tmp_path / "prompts.jsonl"
+    write_jsonl(file, [Prompt.of("short", "Reverse: cat")])
+    check(WithoutTraining(prompts=PromptFile(path=str(file))), tmp_path)
+    write_jsonl(file, [Prompt.of("long", "cat " * 5000)])
+    with pytest.raises(RecordError, match="prompt 'long' has"):
+        check(WithoutTraining(prompts=PromptFile(path=str(file))), tmp_path)

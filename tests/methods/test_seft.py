@@ -106,7 +106,7 @@ def test_targets_are_the_usable_revisions(whole):
 
 
 @pytest.mark.slow
-def test_method_on_a_finished_run_does_no_work(whole, tmp_path, cfg, monkeypatch):
+def test_finished_run_does_no_work(whole, tmp_path, cfg, monkeypatch):
     for stage in ("generate", "sample"):
         monkeypatch.setattr(method, stage, None)
     directory = shutil.copytree(whole, tmp_path / "run")

@@ -26,7 +26,7 @@ def sampled(example: SFTExample, text: str, finish: str = "stop") -> Response:
     )
 
 
-def test_the_demonstration_is_chosen_and_equal_and_cut_off_opponents_are_none():
+def test_demonstration_is_chosen_and_equal_or_cut_off_responses_are_left_out():
     responses = [
         sampled(EXAMPLES[0], "cat red axe."),
         sampled(EXAMPLES[1], "axe red dog."),  # what the person wrote
@@ -44,7 +44,7 @@ def test_the_demonstration_is_chosen_and_equal_and_cut_off_opponents_are_none():
             assert side.tokens[-1] in tiny.tokenizer().stop_ids and side.loss_mask[-1]
 
 
-def test_a_written_response_is_the_tokens_of_its_text_and_an_end():
+def test_written_response_is_the_tokens_of_its_text_and_an_end():
     made = written_response(tiny.tokenizer(), "a", "p", "axe red.")
     assert list(made.token_ids) == render_response(tiny.tokenizer(), "axe red.")
     assert tiny.tokenizer().decode(list(made.token_ids)) == "axe red." and made.logps == ()

@@ -51,7 +51,7 @@ def stage_one(cfg: srt.Config, drafts: Sequence[Response], template=TEMPLATE) ->
 
 
 @pytest.mark.parametrize("left_out", [(), ("score",), ("weaknesses",), ("suggestions",), tuple(PARTS)])
-def test_stage_one_learns_response_feedback_and_refinement_and_not_the_instruction(left_out):
+def test_stage_1_learns_response_feedback_and_refinement_but_not_the_prompt(left_out):
     tokenizer, template = tiny.tokenizer(), TEMPLATE.without(*left_out)
     drafts = [written(PROMPTS[0], "axe red cat")]  # 9 of 10: the period is missing
     [example] = stage_one(config(), drafts, template)
@@ -67,12 +67,12 @@ def test_stage_one_learns_response_feedback_and_refinement_and_not_the_instructi
     assert not set(learnt[:-1]) & set(tokenizer.stop_ids), "the response is followed by feedback, not by an end of turn"
 
 
-def test_the_ablation_without_feedback_learns_the_refinement_alone():
+def test_ablation_without_feedback_learns_only_the_refinement():
     [example] = stage_one(config(refinement_only=True), [written(PROMPTS[0], "axe red cat")])
     assert example.response == "axe red cat."
 
 
-def test_a_critic_of_whom_nothing_can_be_learnt_is_an_error():
+def test_critic_without_usable_feedback_is_an_error():
     drafts = [dataclasses.replace(written(PROMPTS[0], "axe red cat"), finish_reason="length")]
     with pytest.raises(ValueError, match=r"none of the critic's 1 critiques can be learnt from .*'empty': 1"):
         stage_one(config(), drafts)
@@ -100,7 +100,7 @@ def stage_two() -> dict:
     return {"prompts": PROMPTS[:3], "drafts": drafts, "critiques": critiques, "refined": refined, "checks": checks}
 
 
-def test_pairs_are_those_of_the_models_own_scores():
+def test_pairs_follow_the_models_own_scores():
     pairs, counts = srt.better_refinements(config(), **stage_two())
     assert [(p.id, p.chosen_score, p.rejected_score) for p in pairs] == [("p1#0", 6.0, 5.0), ("p2#0", 6.0, 5.0)]
     assert [(p.chosen.text, p.rejected.text) for p in pairs] == [
@@ -109,7 +109,7 @@ def test_pairs_are_those_of_the_models_own_scores():
     assert (counts["drafts"], counts["pairs"], counts["ties"]) == (3, 2, 1)
 
 
-def test_pairs_of_the_exact_arm_are_those_of_the_grader():
+def test_pairs_of_the_exact_arm_follow_the_grader():
     pairs, _ = srt.better_refinements(config(scoring=exact_scores), **stage_two())
     assert [(p.id, p.chosen_score, p.rejected_score) for p in pairs] == [("p0#0", 10.0, 9.0), ("p2#0", 10.0, 9.0)]
 

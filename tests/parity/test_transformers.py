@@ -112,7 +112,7 @@ def test_logits_agree_and_export_keeps_them(case: str, tmp_path: Path) -> None:
     np.testing.assert_allclose(ours, expected, atol=1e-4, rtol=0)
 
     generation = {"eos_token_id": [3, 5], "pad_token_id": 0}
-    export.export(tmp_path / "ours", config, weights, dtype="float32", generation=generation)
+    export.write_folder(tmp_path / "ours", config, weights, dtype="float32", generation=generation)
     again = transformers.AutoModelForCausalLM.from_pretrained(
         tmp_path / "ours", dtype=torch.float32, attn_implementation="eager"
     )
@@ -222,7 +222,7 @@ def test_rewards_agree_and_export_keeps_them(case: str, tmp_path: Path) -> None:
     values, lm = ours(tmp_path / "theirs")
     assert lm.config.scalar_head
     np.testing.assert_allclose(values, expected, atol=1e-4, rtol=0)
-    export.export(tmp_path / "ours", lm.config, lm.weights, dtype="float32", generation={"pad_token_id": 0})
+    export.write_folder(tmp_path / "ours", lm.config, lm.weights, dtype="float32", generation={"pad_token_id": 0})
     again = transformers.AutoModelForSequenceClassification.from_pretrained(
         tmp_path / "ours", dtype=torch.float32, attn_implementation="eager"
     )

@@ -22,25 +22,25 @@ def terminate() -> None:
 
 def test_sigterm_stops_at_once_outside_of_polled_and_the_old_handler_returns():
     before = signal.getsignal(signal.SIGTERM)
-    with preemption.noticed():
-        assert not preemption.asked()
+    with preemption.listening():
+        assert not preemption.requested()
         with pytest.raises(preemption.Stopped):
             terminate()
     assert signal.getsignal(signal.SIGTERM) is before
 
 
 def test_polled_work_sees_sigterm_and_a_second_one_raises():
-    with preemption.noticed(), preemption.polled():
+    with preemption.listening(), preemption.stops_itself():
         terminate()
-        assert preemption.asked()
+        assert preemption.requested()
         with pytest.raises(preemption.Stopped):
             terminate()
-    assert not preemption.asked()
+    assert not preemption.requested()
 
 
 def test_check_stops_after_polled_work_that_did_not_ask():
-    with preemption.noticed():
-        with preemption.polled():
+    with preemption.listening():
+        with preemption.stops_itself():
             terminate()
             preemption.check()
         with pytest.raises(preemption.Stopped, match="what is finished is kept"):
@@ -60,7 +60,7 @@ def stop_by_jax(monkeypatch, poll):
 
 def test_next_stage_stops_all_processes_at_the_same_poll(tmp_path, monkeypatch):
     calls = []
-    with preemption.noticed(), Run.open(tmp_path / "run", Config()) as run:
+    with preemption.listening(), Run.open(tmp_path / "run", Config()) as run:
         scope = run.at("iter_1")
         polls = stop_by_jax(monkeypatch, 3)
         assert [scope.value(name, lambda: calls.append(1) or len(calls)) for name in ("a", "b", "a")] == [1, 2, 1]
@@ -82,7 +82,7 @@ def test_long_stage_stops_all_processes_between_waves_and_batches(tmp_path, monk
     pair = tuple(batches.Sequence_(np.asarray([5, 6, n], np.int32), np.asarray([0, 0, 1], bool)) for n in (7, 8))
     config = train.TrainConfig(optim=OptimConfig(learning_rate=1e-3), batch_size=8, max_length=64, remat="none")
     for work in (sample, lambda: train.reference_logps(lm, [pair] * 20, config)):
-        with preemption.noticed(), monkeypatch.context() as patch:
+        with preemption.listening(), monkeypatch.context() as patch:
             polls = stop_by_jax(patch, 2)
             with pytest.raises(preemption.Stopped):
                 work()

@@ -198,7 +198,7 @@ def test_judge_template_has_the_papers_criteria_in_order():
     order = [*criteria, text.index("User: {prompt}"), text.index("<response>{response}</response>")]
     order += [text.index("justify"), text.index("Score: <total points>")]
     assert order == sorted(order)
-    assert parse_score(text) is None  # a judge that repeats its instructions gives no verdict
+    assert parse_score(text) is None  # a judge that repeats its instructions has not judged
 
 
 def test_few_shot_template_matches_the_golden_file():

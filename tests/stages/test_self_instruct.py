@@ -120,7 +120,7 @@ def test_filters_and_their_counts(lm, monkeypatch):
         "Too short",
         "word " * 151,
         "Describe the picture of a dog here",
-        "Profile the graphics of older computer games",  # "file" and "graph" inside words are no reason
+        "Profile the graphics of older computer games",  # "file" and "graph" inside words do not count
         "explain   WHY the sky looks blue",
         "Seed number 3 asks about D",
         "This text was held out before",

@@ -10,8 +10,8 @@ Value = TypeVar("Value")
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Mesh:
-    """The devices: data x fsdp x tensor, -1 for all that are left. By default the mesh of MODEL's run, or else all devices
-    on fsdp. If one is given, the others are 1."""
+    """The devices: data x fsdp x tensor, -1 for all that are left. By default the mesh of MODEL's run, or else all
+    devices on fsdp. If one is given, the others are 1."""
 
     data: int | None = None
     fsdp: int | None = None

@@ -339,7 +339,7 @@ def _f_measure_tensorflow(candidates: list[np.ndarray], pool: list[np.ndarray]) 
 
 
 def _f_measure_numpy(candidates: list[np.ndarray], pool: list[np.ndarray]) -> np.ndarray:
-    """The same without tensorflow-text, which has no wheels for some platforms: longest common subsequences, for the whole pool at once."""
+    """The same if tensorflow-text has no wheels: longest common subsequences, for the whole pool at once."""
     lengths = np.asarray([len(words) for words in pool])
     padded = np.full((len(pool), lengths.max(initial=0)), -1, np.int64)
     for row, words in zip(padded, pool, strict=True):

@@ -17,6 +17,7 @@ import launch_rules as rules
 import pytest
 import yaml
 from jax.sharding import AbstractMesh, AxisType
+from processes import cpu_devices
 
 from jaxsi.cli.run import configure
 from jaxsi.model import mesh as meshlib
@@ -27,7 +28,7 @@ from jaxsi.training.train import TrainConfig
 ROOT = Path(__file__).parents[1]
 LAUNCH = ROOT / "launch"
 FILES = sorted(path.relative_to(LAUNCH).as_posix() for path in LAUNCH.rglob("*") if path.is_file())
-MICRO = ROOT / "tests" / "micro" / "spin.py"
+MICRO = ROOT / "tests" / "micro" / "sampling.py"
 STARTS = ["gpu_host/run_venv.sh", "slurm/multi_node.sbatch", "slurm/multi_node_container.sbatch",
           "slurm/single_node.sbatch", "tpu_vm/worker_start.sh", "xpk/create.sh"]  # fmt: skip
 
@@ -533,8 +534,7 @@ def test_job_signals_its_tasks_to_save_before_the_time_limit(name, code, again, 
 def here(**given):
     """What the processes of this machine need beside what their launcher gives them: four fake devices each."""
     kept = {key: value for key, value in os.environ.items() if not key.startswith(("SLURM_", "OMPI_", "TPU_"))}
-    flags = {"XLA_FLAGS": "--xla_force_host_platform_device_count=4", "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
-    return kept | flags | given
+    return kept | cpu_devices(4) | {"PYTHONPATH": str(ROOT)} | given
 
 
 def one_complete_run(directory, outs):

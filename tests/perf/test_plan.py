@@ -259,6 +259,7 @@ def test_wrong_command_line_says_what_is_wrong(words, message, capsys):
 @needs_libtpu
 @pytest.mark.slow
 @pytest.mark.xdist_group("libtpu")
+@pytest.mark.usefixtures("least_effort")
 @pytest.mark.parametrize(
     ("name", "hardware", "program_names"),
     [
@@ -300,6 +301,7 @@ def abstract_mesh(result):
 @needs_libtpu
 @pytest.mark.slow
 @pytest.mark.xdist_group("libtpu")
+@pytest.mark.usefixtures("least_effort")
 def test_refusal_of_the_compiler_names_the_memory_needed():
     config = dataclasses.replace(published("meta-llama/Llama-2-70b-hf"), num_layers=8)
     mesh = make_mesh(MeshConfig(fsdp=1, tensor=1), tpu_devices("v5e:1x1"))

@@ -96,6 +96,7 @@ def test_dpo_with_large_vocabulary_takes_a_third_of_the_memory_of_full_logits(mo
 
 @pytest.mark.slow
 @pytest.mark.xdist_group("libtpu")
+@pytest.mark.usefixtures("least_effort")
 @pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="pip install 'jaxsi[plan]' (libtpu)")
 @pytest.mark.parametrize(
     ("topology", "sizes", "gib", "family"),

@@ -86,6 +86,7 @@ def test_a_second_process_loads_what_the_first_compiled(environment, tmp_path):
     assert second["bits"] == first["bits"]
 
 
+@pytest.mark.slow
 def test_half_written_programs_are_compiled_again(environment):
     """Even if two processes write them at the same time."""
     first, _ = ended(start(environment))

@@ -151,6 +151,7 @@ def test_two_processes_join_and_only_the_first_reports(run, environment):
     assert "devices" not in err_1 and out_1 == ""
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("failing", [0, 1])
 def test_failed_process_names_itself_and_the_other_ends_within_the_heartbeat(run, failing):
     processes, port = [], free_port()

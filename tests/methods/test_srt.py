@@ -168,6 +168,7 @@ def after_dpo(tmp_path_factory):
     return changes
 
 
+@pytest.mark.slow
 def test_dpo_on_marked_pairs_does_not_teach_when_to_stop(after_dpo):
     assert after_dpo["ended"] < -0.5, "the wrong construction does: feedback is left out after it"
     assert after_dpo["marked"] > -0.1

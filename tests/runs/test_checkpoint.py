@@ -302,6 +302,7 @@ def assert_holds(path: Path, step: int) -> None:
     assert_same_bits(restored, {"weights": expected})
 
 
+@pytest.mark.slow
 def test_kill_during_a_save_leaves_the_previous_checkpoint(tmp_path):
     code = """
         from pathlib import Path

@@ -308,6 +308,7 @@ def test_config_rejects_settings_out_of_range(fields):
         JudgeConfig(**fields)
 
 
+@pytest.mark.slow
 def test_random_weights_can_judge_by_the_expected_score(tmp_path):
     build_tokenizer(tmp_path)
     config = decoder.ModelConfig(

@@ -23,6 +23,7 @@ def test_load_is_silent_and_sees_no_accelerator():
     assert (process.returncode, process.stdout, process.stderr) == (0, "", "")
 
 
+@pytest.mark.slow
 def test_load_hides_every_kind_of_accelerator():
     process = python(
         "import tensorflow as tf\n"

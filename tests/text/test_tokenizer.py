@@ -503,6 +503,7 @@ def test_llama_with_the_general_class_loads_as_in_transformers_but_without_pytor
     assert process.returncode == 0, process.stderr[-2000:]
 
 
+@pytest.mark.slow
 def test_tensorflow_is_imported_for_sentencepiece_only(tmp_path):
     """In a fresh process: TensorFlow is not imported for tokenizer.json; for tokenizer.model it sees only the CPU."""
     build("chatml", tmp_path / "hf")
@@ -518,6 +519,7 @@ def test_tensorflow_is_imported_for_sentencepiece_only(tmp_path):
     assert process.returncode == 0, process.stderr[-2000:]
 
 
+@pytest.mark.slow
 def test_sentencepiece_model_is_read_without_the_sentencepiece_package(tmp_path):
     """transformers then uses its own copy of the protocol. The tests need sentencepiece; users do not."""
     folder, text = build("gemma_sp", tmp_path / "m"), "a <bos><start_of_turn> b"

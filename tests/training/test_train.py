@@ -157,6 +157,7 @@ def test_gradients_reach_exactly_the_response_targets() -> None:
     assert not gradient[~real].any()
 
 
+@pytest.mark.slow
 def test_pair_in_one_row_equals_pair_in_two_rows() -> None:
     """Losses, metrics and gradients agree, also with windowed attention and with prompts of one token."""
     pairs = [encode_pair(tiny.tokenizer(), pair) for pair in tiny.preference_pairs(7, longest=40)]

@@ -147,7 +147,7 @@ def test_stage_stops_after_the_current_shard_on_request(tmp_path, monkeypatch):
     with Run.open(tmp_path / "run", Config()) as run:
         scope = run.at("iter_1")
         with monkeypatch.context() as patch:
-            patch.setattr(preemption, "asked", lambda: len(ran) == 2)
+            patch.setattr(preemption, "requested", lambda: len(ran) == 2)
             with pytest.raises(preemption.Stopped, match=r"loud.shards: 2 of 4 parts are kept"):
                 scope.sharded("loud", items, stage, of=Prompt, shard_size=2)
         assert status(run.path)["stages"][0]["shards"] == "2/4"

@@ -257,7 +257,7 @@ def test_killed_fit_resumes_to_the_same_bits(
 def stop_at(monkeypatch: pytest.MonkeyPatch, poll: int) -> None:
     """Simulates a SIGTERM that arrives at that poll."""
     polls: list[None] = []
-    monkeypatch.setattr(preemption, "asked", lambda: polls.append(None) or len(polls) >= poll)
+    monkeypatch.setattr(preemption, "requested", lambda: polls.append(None) or len(polls) >= poll)
 
 
 @pytest.mark.parametrize("step", [1, 2, 5])

@@ -159,7 +159,8 @@ def test_stopped_training_saves_its_step_and_resumes(tmp_path: Path, learner, mo
     whole, lines = learnt(tmp_path / "whole", learner, lm, steps=3, checkpoint_every=9)
     polls: list[None] = []
     with monkeypatch.context() as patch:
-        patch.setattr(preemption, "requested", lambda: polls.append(None) or len(polls) == 3)  # first, as the stage begins
+        # The first poll comes as the stage begins.
+        patch.setattr(preemption, "requested", lambda: polls.append(None) or len(polls) == 3)
         with pytest.raises(preemption.Stopped, match="training is saved up to step 2 of 3"):
             learnt(tmp_path / "cut", learner, lm, steps=3, checkpoint_every=9)
     again, relogged = learnt(tmp_path / "cut", learner, lm, steps=3, checkpoint_every=9)

@@ -5,7 +5,7 @@
         x_i        new prompts, 8-shot from IFT, by the frozen M_0
         y_i^n      ~ M_{t-1}(. | x_i)                                        n = 1 .. N
         r_i^{n,k}  score of M_{t-1} as a judge on (x_i, y_i^n)               k = 1 .. K;  r_i^n = mean over the valid k
-        (x_i, y_i^w, y_i^l)   w = argmax_n r_i^n, l = argmin_n r_i^n         left out where equal
+        (x_i, y_i^w, y_i^l)   w = argmax_n r_i^n, l = argmin_n r_i^n         left out if equal
         M_t = DPO(M_{t-1}, pairs, reference M_{t-1})
 
 IFT: human demonstrations. EFT: judge prompts with the justification and score of a judge that agreed with human

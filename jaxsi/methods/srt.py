@@ -3,11 +3,11 @@
     Stage 1, from a stronger critic                                          x_i of the first prompts
         y_i       ~ M_base(. | x_i)
         f_i, r_i  ~ M_critic(. | x_i, y_i)      weaknesses, suggestions, a score; the improved response
-        keep i where f_i is complete and score(r_i) >= score(y_i), two independent calls of the critic
+        keep i if f_i is complete and score(r_i) >= score(y_i), two independent calls of the critic
         M_self    = argmin  -(1/N) sum_i log P(y_i, f_i, r_i | x_i)          only x is masked
     Stage 2, from its own feedback                                           x_j of the other prompts
         y'_j ~ M_self(. | x_j);   f'_j, r'_j ~ M_self(. | x_j, y'_j)         r', f' at temperature 0
-        keep j where score(r'_j) > score(y'_j), two independent calls of M_self
+        keep j if score(r'_j) > score(y'_j), two independent calls of M_self
         M    = DPO(M_self, r'_j over y'_j, reference M_self)
 
 At inference y -> f -> r is one sequence, and r is the response. In stage 1's format y is followed by the beginning of

@@ -15,7 +15,7 @@ FLAGS = ["--xla_force_host_platform_device_count=8"]
 if os.environ.get("JAXSI_TEST_OPTIMIZED") != "1":
     FLAGS += ["--xla_backend_optimization_level=0", "--xla_llvm_disable_expensive_passes=true"]
     FLAGS += ["--xla_cpu_parallel_codegen_split_count=1"]
-    if version("jaxlib").startswith("0.10."):  # later versions end at the flag, because they do not know it
+    if version("jaxlib").startswith("0.10."):  # 0.12 ends at this flag, because it does not know it
         FLAGS += ["--xla_cpu_use_fusion_emitters=false"]
 
 # Before anything imports JAX or a Hugging Face library: both read these once.

@@ -7,6 +7,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from jaxsi.cli.supervisor import cpu_devices
+
 ROOT = Path(__file__).parents[1]
 
 
@@ -16,20 +18,13 @@ def free_port() -> int:
         return free.getsockname()[1]
 
 
-def cpu_devices(count: int) -> dict[str, str]:
-    """Variables of a process that has ``count`` CPU devices, and compiles like the tests (see conftest.py)."""
-    device_count = "--xla_force_host_platform_device_count"
-    flags = [flag for flag in os.environ["XLA_FLAGS"].split() if not flag.startswith(device_count)]
-    return {"XLA_FLAGS": " ".join([*flags, f"{device_count}={count}"]), "JAX_PLATFORMS": "cpu"}
-
-
 def start(words: Sequence[object], devices: int = 1, **variables: str) -> subprocess.Popen[str]:
     """Starts python WORDS with ``devices`` CPU devices, in a process group of its own."""
     inherited = {name: value for name, value in os.environ.items() if not name.startswith(("SLURM_", "OMPI_"))}
     return subprocess.Popen(
         [sys.executable, *map(str, words)],
         cwd=ROOT,
-        env=inherited | cpu_devices(devices) | {"PYTHONPATH": str(ROOT)} | variables,
+        env=inherited | cpu_devices(os.environ, devices) | {"PYTHONPATH": str(ROOT)} | variables,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,

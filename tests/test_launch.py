@@ -17,9 +17,9 @@ import launch_rules as rules
 import pytest
 import yaml
 from jax.sharding import AbstractMesh, AxisType
-from processes import cpu_devices
 
 from jaxsi.cli.run import configure
+from jaxsi.cli.supervisor import cpu_devices
 from jaxsi.model import mesh as meshlib
 from jaxsi.runs.config_snapshot import parts_of
 from jaxsi.training.rl import RLConfig
@@ -534,7 +534,7 @@ def test_job_signals_its_tasks_to_save_before_the_time_limit(name, code, again, 
 def here(**given):
     """What the processes of this machine need beside what their launcher gives them: four fake devices each."""
     kept = {key: value for key, value in os.environ.items() if not key.startswith(("SLURM_", "OMPI_", "TPU_"))}
-    return kept | cpu_devices(4) | {"PYTHONPATH": str(ROOT)} | given
+    return kept | cpu_devices(os.environ, 4) | {"PYTHONPATH": str(ROOT)} | given
 
 
 def one_complete_run(directory, outs):

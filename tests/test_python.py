@@ -63,6 +63,12 @@ def method_file(tmp_path_factory) -> Path:
     return file
 
 
+def test_dpo_of_one_round_refuses_settings_for_several(tmp_path) -> None:
+    with pytest.raises(ValueError, match="several rounds of DPO"):
+        jaxsi.dpo(tiny.make_lm(), [], tmp_path / "run", jaxsi.DPOConfig(reference="first"))
+    assert not (tmp_path / "run").exists()
+
+
 def test_method_in_a_users_file_is_short_and_found(method_file) -> None:
     code = method_file.read_text()
     assert len(code[: code.index("def brief")].strip().splitlines()) <= 60

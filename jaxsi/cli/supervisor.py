@@ -327,7 +327,12 @@ def environment(variables: Mapping[str, str], supervision: Supervision, index: i
         "JAX_PROCESS_ID": str(index),
     }
     if supervision.devices is not None:
-        flag = "--xla_force_host_platform_device_count"
-        flags = [word for word in variables.get("XLA_FLAGS", "").split() if not word.startswith(flag)]
-        environ |= {"XLA_FLAGS": " ".join([*flags, f"{flag}={supervision.devices}"]), "JAX_PLATFORMS": "cpu"}
+        environ |= cpu_devices(variables, supervision.devices)
     return environ
+
+
+def cpu_devices(variables: Mapping[str, str], count: int) -> dict[str, str]:
+    """The variables that give a process ``count`` CPU devices, with the other XLA flags of ``variables``."""
+    flag = "--xla_force_host_platform_device_count"
+    others = [word for word in variables.get("XLA_FLAGS", "").split() if not word.startswith(flag)]
+    return {"XLA_FLAGS": " ".join([*others, f"{flag}={count}"]), "JAX_PLATFORMS": "cpu"}

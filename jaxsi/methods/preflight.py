@@ -22,6 +22,9 @@ from jaxsi.text.tokenizer import Tokenizer, load_tokenizer
 from jaxsi.training.rl import RLConfig
 from jaxsi.training.train import TrainConfig
 
+# The first iteration with prompts of its own, of the methods that divide the prompts among iterations.
+FIRST_WITH_PROMPTS: dict[type, int] = {SelfRewarding: 2, SEFT: 1}
+
 
 class PreflightError(InputError, ValueError):
     """Settings that the model has no room for."""
@@ -62,10 +65,9 @@ def check(cfg: Any, directory: Path) -> None:
     if isinstance(source, PromptFile | PromptList):
         prompts, place = read_source(source), source.path if isinstance(source, PromptFile) else "prompts"
         repeat = isinstance(source, PromptFile) and source.repeat
-        if isinstance(cfg, SelfRewarding | SEFT) and not repeat:
-            _check_supply(
-                place, prompts, directory, range(2 if isinstance(cfg, SelfRewarding) else 1, cfg.iterations + 1)
-            )
+        first = FIRST_WITH_PROMPTS.get(type(cfg))
+        if first is not None and not repeat:
+            _check_supply(place, prompts, directory, range(first, cfg.iterations + 1))
         limit, why = config.max_positions - 1, f"the model has {config.max_positions} positions"
         if isinstance(sampling := parts.get("sampling"), SamplingConfig):
             limit = config.max_positions - sampling.max_new_tokens

@@ -57,8 +57,7 @@ def dpo(
 ) -> LM:
     """Preference training of ``lm`` on pairs, or on (prompt, chosen, rejected) texts, in ``run_dir``; otherwise as
     ``sft``. ``reference`` is ``lm`` by default."""
-    if (config.reference, config.optimizer) != ("previous", "reset"):
-        raise ValueError("config.reference and config.optimizer are for methods with several rounds; give reference=LM")
+    config.check_single_round()
     records = [pair if isinstance(pair, PreferencePair) else _pair(lm, str(i), *pair) for i, pair in enumerate(pairs)]
     models = lm.fingerprint if reference is None else f"{lm.fingerprint} reference {reference.fingerprint}"
     described = Training(model=models, data=digest(records), training=config, seed=seed)

@@ -75,11 +75,8 @@ class Config:
                 f"critic_prompts is {self.critic_prompts} (at least 1), sampling.num_samples "
                 f"{self.sampling.num_samples} (1: each prompt has one draft)"
             )
-        if self.dpo is not None and (self.dpo.reference, self.dpo.optimizer) != ("previous", "reset"):
-            raise ValueError(
-                "dpo.reference and dpo.optimizer are for methods with several rounds of DPO; SRT has one, so leave "
-                "them out"
-            )
+        if self.dpo is not None:
+            self.dpo.check_single_round()
 
 
 def srt(cfg: Config, run: Run) -> LM:

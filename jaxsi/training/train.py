@@ -110,6 +110,14 @@ class DPOConfig:
         if isinstance(self.loss, type):
             raise ValueError(f"loss is the class {self.loss.__name__}; give {self.loss.__name__}(), with its settings")
 
+    def check_single_round(self) -> None:
+        """Raises: ValueError if a setting needs several rounds of DPO; for callers that have one."""
+        if (self.reference, self.optimizer) != ("previous", "reset"):
+            raise ValueError(
+                "dpo.reference and dpo.optimizer are for methods with several rounds of DPO; here is one, so leave "
+                "them out"
+            )
+
 
 class State(NamedTuple):
     """What a step changes. ``skipped``: updates in a row, up to now, skipped for non-finite gradients."""

@@ -19,6 +19,7 @@ from jaxsi.cli.command import UsageError
 from jaxsi.cli.main import COMMANDS, main
 from jaxsi.cli.run import _full_flag, configure, field_flags
 from jaxsi.cli.stored import Mesh, mesh_for
+from jaxsi.cli.supervisor import cpu_devices
 from jaxsi.hf.config import HFError
 from jaxsi.lm import HubError, LoadError
 from jaxsi.methods.preflight import PreflightError
@@ -97,7 +98,7 @@ def finished(world):
 def subprocess_main(*argv):
     """A command in its own process, on one device."""
     command = [sys.executable, "-m", "jaxsi", *map(str, argv)]
-    environment = os.environ | {"XLA_FLAGS": ""}
+    environment = os.environ | cpu_devices(os.environ, 1)
     return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300, check=False)
 
 

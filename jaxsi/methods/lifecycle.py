@@ -20,9 +20,9 @@ def begin(cfg: Any, run: Run) -> LM:
       model has other weights than when the run began.
     """
     base = load(cfg.model, meshlib.make_mesh(cfg.mesh), cfg.sampling.dtype, weights_dtype="float32")
-    for _, part in parts_of(cfg):
+    for name, part in parts_of(cfg):
         if isinstance(part, TrainConfig | RLConfig):
-            part.check(base.mesh)
+            part.check(base.mesh, name)
     first = run.at("iter_0").value("model", dict, {"path": cfg.model, "fingerprint": base.fingerprint})
     if first["fingerprint"] != base.fingerprint:
         raise StaleRecordsError(
@@ -33,15 +33,15 @@ def begin(cfg: Any, run: Run) -> LM:
 
 
 def keep(model: LM, it: Scope) -> LM:
-    """Makes a model that was not trained in ``it`` the checkpoint of ``it``; returns it."""
+    """Saves a model that was not trained in ``it`` as the checkpoint of ``it``; returns the model."""
     if not checkpoint.is_complete(it.path / "checkpoint" / "weights"):
         save_checkpoint(model, it.path / "checkpoint", {"step": 0})
     return model
 
 
 def carried_over(cfg: DPOConfig, model: LM, run: Run, t: int, first: int) -> dict[str, Any]:
-    """What the DPO of M_t takes over beside M_{t-1} = ``model``, by its config: the reference M_first, and the
-    optimizer of iteration t - 1, if that was trained by DPO too. These are arguments of ``train.dpo``."""
+    """Arguments of ``train.dpo`` for M_t, beside M_{t-1} = ``model``: the reference M_first if ``cfg.reference`` is
+    "first", and the optimizer state of iteration t - 1 if ``cfg.optimizer`` is "carry" and DPO trained M_{t-1}."""
     return {
         "reference": resume.finished(model, run.at(f"iter_{first}")) if cfg.reference == "first" else None,
         "state": run.at(f"iter_{t - 1}") if cfg.optimizer == "carry" and t - 1 > first else None,
@@ -58,13 +58,13 @@ def report(
     figures: Sequence[str] = (),
     **counts: Any,
 ) -> Mapping[str, Any]:
-    """Evaluates M_t and writes its line of summary.json; the line of the model as given, ``t`` = "base", stands beside
-    the iterations.
+    """Evaluates M_t and writes its line of summary.json. The line of the given model, ``t`` = "base", has a key of its
+    own, outside the list of iterations.
 
     Args:
-      context: what ``cfg.evaluate(model, cfg, it, *context)`` needs beside the model.
-      figures: those of the evaluation that the line has in addition to what every method has.
-      counts: what else the line has, unless the evaluation has measured it.
+      context: further arguments of the evaluation: ``cfg.evaluate(model, cfg, it, *context)``.
+      figures: names of figures of the evaluation to copy into the line, beside those that every method reports.
+      counts: further entries of the line. The evaluation's own figure of the same name comes first.
 
     Returns: all figures of the evaluation; none without ``cfg.evaluate``.
     """

@@ -43,9 +43,10 @@ from jaxsi.training.train import TrainConfig, seed_of, sft
 class Config:
     """Everything that decides a run. ``preferences`` gives human preferences; ``request`` asks for an improvement.
 
-    ``rounds``: steps of round 0 and round 1 (0 leaves one out), all else of both being ``rl``'s. ``mix``: share of
-    round 0's references in round 1. ``learner``: ``rl.rloo`` or ``rl.ppo``. ``rewarding(gap_lm, items, request)`` gives
-    the gaps and their zero points (``gap.gaps``, or a control arm's). ``sampling`` is that of the references.
+    ``rounds``: steps of round 0 and of round 1; 0 leaves a round out. Their other settings are those of ``rl``.
+    ``mix``: share of round 0's references in round 1. ``learner``: ``rl.rloo`` or ``rl.ppo``. ``rewarding(gap_lm,
+    items, request)`` gives the gaps and their zero points (``gap.gaps``, or a control arm's). ``sampling`` is that of
+    the references.
     """
 
     model: str
@@ -66,7 +67,7 @@ class Config:
 
     def __post_init__(self) -> None:
         if min(self.rounds) < 0 or max(self.rounds) < 1:
-            raise ValueError(f"rounds is {self.rounds}: steps of at least one of the two rounds, none below 0")
+            raise ValueError(f"rounds is {self.rounds}; give the steps of round 0 and round 1, at least 0, not both 0")
         if not 0 <= self.mix < 1 or self.sampling.num_samples != 1:
             raise ValueError(
                 f"mix is {self.mix} (in [0, 1)), sampling.num_samples {self.sampling.num_samples} (1: a prompt has one "
@@ -79,12 +80,16 @@ def pit(cfg: Config, run: Run) -> LM:
     start = run.at("iter_0")
     pairs, counts = preferences(start.records("preferences", cfg.preferences, of=RankedResponses))  # D
     start.value("preferences_counts", dict, counts)
-    parts = split_in_three(pairs, seed_of(start, "split"))
-    policy, improver, gap_reward, prompts = before_the_curriculum(cfg, run, *parts)  # A, B, M_P^RL
+    d_sft, d_rm, d_rl = split_in_three(pairs, seed_of(start, "split"))
+    policy, improver, gap_reward = supervised_and_gap_reward(cfg, run, d_sft, d_rm)  # A, r_gap
+    longest = max(cfg.policy_rl.max_new_tokens, cfg.sampling.max_new_tokens)
+    prompts = with_room(policy, [Prompt(id=pair.id, messages=pair.messages) for pair in d_rl], longest)
+    start.value("too_long", int, len(d_rl) - len(prompts))
+    policy = policy_after_rl(cfg, run, policy, d_rm, prompts)  # r_P, M_P^RL
     summarise(cfg, run, 0, improver, policy, gap_reward)
 
     model, t = improver, 0
-    sides = {pair.id: pair for pair in parts[2]}
+    sides = {pair.id: pair for pair in d_rl}
     labelled = [(x, sides[x.id].rejected) for x in prompts] + [(x, sides[x.id].chosen) for x in prompts]
     for round, steps in enumerate(cfg.rounds):  # C
         if steps == 0:
@@ -101,37 +106,28 @@ def pit(cfg: Config, run: Run) -> LM:
     return model
 
 
-def before_the_curriculum(
-    cfg: Config,
-    run: Run,
-    sft_pairs: Sequence[Preference],
-    reward_pairs: Sequence[Preference],
-    rl_pairs: Sequence[Preference],
-) -> tuple[LM, LM, LM, list[Prompt]]:
-    """A, B and the policy's part of C: M_P^RL, M_PIT^SFT, r_gap, and the prompts of D_RL."""
-    policy, improver, policy_reward, gap_reward = supervised_and_reward_models(cfg, run, sft_pairs, reward_pairs)
-    longest = max(cfg.policy_rl.max_new_tokens, cfg.sampling.max_new_tokens)
-    prompts = with_room(policy, [Prompt(id=pair.id, messages=pair.messages) for pair in rl_pairs], longest)
-    run.at("iter_0").value("too_long", int, len(rl_pairs) - len(prompts))
-    reward = RewardOf(policy_reward, cfg.policy_rl.rows_at_once)
-    policy = cfg.learner(policy, policy, prompts, reward, cfg.policy_rl, run.at("policy_rl"))  # M_P^RL
-    return policy, improver, gap_reward, prompts
-
-
-def supervised_and_reward_models(
+def supervised_and_gap_reward(
     cfg: Config, run: Run, sft_pairs: Sequence[Preference], reward_pairs: Sequence[Preference]
-) -> tuple[LM, LM, LM, LM]:
-    """A and B. They are a function of their own because M_0 takes memory for as long as it runs, and no longer."""
+) -> tuple[LM, LM, LM]:
+    """A, and B's r_gap. They are a function of their own because M_0 takes memory for as long as it runs, and no
+    longer."""
     base = begin(cfg, run)
     policy = sft(base, demonstrations(sft_pairs), cfg.sft, run.at("policy"))  # M_P^SFT
     improver = sft(base, improvements(sft_pairs, cfg.request), cfg.sft, run.at("iter_0"))  # M_PIT^SFT
-
-    reward_groups = [reward_group(base.tokenizer, pair) for pair in reward_pairs]
-    policy_reward = train_reward(policy, reward_groups, BRADLEY_TERRY, cfg.reward, run.at("policy_reward"))  # r_P
-    gap_groups = [gap_group(base.tokenizer, pair, cfg.request) for pair in reward_pairs]
-    gap_reward = train_reward(improver, gap_groups, GAP, cfg.reward, run.at("gap_reward"))  # r_gap
+    groups = [gap_group(base.tokenizer, pair, cfg.request) for pair in reward_pairs]
+    gap_reward = train_reward(improver, groups, GAP, cfg.reward, run.at("gap_reward"))  # r_gap
     summarise(cfg, run, "base", base, None, gap_reward)
-    return policy, improver, policy_reward, gap_reward
+    return policy, improver, gap_reward
+
+
+def policy_after_rl(
+    cfg: Config, run: Run, policy: LM, reward_pairs: Sequence[Preference], prompts: Sequence[Prompt]
+) -> LM:
+    """B's r_P, which nothing else reads, and C's M_P^RL."""
+    groups = [reward_group(policy.tokenizer, pair) for pair in reward_pairs]
+    reward = train_reward(policy, groups, BRADLEY_TERRY, cfg.reward, run.at("policy_reward"))  # r_P
+    scored = RewardOf(reward, cfg.policy_rl.rows_at_once)
+    return cfg.learner(policy, policy, prompts, scored, cfg.policy_rl, run.at("policy_rl"))  # M_P^RL
 
 
 def split_in_three(pairs: Sequence[Preference], seed: int) -> list[list[Preference]]:
@@ -165,7 +161,7 @@ def from_policy(cfg: Config, policy: LM, prompts: Sequence[Prompt], it: Scope) -
 
 
 def mixed_in(cfg: Config, labelled: Sequence[tuple[Prompt, str]], it: Scope) -> list[tuple[Prompt, str]]:
-    """As many of round 0's references as are the share ``mix`` of all references of round 1."""
+    """Some of round 0's references, drawn at random: the share ``mix`` of all references of round 1."""
     count = round(len(labelled) / 2 * cfg.mix / (1 - cfg.mix))
     chosen = np.random.default_rng(seed_of(it, "mix")).permutation(len(labelled))[:count]
     return [labelled[i] for i in chosen]

@@ -44,7 +44,7 @@ def check(cfg: Any, directory: Path) -> None:
     for name, part in parts.items():
         match part:
             case TrainConfig() | RLConfig():
-                _check_rows(name, part, meshlib.axis_size(mesh, "batch"))
+                part.check(mesh, name)
                 longest = part.max_length if isinstance(part, TrainConfig) else part.max_new_tokens + 1
                 what = "max_length" if isinstance(part, TrainConfig) else "max_new_tokens"
                 if longest > config.max_positions:
@@ -77,16 +77,6 @@ def check(cfg: Any, directory: Path) -> None:
             shortest = min(rows, key=rows.__getitem__)
             limit, why = min(limit, rows[shortest] - 1), f"{why}, and {shortest} is {rows[shortest]}"
         check_lengths(place, prompts, load_tokenizer(folder), limit, why)
-
-
-def _check_rows(name: str, part: TrainConfig | RLConfig, devices: int) -> None:
-    rows = part.batch_size // part.accumulate
-    if rows % devices:
-        raise meshlib.MeshError(
-            f"{name}.batch_size {part.batch_size} in accumulate = {part.accumulate} parts is {rows} rows at "
-            f"once, which do not divide over {devices} devices (mesh axes data x fsdp); make it a multiple of "
-            f"{devices * part.accumulate}, or choose another mesh"
-        )
 
 
 def _check_room(name: str, max_new_tokens: int, max_positions: int) -> None:

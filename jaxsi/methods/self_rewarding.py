@@ -113,7 +113,9 @@ class Config:
         if self.sampling.num_samples < 2:
             raise ValueError(f"sampling.num_samples is {self.sampling.num_samples}; a pair needs at least 2 candidates")
         if self.seed_data is None and (self.sft is not None or isinstance(self.prompts, SelfInstruct)):
-            raise ValueError("seed_data is None: then sft is None too, and prompts come from a file")
+            raise ValueError(
+                "seed_data is None: then sft is None too, and prompts are given (a file or texts), not generated"
+            )
 
 
 def self_rewarding(cfg: Config, run: Run) -> LM:

@@ -27,11 +27,13 @@ from jaxsi.runs.config_snapshot import stored_as
 from jaxsi.runs.records import Critique, PreferencePair, Prompt, Response, SFTExample
 from jaxsi.runs.run import Run
 from jaxsi.sampling.generate import SamplingConfig, sample
+from jaxsi.stages.answers import answers, read_answers
 from jaxsi.stages.critique import (
     CritiqueConfig,
-    OwnCritic,
+    continue_critique,
+    continue_score,
+    has_all_parts,
     improved_responses,
-    is_complete,
     read_drafts,
     refinement_examples,
     refinement_pairs,
@@ -92,7 +94,7 @@ def srt(cfg: Config, run: Run) -> LM:
     critiques = it.sharded(
         "critiques", finished, read_drafts, cfg.critic, first, cfg.template, it.key("critiques"), of=Critique
     )  # f, r
-    complete = [critique for critique in critiques if is_complete(critique)]
+    complete = [critique for critique in critiques if has_all_parts(critique)]
     refined = improved_responses(base.tokenizer, complete, cfg.template, marked=False)
     checks = it.sharded(
         "checks", refined, read_drafts, cfg.critic, first, cfg.template, it.key("checks"), of=Critique
@@ -109,15 +111,15 @@ def srt(cfg: Config, run: Run) -> LM:
     drafts = it.sharded(
         "drafts", others, sample, model, cfg.sampling, it.key("drafts"), cfg.template.feedback, of=Response, by=model
     )  # y'
-    critic = OwnCritic(lm=model, config=cfg.critique)
     critiques = it.sharded(
-        "critiques", drafts, read_drafts, critic, others, cfg.template, it.key("critiques"), of=Critique
-    )  # f', r'
+        "critiques", answers(others, drafts), read_answers, continue_critique, model, cfg.template, cfg.critique,
+        it.key("critiques"), of=Critique,
+    )  # f', r'  # fmt: skip
     refined = improved_responses(model.tokenizer, critiques, cfg.template, marked=True)
-    critic = dataclasses.replace(critic, score_only=True)
     checks = it.sharded(
-        "checks", refined, read_drafts, critic, others, cfg.template, it.key("checks"), of=Critique
-    )  # score(r')
+        "checks", answers(others, refined), read_answers, continue_score, model, cfg.template, cfg.critique,
+        it.key("checks"), of=Critique,
+    )  # score(r')  # fmt: skip
     pairs, counts = it.counted(
         "pairs", better_refinements, cfg, prompts=others, drafts=drafts, critiques=critiques, refined=refined,
         checks=checks, of=PreferencePair,

@@ -33,7 +33,7 @@ def run(config: Any, run_dir: Path | str) -> LM:
 
 def finish(config: Any, directory: Path) -> LM | None:
     """``run``, which returns None if nothing was left to do: then no model was loaded."""
-    if not is_complete(directory, config):
+    if not nothing_is_left(directory, config):
         # Before the directory exists: a config that is mended after an error here is not yet that of a run.
         check(config, directory)
     with Run.open(directory, config) as opened:
@@ -74,8 +74,8 @@ def _takes(function: Any, home: Any, cls: type) -> bool:
     return list(hints.values()) == [cls, Run]
 
 
-def is_complete(directory: Path, config: Any) -> bool:
-    """Whether nothing is left to do of as many iterations as ``config`` has, if its method counts them."""
+def nothing_is_left(directory: Path, config: Any) -> bool:
+    """Whether the run in ``directory`` is complete, with at least as many iterations as ``config`` asks for."""
     try:
         status = json.loads((directory / "summary.json").read_text())["status"]
         stored = json.loads((directory / "config.json").read_text())

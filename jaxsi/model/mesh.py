@@ -103,6 +103,20 @@ def axis_size(mesh: Mesh | AbstractMesh, axis: str, rules: Rules = TRAINING_RULE
     return int(np.prod([mesh.shape[name] for name in names], dtype=int))
 
 
+def check_rows(batch_size: int, accumulate: int, mesh: Mesh, name: str = "") -> None:
+    """Checks that the rows of a micro-batch of the config part ``name`` divide evenly among the devices.
+
+    Raises: MeshError
+    """
+    rows, devices = batch_size // accumulate, axis_size(mesh, "batch")
+    if rows % devices:
+        raise MeshError(
+            f"{name and name + '.'}batch_size {batch_size} in accumulate = {accumulate} parts is {rows} rows at once, "
+            f"which do not divide over {devices} devices (mesh axes data x fsdp); make it a multiple of "
+            f"{devices * accumulate}, or choose another mesh"
+        )
+
+
 def platform(mesh: Mesh | AbstractMesh) -> str:
     """Kind of the devices of the mesh: "cpu", "gpu" or "tpu". They may belong to another machine.
 

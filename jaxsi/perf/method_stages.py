@@ -11,6 +11,7 @@ from typing import Any, Literal, NamedTuple
 
 from jaxsi.methods import pit, seft, self_rewarding, spin, srt
 from jaxsi.model.kv_cache import KVCache
+from jaxsi.runs.errors import InputError
 from jaxsi.sampling.generate import SamplingConfig
 from jaxsi.stages import judge
 from jaxsi.stages.critique import LocalCritic
@@ -111,7 +112,10 @@ def stages(cfg: Any, assumptions: Assumptions, max_positions: int, *, packs: boo
             return list(_pit(plan))
         case spin.Config():
             return list(_spin(plan))
-    raise TypeError(f"{type(cfg)} is not a method's Config; give one from jaxsi.methods")
+    raise InputError(
+        f"{type(cfg).__module__}.{type(cfg).__name__} is not the Config of a method of this package; a plan knows the "
+        "stages of these methods alone"
+    )
 
 
 def iterations(cfg: Any) -> int:
@@ -296,8 +300,8 @@ def _pit(plan: _Plan) -> Iterator[Stage]:
     value = cfg.learner is ppo
     yield plan.training("sft of the policy", "sft", cfg.sft, part, plan.prompt + answer, Held(1), each=False)
     yield plan.training("sft of the improver", "sft", cfg.sft, part, request + answer, Held(2), each=False)
+    yield plan.training("gap reward", "gap reward", cfg.reward, part, request + answer, Held(3), each=False)
     yield plan.training("policy's reward", "reward", cfg.reward, part, plan.prompt + answer, Held(3), each=False)
-    yield plan.training("gap reward", "gap reward", cfg.reward, part, request + answer, Held(4), each=False)
     yield from _reinforcing(plan, "policy rl", cfg.policy_rl, plan.prompt, 4, each=False, value=value)
     yield plan.sampling("references", part, plan.prompt, cfg.sampling, Held(4))
     steps = max(cfg.rounds)

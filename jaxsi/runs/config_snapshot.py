@@ -117,8 +117,8 @@ def _has_code(value: Any) -> bool:
 
 def source_hash(code: Any) -> str:
     """16 hex digits: a hash of the source of a function or a class without comments and layout, of the functions and
-    callable classes of its module that it uses, and of the plain module values that it reads. It is the same in every
-    version of Python. "" if the source is not available."""
+    callable classes of its module that it uses, and of the numbers and texts of its module that it reads, alone or in
+    containers. It is the same in every version of Python. "" if the source is not available."""
     digest = hashlib.sha256()
     todo, seen = [code], {code}
     namespace = code.__globals__ if isinstance(code, FunctionType) else vars(sys.modules[code.__module__])
@@ -133,9 +133,22 @@ def source_hash(code: Any) -> str:
             if _has_code(value) and value.__module__ == code.__module__ and value not in seen:
                 seen.add(value)
                 todo.append(value)
-            elif isinstance(value, bool | int | float | str | bytes):
-                digest.update(f"{name}={value!r}".encode())
+            elif value is not None and (text := _plain_value(value)) is not None:
+                digest.update(f"{name}={text}".encode())
     return digest.hexdigest()[:16]
+
+
+def _plain_value(value: Any) -> str | None:
+    """A constant as text, the same in every process; None if it is not made of numbers and texts alone."""
+    if value is None or isinstance(value, bool | int | float | str | bytes):
+        return repr(value)
+    if isinstance(value, dict):
+        value = [item for pair in value.items() for item in pair]  # in its own order: a loop over it sees that
+    if not isinstance(value, tuple | list | set | frozenset):
+        return None
+    parts = [_plain_value(item) for item in value]
+    ordered = sorted(map(str, parts)) if isinstance(value, set | frozenset) else parts
+    return None if None in parts else f"{type(value).__name__}{ordered}"
 
 
 def _syntax(node: Any) -> Any:

@@ -212,7 +212,7 @@ class Scope:
         """`list(stage(items, *args))` in shards of `shard_size` items, each on disk once it is done, then one
         <name>.jsonl.
 
-        A shard must give the records that its items give in one piece: name keys by id, not by position.
+        The records of an item must not depend on the shard it is in: name random keys by id, not by position.
 
         Args:
           by: the model that samples the records. All records must have its fingerprint and its template, since files

@@ -1,4 +1,4 @@
-"""Prompts together with their responses, as a judge or a reviser reads them."""
+"""Prompts together with their responses, as a judge, critic or reviser reads them."""
 
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, TypeVar
@@ -17,17 +17,35 @@ class Answers(NamedTuple):
 
 
 def answers(prompts: Sequence[Prompt], responses: Sequence[Response]) -> list[Answers]:
-    """Groups the responses by prompt; both keep their order."""
+    """Groups the responses by prompt; both keep their order. A prompt without a response is left out."""
     by_prompt: dict[str, list[Response]] = {}
     for response in responses:
         by_prompt.setdefault(response.prompt_id, []).append(response)
-    return [Answers(prompt, tuple(by_prompt[prompt.id])) for prompt in prompts]
+    return [Answers(prompt, tuple(by_prompt[prompt.id])) for prompt in prompts if prompt.id in by_prompt]
+
+
+def with_prompts(prompts: Sequence[Prompt], responses: Sequence[Response]) -> list[tuple[Prompt, Response]]:
+    """Each response behind its prompt, in the order of the responses.
+
+    Raises: ValueError if a response's prompt is not among ``prompts``, or if a response's id occurs twice.
+    """
+    by_id, seen = {prompt.id: prompt for prompt in prompts}, set[str]()
+    for response in responses:
+        if response.prompt_id not in by_id:
+            raise ValueError(
+                f"response {response.id!r} answers prompt {response.prompt_id!r}, which is not among the {len(by_id)} "
+                "prompts; pass the prompts that were sampled"
+            )
+        if response.id in seen:
+            raise ValueError(f"two responses have the id {response.id!r}; ids are unique")
+        seen.add(response.id)
+    return [(by_id[response.prompt_id], response) for response in responses]
 
 
 def read_answers(
     answers: Sequence[Answers], reader: Callable[..., list[Record]], lm: LM, *settings: Any
 ) -> list[Record]:
-    """Calls ``reader(lm, prompts, responses, *settings)``, a judge or a reviser, on these answers; a stage for
+    """Calls ``reader(lm, prompts, responses, *settings)``, a judge, critic or reviser, on these answers; a stage for
     ``Scope.sharded``."""
     responses = [response for answer in answers for response in answer.responses]
     return reader(lm, [answer.prompt for answer in answers], responses, *settings)

@@ -15,6 +15,7 @@ from jaxsi.lm import LM, borrowed
 from jaxsi.runs.config_snapshot import stored_as
 from jaxsi.runs.records import Critique, FinishReason, PreferencePair, Prompt, Response, SFTExample
 from jaxsi.sampling import generate
+from jaxsi.stages.answers import with_prompts
 from jaxsi.stages.prompts import question_text
 from jaxsi.stages.prompts.critique import CritiqueTemplate
 from jaxsi.text.chat import marker_ids, render_prompt, render_response
@@ -100,17 +101,10 @@ def critic_requests(
 
     Raises: ValueError if a response's prompt is not among ``prompts``, or if an id occurs twice; the message names it.
     """
-    by_id = {prompt.id: prompt for prompt in prompts}
-    requests: dict[str, Prompt] = {}
-    for response in responses:
-        if response.prompt_id not in by_id or response.id in requests:
-            raise ValueError(
-                f"response {response.id!r} answers prompt {response.prompt_id!r}, which is not among the {len(by_id)} "
-                "prompts, or its id occurs twice; pass the prompts that were sampled, and unique ids"
-            )
-        question = question_text(by_id[response.prompt_id].messages)
-        requests[response.id] = Prompt.of(response.id, template.render(question, response.text))
-    return list(requests.values())
+    return [
+        Prompt.of(response.id, template.render(question_text(prompt.messages), response.text))
+        for prompt, response in with_prompts(prompts, responses)
+    ]
 
 
 def critique(
@@ -173,7 +167,7 @@ def continue_critique(
     cfg: CritiqueConfig,
     key: jax.Array,
     *,
-    score_only: bool = False,
+    marker: Sequence[int] = (),
 ) -> list[Critique]:
     """Continues prompt and marked draft with ``lm``: its own feedback and improved response. The continuation follows
     the draft's own ids, so that y, f and r are one sequence.
@@ -181,7 +175,7 @@ def continue_critique(
     A draft without a marker, or without room after it, gets an empty critique.
 
     Args:
-      score_only: stop before the improved response, for calls that need only the score.
+      marker: token ids at which the continuation stops, beside the end of the turn.
     """
     heads = {prompt.id: render_prompt(lm.tokenizer, prompt.messages) for prompt in prompts}
     room = lm.config.max_positions - cfg.max_new_tokens
@@ -191,7 +185,6 @@ def continue_critique(
         if template.unmarked(draft.text) is not None
     }
     ids = [id for id, prefix in prefixes.items() if len(prefix) <= room]
-    marker = marker_ids(lm.tokenizer, template.improved) if score_only else ()
     sampled = generate.generate_ids(
         lm,
         [prefixes[id] for id in ids],
@@ -212,25 +205,23 @@ def continue_critique(
     ]
 
 
-@dataclass(frozen=True, kw_only=True)
-class OwnCritic:
-    """A model as the critic of its own marked responses: `continue_critique` as a critic. With `score_only`, it stops
-    before the improved response."""
-
-    lm: LM
-    config: CritiqueConfig
-    score_only: bool = False
-
-    def __call__(
-        self, prompts: Sequence[Prompt], responses: Sequence[Response], template: CritiqueTemplate, key: jax.Array
-    ) -> list[Critique]:
-        return continue_critique(self.lm, prompts, responses, template, self.config, key, score_only=self.score_only)
+def continue_score(
+    lm: LM,
+    prompts: Sequence[Prompt],
+    drafts: Sequence[Response],
+    template: CritiqueTemplate,
+    cfg: CritiqueConfig,
+    key: jax.Array,
+) -> list[Critique]:
+    """`continue_critique` up to the improved response, for calls that need only the score."""
+    marker = marker_ids(lm.tokenizer, template.improved)
+    return continue_critique(lm, prompts, drafts, template, cfg, key, marker=marker)
 
 
 def read_drafts(
     drafts: Sequence[Response], critic: Critic, prompts: Sequence[Prompt], template: CritiqueTemplate, key: jax.Array
 ) -> list[Critique]:
-    """The critiques of ``drafts``; a stage for ``Scope.sharded``."""
+    """The critiques of ``drafts`` by a critic from outside; a stage for ``Scope.sharded``."""
     return critic(prompts, drafts, template, key)
 
 
@@ -251,7 +242,7 @@ def improved_responses(
     return responses
 
 
-def is_complete(c: Critique) -> bool:
+def has_all_parts(c: Critique) -> bool:
     """Whether a critique has all its parts (the paper's first filter)."""
     return None not in (c.weaknesses, c.suggestions, c.score, c.improved)
 

@@ -18,7 +18,7 @@ from jaxsi.lm import LM
 from jaxsi.runs.config_snapshot import stored_as
 from jaxsi.runs.records import Judgment, Prompt, Response
 from jaxsi.sampling import generate, scoring
-from jaxsi.stages.answers import as_records
+from jaxsi.stages.answers import as_records, with_prompts
 from jaxsi.stages.prompts import Rubric, force_marker, load_rubric, question_text
 from jaxsi.text.chat import render_prompt
 from jaxsi.text.tokenizer import Tokenizer
@@ -254,19 +254,10 @@ def compare(a: Sequence[Judgment], b: Sequence[Judgment]) -> Comparison:
 
 def _judge_prompts(prompts: Sequence[Prompt], responses: Sequence[Response], rubric: Rubric) -> list[Prompt]:
     """One judge prompt per response, under the response's id."""
-    by_id = {prompt.id: prompt for prompt in prompts}
-    rendered: dict[str, Prompt] = {}
-    for response in responses:
-        if response.prompt_id not in by_id:
-            raise ValueError(
-                f"response {response.id!r} answers prompt {response.prompt_id!r}, which is not among the {len(by_id)} "
-                "prompts; pass the prompts that were sampled"
-            )
-        if response.id in rendered:
-            raise ValueError(f"two responses have the id {response.id!r}; ids are unique")
-        question = question_text(by_id[response.prompt_id].messages)
-        rendered[response.id] = Prompt.of(response.id, rubric.render(question, response.text))
-    return list(rendered.values())
+    return [
+        Prompt.of(response.id, rubric.render(question_text(prompt.messages), response.text))
+        for prompt, response in with_prompts(prompts, responses)
+    ]
 
 
 def _parsed(rubric: Rubric, sample: Response) -> float | None:

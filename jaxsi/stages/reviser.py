@@ -16,6 +16,7 @@ from jaxsi.lm import LM
 from jaxsi.runs.config_snapshot import stored_as
 from jaxsi.runs.records import Prompt, Response, Revision, SFTExample
 from jaxsi.sampling import generate, scoring
+from jaxsi.stages.answers import with_prompts
 from jaxsi.stages.prompts.reviser import ReviserTemplate
 from jaxsi.text.chat import render_prompt, render_response
 from jaxsi.text.tokenizer import Tokenizer
@@ -214,19 +215,10 @@ def _requests(
     lm: LM, prompts: Sequence[Prompt], responses: Sequence[Response], template: ReviserTemplate
 ) -> dict[str, list[int]]:
     """The token ids of each draft's request, by the draft's id."""
-    messages = {prompt.id: prompt.messages for prompt in prompts}
-    requests: dict[str, list[int]] = {}
-    for response in responses:
-        if response.prompt_id not in messages:
-            raise ValueError(
-                f"response {response.id!r} answers prompt {response.prompt_id!r}, which is not among the "
-                f"{len(messages)} prompts; pass the prompts that were sampled"
-            )
-        if response.id in requests:
-            raise ValueError(f"two responses have the id {response.id!r}; ids are unique")
-        request = template.ask(messages[response.prompt_id], response.text)
-        requests[response.id] = render_prompt(lm.tokenizer, request)
-    return requests
+    return {
+        response.id: render_prompt(lm.tokenizer, template.ask(prompt.messages, response.text))
+        for prompt, response in with_prompts(prompts, responses)
+    }
 
 
 def _revise(

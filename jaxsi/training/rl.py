@@ -101,14 +101,9 @@ class RLConfig:
         """Optimizer steps of the whole training."""
         return self.steps * self.epochs * (self.rows // self.batch_size)
 
-    def check(self, mesh: Mesh) -> None:
+    def check(self, mesh: Mesh, name: str = "") -> None:
         """Raises MeshError if the rows of a micro-batch do not divide evenly among the devices."""
-        rows, parts = self.rows_at_once, meshlib.axis_size(mesh, "batch")
-        if rows % parts:
-            raise meshlib.MeshError(
-                f"batch_size {self.batch_size} / accumulate {self.accumulate} = {rows} rows do not divide among the "
-                f"{parts} parts of the batch (mesh axes data x fsdp); change one of the three"
-            )
+        meshlib.check_rows(self.batch_size, self.accumulate, mesh, name)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

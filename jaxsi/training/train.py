@@ -73,14 +73,9 @@ class TrainConfig:
                 "change one of them"
             )
 
-    def check(self, mesh: Mesh) -> None:
+    def check(self, mesh: Mesh, name: str = "") -> None:
         """Raises MeshError if the rows of a micro-batch do not divide evenly among the devices."""
-        rows, parts = self.batch_size // self.accumulate, meshlib.axis_size(mesh, "batch")
-        if rows % parts:
-            raise meshlib.MeshError(
-                f"batch_size {self.batch_size} / accumulate {self.accumulate} = {rows} rows do not divide among the "
-                f"{parts} parts of the batch (mesh axes data x fsdp); change one of the three"
-            )
+        meshlib.check_rows(self.batch_size, self.accumulate, mesh, name)
 
 
 @stored_as("train.DPOConfig")

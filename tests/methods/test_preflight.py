@@ -9,7 +9,7 @@ import pytest
 from jaxsi.lm import LoadError
 from jaxsi.methods.preflight import check
 from jaxsi.methods.self_rewarding import EarlyStop, PromptFile
-from jaxsi.methods.start import is_complete
+from jaxsi.methods.start import nothing_is_left
 from jaxsi.model.mesh import MeshConfig
 from jaxsi.runs.config_file import load_config
 from jaxsi.runs.records import Prompt, RecordError, write_jsonl
@@ -55,7 +55,7 @@ def test_raised_iterations_need_unused_prompts(tmp_path):
     cfg = dataclasses.replace(TOY, prompts=PromptFile(path=str(file)))
     check(cfg, run)
     more = dataclasses.replace(cfg, iterations=4)
-    assert is_complete(run, cfg) and not is_complete(run, more)
+    assert nothing_is_left(run, cfg) and not nothing_is_left(run, more)
     with pytest.raises(RecordError, match=r"0 prompts for 1 iterations of new prompts \(2 are used\)"):
         check(more, run)
     check(dataclasses.replace(more, prompts=dataclasses.replace(cfg.prompts, repeat=True)), run)

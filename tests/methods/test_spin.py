@@ -1,4 +1,4 @@
-"""SPIN's pairs: people's responses against the model's own, and which of them are none."""
+"""SPIN's pairs: people's responses against the model's own, and which make no pair."""
 
 import dataclasses
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import jax
 import pytest
+from micro_runs import micro
 
 import tiny
 from jaxsi.cli.main import main
@@ -246,6 +247,10 @@ def test_overrides_and_assumptions_change_the_plan(capsys):
         ([str(SEVENTY), "--topology", "v9:2x2"], "unknown topology"),
         ([str(SEVENTY), "--topology", "v5p:4x4x4", "--fill", "2"], "fill 2.0 must be in"),
         ([str(SEVENTY), "--topology", "h100:64", "--model", "nobody/nothing"], "unknown architecture"),
+        (
+            [str(micro("sampling")), "--topology", "h100:1"],
+            "sampling.Config is not the Config of a method of this package",
+        ),
     ],
 )
 def test_wrong_command_line_says_what_is_wrong(words, message, capsys):

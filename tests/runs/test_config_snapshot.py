@@ -79,12 +79,13 @@ class Config:
 FILE = """
 import dataclasses, functools
 WEIGHT = {weight}
+BONUS = {bonus}
 
 def words(text):
     return len(text.split()){change}
 
 def judge(prompt, response, scale=1.0):
-    return WEIGHT * words(response) * scale  {comment}
+    return WEIGHT * words(response) * scale + len(BONUS)  {comment}
 
 def other(prompt):
     return prompt
@@ -97,7 +98,7 @@ def config():
 
 def written(folder: Path, **changes: str) -> Any:
     """The callable of a config file; without changes always the same."""
-    parts = {"weight": "1.0", "change": "", "comment": "", "value": "judge"} | changes
+    parts = {"weight": "1.0", "bonus": "('a', 1)", "change": "", "comment": "", "value": "judge"} | changes
     (folder / "mine.py").write_text(FILE.format(**parts))
     importlib.invalidate_caches()
 
@@ -109,7 +110,7 @@ def test_changed_function_of_the_user_is_noticed(tmp_path: Path) -> None:
     stored = describe_config(Config(judging=written(tmp_path)))
     assert stored["judging"].startswith("jaxsi_config_mine.judge#")
     check_config(tmp_path, stored, Config(judging=written(tmp_path, comment="# a comment changes nothing")))
-    for changes in ({"weight": "2.0"}, {"change": " + 1"}, {"value": "other"}):
+    for changes in ({"weight": "2.0"}, {"bonus": "('b', 1)"}, {"change": " + 1"}, {"value": "other"}):
         with pytest.raises(RunConfigError, match=r"judging: 'jaxsi_config_mine\.judge#"):
             check_config(tmp_path, stored, Config(judging=written(tmp_path, **changes)))
 

@@ -247,7 +247,7 @@ def test_cut_off_refinement_is_left_out() -> None:
 def test_unknown_and_repeated_responses_are_refused() -> None:
     with pytest.raises(ValueError, match="which is not among the 3 prompts"):
         critic_requests(PROMPTS, [draft_of("q9#0")], SRT)
-    with pytest.raises(ValueError, match="twice"):
+    with pytest.raises(ValueError, match="two responses have the id 'p0#0'"):
         critic_requests(PROMPTS, [draft_of("p0#0"), draft_of("p0#0")], SRT)
 
 

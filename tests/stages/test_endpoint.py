@@ -18,6 +18,7 @@ import endpoint_server
 import pytest
 from endpoint_server import GOOD, HALF, NAMES, Reply, ask, failed, lines, replied, serving
 
+from jaxsi.cli.supervisor import cpu_devices
 from jaxsi.stages import endpoint
 from jaxsi.stages.endpoint import EndpointError
 from jaxsi.toyworld.careless import SHIPPED
@@ -183,7 +184,7 @@ print(json.dumps([to_json(c) for c in ask(critic, *NAMES)]))
 @pytest.mark.slow
 def test_one_of_several_hosts_asks(make, tmp_path) -> None:
     path = f"{ROOT}{os.pathsep}{ROOT / 'tests'}"
-    environment = os.environ | {"PYTHONPATH": path, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""}
+    environment = os.environ | cpu_devices(os.environ, 1) | {"PYTHONPATH": path}
     with serving(lambda name, before: failed(413) if name == "r3" else replied(f"好 {GOOD} {name}")) as server:
         arguments = [str(free_port()), server.url, str(tmp_path / "cache.jsonl")]
         processes = [

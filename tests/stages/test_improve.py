@@ -1,6 +1,7 @@
 """Improvement at inference time: what each method keeps, accepts and rejects, when it ends, and what it counts."""
 
 import dataclasses
+import functools
 import math
 
 import jax
@@ -173,11 +174,11 @@ def test_stage_cut_in_parts_has_the_result_of_the_whole(lm):
 
 
 def plant_critiques(monkeypatch, first: dict[str, tuple], checks: dict[str, float | None]) -> list[list[str]]:
-    """Replaces ``continue_critique`` by one that returns (score, improved, finish) by prompt, or the score alone for a
-    check. The list returned fills with the texts it reads."""
+    """Replaces the critic by one that returns (score, improved, finish) by prompt, or the score alone for a check. The
+    list returned fills with the texts it reads."""
     seen: list[list[str]] = []
 
-    def continue_critique(lm, prompts, drafts, template, cfg, key, *, score_only=False):
+    def planted(score_only, lm, prompts, drafts, template, cfg, key):
         seen.append([draft.text for draft in drafts])
         critiques = []
         for draft in drafts:
@@ -200,7 +201,8 @@ def plant_critiques(monkeypatch, first: dict[str, tuple], checks: dict[str, floa
             )
         return critiques
 
-    monkeypatch.setattr(srt, "continue_critique", continue_critique)
+    monkeypatch.setattr(srt, "continue_critique", functools.partial(planted, False))
+    monkeypatch.setattr(srt, "continue_score", functools.partial(planted, True))
     return seen
 
 

@@ -513,7 +513,7 @@ def test_rows_must_divide_among_devices(stage: Callable[..., Any], scope: Scope)
         dataclasses.replace(CONFIG, batch_size=12),
         dataclasses.replace(CONFIG, batch_size=16, accumulate=4),
     ):
-        with pytest.raises(MeshError, match=r"rows do not divide among the 8 parts of the batch"):
+        with pytest.raises(MeshError, match=r"rows at once, which do not divide over 8 devices"):
             stage(lm, [], config, scope)
     dataclasses.replace(CONFIG, batch_size=32, accumulate=4).check(lm.mesh)
 

@@ -15,6 +15,7 @@ from jaxsi.lm import LM
 from jaxsi.runs.named_keys import fold
 from jaxsi.runs.records import Improvement, Outcome, Prompt, Response, Revision
 from jaxsi.sampling.generate import SamplingConfig, generate
+from jaxsi.stages.answers import with_prompts
 from jaxsi.stages.gap import gains, gap_sequence
 from jaxsi.stages.improve.rounds import (
     Item,
@@ -102,17 +103,12 @@ def improve_once(
 
     A draft that leaves no room for a response in the model's context comes back as it is, with the label "TOO LONG".
 
-    Raises: ValueError: if a draft answers a prompt that is not among ``prompts``.
+    Raises: ValueError if a draft's prompt is not among ``prompts``, or if a draft's id occurs twice.
     """
-    messages = {prompt.id: prompt.messages for prompt in prompts}
-    requests = []
-    for draft in drafts:
-        if draft.prompt_id not in messages:
-            raise ValueError(
-                f"response {draft.id!r} answers prompt {draft.prompt_id!r}, which is not one of the {len(messages)} "
-                "prompts"
-            )
-        requests.append(Prompt(id=draft.id, messages=ask_to_improve(messages[draft.prompt_id], draft.text, request)))
+    requests = [
+        Prompt(id=draft.id, messages=ask_to_improve(prompt.messages, draft.text, request))
+        for prompt, draft in with_prompts(prompts, drafts)
+    ]
     room = lm.config.max_positions - sampling["max_new_tokens"]
     fitting = [prompt for prompt in requests if len(render_prompt(lm.tokenizer, prompt.messages)) <= room]
     improved = {r.prompt_id: r for r in generate(lm, fitting, num_samples=1, key=key, **sampling)}

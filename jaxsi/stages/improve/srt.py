@@ -14,7 +14,7 @@ from jaxsi.lm import LM
 from jaxsi.runs.named_keys import fold
 from jaxsi.runs.records import Critique, Improvement, Outcome, Prompt, Response
 from jaxsi.sampling.generate import SamplingConfig
-from jaxsi.stages.critique import CritiqueConfig, continue_critique, improved_responses
+from jaxsi.stages.critique import CritiqueConfig, continue_critique, continue_score, improved_responses
 from jaxsi.stages.improve.rounds import Item, Method, Past, draft_round, next_record
 from jaxsi.stages.prompts.critique import CritiqueTemplate
 from jaxsi.text.chat import marker_ids
@@ -49,7 +49,7 @@ def srt_round(
         if critique.improved != _unmarked(response, template).text
     ]
     refined = improved_responses(lm.tokenizer, changes, template, marked=True)
-    checks = continue_critique(lm, prompts, refined, template, cfg, fold(key, "checks"), score_only=True)
+    checks = continue_score(lm, prompts, refined, template, cfg, fold(key, "checks"))
     refined_by_id = {check.id: response for check, response in zip(checks, refined, strict=True)}
     check_by_id = {check.id: check for check in checks}
     return [

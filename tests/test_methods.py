@@ -63,10 +63,10 @@ class Method(NamedTuple):
 
 METHODS = {
     "self_rewarding": Method(
-        ((TERM, "iter_1/sft"), (TERM, "iter_2/candidates"), (KILL, "iter_2/dpo")),
+        ((TERM, "iter_2/candidates"), (KILL, "iter_2/dpo")),
         {"iter_2": DPO_STEP_0}, "judging", TENSOR,
     ),
-    "srt": Method(((KILL, "iter_0/sft"),), {"iter_1": DPO_STEP_0}, "direction", TENSOR),
+    "srt": Method(((TERM, "iter_0/sft"),), {"iter_1": DPO_STEP_0}, "direction", TENSOR),
     "seft": Method(((KILL, "iter_1/sft"),), {}, "reviser", PARTS),
     "pit": Method(
         ((KILL, "iter_1/rl"),),

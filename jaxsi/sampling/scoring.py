@@ -71,10 +71,12 @@ def rows_on_mesh(
 ) -> Iterator[tuple[list[int], jax.Array, jax.Array]]:
     """Yields row numbers, their tokens [B, T] and lengths [B] on the mesh.
 
-    The rows of a batch have similar lengths. All batches have the same B.
+    The rows of a batch have similar lengths. All batches have the same B: ``batch_size``, or the next power of two if
+    there are fewer rows.
     """
     parts = meshlib.axis_size(lm.mesh, "batch")
-    size = max(parts, batch_size // parts * parts)
+    fewer = 1 << max(len(rows) - 1, 0).bit_length()
+    size = max(parts, min(batch_size, fewer) // parts * parts)
     order = sorted(range(len(rows)), key=lambda i: (len(rows[i]), i))
     for start in range(0, len(order), size):
         batch = order[start : start + size]

@@ -7,6 +7,7 @@ generated ones. The ROUGE-L threshold of 0.7 and the kind of blacklisted words a
 import functools
 import importlib.util
 import logging
+import math
 import os
 import re
 from collections import Counter
@@ -34,6 +35,7 @@ BLACKLIST = (
     *("flowchart", "map", "maps", "file", "files", "video", "videos", "audio", "music", "go to"),
 )
 _PAIRS_PER_CALL = 200_000  # limits the memory of one ROUGE-L call
+_FEW_PAIRS_OF_WORDS = 50_000_000  # NumPy takes two seconds for these, importing TensorFlow four
 
 
 class InstructError(RuntimeError):
@@ -210,8 +212,9 @@ def new_prompts(
 def rouge_l(candidates: Sequence[str], pool: Sequence[str]) -> np.ndarray:
     """ROUGE-L F-measure [len(candidates), len(pool)] float32 of every pair, over lower-case words.
 
-    Computed by tensorflow-text on the CPU if that is installed, else in NumPy. Scores have six digits, so that both
-    fall on the same side of a threshold. Texts without words score 0.
+    Many pairs are computed by tensorflow-text on the CPU if that is installed, else in NumPy. For few pairs importing
+    TensorFlow would take longest, so NumPy computes them. Scores have six digits, so that both fall on the same side of
+    a threshold. Texts without words score 0.
     """
     ids: dict[str, int] = {}
     words = [
@@ -221,7 +224,9 @@ def rouge_l(candidates: Sequence[str], pool: Sequence[str]) -> np.ndarray:
     scores = np.zeros((len(candidates), len(pool)), np.float32)
     if not len(candidates) or not len(pool):
         return scores
-    f_measure = _f_measure_tensorflow if importlib.util.find_spec("tensorflow_text") else _f_measure_numpy
+    pairs_of_words = math.prod(sum(map(len, texts)) for texts in words)
+    many = pairs_of_words > _FEW_PAIRS_OF_WORDS and importlib.util.find_spec("tensorflow_text") is not None
+    f_measure = _f_measure_tensorflow if many else _f_measure_numpy
     rows = max(1, _PAIRS_PER_CALL // len(pool))
     for start in range(0, len(candidates), rows):
         scores[start : start + rows] = f_measure(words[0][start : start + rows], words[1])

@@ -1,7 +1,9 @@
 """Self-instruct with recorded replies: draws, filters in order, counts, bounds; ROUGE-L against a table by hand."""
 
+import math
 from collections import Counter
 from types import SimpleNamespace
+from unittest import mock
 
 import jax
 import numpy as np
@@ -205,14 +207,16 @@ sentences = st.lists(st.lists(st.sampled_from("abcde"), max_size=8).map(" ".join
 @given(sentences, sentences)
 def test_rouge_l_matches_the_textbook_on_every_path(candidates, pool):
     expected = np.array([[by_hand(a, b) for b in pool] for a in candidates])
-    found = rouge_l(candidates, pool)
-    assert found.dtype == np.float32 and found.shape == expected.shape
-    np.testing.assert_allclose(found, expected, atol=2e-6)
-    ids = [[np.asarray([ord(w) for w in t.split()], np.int64) for t in texts] for texts in (candidates, pool)]
-    np.testing.assert_allclose(self_instruct._f_measure_numpy(*ids), expected, atol=2e-6)
+    for few in (0, math.inf):  # by tensorflow-text, in NumPy
+        with mock.patch.object(self_instruct, "_FEW_PAIRS_OF_WORDS", few):
+            found = rouge_l(candidates, pool)
+        assert found.dtype == np.float32 and found.shape == expected.shape
+        np.testing.assert_allclose(found, expected, atol=2e-6)
 
 
-def test_rouge_l_ignores_case_and_punctuation_and_batches(monkeypatch):
+@pytest.mark.parametrize("few", [0, math.inf], ids=["tensorflow", "numpy"])
+def test_rouge_l_ignores_case_and_punctuation_and_batches(few, monkeypatch):
+    monkeypatch.setattr(self_instruct, "_FEW_PAIRS_OF_WORDS", few)
     assert rouge_l(["Name THREE rivers!"], ["name three, rivers"]) == 1.0
     assert rouge_l([], ["a"]).shape == (0, 1) and rouge_l(["a"], []).shape == (1, 0)
     texts = [" ".join(f"w{(i * j) % 7}" for j in range(i % 9)) for i in range(40)]

@@ -1,4 +1,5 @@
-"""Methods x properties: a method joins the battery with one line in ``METHODS`` and a micro config."""
+"""Methods x properties: a method joins the battery with one line in ``METHODS`` and a micro config. What else it needs
+is in docs/add_a_method.md."""
 
 import dataclasses
 import functools

@@ -17,8 +17,8 @@ Examples:
   jaxsi run configs/self_rewarding/toy.py --dpo.learning-rate 5e-7 --run-dir runs/slow
   jaxsi run configs/self_rewarding/qwen3_0p6b_1gpu.py --model FOLDER --prompts prompts.jsonl --max-prompts 64
 
-CONFIG.py is a Python file with a function config(). Each field of the config is an option. For a nested field the first
-and the last name are enough if only one field fits: --dpo.learning-rate. Further options:
+CONFIG.py is a Python file with a function config(). Numbers, texts and switches of the config are options. For a nested
+field the first and the last name are enough if only one field fits: --dpo.learning-rate. Further options:
   --prompts FILE      prompts from this file (JSONL with "prompt" or "messages") in place of the config's
   --max-prompts N     only the first N prompts of that file
   --run-dir DIR       where the run lives; runs/<name of the config> by default

@@ -89,8 +89,9 @@ class CritiqueBy:
 
 def critique_by(function: Callable[[str, str], str]) -> CritiqueBy:
     """A critic for SRT's ``critic``: `function(prompt, response)` returns a critique in the format of the run's
-    template, such as "Weaknesses: ... Suggestions: ... Score: 7 Improved response: ..."; it may leave parts out. The
-    rules for the function of ``judge_by`` apply."""
+    template, which `template.write` makes. With SRT's own template, its lines begin with "Weaknesses:", "Suggestions:",
+    "Overall Score:" and "### Improved Response"; a critique may leave parts out. The rules for the function of
+    ``judge_by`` apply."""
     return CritiqueBy(function)
 
 

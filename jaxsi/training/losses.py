@@ -3,7 +3,7 @@
 The caller divides the sum by the count of the whole global batch, so that neither accumulation nor the number of
 devices changes the loss. Every pair loss takes the same ``PairLogps`` and ``beta``, so that a config names the
 function itself. A loss with its own settings is a callable frozen dataclass, ``simpo(gamma=0.5)``: equal settings share
-one compiled program, a run directory stores them, and the command line offers them as flags."""
+one compiled program, and a run directory stores them."""
 
 import dataclasses
 from typing import NamedTuple

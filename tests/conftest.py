@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 # Tests compile a lot and compute little. So XLA compiles in half the time, without LLVM's optimisations. With
-# JAXSI_TEST_OPTIMIZED=1 it compiles as it does for users; `.ci/run` does so on its second interpreter.
+# JAXSI_TEST_OPTIMIZED=1 it compiles as it does for users; `.ci/run` does so for some files on its second interpreter.
 FLAGS = ["--xla_force_host_platform_device_count=8"]
 if os.environ.get("JAXSI_TEST_OPTIMIZED") != "1":
     FLAGS += ["--xla_backend_optimization_level=0", "--xla_llvm_disable_expensive_passes=true"]

@@ -354,11 +354,11 @@ def test_run_goes_on_after_a_process_is_killed(tmp_path):
         "--json",
         "--",
     ]
-    words = ["run", "tests/micro/spin.py", "--iterations", "1", "--run-dir", str(directory)]
+    words = ["run", "tests/micro/sampling.py", "--run-dir", str(directory)]
     command = [sys.executable, "-m", "jaxsi", *launch_words, *words]
     process = subprocess.Popen(command, cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     end = time.monotonic() + 300
-    while not (directory / "iter_1" / "responses.jsonl").exists() and time.monotonic() < end:
+    while not (directory / "iter_0" / "responses.shards").exists() and time.monotonic() < end:
         assert process.poll() is None, process.communicate()
         time.sleep(0.1)
     (second,) = [

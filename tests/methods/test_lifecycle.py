@@ -54,7 +54,10 @@ def test_changed_model_is_refused_on_resume(tmp_path: Path) -> None:
 
 def test_batch_that_does_not_divide_is_refused_before_any_work(tmp_path: Path) -> None:
     lmlib.export(tiny.make_lm(), tmp_path / "model", dtype="float32")
-    with Run.open(tmp_path / "run", Config()) as run, pytest.raises(MeshError, match="4 rows do not divide"):
+    with (
+        Run.open(tmp_path / "run", Config()) as run,
+        pytest.raises(MeshError, match=r"second\.batch_size 4 .* do not divide over 8 devices"),
+    ):
         begin(config(tmp_path / "model", EIGHT, dataclasses.replace(EIGHT, batch_size=4)), run)
 
 

@@ -60,14 +60,14 @@ def test_improver_answers_each_draft_in_order():
 def test_draft_without_room_comes_back_unchanged():
     lm = tiny.make_lm()
     head = len(render_prompt(lm.tokenizer, conversation(PROMPTS[0], "cat ")))
-    fits, over = (response(PROMPTS[0], i, "cat " * (256 - 8 - head + 1 + i)) for i in (0, 1))
+    fits, over, far_over = (response(PROMPTS[0], i, "cat " * (256 - 8 - head + 1 + i)) for i in (0, 1, 2))
     lengths = [len(render_prompt(lm.tokenizer, conversation(PROMPTS[0], d.text))) for d in (fits, over)]
     assert lengths == [248, 249], "the second is one token too long to leave room for 8"
-    revisions = improve(lm, [over, fits, over])
+    revisions = improve(lm, [over, fits, far_over])
     assert [r.label for r in revisions] == ["TOO LONG", None, "TOO LONG"]
     assert revisions[0].response is over
     assert revisions[1].response is not fits and revisions[1].response.token_ids
-    assert [r.id for r in revisions] == [over.id, fits.id, over.id]
+    assert [r.id for r in revisions] == [over.id, fits.id, far_over.id]
 
 
 def test_improver_works_when_no_draft_fits():
@@ -77,7 +77,7 @@ def test_improver_works_when_no_draft_fits():
 
 def test_error_names_a_draft_of_an_unknown_prompt():
     stranger = response(Prompt.of("q9", "x"), 0, "cat.")
-    with pytest.raises(ValueError, match="'q9#0' answers prompt 'q9', which is not one of the 3 prompts"):
+    with pytest.raises(ValueError, match="'q9#0' answers prompt 'q9', which is not among the 3 prompts"):
         improve(tiny.make_lm(), [stranger])
 
 

@@ -253,5 +253,5 @@ def test_config_rejects_settings_out_of_range(changes, message) -> None:
 def test_impossible_group_size_and_mesh_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="group_size is 1"):
         learnt(tmp_path / "a", rloo, tiny.make_lm(), group_size=1, batch_size=4)
-    with pytest.raises(MeshError, match="4 rows do not divide"):
+    with pytest.raises(MeshError, match="4 rows at once, which do not divide over 8 devices"):
         learnt(tmp_path / "b", rloo, tiny.make_lm("1x8x1"), batch_size=4)

@@ -36,6 +36,7 @@ _HOMES = {
     "PITConfig": "jaxsi.methods.pit:Config",
     "SPINConfig": "jaxsi.methods.spin:Config",
     "SamplingConfig": "jaxsi.sampling.generate",
+    "ChatConfig": "jaxsi.text.chat_config",
     "JudgeConfig": "jaxsi.stages.judge",
     "TrainConfig": "jaxsi.training.train",
     "DPOConfig": "jaxsi.training.train",

@@ -6,7 +6,7 @@ import hashlib
 import json
 import logging
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,16 +15,19 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from jaxsi.hf.config import config_json, read_config
+from jaxsi.hf import gguf
+from jaxsi.hf.config import config_json, read_config, read_json
 from jaxsi.hf.export import write_folder
 from jaxsi.hf.weights import load_weights
 from jaxsi.model import decoder, mesh as meshlib
 from jaxsi.model.decoder import ModelConfig, Weights
 from jaxsi.runs import checkpoint
 from jaxsi.runs.errors import InputError
+from jaxsi.text.chat_config import ChatConfig
 from jaxsi.text.tokenizer import Tokenizer, load_tokenizer
 
 _log = logging.getLogger(__name__)
+CHAT = "chat.json"  # in a checkpoint: what its chat template is told
 
 
 class LoadError(InputError, ValueError):
@@ -42,7 +45,8 @@ class LM:
     """A language model. Never changed in place: ``replace`` makes the model of the next weights.
 
     ``weights`` is the canonical tree (layers stacked, sharded by the training rules); ``dtype`` is the one that
-    sampling and scoring compute in; ``identity`` the fingerprint that a checkpoint was saved with.
+    sampling and scoring compute in; ``identity`` the fingerprint that a checkpoint was saved with; ``generation`` what
+    generation_config.json says, which checkpoints and exports keep.
     """
 
     config: ModelConfig
@@ -51,16 +55,27 @@ class LM:
     mesh: Mesh
     dtype: Any = jnp.bfloat16
     identity: str | None = None
+    generation: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+    def with_chat(self, chat: ChatConfig) -> "LM":
+        """The same model, whose chat template is told ``chat``."""
+        return dataclasses.replace(self, tokenizer=self.tokenizer.with_chat(chat), identity=self.fingerprint)
 
     def replace(self, weights: Weights) -> "LM":
         """The same model with other weights. Its identity is dropped."""
         return dataclasses.replace(self, weights=weights, identity=None)
 
     def logits(self, token_ids: Any) -> jax.Array:
-        """[B, T] integers (NumPy or JAX) -> next-token logits [B, T, V] float32."""
+        """[B, T] integers (NumPy or JAX) -> next-token logits [B, T, V] float32.
+
+        Raises: ValueError if it is not [B, T] integers, or if an id is not in the vocabulary.
+        """
         tokens_BT = jnp.asarray(token_ids)
         if tokens_BT.ndim != 2 or not jnp.issubdtype(tokens_BT.dtype, jnp.integer):
             raise ValueError(f"token_ids has shape {tokens_BT.shape} of {tokens_BT.dtype}; give [B, T] integers")
+        low, high = (int(x) for x in (jnp.min(tokens_BT, initial=0), jnp.max(tokens_BT, initial=0)))
+        if low < 0 or high >= self.config.vocab_size:  # JAX would take the nearest row of the embedding
+            raise ValueError(f"token_ids go from {low} to {high}; the vocabulary has {self.config.vocab_size} tokens")
         return decoder.full_logits(self.weights, self.config, tokens_BT.astype(jnp.int32), jnp.dtype(self.dtype))
 
     @property
@@ -164,6 +179,17 @@ def _checksums(weights: Weights) -> list[jax.Array]:
     return [checksum(w) for w in jax.tree.leaves(weights)]
 
 
+def _finite(weights: Weights) -> dict[str, bool]:
+    """Whether all numbers of a weight are finite, by its name."""
+    names = [jax.tree_util.keystr(path) for path, _ in jax.tree_util.tree_leaves_with_path(weights)]
+    return dict(zip(names, map(bool, jax.device_get(_all_finite(weights))), strict=True))
+
+
+@jax.jit
+def _all_finite(weights: Weights) -> list[jax.Array]:
+    return [jnp.isfinite(w).all() for w in jax.tree.leaves(weights)]
+
+
 def fingerprint(weights: Weights) -> str:
     """16 hex digits of the weights' bits: integer sums, so equal on every mesh."""
     names = [jax.tree_util.keystr(path) for path, _ in jax.tree_util.tree_leaves_with_path(weights)]
@@ -174,14 +200,22 @@ def fingerprint(weights: Weights) -> str:
 # -------------------------------------------------------------------------------------------------------- load and save
 
 
-def load(path: str | Path, mesh: Mesh | None = None, dtype: Any = "bfloat16", *, weights_dtype: Any = None) -> LM:
-    """Loads MODEL: a Hugging Face folder or hub name, a jaxsi checkpoint, a run directory (its newest complete
-    iteration) or ``RUN_DIR@t``.
+def load(
+    path: str | Path,
+    mesh: Mesh | None = None,
+    dtype: Any = "bfloat16",
+    *,
+    weights_dtype: Any = None,
+    chat: ChatConfig | None = None,
+) -> LM:
+    """Loads MODEL: a Hugging Face folder or hub name, a .gguf file, a jaxsi checkpoint, a run directory (its newest
+    complete iteration) or ``RUN_DIR@t``.
 
     Args:
       mesh: where the weights go; by default all devices on the fsdp axis.
       dtype: of sampling and scoring. weights_dtype: of the stored weights, ``dtype`` by default; training wants
       float32.
+      chat: what the chat template is told; by default what it was told when a checkpoint was saved.
 
     Raises:
       LoadError: the path is not a model. HFError, CheckpointError: it is one, and it is broken or not supported.
@@ -189,7 +223,16 @@ def load(path: str | Path, mesh: Mesh | None = None, dtype: Any = "bfloat16", *,
     folder = resolve(path)
     mesh = mesh or meshlib.make_mesh()
     weights_dtype = jnp.dtype(weights_dtype or dtype)
-    config = read_config(folder)
+    config, tokenizer = read_config(folder), load_tokenizer(folder)
+    if chat is None and (folder / CHAT).is_file():
+        chat = ChatConfig(**read_json(folder / CHAT))
+    if chat is not None:
+        tokenizer = tokenizer.with_chat(chat)
+    if tokenizer.needed_size > config.vocab_size:
+        raise LoadError(
+            f"{folder}: the tokenizer has {tokenizer.needed_size} ids, the model an embedding of {config.vocab_size}; "
+            "one of the two is from another model"
+        )
     identity = None
     if (folder / "weights").is_dir():
         identity = checkpoint.read_meta(folder / "weights")["fingerprint"]
@@ -198,19 +241,35 @@ def load(path: str | Path, mesh: Mesh | None = None, dtype: Any = "bfloat16", *,
     else:
         weights = load_weights(folder, config, mesh, dtype=weights_dtype)
     return LM(
-        config=config, weights=weights, tokenizer=load_tokenizer(folder), mesh=mesh, dtype=jnp.dtype(dtype),
-        identity=identity,
+        config=config, weights=weights, tokenizer=tokenizer, mesh=mesh, dtype=jnp.dtype(dtype), identity=identity,
+        generation=generation_config(folder),
     )  # fmt: skip
+
+
+def generation_config(folder: Path) -> dict[str, Any]:
+    """What the model's makers recommend for sampling, from generation_config.json; the ids of tokens are left out."""
+    file = folder / "generation_config.json"
+    kept = read_json(file) if file.is_file() else {}
+    # With _from_model_config, transformers would read config.json in place of this file.
+    return {key: value for key, value in kept.items() if not key.endswith("_token_id") and key != "_from_model_config"}
 
 
 def save_checkpoint(lm: LM, folder: Path, meta: dict[str, Any]) -> None:
     """Writes what ``load`` needs: Orbax weights, the model's config and the tokenizer. The weights are written last,
-    and they appear complete or not at all."""
+    and they appear complete or not at all.
+
+    Raises: CheckpointError if a weight is not finite.
+    """
+    if bad := [name for name, finite in _finite(lm.weights).items() if not finite]:
+        reason = f"{len(bad)} of the model's weights are not finite, the first is {bad[0]}"
+        raise checkpoint.CheckpointError(folder, reason, "lower the learning rate; earlier checkpoints are kept")
     folder.mkdir(parents=True, exist_ok=True)
     if jax.process_index() == 0:
         (folder / "config.json").write_text(json.dumps(config_json(lm.config, dtype="float32"), indent=2))
-        (folder / "generation_config.json").write_text(json.dumps(_generation_config(lm.tokenizer), indent=2))
+        (folder / "generation_config.json").write_text(json.dumps(_generation_config(lm), indent=2))
         lm.tokenizer.save(folder)
+        if lm.tokenizer.chat != ChatConfig():
+            (folder / CHAT).write_text(json.dumps(dataclasses.asdict(lm.tokenizer.chat), indent=2))
     checkpoint.save(folder / "weights", lm.weights, meta | {"fingerprint": lm.fingerprint})
 
 
@@ -224,16 +283,17 @@ def export(
         if extras is not None:
             extras(target)
 
-    generation = _generation_config(lm.tokenizer)
+    generation = _generation_config(lm)
     write_folder(Path(folder), lm.config, lm.weights, dtype=dtype, generation=generation, extras=write_rest)
 
 
-def _generation_config(tokenizer: Tokenizer) -> dict[str, Any]:
-    """All the ids that end a response; a tokenizer's own files may name only one of them."""
+def _generation_config(lm: LM) -> dict[str, Any]:
+    """The model's sampling defaults, and all ids that end a response: a tokenizer's own files may name only one."""
     return {
-        "bos_token_id": tokenizer.bos_id,
-        "eos_token_id": list(tokenizer.stop_ids),
-        "pad_token_id": tokenizer.pad_id,
+        **lm.generation,
+        "bos_token_id": lm.tokenizer.bos_id,
+        "eos_token_id": list(lm.tokenizer.stop_ids),
+        "pad_token_id": lm.tokenizer.pad_id,
     }
 
 
@@ -241,6 +301,8 @@ def resolve(path: str | Path) -> Path:
     """The folder that MODEL names; hub names are looked up in the local cache or downloaded at a pinned revision."""
     text = str(path)
     folder = Path(text)
+    if gguf.is_gguf(folder):
+        return gguf.as_folder(folder)
     if _is_run(folder):  # before "@", which a folder's own name may contain
         return _iteration(folder, None)
     if (folder / "config.json").is_file():
@@ -274,12 +336,26 @@ def _iteration(run: Path, iteration: int | None) -> Path:
     )
     complete = {t: folder for t, folder in found if checkpoint.is_complete(folder / "weights")}
     if iteration is None and complete:
-        return complete[max(complete)]
+        newest = max(complete)
+        if (reported := _newest_reported(run)) > newest:
+            raise LoadError(
+                f"{run}: summary.json counts iteration {reported}, but its checkpoint is gone or damaged; put it back, "
+                f"or name an earlier one, such as {run}@{newest}"
+            )
+        _log.warning("%s: iteration %d is used", run, newest)
+        return complete[newest]
     if iteration in complete:
         return complete[iteration]
     have = ", ".join(map(str, complete)) or "none yet"
     wanted = "no iteration" if iteration is None else f"iteration {iteration} not"
     raise LoadError(f"{run}: {wanted} complete; there are complete checkpoints of iterations: {have}")
+
+
+def _newest_reported(run: Path) -> int:
+    """The last iteration that summary.json counts as done, -1 if there is none."""
+    file = run / "summary.json"
+    lines = read_json(file).get("iterations", []) if file.is_file() else []
+    return max((line["iteration"] for line in lines), default=-1)
 
 
 def _from_hub(name: str) -> Path:

@@ -283,6 +283,74 @@ def test_all_stop_ids_survive_a_checkpoint(tmp_path: Path) -> None:
     assert json.loads(configs[0].read_text()) == json.loads(configs[1].read_text())
 
 
+def test_eos_list_of_config_json_counts_without_a_generation_config(exported: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(exported, tmp_path / "model")
+    (folder / "generation_config.json").unlink()
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"eos_token_id": [2, 7]}))
+    assert set(load(folder).tokenizer.stop_ids) == {2, 7}
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": 2}))
+    assert load(folder).tokenizer.stop_ids == (2,)
+
+
+def test_sampling_defaults_of_the_makers_are_kept(exported: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(exported, tmp_path / "model")
+    makers = {"temperature": 0.6, "top_p": 0.95, "top_k": 20, "do_sample": True}
+    (folder / "generation_config.json").write_text(json.dumps(makers | {"eos_token_id": 2, "_from_model_config": True}))
+    lm = load(folder, dtype="float32")
+    assert lm.generation == makers
+    save_checkpoint(lm, tmp_path / "checkpoint", {})
+    again = load(tmp_path / "checkpoint", dtype="float32")
+    export(again.replace(again.weights), tmp_path / "exported")
+    kept = json.loads((tmp_path / "exported" / "generation_config.json").read_text())
+    assert kept.items() >= makers.items() and kept["eos_token_id"] == [2]
+
+
+def test_tokenizer_of_another_model_is_refused(exported: Path, tmp_path: Path) -> None:
+    """Beyond the embedding JAX would take its last row. A special token that no prompt contains may lie there."""
+    folder = shutil.copytree(exported, tmp_path / "model")
+    tokens = json.loads((folder / "tokenizer.json").read_text())
+    size = tiny.CONFIG.vocab_size
+    added = {"id": size, "content": "<mask>", "special": True, "single_word": False, "lstrip": False, "rstrip": False}
+    tokens["added_tokens"].append(added | {"normalized": False})
+    (folder / "tokenizer.json").write_text(json.dumps(tokens))
+    assert load(folder).tokenizer.vocab_size == size + 1
+    tokens["added_tokens"][-1]["special"] = False
+    (folder / "tokenizer.json").write_text(json.dumps(tokens))
+    with pytest.raises(LoadError, match=rf"tokenizer has {size + 1} ids, the model an embedding of {size}"):
+        load(folder)
+
+
+def test_ids_outside_the_vocabulary_are_refused() -> None:
+    lm = tiny.make_lm()
+    for ids in ([[0, lm.config.vocab_size]], [[-1, 3]]):
+        with pytest.raises(ValueError, match=r"token_ids go from .* the vocabulary has"):
+            lm.logits(ids)
+
+
+def test_weights_that_are_not_finite_are_not_saved(tmp_path: Path) -> None:
+    lm = tiny.make_lm()
+    broken = lm.replace(lm.weights | {"final_norm": lm.weights["final_norm"].at[0].set(jnp.nan)})
+    with pytest.raises(CheckpointError, match=r"1 of the model's weights are not finite.* \['final_norm'\]"):
+        save_checkpoint(broken, tmp_path / "checkpoint", {})
+    assert not (tmp_path / "checkpoint").exists()
+
+
+def test_damaged_newest_iteration_is_not_replaced_by_an_older_one_in_silence(tmp_path: Path, caplog: Any) -> None:
+    for t in (1, 2):
+        save_checkpoint(tiny.make_lm(), tmp_path / f"iter_{t}" / "checkpoint", {"step": t})
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "summary.json").write_text(json.dumps({"iterations": [{"iteration": 1}, {"iteration": 2}]}))
+    assert resolve(tmp_path) == tmp_path / "iter_2" / "checkpoint"
+    assert f"{tmp_path}: iteration 2 is used" in caplog.text
+    shutil.rmtree(tmp_path / "iter_2" / "checkpoint" / "weights")
+    with pytest.raises(LoadError, match=rf"counts iteration 2, but its checkpoint is gone or damaged; .*{tmp_path}@1"):
+        resolve(tmp_path)
+    assert resolve(f"{tmp_path}@1") == tmp_path / "iter_1" / "checkpoint"
+    (tmp_path / "summary.json").write_text(json.dumps({"iterations": [{"iteration": 1}]}))  # the run is in iteration 2
+    assert resolve(tmp_path) == tmp_path / "iter_1" / "checkpoint"
+
+
 def live_bytes() -> int:
     gc.collect()
     return sum(x.nbytes for x in jax.live_arrays())

@@ -3,16 +3,15 @@
 import dataclasses
 import time
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
-from jaxsi.cli.arguments import Dtype, KVCache, Model, Out
+from jaxsi.cli.arguments import Dtype, KVCache, Model, Out, PromptOptions
 from jaxsi.cli.command import Report, UsageError, parse
-from jaxsi.cli.output_file import Parts, check_out, digest, write_in_parts
+from jaxsi.cli.output_file import Parts, chat_of, check_out, digest, write_in_parts
 from jaxsi.cli.stored import Mesh, mesh_for
 from jaxsi.cli.tables import figures_table
 
-DESCRIPTION = """Samples responses to the prompts of a file (JSONL with "prompt" or "messages", and optionally "id").
+DESCRIPTION = """Samples responses to the prompts of a file (rows with "prompt" or "messages", and optionally "id").
 Finished parts wait in OUT.shards/ until OUT is complete. If the command is killed, run it again: it goes on from there.
 
 Examples:
@@ -21,12 +20,12 @@ Examples:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Generate:
+class Generate(PromptOptions):
     model: Model
-    prompts: Path
-    """JSONL (or .json, .gz) file of prompts."""
     out: Out
     """The responses, one JSON object per line."""
+    overwrite: bool = False
+    """Replace OUT if it exists."""
     num_samples: int = 1
     temperature: float = 0.7
     """0 is greedy."""
@@ -36,8 +35,6 @@ class Generate:
     max_new_tokens: int = 256
     seed: int = 0
     dtype: Dtype = "bfloat16"
-    max_prompts: int | None = None
-    """Only the first prompts of the file."""
     batch_size: int = 64
     """Rows generated at the same time. In float32 it does not change the responses; in bfloat16 it changes them, but
     not their distribution."""
@@ -49,13 +46,13 @@ class Generate:
 def generate(argv: list[str]) -> Report:
     """Samples responses to a file of prompts."""
     args = parse(Generate, argv, "jaxsi generate", DESCRIPTION)
-    check_out(args.out)
+    check_out(args.out, args.prompts, overwrite=args.overwrite)
     from jaxsi.lm import load
     from jaxsi.methods.preflight import check_lengths
-    from jaxsi.runs.records import Prompt, Response, read_prompts
+    from jaxsi.runs.records import Prompt, Response
     from jaxsi.sampling.generate import SamplingConfig, generate as sample
 
-    prompts = read_prompts(args.prompts, args.max_prompts)
+    prompts = args.read()
     settings: dict[str, Any] = {
         name: getattr(args, name)
         for name in ("num_samples", "temperature", "top_p", "top_k", "max_new_tokens", "batch_size", "cache")
@@ -64,7 +61,7 @@ def generate(argv: list[str]) -> Report:
         SamplingConfig(**settings, dtype=args.dtype)
     except ValueError as error:
         raise UsageError(str(error)) from error
-    lm = load(args.model, mesh_for(args.model, args.mesh), args.dtype)
+    lm = load(args.model, mesh_for(args.model, args.mesh), args.dtype, chat=args.model_chat)
     limit = lm.config.max_positions - args.max_new_tokens
     why = f"the model has {lm.config.max_positions} positions, and --max-new-tokens takes {args.max_new_tokens} of them"
     check_lengths(args.prompts, prompts, lm.tokenizer, limit, why)
@@ -81,7 +78,7 @@ def generate(argv: list[str]) -> Report:
         prompts=digest(prompts, "records"),
         responses=None,
         model=lm.fingerprint,
-        settings=settings | {"dtype": args.dtype},
+        settings=settings | {"dtype": args.dtype} | chat_of(lm),
         seed=args.seed,
     )
     responses = write_in_parts(args.out, parts, prompts, sample_part, Response)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
 import tyro
 
-from jaxsi.cli.arguments import Dtype, Model, Out
+from jaxsi.cli.arguments import Dtype, Model, Out, PromptOptions
 from jaxsi.cli.command import Report, UsageError, parse
 from jaxsi.cli.output_file import digest
 from jaxsi.cli.stored import Mesh, mesh_for, stored_config, stored_value
@@ -73,10 +73,8 @@ Examples:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Common:
+class Common(PromptOptions):
     model: Model
-    prompts: Path
-    """JSONL (or .json, .gz) file of prompts."""
     out: Out
     """A folder for the responses of every round. If this command began it before, it goes on there."""
     rounds: int = 1
@@ -89,8 +87,6 @@ class Common:
     max_new_tokens: int = 256
     seed: int = 0
     dtype: Dtype = "bfloat16"
-    max_prompts: int | None = None
-    """Only the first prompts of the file."""
     batch_size: int = 64
     """Rows generated at the same time."""
     grade: Literal["toy"] | None = None
@@ -290,8 +286,6 @@ class Work:
     """One command's prompts and models, each loaded once."""
 
     def __init__(self, args: Common, judging: Judging):
-        from jaxsi.runs.records import read_prompts
-
         if args.rounds < 0:
             raise UsageError(f"--rounds {args.rounds}: give at least 0")
         if args.grade is not None and args.judge is not None:
@@ -299,7 +293,7 @@ class Work:
         if args.out.is_file():
             raise UsageError(f"--out {args.out} is a file; give the name of a folder")
         self.args, self.judging = args, judging
-        self.prompts = read_prompts(args.prompts, args.max_prompts)
+        self.prompts = args.read()
         if args.grade == "toy":
             _check_world(args.prompts, self.prompts)
         self.settings: dict[str, Any] = {}
@@ -331,7 +325,8 @@ class Work:
         from jaxsi.lm import load
 
         if path not in self._models:
-            self._models[path] = load(path, mesh_for(self.args.model, self.args.mesh), self.args.dtype)
+            chat = self.args.model_chat if path == self.args.model else None
+            self._models[path] = load(path, mesh_for(self.args.model, self.args.mesh), self.args.dtype, chat=chat)
         self._roles[role] = self._models[path]
         return self._models[path]
 

@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from jaxsi.cli.arguments import Dtype, Model, Out
+from jaxsi.cli.arguments import Dtype, Model, Out, PromptOptions
 from jaxsi.cli.command import Report, UsageError, parse
-from jaxsi.cli.output_file import Parts, check_out, digest, write_in_parts
+from jaxsi.cli.output_file import Parts, chat_of, check_out, digest, write_in_parts
 from jaxsi.cli.stored import Mesh, mesh_for, stored_config, stored_value
 from jaxsi.cli.tables import figures_table
 
@@ -22,14 +22,14 @@ Examples:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Judge:
+class Judge(PromptOptions):
     model: Model
     responses: Path
     """Responses in the format of `jaxsi generate`."""
-    prompts: Path
-    """The prompts that they answer."""
     out: Out
     """The judgments, one JSON object per line."""
+    overwrite: bool = False
+    """Replace OUT if it exists."""
     rubric: str | None = None
     """The name of a shipped rubric, or a text file that contains {prompt} and {response}. Default: the rubric of
     MODEL's run if it has one, else self_rewarding_judge."""
@@ -48,16 +48,16 @@ class Judge:
 def judge(argv: list[str]) -> Report:
     """Judges responses."""
     args = parse(Judge, argv, "jaxsi judge", DESCRIPTION)
-    check_out(args.out)
+    check_out(args.out, args.prompts, args.responses, overwrite=args.overwrite)
     import jax
 
     from jaxsi.lm import load
-    from jaxsi.runs.records import Judgment, RecordError, Response, read_jsonl, read_prompts
+    from jaxsi.runs.records import Judgment, RecordError, Response, read_jsonl
     from jaxsi.stages.judge import judge as judge_responses, judgment_statistics
 
     config = _judge_config(args)
-    prompts = read_prompts(args.prompts)
-    responses = read_jsonl(args.responses, Response)
+    prompts = args.read()
+    responses = read_jsonl(args.responses, Response, fill=plain_response)
     known = {prompt.id for prompt in prompts}
     for line, response in enumerate(responses, start=1):
         if response.prompt_id not in known:
@@ -67,13 +67,13 @@ def judge(argv: list[str]) -> Report:
     if not responses:
         raise RecordError(args.responses, None, "no responses in this file; jaxsi generate writes them")
     rubric = _rubric(args.rubric, args.model)
-    lm = load(args.model, mesh_for(args.model, args.mesh), args.dtype)
+    lm = load(args.model, mesh_for(args.model, args.mesh), args.dtype, chat=args.model_chat)
     start = time.monotonic()
     parts = Parts(
         prompts=digest(prompts, "records"),
         responses=digest(responses, "records"),
         model=lm.fingerprint,
-        settings={"rubric": rubric, "judge": config, "dtype": args.dtype},
+        settings={"rubric": rubric, "judge": config, "dtype": args.dtype} | chat_of(lm),
         seed=args.seed,
     )
 
@@ -90,6 +90,15 @@ def judge(argv: list[str]) -> Report:
             "probabilities, or raise --max-new-tokens"
         )
     return Report(value, figures_table({name: figure for name, figure in value.items() if name != "histogram"}))
+
+
+def plain_response(row: dict[str, Any]) -> dict[str, Any]:
+    """The row of a response that was not sampled by jaxsi: {"prompt_id", "text"}, and "id" if it has one."""
+    if "prompt_id" not in row or "token_ids" in row:
+        return row
+    number = row.get("sample", 0)
+    defaults = {"id": f"{row['prompt_id']}#{number}", "sample": number, "token_ids": [], "logps": []}
+    return defaults | {"finish_reason": "stop", "fingerprint": "", "template": ""} | row
 
 
 def _judge_config(args: Judge) -> Any:

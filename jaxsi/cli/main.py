@@ -23,6 +23,8 @@ COMMANDS = {
     "status": ("jaxsi.cli.status", "status", "the finished and the remaining stages of a run directory"),
     "generate": ("jaxsi.cli.generate", "generate", "sample responses to a file of prompts"),
     "judge": ("jaxsi.cli.judge", "judge", "judge responses with a model"),
+    "sft": ("jaxsi.cli.train", "sft", "fine-tune a model on a file of demonstrations"),
+    "dpo": ("jaxsi.cli.train", "dpo", "train a model on a file of preference pairs"),
     "improve srt": ("jaxsi.cli.improve", "srt", "refine a model's responses by its own feedback"),
     "improve seft": ("jaxsi.cli.improve", "seft", "revise a model's responses with a reviser"),
     "improve pit": ("jaxsi.cli.improve", "pit", "improve a model's responses with an improver"),
@@ -44,8 +46,8 @@ EXAMPLES = """Examples:
   jaxsi eval toy runs/toy@2 --json
   jaxsi generate Qwen/Qwen3-0.6B --prompts prompts.jsonl -o responses.jsonl
 
-MODEL is a Hugging Face folder or hub name, a jaxsi checkpoint, a run directory (its newest complete iteration), or
-RUN_DIR@t (its iteration t)."""
+MODEL is a Hugging Face folder or hub name, a .gguf file, a jaxsi checkpoint, a run directory (its newest complete
+iteration), or RUN_DIR@t (its iteration t)."""
 
 FAILURE, USAGE, STOPPED, INTERRUPTED = 1, 2, 75, 130
 

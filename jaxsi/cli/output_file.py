@@ -28,12 +28,27 @@ class Parts:
     seed: int
 
 
-def check_out(out: Path) -> None:
-    """Checks before the work, not after it, that ``out`` can be written. Raises: UsageError."""
+def check_out(out: Path, *inputs: Path, overwrite: bool) -> None:
+    """Checks before the work, not after it, that ``out`` can be written, and that nothing is lost by it.
+
+    Raises: UsageError if ``out`` is one of the ``inputs``, or exists without ``overwrite``.
+    """
     if not out.parent.is_dir():
         raise UsageError(f"--out {out}: the folder {out.parent} does not exist; create it first")
     if out.is_dir():
         raise UsageError(f"--out {out} is a folder; give the name of a file")
+    if any(out.resolve() == file.resolve() for file in inputs):
+        raise UsageError(f"--out {out} is also read by this command; give another name")
+    if out.exists() and not overwrite:
+        raise UsageError(f"--out {out} exists; give another name, or --overwrite to replace it")
+
+
+def chat_of(lm: Any) -> dict[str, str]:
+    """The chat template of a model as a setting, if it depends on more than the model's folder."""
+    from jaxsi.text.chat_config import ChatConfig
+
+    special = lm.tokenizer.chat != ChatConfig() or lm.tokenizer.reads_date
+    return {"template": lm.template_hash} if special else {}
 
 
 def digest(records: Sequence[Any], noun: str) -> str:

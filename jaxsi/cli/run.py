@@ -19,8 +19,11 @@ Examples:
 
 CONFIG.py is a Python file with a function config(). Numbers, texts and switches of the config are options. For a nested
 field the first and the last name are enough if only one field fits: --dpo.learning-rate. Further options:
-  --prompts FILE      prompts from this file (JSONL with "prompt" or "messages") in place of the config's
+  --prompts FILE      prompts from this file or data set (rows with "prompt" or "messages") in place of the config's
   --max-prompts N     only the first N prompts of that file
+  --column prompt=X   the column that has the prompt, if it has another name
+  --split NAME        the split of a data set that has several; train by default
+  --skip-bad-rows     leave out rows that cannot be read, and count them, in place of an error
   --run-dir DIR       where the run lives; runs/<name of the config> by default
 
 {EVERY_COMMAND}"""
@@ -36,7 +39,7 @@ def run(argv: list[str]) -> Report:
             )
             raise SystemExit(0)
         raise UsageError("give a config first: jaxsi run CONFIG.py [options]")
-    cfg = configure(path, overrides, options.prompts, options.max_prompts)
+    cfg = configure(path, overrides, **prompt_fields(options))
     directory = Path(options.run_dir or Path("runs") / path.stem)
     return run_config(cfg, directory)
 
@@ -54,8 +57,20 @@ def run_config(cfg: Any, directory: Path) -> Report:
     return Report(value, f"{directory}: {state}\n\n{iterations_table(summary)}")
 
 
-def configure(path: Path, overrides: list[str], prompts: str | None = None, max_prompts: int | None = None) -> Any:
-    """The config of a file, with the fields that the command line changes.
+def prompt_fields(options: argparse.Namespace) -> dict[str, Any]:
+    """The fields of a PromptFile that the command line names."""
+    given = {
+        "path": options.prompts,
+        "max_prompts": options.max_prompts,
+        "columns": tuple(options.column) or None,
+        "split": options.split,
+        "skip_bad_rows": options.skip_bad_rows or None,
+    }
+    return {name: value for name, value in given.items() if value is not None}
+
+
+def configure(file: Path, overrides: list[str], **prompts: Any) -> Any:
+    """The config of a file, with the fields that the command line changes; ``prompts`` are fields of its PromptFile.
 
     Raises: UsageError if the file is not a config, or if the config refuses a value. SystemExit for wrong flags.
     """
@@ -64,14 +79,14 @@ def configure(path: Path, overrides: list[str], prompts: str | None = None, max_
     from jaxsi.runs.config_file import ConfigFileError, load_config
 
     try:
-        cfg = _with_prompts(load_config(path), prompts, max_prompts)
+        cfg = _with_prompts(load_config(file), prompts)
     except ConfigFileError as error:
         raise UsageError(str(error)) from error
     flags = field_flags(cfg)
     try:
         return tyro.cli(
             type(cfg), default=cfg, args=[_full_flag(word, flags) for word in overrides],
-            prog=f"jaxsi run {path}", description=DESCRIPTION,
+            prog=f"jaxsi run {file}", description=DESCRIPTION,
             config=(tyro.conf.AvoidSubcommands, tyro.conf.SuppressFixed),
         )  # fmt: skip
     except ValueError as error:  # a config's own check of its values
@@ -117,23 +132,28 @@ def _split(argv: list[str]) -> tuple[Path | None, argparse.Namespace, list[str]]
     for name in ("--prompts", "--run-dir"):
         parser.add_argument(name)
     parser.add_argument("--max-prompts", type=int)
+    parser.add_argument("--column", action="append", default=[])
+    parser.add_argument("--split")
+    parser.add_argument("--skip-bad-rows", action="store_true")
     options, overrides = parser.parse_known_args(rest)
     return None if place is None else Path(argv[place]), options, overrides
 
 
-def _with_prompts(cfg: Any, prompts: str | None, max_prompts: int | None) -> Any:
+def _with_prompts(cfg: Any, fields: dict[str, Any]) -> Any:
     from jaxsi.stages.self_instruct import PromptFile
 
-    if (prompts, max_prompts) != (None, None) and "prompts" not in {field.name for field in dataclasses.fields(cfg)}:
-        raise UsageError(
-            "--prompts and --max-prompts: this method's prompts come with its data; change the config file"
-        )
-    if max_prompts is not None and max_prompts < 1:
-        raise UsageError(f"--max-prompts is {max_prompts}; it is at least 1")
-    if prompts is not None:
-        return dataclasses.replace(cfg, prompts=PromptFile(path=prompts, max_prompts=max_prompts))
-    if max_prompts is None:
+    if not fields:
         return cfg
-    if not isinstance(cfg.prompts, PromptFile):
-        raise UsageError("--max-prompts needs a file of prompts, and this config has none: give --prompts FILE as well")
-    return dataclasses.replace(cfg, prompts=dataclasses.replace(cfg.prompts, max_prompts=max_prompts))
+    if "prompts" not in {field.name for field in dataclasses.fields(cfg)}:
+        raise UsageError("--prompts and the like: this method's prompts come with its data; change the config file")
+    if fields.get("max_prompts", 1) < 1:
+        raise UsageError(f"--max-prompts is {fields['max_prompts']}; it is at least 1")
+    if "path" not in fields and not isinstance(cfg.prompts, PromptFile):
+        option = "--" + next(iter(fields)).replace("_", "-").replace("columns", "column")
+        raise UsageError(f"{option} needs a file of prompts, and this config has none: give --prompts FILE as well")
+    try:
+        return dataclasses.replace(
+            cfg, prompts=PromptFile(**fields) if "path" in fields else dataclasses.replace(cfg.prompts, **fields)
+        )
+    except ValueError as error:
+        raise UsageError(str(error)) from error

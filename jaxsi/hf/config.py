@@ -1,10 +1,13 @@
 """Hugging Face's config.json, in the dialects of transformers 4 and 5, to and from ``ModelConfig``.
 
-Only this folder knows Hugging Face's names. An unknown key is refused by name, because it could change the model.
+Only this folder knows Hugging Face's names. A key that could change the numbers is refused; see ``_check_key``.
 """
 
+import functools
 import json
+import logging
 import math
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -13,6 +16,8 @@ import jax.numpy as jnp
 
 from jaxsi.model.decoder import ModelConfig, Rope
 from jaxsi.runs.errors import InputError
+
+_log = logging.getLogger(__name__)
 
 MAX_JSON_BYTES = 64 * 2**20  # an index of a few thousand tensors takes a few hundred kB
 
@@ -31,37 +36,43 @@ class Family(NamedTuple):
     architecture: str
     keys: frozenset[str]
     defaults: Mapping[str, Any]
+    max_positions: int  # if the file does not say
 
 
 # Values that transformers assumes if the key is absent; a key that is neither here nor in the file is an error.
 _DEFAULTS = {"rms_norm_eps": 1e-6, "tie_word_embeddings": False}
 _QWEN_DEFAULTS = _DEFAULTS | {"use_sliding_window": False, "sliding_window": 4096, "max_window_layers": 28}
-_QWEN_KEYS = frozenset({"use_sliding_window", "sliding_window", "max_window_layers", "layer_types"})
+_QWEN_KEYS = frozenset({"use_sliding_window", "sliding_window", "max_window_layers"})
 
 FAMILIES: Mapping[str, Family] = {
     "llama": Family(
         "LlamaForCausalLM",
         frozenset({"attention_bias"}),
         _DEFAULTS | {"num_key_value_heads": None, "attention_bias": False},
+        2048,
     ),
     "mistral": Family(
         "MistralForCausalLM",
         frozenset({"sliding_window"}),
         _DEFAULTS | {"num_key_value_heads": 8, "sliding_window": 4096},
+        131_072,
     ),
-    "qwen2": Family("Qwen2ForCausalLM", _QWEN_KEYS, _QWEN_DEFAULTS),
+    "qwen2": Family("Qwen2ForCausalLM", _QWEN_KEYS, _QWEN_DEFAULTS, 32_768),
     "qwen3": Family(
         "Qwen3ForCausalLM",
         _QWEN_KEYS | {"attention_bias"},
         _QWEN_DEFAULTS | {"attention_bias": False, "head_dim": 128},
+        32_768,
     ),
 }
+# Names that the first converters wrote.
+_OLD_ARCHITECTURES = {"LLaMAForCausalLM": "LlamaForCausalLM"}
 
 # Keys of config.json that change the function of the decoder and are read.
 _USED_KEYS = _words(
     "model_type architectures vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads "
     "num_key_value_heads head_dim max_position_embeddings rms_norm_eps tie_word_embeddings rope_theta rope_scaling "
-    "rope_parameters original_max_position_embeddings"
+    "rope_parameters original_max_position_embeddings layer_types"
 )
 # Keys with only one supported value, which means that the feature is off.
 _ONLY: Mapping[str, Any] = {
@@ -69,7 +80,6 @@ _ONLY: Mapping[str, Any] = {
     "mlp_bias": False,
     "attention_bias": False,
     "partial_rotary_factor": 1.0,
-    "pretraining_tp": 1,
     "use_sliding_window": False,
     "use_mrope": False,
     "rope_interleaved": False,
@@ -79,23 +89,35 @@ _ONLY: Mapping[str, Any] = {
     "pruned_heads": {},
 }
 # Keys that cannot change the logits: token ids and sampling (the tokenizer and generation_config.json decide those),
-# training, initialisation, outputs, classification heads, and notes of the program that wrote the file.
+# training, initialisation, outputs, classification heads, how and where the model runs, and notes of the program that
+# wrote the file.
 _IRRELEVANT = _words(
     "bos_token_id eos_token_id pad_token_id sep_token_id cls_token_id unk_token_id decoder_start_token_id "
-    "forced_bos_token_id forced_eos_token_id prefix suppress_tokens begin_suppress_tokens bad_words_ids "
+    "forced_bos_token_id forced_eos_token_id prefix suppress_tokens begin_suppress_tokens bad_words_ids badwordsids "
     "do_sample temperature top_p top_k typical_p min_length max_length max_new_tokens num_beams num_beam_groups "
     "diversity_penalty length_penalty repetition_penalty encoder_no_repeat_ngram_size no_repeat_ngram_size "
     "num_return_sequences early_stopping exponential_decay_length_penalty remove_invalid_values "
     "attention_dropout hidden_dropout embd_pdrop resid_pdrop initializer_range use_cache dtype torch_dtype "
     "output_attentions output_hidden_states output_scores return_dict return_dict_in_generate torchscript use_bfloat16 "
-    "chunk_size_feed_forward is_decoder id2label label2id num_labels problem_type finetuning_task task_specific_params "
-    "tokenizer_class tf_legacy_loss cross_attention_hidden_size gradient_checkpointing max_sequence_length "
-    "transformers_version _name_or_path name_or_path _commit_hash _attn_implementation_autoset is_llama_config "
-    "transformers.js_config unsloth_version unsloth_fixed"
+    "keys_to_ignore_at_inference chunk_size_feed_forward is_decoder id2label label2id num_labels problem_type "
+    "finetuning_task task_specific_params tf_legacy_loss cross_attention_hidden_size gradient_checkpointing "
+    "name_or_path is_llama_config transformers.js_config pretraining_tp value_head_prefix summary_dropout_prob "
+    "max_sequence_length model_max_length context_window_size prefill_chunk_size "
+    "sequence_parallel_enabled selective_checkpoint_enabled move_model_to_device attn_implementation"
 )
+_IRRELEVANT_NAMES = re.compile(
+    r"_.*|tokenizer_.*|.*_version|unsloth.*|neftune.*|use_flash_attn.*|use_flash_attention.*"
+)
+# A feature without parameters would change the logits and leave no trace in the weights. Its key has a name like these.
+_SUSPICIOUS = re.compile(
+    "cap|multiplier|scal|rope|rotary|alibi|position|window|sink|chunk|pattern|causal|bidirectional|norm|moe|mup|expert"
+    "|draft|residual|temperature_tuning|parallel|attention|attn|activation|act_fn|skip|shift|clip|clamp|prune|quant"
+)
+_QUANTISED = "quantised weights are not supported; get the model in bfloat16, float16 or float32"
 _REFUSED = {
-    "auto_map": "the folder wants its own code to be run, which jaxsi never does; export it as a class of transformers",
-    "quantization_config": "quantised weights are not supported; save the model in float32, float16 or bfloat16",
+    "quantization_config": _QUANTISED,
+    "quantization": _QUANTISED,
+    "peft_config": "the folder belongs to an adapter; merge it into its base model, and save that with transformers",
 }
 
 
@@ -119,20 +141,30 @@ def read_config(folder: Path) -> ModelConfig:
 
 def parse_config(raw: Mapping[str, Any]) -> ModelConfig:
     """The decoder that the contents of a config.json describe. Raises: HFError, ModelError."""
+    config, doubts = _parse(raw)
+    for doubt in doubts:
+        _tell_once(doubt)
+    return config
+
+
+@functools.cache
+def _tell_once(doubt: str) -> None:
+    _log.warning("config.json: %s", doubt)
+
+
+def _parse(raw: Mapping[str, Any]) -> tuple[ModelConfig, list[str]]:
+    """The decoder, and what a user should be told about it."""
+    raw = {key: value for key, value in raw.items() if value != []}
     family = _family(raw)
     model_type = raw["model_type"]
-    for key, value in raw.items():
-        if key in _USED_KEYS or key in family.keys or key in _IRRELEVANT or value is None:
-            continue
-        if key in _REFUSED:
-            raise HFError(f"{key} = {value!r}: {_REFUSED[key]}")
-        if key not in _ONLY:
-            raise HFError(
-                f"{key} = {value!r} is not known for model_type {model_type!r}, and it could change the model; "
-                "remove the key if it has no effect"
-            )
-        if value != _ONLY[key]:
-            raise HFError(f"{key} = {value!r} is not supported for model_type {model_type!r}, only {_ONLY[key]!r} is")
+    given = {key: value for key, value in raw.items() if value is not None}
+    ignored = [key for key, value in given.items() if not _check_key(key, value, model_type, family)]
+    doubts = (
+        [f"unknown keys are ignored: {', '.join(f'{key} = {raw[key]!r:.60}' for key in ignored)}"] if ignored else []
+    )
+    if "max_position_embeddings" not in given:
+        raw["max_position_embeddings"] = given.get("max_sequence_length", family.max_positions)
+        doubts.append(f"max_position_embeddings is absent, so it is taken as {raw['max_position_embeddings']}")
     raw = {**family.defaults, **raw}
     heads, embed = _count(raw, "num_attention_heads"), _count(raw, "hidden_size")
     if raw.get("head_dim") is None and embed % heads:
@@ -141,7 +173,7 @@ def parse_config(raw: Mapping[str, Any]) -> ModelConfig:
         raise HFError("num_key_value_heads is absent")
     attention_bias = _flag(raw, "attention_bias") if "attention_bias" in family.keys else False
     layers = _count(raw, "num_hidden_layers")
-    return ModelConfig(
+    config = ModelConfig(
         family=model_type,
         vocab_size=_count(raw, "vocab_size"),
         embed_dim=embed,
@@ -160,6 +192,34 @@ def parse_config(raw: Mapping[str, Any]) -> ModelConfig:
         windows=_windows(raw, model_type, layers),
         scalar_head=_scalar_head(raw, family),
     )
+    return config, doubts
+
+
+def _check_key(key: str, value: Any, model_type: str, family: Family) -> bool:
+    """Whether the meaning of a key is known here: it is read, or it cannot change the logits.
+
+    Parameters that the decoder lacks, or that the file lacks, are found when the weights are loaded. So only a feature
+    without parameters could change the logits unnoticed. An unknown key that might be one, by its name, may only have a
+    value that means "off".
+
+    Raises: HFError if a key changes the logits in a way that is not supported, or if it might.
+    """
+    if key in _REFUSED:
+        raise HFError(f"{key} = {value!r:.200}: {_REFUSED[key]}")
+    if key in _USED_KEYS or key in family.keys or key in _IRRELEVANT or _IRRELEVANT_NAMES.fullmatch(key):
+        return True
+    if key in _ONLY:
+        if value != _ONLY[key]:
+            raise HFError(f"{key} = {value!r} is not supported for model_type {model_type!r}, only {_ONLY[key]!r} is")
+        return True
+    if isinstance(value, str) and key.endswith("_token"):
+        return True
+    if _SUSPICIOUS.search(key) and value not in (False, 0, 1, "", {}):
+        raise HFError(
+            f"{key} = {value!r:.200} is not known for model_type {model_type!r}, and by its name it could change the "
+            "model's numbers; if it does not, remove the key"
+        )
+    return False
 
 
 def config_json(config: ModelConfig, *, dtype: Any) -> dict[str, Any]:
@@ -214,6 +274,8 @@ def _family(raw: Mapping[str, Any]) -> Family:
         raise HFError(f"model_type = {model_type!r} is not supported; supported are {', '.join(FAMILIES)}")
     family = FAMILIES[model_type]
     architectures = raw.get("architectures")
+    if isinstance(architectures, list):
+        architectures = [_OLD_ARCHITECTURES.get(name, name) for name in architectures]
     known = [[_architecture(family, scalar_head)] for scalar_head in (False, True)]
     if architectures is not None and architectures not in known:
         raise HFError(
@@ -259,19 +321,27 @@ def _flag(raw: Mapping[str, Any], key: str) -> bool:
 
 def _windows(raw: Mapping[str, Any], model_type: str, layers: int) -> tuple[int | None, ...] | None:
     """The window of each layer, or None if all layers have full attention."""
-    if model_type == "mistral":
-        return None if raw["sliding_window"] is None else (_count(raw, "sliding_window"),) * layers
-    if model_type not in ("qwen2", "qwen3"):
-        return None
-    on, types = _flag(raw, "use_sliding_window"), raw.get("layer_types")
+    types = raw.get("layer_types")
+    known = ("full_attention", "sliding_attention")
+    if types is not None and (
+        not isinstance(types, list) or len(types) != layers or any(t not in known for t in types)
+    ):
+        raise HFError(f"layer_types = {types!r} must have {layers} entries, each one of {', '.join(known)}")
+    if model_type in ("llama", "mistral"):
+        width = None if raw.get("sliding_window") is None or model_type == "llama" else _count(raw, "sliding_window")
+        only = "full_attention" if width is None else "sliding_attention"
+        if types is not None and set(types) != {only}:
+            raise HFError(
+                f"layer_types = {types!r} is not supported for model_type {model_type!r} and this sliding_window, only "
+                f"{only} in every layer is"
+            )
+        return None if width is None else (width,) * layers
+    on = _flag(raw, "use_sliding_window")
     if types is None:
         first = raw["max_window_layers"]
         if isinstance(first, bool) or not isinstance(first, int) or first < 0:
             raise HFError(f"max_window_layers = {first!r} must be an integer, at least 0")
         types = ["sliding_attention" if on and i >= first else "full_attention" for i in range(layers)]
-    known = ("full_attention", "sliding_attention")
-    if not isinstance(types, list) or len(types) != layers or any(t not in known for t in types):
-        raise HFError(f"layer_types = {types!r} must have {layers} entries, each one of {', '.join(known)}")
     if "sliding_attention" not in types:
         return None
     if not on or raw["sliding_window"] is None:
@@ -287,10 +357,13 @@ def _windows(raw: Mapping[str, Any], model_type: str, layers: int) -> tuple[int 
 
 _ROPE_KEYS = {
     "default": frozenset(),
-    "linear": frozenset({"factor"}),
+    # Scales only positions beyond max_position_embeddings, which are refused here.
+    "dynamic": frozenset({"factor", "original_max_position_embeddings"}),
+    "linear": frozenset({"factor", "original_max_position_embeddings"}),
     "llama3": frozenset({"factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"}),
     "yarn": _words(
-        "factor beta_fast beta_slow original_max_position_embeddings attention_factor mscale mscale_all_dim truncate"
+        "factor beta_fast beta_slow original_max_position_embeddings attention_factor mscale mscale_all_dim truncate "
+        "finetuned"  # not read by transformers
     ),
 }
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from safetensors.numpy import save_file
 
@@ -130,6 +131,9 @@ def _write_files(target: Path, files: dict[str, list[_Tensor]], weights: Weights
         arrays: dict[str, np.ndarray] = {}
         for tensor in tensors:
             whole = _gathered(tensor, weights)
+            _check_finite(
+                tensor.name, whole, dtype
+            )  # every process: if one stopped alone, the others would wait for it
             if is_writer:
                 arrays[tensor.name] = _as_in_file(tensor, whole, dtype)
         if is_writer:
@@ -140,6 +144,16 @@ def _write_files(target: Path, files: dict[str, list[_Tensor]], weights: Weights
 def _gathered(tensor: _Tensor, weights: Weights) -> np.ndarray:
     """The whole array on every host; of a stacked array, the one layer."""
     return meshlib.fetch(weights[tensor.ours] if tensor.layer is None else weights["layers"][tensor.ours][tensor.layer])
+
+
+def _check_finite(name: str, array: np.ndarray, dtype: np.dtype) -> None:
+    limit = float(jnp.finfo(dtype).max)
+    largest = float(np.abs(array).max(initial=0))
+    if not largest <= limit:
+        raise HFError(
+            f"tensor {name} has a value of {largest:g}, beyond the {limit:g} of {dtype}; "
+            + ("export in bfloat16 or float32" if math.isfinite(largest) else "the training of this model has failed")
+        )
 
 
 def _as_in_file(tensor: _Tensor, array: np.ndarray, dtype: np.dtype) -> np.ndarray:

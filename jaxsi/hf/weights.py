@@ -20,6 +20,8 @@ from jaxsi.hf.config import HFError, read_json
 from jaxsi.model import mesh as meshlib
 from jaxsi.model.decoder import ModelConfig, Parameter, Weights, parameters, weight_shardings
 
+HEAD = "lm_head.weight"
+ROWS = 4096  # rows of the vocabulary that are compared at a time
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 DTYPES = {"F32": np.dtype(np.float32), "F16": np.dtype(np.float16), "BF16": np.dtype(jnp.bfloat16)}
 
@@ -143,6 +145,17 @@ def load_weights(
     dtype = np.dtype(dtype)
     with contextlib.ExitStack() as stack:
         files = {file: _open(stack, file) for file in {tensor.file for tensor in tensors.values()}}
+        if config.tie_embeddings and (head := tensors.get(HEAD)) is not None:
+            name = NAMES[config.family]["embed"][0]
+            embed = tensors[name]
+            same = head.shape == embed.shape and _equal(
+                files[head.file].get_slice(HEAD), files[embed.file].get_slice(name), head.shape[0]
+            )
+            if not same:
+                raise HFError(
+                    f"{head.file}: tensor {HEAD} differs from the embedding, but config.json has tie_word_embeddings = "
+                    "true, which says that they are one; set it to false there to use this head"
+                )
 
         def read(name: str, parameter: Parameter, sharding: jax.sharding.Sharding) -> jax.Array:
             pattern, layout = NAMES[config.family][name]
@@ -175,6 +188,12 @@ def load_weights(
         }
         layers = {name: read(name, p, shardings["layers"][name]) for name, p in tree["layers"].items()}
         return weights | {"layers": layers}
+
+
+def _equal(one: Any, other: Any, rows: int) -> bool:
+    """Whether two lazily read tensors have the same numbers."""
+    parts = [slice(i, min(i + ROWS, rows)) for i in range(0, rows, ROWS)]
+    return all(np.array_equal(one[part], other[part]) for part in parts)
 
 
 def expected_tensors(config: ModelConfig) -> dict[str, tuple[int, ...]]:
@@ -232,6 +251,8 @@ def _read_header(file: Path, tensors: int) -> dict[str, Tensor]:
     size = file.stat().st_size
     with open(file, "rb") as f:
         start = f.read(8)
+        if start == b"version ":
+            raise HFError(f"{file}: a Git LFS pointer, not the weights themselves; run `git lfs pull` in the folder")
         length = struct.unpack("<Q", start)[0] if len(start) == 8 else size
         if length > size - 8:
             raise HFError(f"{file}: its header claims {length} bytes of {size}: truncated, or not safetensors")
@@ -269,7 +290,7 @@ def _check_tensors(
         raise HFError(f"{folder}: {len(missing)} of {len(expected)} tensors are missing: {_few(missing)}")
     ignored = {name for name in tensors if name.endswith("rotary_emb.inv_freq")}  # computed from the config
     if config.tie_embeddings:
-        ignored |= {"lm_head.weight"} & set(tensors)  # a copy of the embedding
+        ignored |= {HEAD} & set(tensors)  # a copy of the embedding
     extra = sorted(set(tensors) - set(expected) - ignored)
     if extra:
         raise HFError(

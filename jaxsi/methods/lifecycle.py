@@ -1,5 +1,6 @@
 """What every method does around its iterations: it begins with the model it is given, keeps models, and reports."""
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
@@ -8,6 +9,8 @@ from jaxsi.model import mesh as meshlib
 from jaxsi.runs import checkpoint
 from jaxsi.runs.config_snapshot import parts_of
 from jaxsi.runs.run import Run, Scope, StaleRecordsError
+from jaxsi.text.chat_config import ChatConfig
+from jaxsi.text.chat_template import today
 from jaxsi.training import resume
 from jaxsi.training.rl import RLConfig
 from jaxsi.training.train import DPOConfig, TrainConfig
@@ -20,6 +23,7 @@ def begin(cfg: Any, run: Run) -> LM:
       model has other weights than when the run began.
     """
     base = load(cfg.model, meshlib.make_mesh(cfg.mesh), cfg.sampling.dtype, weights_dtype="float32")
+    base = base.with_chat(_chat_of(cfg, base, run))
     for name, part in parts_of(cfg):
         if isinstance(part, TrainConfig | RLConfig):
             part.check(base.mesh, name)
@@ -30,6 +34,15 @@ def begin(cfg: Any, run: Run) -> LM:
             "back the model it began with, or start a new run directory"
         )
     return base
+
+
+def _chat_of(cfg: Any, base: LM, run: Run) -> ChatConfig:
+    """What the chat template is told in this run: the date of a template that writes it stays the one on which the run
+    began."""
+    chat = getattr(cfg, "chat", ChatConfig())
+    if base.tokenizer.reads_date and chat.date is None:
+        chat = dataclasses.replace(chat, date=run.at("iter_0").value("date", today))
+    return chat
 
 
 def keep(model: LM, it: Scope) -> LM:

@@ -32,6 +32,7 @@ from jaxsi.sampling.generate import SamplingConfig, sample
 from jaxsi.stages.gap import GapReward, gap_group, gaps, reward_group, with_room
 from jaxsi.stages.pairs import Preference, preferences
 from jaxsi.stages.prompts import ask_to_improve, load_template
+from jaxsi.text.chat_config import ChatConfig
 from jaxsi.training import rl
 from jaxsi.training.reward import BRADLEY_TERRY, GAP, RewardOf, train_reward
 from jaxsi.training.rl import RLConfig
@@ -62,6 +63,7 @@ class Config:
     rewarding: Callable[..., tuple[np.ndarray, np.ndarray]] = gaps
     sampling: SamplingConfig = SamplingConfig(num_samples=1, temperature=1.0, top_p=1.0)
     evaluate: Callable[..., dict[str, Any]] | None = None
+    chat: ChatConfig = ChatConfig()
     mesh: MeshConfig = MeshConfig()
     seed: int = 0
 

@@ -16,7 +16,7 @@ from jaxsi.sampling.generate import SamplingConfig
 from jaxsi.stages.critique import CritiqueConfig
 from jaxsi.stages.judge import JudgeConfig
 from jaxsi.stages.reviser import ReviseConfig
-from jaxsi.stages.self_instruct import PromptFile, PromptList, SelfInstruct, read_source
+from jaxsi.stages.self_instruct import PromptFile, PromptList, SelfInstruct, read_source, without_used
 from jaxsi.text.chat import render_prompt
 from jaxsi.text.tokenizer import Tokenizer, load_tokenizer
 from jaxsi.training.rl import RLConfig
@@ -91,8 +91,8 @@ def _check_supply(place: str, prompts: Sequence[Prompt], directory: Path, iterat
     """Every iteration that has no prompts yet needs one that no other has had."""
     files = [directory / f"iter_{t}" / "prompts.jsonl" for t in iterations]
     done = [file for file in files if file.exists()]
-    used = {prompt.id for file in done for prompt in read_jsonl(file, Prompt)}
-    left = sum(prompt.id not in used for prompt in prompts)
+    used = [prompt for file in done for prompt in read_jsonl(file, Prompt)]
+    left = len(without_used(prompts, used))
     rounds = len(files) - len(done)
     if left < rounds:
         reason = f"{left} prompts for {rounds} iterations of new prompts" + (f" ({len(used)} are used)" if used else "")

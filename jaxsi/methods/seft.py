@@ -45,6 +45,7 @@ from jaxsi.stages.reviser_data import (
     warm_up_examples,
 )
 from jaxsi.stages.self_instruct import PromptFile, next_part, prompt_source
+from jaxsi.text.chat_config import ChatConfig
 from jaxsi.training.train import TrainConfig, seed_of, sft
 
 
@@ -101,6 +102,7 @@ class Config:
     internal_rounds: int = 1
     sft: TrainConfig
     evaluate: Callable[..., dict[str, Any]] | None = None
+    chat: ChatConfig = ChatConfig()
     mesh: MeshConfig = MeshConfig()
     iterations: int = 3
     seed: int = 0

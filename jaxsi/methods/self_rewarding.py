@@ -35,6 +35,7 @@ from jaxsi.stages.judge import JudgeConfig, check_judge, compare, judgment_stati
 from jaxsi.stages.pairs import best_and_worst, pair_statistics
 from jaxsi.stages.prompts import Rubric, load_rubric
 from jaxsi.stages.self_instruct import PromptFile, PromptList, SelfInstruct, new_prompts, next_part, prompt_source
+from jaxsi.text.chat_config import ChatConfig
 from jaxsi.training.train import DPOConfig, TrainConfig, dpo, seed_of, sft
 
 
@@ -102,6 +103,7 @@ class Config:
     dpo: DPOConfig = DPOConfig()
     early_stop: EarlyStop | None = None
     evaluate: Callable[..., dict[str, Any]] | None = None
+    chat: ChatConfig = ChatConfig()
     mesh: MeshConfig = MeshConfig()
     iterations: int = 3
     seed: int = 0

@@ -9,6 +9,7 @@ from jaxsi.runs.config_snapshot import stored_as
 from jaxsi.runs.records import PreferencePair, Prompt, SFTExample, digest
 from jaxsi.runs.run import Run
 from jaxsi.text.chat import written_response
+from jaxsi.text.chat_config import ChatConfig
 from jaxsi.training import train
 from jaxsi.training.train import DPOConfig, TrainConfig
 
@@ -16,10 +17,12 @@ from jaxsi.training.train import DPOConfig, TrainConfig
 @stored_as("single.Training")
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Training:
-    """What decides the result: the weights to start from, a digest of the records, and the settings."""
+    """What decides the result: the weights to start from, a digest of the records, the settings, and the chat template
+    if it is told more than by default."""
 
     model: str
     data: str
+    template: str = ""
     training: TrainConfig | DPOConfig
     seed: int
 
@@ -39,7 +42,7 @@ def sft(
     Raises: RunConfigError if ``run_dir`` holds another training; TrainingError as ``training.train.sft``.
     """
     records = [e if isinstance(e, SFTExample) else _example(str(i), *e) for i, e in enumerate(examples)]
-    described = Training(model=lm.fingerprint, data=digest(records), training=config, seed=seed)
+    described = Training(model=lm.fingerprint, data=digest(records), template=_told(lm), training=config, seed=seed)
     with Run.open(run_dir, described) as run:
         model = train.sft(lm, records, config, run.at("iter_1"))
         run.update_summary({"status": "complete"})
@@ -48,7 +51,7 @@ def sft(
 
 def dpo(
     lm: LM,
-    pairs: Sequence[PreferencePair | tuple[str, str, str]],
+    pairs: Sequence[PreferencePair | tuple[Prompt | str, str, str]],
     run_dir: Path | str,
     config: DPOConfig = DPOConfig(),
     *,
@@ -60,23 +63,28 @@ def dpo(
     config.check_single_round()
     records = [pair if isinstance(pair, PreferencePair) else _pair(lm, str(i), *pair) for i, pair in enumerate(pairs)]
     models = lm.fingerprint if reference is None else f"{lm.fingerprint} reference {reference.fingerprint}"
-    described = Training(model=models, data=digest(records), training=config, seed=seed)
+    described = Training(model=models, data=digest(records), template=_told(lm), training=config, seed=seed)
     with Run.open(run_dir, described) as run:
         model = train.dpo(lm, records, config, run.at("iter_1"), reference=reference)
         run.update_summary({"status": "complete"})
     return model
 
 
+def _told(lm: LM) -> str:
+    return "" if lm.tokenizer.chat == ChatConfig() else lm.template_hash
+
+
 def _example(id: str, prompt: str, response: str) -> SFTExample:
     return SFTExample(id=id, messages=Prompt.of(id, prompt).messages, response=response)
 
 
-def _pair(lm: LM, id: str, prompt: str, chosen: str, rejected: str) -> PreferencePair:
+def _pair(lm: LM, number: str, prompt: Prompt | str, chosen: str, rejected: str) -> PreferencePair:
+    record = prompt if isinstance(prompt, Prompt) else Prompt.of(number, prompt)
+    id = record.id
     sides = [
         written_response(lm.tokenizer, f"{id}#{name}", id, text)
         for name, text in (("chosen", chosen), ("rejected", rejected))
     ]
     return PreferencePair(
-        id=id, messages=Prompt.of(id, prompt).messages, chosen=sides[0], rejected=sides[1], chosen_score=1.0,
-        rejected_score=0.0,
-    )  # fmt: skip
+        id=id, messages=record.messages, chosen=sides[0], rejected=sides[1], chosen_score=1.0, rejected_score=0.0
+    )

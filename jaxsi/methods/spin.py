@@ -24,6 +24,7 @@ from jaxsi.runs.records import PreferencePair, Prompt, Response, SFTExample
 from jaxsi.runs.run import Run
 from jaxsi.sampling.generate import SamplingConfig, sample
 from jaxsi.text.chat import written_response
+from jaxsi.text.chat_config import ChatConfig
 from jaxsi.training.train import DPOConfig, dpo
 
 
@@ -38,6 +39,7 @@ class Config:
     sampling: SamplingConfig = SamplingConfig(num_samples=1, temperature=1.0, top_p=1.0)
     dpo: DPOConfig
     evaluate: Callable[..., dict[str, Any]] | None = None
+    chat: ChatConfig = ChatConfig()
     mesh: MeshConfig = MeshConfig()
     iterations: int = 2
     seed: int = 0

@@ -40,6 +40,7 @@ from jaxsi.stages.critique import (
 )
 from jaxsi.stages.prompts.critique import CritiqueTemplate, load_critique_template
 from jaxsi.stages.self_instruct import PromptFile, prompt_source, read_source
+from jaxsi.text.chat_config import ChatConfig
 from jaxsi.training.train import DPOConfig, TrainConfig, dpo, sft
 
 
@@ -67,6 +68,7 @@ class Config:
     scoring: Callable[..., list[float | None]] | None = None
     direction: Callable[..., list[PreferencePair]] | None = None
     evaluate: Callable[..., dict[str, Any]] | None = None
+    chat: ChatConfig = ChatConfig()
     mesh: MeshConfig = MeshConfig()
     seed: int = 0
 

@@ -17,7 +17,7 @@ import os
 import types
 import typing
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -59,6 +59,9 @@ class Prompt:
 class Response:
     """One sampled answer, e.g. id "17#2" for sample 2 of prompt "17".
 
+    `text` is the answer; `reasoning` is the thought before it, if there is one. An answer that was cut off within the
+    thought has no text, and the finish_reason "length".
+
     `token_ids` are the sampled ids (the end-of-turn included if finish_reason is "stop"); `logps[i]` is the log-prob
     of `token_ids[i]` under the untruncated softmax at temperature 1, independent of the sampling settings.
     """
@@ -72,6 +75,7 @@ class Response:
     finish_reason: FinishReason
     fingerprint: str
     template: str
+    reasoning: str = ""
 
     @staticmethod
     def of(id: str, prompt_id: str, sample: int, text: str) -> "Response":
@@ -202,8 +206,10 @@ Record = TypeVar("Record")
 
 
 def to_json(record: Any) -> dict[str, Any]:
-    """The record as plain JSON values, with its fields in the order of the class."""
-    return {field.name: _encode(getattr(record, field.name)) for field in fields(record)}
+    """The record as plain JSON values, with its fields in the order of the class; without those that have their
+    default."""
+    values = {field.name: getattr(record, field.name) for field in fields(record)}
+    return {f.name: _encode(values[f.name]) for f in fields(record) if values[f.name] != f.default}
 
 
 def from_json(cls: type[Record], value: Any) -> Record:
@@ -212,12 +218,12 @@ def from_json(cls: type[Record], value: Any) -> Record:
     Raises: ValueError: if a field is missing, unknown or of another type; it names the field.
     """
     if not isinstance(value, dict):
-        raise ValueError(f"a {cls.__name__} is a JSON object, found {_shown(value)}")
+        raise ValueError(f"a {cls.__name__} is a JSON object, found {shown(value)}")
     hints, required = _schema(cls)
     if unknown := value.keys() - hints.keys():
-        raise ValueError(f"unknown key {_shown(min(unknown))} in a {cls.__name__}; its keys are {', '.join(hints)}")
+        raise ValueError(f"unknown key {shown(min(unknown))} in a {cls.__name__}; its keys are {', '.join(hints)}")
     if missing := required - value.keys():
-        raise ValueError(f"key {_shown(min(missing))} of a {cls.__name__} is missing")
+        raise ValueError(f"key {shown(min(missing))} of a {cls.__name__} is missing")
     return cls(**{name: _decode(hints[name], item, name) for name, item in value.items()})
 
 
@@ -237,12 +243,17 @@ def write_jsonl(path: Path | str, records: Iterable[Any]) -> None:
     write_atomically(path, (_dump_line(path, number, record) for number, record in enumerate(records, start=1)))
 
 
-def read_jsonl(path: Path | str, cls: type[Record]) -> list[Record]:
-    """The records of a file that `write_jsonl` wrote. Raises: RecordError: if a line is broken; it names the line."""
+def read_jsonl(
+    path: Path | str, cls: type[Record], *, fill: Callable[[dict[str, Any]], dict[str, Any]] | None = None
+) -> list[Record]:
+    """The records of a file that `write_jsonl` wrote, or of another one whose rows ``fill`` completes.
+
+    Raises: RecordError: if a line is broken; it names the line.
+    """
     records = []
     for line, value in _json_lines(path):
         try:
-            records.append(from_json(cls, value))
+            records.append(from_json(cls, fill(value) if fill is not None and isinstance(value, dict) else value))
         except ValueError as error:
             raise RecordError(path, line, str(error)) from None
     return records
@@ -275,97 +286,6 @@ def as_prompts(prompts: Iterable[Prompt | str]) -> list[Prompt]:
     return [p if isinstance(p, Prompt) else Prompt.of(str(i), p) for i, p in enumerate(prompts)]
 
 
-def read_prompts(path: Path | str, max_prompts: int | None = None) -> list[Prompt]:
-    """The prompts of a user's file, at most the first `max_prompts`.
-
-    JSONL: {"id"?, "prompt": text} or {"id"?, "messages": [{"role", "content"}, ...]} per line. A `.json` file is one
-    list of such objects. Both may be gzipped (`.gz`). The AlpacaEval dialect has "instruction" instead of "prompt" (its
-    "output", "generator" and "dataset" are ignored). `id` defaults to the number of the line, or of the item in a list,
-    from 1.
-
-    Raises: RecordError: if the file is missing, a line is broken, a key is unknown, an id is duplicated or a prompt is
-      empty; it names the file, the line, the value and the fix.
-    """
-    if max_prompts is not None and max_prompts < 1:
-        raise ValueError(f"max_prompts is {max_prompts}, the least is 1; leave it out to read every prompt")
-    path = Path(path)
-    rows = _json_list(path) if path.name.removesuffix(".gz").endswith(".json") else _json_lines(path)
-    prompts: list[Prompt] = []
-    line_of: dict[str, int] = {}
-    for line, row in rows:
-        try:
-            prompt = _prompt(row, default_id=str(line))
-        except ValueError as error:
-            raise RecordError(path, line, str(error)) from None
-        if prompt.id in line_of:
-            first = line_of[prompt.id]
-            raise RecordError(path, line, f"id {_shown(prompt.id)} is already on line {first}; ids must be unique")
-        line_of[prompt.id] = line
-        prompts.append(prompt)
-        if len(prompts) == max_prompts:
-            break
-    if not prompts:
-        raise RecordError(path, None, 'the file holds no prompts; write one object per line, as {"prompt": "…"}')
-    return prompts
-
-
-# ---- prompts of users ------------------------------------------------------------------------------------------------
-
-_TEXT_KEYS = ("prompt", "instruction")
-_ALPACA_EVAL_KEYS = frozenset({"output", "generator", "dataset"})  # a baseline's answer, ignored here
-
-
-def _prompt(row: Any, default_id: str) -> Prompt:
-    if not isinstance(row, dict):
-        raise ValueError(f'a prompt is an object like {{"prompt": "…"}}, found {_shown(row)}')
-    known = {"id", "messages", *_TEXT_KEYS} | (_ALPACA_EVAL_KEYS if "instruction" in row else frozenset())
-    if unknown := row.keys() - known:
-        raise ValueError(f'unknown key {_shown(min(unknown))}; the keys are "id", and "prompt" or "messages"')
-    contents = [key for key in ("messages", *_TEXT_KEYS) if key in row]
-    if len(contents) != 1:
-        raise ValueError(f'give either "prompt" or "messages"; found {contents or sorted(row)}')
-    id = row.get("id", default_id)
-    if isinstance(id, bool) or not isinstance(id, str | int) or id == "":
-        raise ValueError(f"id {_shown(id)} is not a non-empty string or a number")
-    _check_unicode(str(id), "id")
-    content = row[contents[0]]
-    if contents[0] == "messages":
-        return Prompt(id=str(id), messages=_messages(content))
-    if not isinstance(content, str) or not content.strip():
-        raise ValueError(f'"{contents[0]}" is {_shown(content)}; it must be a non-empty text')
-    _check_unicode(content, contents[0])
-    return Prompt.of(str(id), content)
-
-
-def _messages(value: Any) -> tuple[Message, ...]:
-    if not isinstance(value, list) or not value:
-        raise ValueError(f'"messages" is {_shown(value)}; it must be a non-empty list of {{"role", "content"}}')
-    for message in value:
-        if not isinstance(message, dict) or message.keys() != {"role", "content"}:
-            raise ValueError(f'message {_shown(message)} must be an object with the keys "role" and "content" only')
-        if message["role"] not in ROLES:
-            raise ValueError(f"role {_shown(message['role'])} is not one of {', '.join(ROLES)}")
-        if not isinstance(message["content"], str) or not message["content"].strip():
-            raise ValueError(f"the content of message {_shown(message)} must be a non-empty text")
-        _check_unicode(message["content"], "content")
-    if value[-1]["role"] != "user":
-        raise ValueError(
-            f"the last message has the role {_shown(value[-1]['role'])}; a prompt ends with the user's turn"
-        )
-    return tuple(value)
-
-
-def _check_unicode(text: str, key: str) -> None:
-    """JSON can escape half a surrogate pair, which is not a character, so tokenizers reject it."""
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError as error:
-        half = text[error.start]
-        raise ValueError(
-            f'"{key}" holds half a surrogate pair ({half!r}, character {error.start}); remove it'
-        ) from None
-
-
 # ---- JSON files ------------------------------------------------------------------------------------------------------
 
 
@@ -388,20 +308,10 @@ def _json_lines(path: Path | str) -> Iterator[tuple[int, Any]]:
     with _opened(path) as file:
         for line, raw in enumerate(file, start=1):  # bytes: split at \n only, never at U+2028 inside a text
             if raw.strip():
-                yield line, _parse(path, line, raw.rstrip(b"\r\n"))
+                yield line, parse_json(path, line, raw.rstrip(b"\r\n"))
 
 
-def _json_list(path: Path) -> Iterator[tuple[int, Any]]:
-    with _opened(path) as file:
-        value = _parse(path, None, file.read())
-    if not isinstance(value, list):
-        raise RecordError(
-            path, None, f"a .json file of prompts is one list, found {_shown(value)}; use .jsonl for lines"
-        )
-    yield from enumerate(value, start=1)
-
-
-def _parse(path: Path | str, line: int | None, raw: bytes) -> Any:
+def parse_json(path: Path | str, line: int | None, raw: bytes) -> Any:
     try:
         return json.loads(raw.decode("utf-8-sig" if line in (1, None) else "utf-8"), parse_constant=_refuse_constant)
     except UnicodeDecodeError as error:
@@ -409,7 +319,7 @@ def _parse(path: Path | str, line: int | None, raw: bytes) -> Any:
     except json.JSONDecodeError as error:
         place = line if line is not None else error.lineno
         raise RecordError(
-            path, place, f"broken JSON at column {error.colno}: {error.msg} in {_shown(error.doc)}"
+            path, place, f"broken JSON at column {error.colno}: {error.msg} in {shown(error.doc)}"
         ) from None
     except (ValueError, RecursionError) as error:
         raise RecordError(path, line, f"cannot be parsed: {error}") from None
@@ -429,6 +339,17 @@ def _dump_line(path: Path | str, line: int, record: Any) -> bytes:
         return text.encode("utf-8") + b"\n"
     except UnicodeEncodeError:  # half a surrogate pair survives only as an escape
         return json.dumps(value, allow_nan=False).encode("ascii") + b"\n"
+
+
+def check_unicode(text: str, key: str) -> None:
+    """JSON can escape half a surrogate pair, which is not a character, so tokenizers reject it."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        half = text[error.start]
+        raise ValueError(
+            f'"{key}" holds half a surrogate pair ({half!r}, character {error.start}); remove it'
+        ) from None
 
 
 # ---- records to JSON values and back ---------------------------------------------------------------------------------
@@ -470,9 +391,10 @@ def _decode(hint: Any, value: Any, where: str) -> Any:
     if isinstance(hint, type) and hasattr(hint, "__dataclass_fields__"):
         return from_json(hint, value)
     expected = hint.__name__ if isinstance(hint, type) and origin is None else str(hint).removeprefix("typing.")
-    raise ValueError(f"{where} is {_shown(value)}, which is not of type {expected}")
+    raise ValueError(f"{where} is {shown(value)}, which is not of type {expected}")
 
 
-def _shown(value: Any, limit: int = 80) -> str:
+def shown(value: Any, limit: int = 80) -> str:
+    """A value in an error, cut to ``limit`` characters."""
     text = repr(value)
     return text if len(text) <= limit else text[:limit] + "…"

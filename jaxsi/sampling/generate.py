@@ -21,7 +21,7 @@ from jaxsi.runs.named_keys import name_words
 from jaxsi.runs.records import Prompt, Response, as_prompts
 from jaxsi.sampling import engine
 from jaxsi.sampling.token_sampling import MAX_MARKER, MAX_STOPS, Settings
-from jaxsi.text.chat import marker_ids, render_prompt
+from jaxsi.text.chat import marker_ids, read_response, render_prompt
 
 
 @stored_as("sampling.SamplingConfig")
@@ -49,6 +49,10 @@ class SamplingConfig:
     def settings(self) -> dict[str, Any]:
         """The arguments of ``generate``."""
         return {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name != "dtype"}
+
+
+class SamplingError(ValueError):
+    """A model whose logits are not finite numbers."""
 
 
 class PromptTooLongError(ValueError):
@@ -85,6 +89,7 @@ def generate_ids(
 
     Raises:
       PromptTooLongError: if a prompt and ``max_new_tokens`` exceed the model's positions.
+      SamplingError: if the logits are not finite.
       ValueError: if a setting is out of range.
     """
     _check_settings(temperature, top_p, top_k, max_new_tokens, num_samples)
@@ -106,6 +111,11 @@ def generate_ids(
         batch_size=batch_size,
         cache=cache,
     )
+    if not all(math.isfinite(math.fsum(logps)) for samples in results for _, logps, _ in samples):
+        raise SamplingError(
+            f"the model's logits are not finite in {jnp.dtype(lm.dtype)}; sample in bfloat16 or float32, and if that "
+            "does not help, check the weights"
+        )
     return results
 
 
@@ -221,20 +231,29 @@ def generate(
         cache=cache,
     )
     return [
-        Response(
-            id=f"{p.id}#{n}",
-            prompt_id=p.id,
-            sample=n,
-            text=lm.tokenizer.decode(token_ids),
-            token_ids=tuple(token_ids),
-            logps=tuple(logps),
-            finish_reason="stop" if stopped else "length",
-            fingerprint=lm.fingerprint,
-            template=lm.tokenizer.template_hash,
-        )
+        as_response(lm, f"{p.id}#{n}", p.id, n, *sampled)
         for p, samples in zip(records, results, strict=True)
-        for n, (token_ids, logps, stopped) in enumerate(samples)
+        for n, sampled in enumerate(samples)
     ]
+
+
+def as_response(
+    lm: LM, id: str, prompt_id: str, number: int, token_ids: Sequence[int], logps: Sequence[float], stopped: bool
+) -> Response:
+    """Sampled ids as a record, the thought apart from the answer."""
+    thought = read_response(lm.tokenizer, token_ids)
+    return Response(
+        id=id,
+        prompt_id=prompt_id,
+        sample=number,
+        text=thought.answer,
+        token_ids=tuple(token_ids),
+        logps=tuple(logps),
+        finish_reason="stop" if stopped and thought.closed else "length",
+        fingerprint=lm.fingerprint,
+        template=lm.tokenizer.template_hash,
+        reasoning=thought.reasoning,
+    )
 
 
 def sample(

@@ -19,6 +19,7 @@ from jaxsi.stages.answers import with_prompts
 from jaxsi.stages.prompts import question_text
 from jaxsi.stages.prompts.critique import CritiqueTemplate
 from jaxsi.text.chat import marker_ids, render_prompt, render_response
+from jaxsi.text.chat_config import split_thought
 from jaxsi.text.tokenizer import Tokenizer
 
 Critic = Callable[[Sequence[Prompt], Sequence[Response], CritiqueTemplate, jax.Array], list[Critique]]
@@ -117,7 +118,7 @@ def critique(
     tokenizer: Tokenizer | None = None,
 ) -> Critique:
     """A critic's text as a record; an improved response that the token limit cut off is left out."""
-    parts = template.parse(text)
+    parts = template.parse(text, cut_off=finish_reason != "stop")
     return Critique(
         id=response.id,
         prompt_id=response.prompt_id,
@@ -196,10 +197,11 @@ def continue_critique(
         marker=marker,
         batch_size=cfg.batch_size,
     )
-    texts: dict[str, tuple[str, FinishReason]] = {
-        id: (lm.tokenizer.decode(token_ids), "stop" if stopped else "length")
-        for id, [(token_ids, _, stopped)] in zip(ids, sampled, strict=True)
-    }
+    texts: dict[str, tuple[str, FinishReason]] = {}
+    for id, [(token_ids, _, stopped)] in zip(ids, sampled, strict=True):
+        # The thought, if any, was before the draft: a template begins it at the start of the turn.
+        thought = split_thought(lm.tokenizer.decode(token_ids))
+        texts[id] = (thought.answer, "stop" if stopped and thought.closed else "length")
     return [
         critique(draft, *texts.get(draft.id, ("", "length")), template, lm.fingerprint, lm.tokenizer)
         for draft in drafts

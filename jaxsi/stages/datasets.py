@@ -7,6 +7,7 @@ unfinished conversation). A missing column or a value of another shape is a Sour
 
 import hashlib
 import json
+import logging
 import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
@@ -15,6 +16,8 @@ from typing import Any
 
 from jaxsi.runs.records import Judgment, Message, Prompt, RankedResponses, Response, SFTExample
 from jaxsi.stages.prompts import Rubric, question_text, up_to_verdict
+
+_log = logging.getLogger(__name__)
 
 _FORMATS = {".json": "json", ".jsonl": "json", ".parquet": "parquet", ".csv": "csv"}
 _TURN = re.compile(r"(?:^|\n\n)(Human|Assistant):")
@@ -72,6 +75,11 @@ def nectar(
         messages = transcript_messages(row["prompt"])
         if messages and messages[-1] == {"role": "assistant", "content": ""}:
             messages = messages[:-1]
+        if not messages or messages[-1]["role"] != "user":
+            raise SourceError(
+                f'nectar from {source}: {where} has a prompt without a turn of "Human:" at its end: '
+                f"{row['prompt'][:60]!r}; remove or mend that row"
+            )
         ranked.append(_ranked(f"nectar-{number}", messages, texts, [float(rank) for rank in ranks]))
     return _checked("nectar", source, ranked)
 
@@ -79,16 +87,34 @@ def nectar(
 def ultrafeedback(
     source: str = "openbmb/UltraFeedback", *, split: str = "train", columns: Columns = None
 ) -> list[RankedResponses]:
-    """UltraFeedback: four completions per instruction, ranked by their overall score."""
+    """UltraFeedback: four completions per instruction, ranked by their overall score. Of some completions of the set
+    the overall score is wrong (10 in place of 1): where the mean of the fine-grained ratings, from 1 to 5, says that a
+    completion is bad and the overall score, from 1 to 10, that it is very good, the completion is left out. So are
+    instructions without completions."""
     ranked = []
+    dropped = Counter[str]()
     for number, row in enumerate(_rows("ultrafeedback", source, split, ("instruction", "completions"), columns)):
         where = f"row {number}"
         completions = _list("ultrafeedback", where, "completions", row["completions"])
-        texts = [_field("ultrafeedback", where, "completions", c, "response", str) for c in completions]
-        scores = [_field("ultrafeedback", where, "completions", c, "overall_score", int | float) for c in completions]
+        sound = [c for c in completions if not _contradictory(c)]
+        dropped["completions with a wrong overall score"] += len(completions) - len(sound)
+        if not sound:
+            dropped["instructions without completions"] += 1
+            continue
+        texts = [_field("ultrafeedback", where, "completions", c, "response", str) for c in sound]
+        scores = [_field("ultrafeedback", where, "completions", c, "overall_score", int | float) for c in sound]
         messages = ({"role": "user", "content": row["instruction"]},)
         ranked.append(_ranked(f"ultrafeedback-{number}", messages, texts, [-float(score) for score in scores]))
+    for what, count in dropped.items():
+        if count:
+            _log.warning("ultrafeedback: %d %s are left out", count, what)
     return _checked("ultrafeedback", source, ranked)
+
+
+def _contradictory(completion: Any) -> bool:
+    """Whether an overall score of 8 or more, of 10, stands beside fine-grained ratings of 2 or less, of 5."""
+    overall, fine = (completion.get(name) for name in ("overall_score", "fine-grained_score"))
+    return isinstance(overall, int | float) and isinstance(fine, int | float) and overall >= 8 and fine <= 2
 
 
 def hh_rlhf(

@@ -261,7 +261,7 @@ def _judge_prompts(prompts: Sequence[Prompt], responses: Sequence[Response], rub
 
 
 def _parsed(rubric: Rubric, sample: Response) -> float | None:
-    score = rubric.parse(sample.text)
+    score = rubric.parse(sample.text, cut_off=sample.finish_reason != "stop")
     return None if score is None else float(score)
 
 

@@ -19,6 +19,7 @@ from jaxsi.sampling import generate, scoring
 from jaxsi.stages.answers import with_prompts
 from jaxsi.stages.prompts.reviser import ReviserTemplate
 from jaxsi.text.chat import render_prompt, render_response
+from jaxsi.text.chat_config import split_thought
 from jaxsi.text.tokenizer import Tokenizer
 
 # Sample answers. The tokens that all of them share after a label belong to the label.
@@ -264,15 +265,17 @@ def _written(
         max_new_tokens=cfg.max_new_tokens,
         batch_size=cfg.batch_size,
     )
-    return {
-        draft.id: replace(
+    written = {}
+    for draft, [(ids, logps, stopped)] in zip(changed, sampled, strict=True):
+        thought = split_thought(lm.tokenizer.decode(ids))
+        written[draft.id] = replace(
             draft.response,
-            text=lm.tokenizer.decode(ids).strip(),  # a separator may be part of the answer's first token
+            text=thought.answer.strip(),  # a separator may be part of the answer's first token
+            reasoning=thought.reasoning,
             token_ids=tuple(ids),
             logps=tuple(logps),
-            finish_reason="stop" if stopped else "length",
+            finish_reason="stop" if stopped and thought.closed else "length",
             fingerprint=lm.fingerprint,
             template=lm.tokenizer.template_hash,
         )
-        for draft, [(ids, logps, stopped)] in zip(changed, sampled, strict=True)
-    }
+    return written

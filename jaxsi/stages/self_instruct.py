@@ -6,12 +6,13 @@ generated ones. The ROUGE-L threshold of 0.7 and the kind of blacklisted words a
 
 import functools
 import importlib.util
+import json
 import logging
 import math
 import os
 import re
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,9 +22,10 @@ import numpy as np
 from jaxsi.lm import LM
 from jaxsi.runs.config_snapshot import stored_as
 from jaxsi.runs.named_keys import fold
-from jaxsi.runs.records import Prompt, Response, as_prompts, read_prompts
+from jaxsi.runs.records import Prompt, Response, as_prompts
 from jaxsi.sampling import generate
 from jaxsi.stages.prompts import parse_new_prompt, render_few_shot
+from jaxsi.stages.user_data import columns_of, read_prompts
 from jaxsi.text import tensorflow_text
 from jaxsi.text.chat import render_prompt
 
@@ -80,11 +82,27 @@ class SelfInstruct:
 @stored_as("instruct.PromptFile")
 @dataclass(frozen=True, kw_only=True)
 class PromptFile:
-    """Prompts from a JSONL file, an equal part of it for each iteration (with `repeat`, all of it)."""
+    """Prompts from a file, an equal part of it for each iteration (with `repeat`, all of it). `path` and the other
+    fields are arguments of `user_data.read_prompts`; `columns` holds texts such as "prompt=ask"."""
 
     path: str
     max_prompts: int | None = None
     repeat: bool = False
+    columns: tuple[str, ...] = ()
+    split: str = "train"
+    skip_bad_rows: bool = False
+
+    def __post_init__(self) -> None:
+        columns_of(self.columns)
+
+    def read(self) -> list[Prompt]:
+        return read_prompts(
+            self.path,
+            self.max_prompts,
+            columns=columns_of(self.columns),
+            split=self.split,
+            skip_bad_rows=self.skip_bad_rows,
+        )
 
 
 @stored_as("self_instruct.PromptList")
@@ -115,7 +133,7 @@ def read_source(source: PromptFile | Callable[[], list[Prompt]]) -> list[Prompt]
     Raises: RecordError if a file cannot be read. ValueError if there are no prompts, or if two have the same id.
     """
     if isinstance(source, PromptFile):
-        return read_prompts(source.path, source.max_prompts)
+        return source.read()
     prompts = source()
     repeated = [id for id, count in Counter(prompt.id for prompt in prompts).items() if count > 1]
     if not prompts or repeated:
@@ -138,14 +156,27 @@ def next_part(
     everything = [p for p in read_source(source) if _normal(p.text) not in known]
     if isinstance(source, PromptFile) and source.repeat and everything:
         return everything
-    used = {prompt.id for prompt in earlier}
-    unused = [prompt for prompt in everything if prompt.id not in used]
+    unused = without_used(everything, earlier)
     if not unused:
         raise ValueError(
             f"{source.path if isinstance(source, PromptFile) else source}: earlier iterations have used all of its "
             f"{len(everything)} prompts (held-out ones do not count); add prompts, or set prompts.repeat of a file"
         )
     return unused[: -(-len(unused) // parts)]
+
+
+def without_used(prompts: Sequence[Prompt], used: Iterable[Prompt]) -> list[Prompt]:
+    """The prompts without as many of each content as are ``used``. Ids do not count: they are often numbers of lines,
+    which move when a line is added."""
+    left = Counter(json.dumps(prompt.messages) for prompt in used)
+    unused = []
+    for prompt in prompts:
+        content = json.dumps(prompt.messages)
+        if left[content]:
+            left[content] -= 1
+        else:
+            unused.append(prompt)
+    return unused
 
 
 def new_prompts(
@@ -313,19 +344,32 @@ def _parsed(reply: Response, cfg: SelfInstruct, blacklist: re.Pattern[str] | Non
         return _Dropped("unparsable")
     if reply.finish_reason != "stop" and "\n" not in reply.text.strip():
         return _Dropped("cut_off")  # the token limit came before the end of the first line
-    if not cfg.min_words <= len(text.split()) <= cfg.max_words:
+    if not cfg.min_words <= _word_count(text) <= cfg.max_words:
         return _Dropped("length")
     if blacklist is not None and blacklist.search(text):
         return _Dropped("blacklist")
     return text
 
 
+def _word_count(text: str) -> int:
+    """Words between spaces; characters count as words in scripts without spaces."""
+    return sum(max(1, len(re.findall(f"[{_UNSPACED}]", word))) for word in text.split())
+
+
 def _normal(text: str) -> str:
     return " ".join(text.split()).casefold()
 
 
+# Scripts that put no spaces between words: Chinese, Japanese, Thai, Lao, Khmer, Burmese, Tibetan.
+_UNSPACED = (
+    "\u0e00-\u0fff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff"
+)
+_WORD = re.compile(rf"[{_UNSPACED}]|(?:(?![{_UNSPACED}])\w)+")
+
+
 def _words(text: str) -> list[str]:
-    return re.findall(r"\w+", text.lower())
+    """The words in lower case; each character of a script without spaces is a word."""
+    return _WORD.findall(text.lower())
 
 
 def _f_measure_tensorflow(candidates: list[np.ndarray], pool: list[np.ndarray]) -> np.ndarray:

@@ -4,6 +4,7 @@ import re
 from collections.abc import Mapping, Sequence
 
 from jaxsi.runs.records import Response
+from jaxsi.text.chat_config import CLOSING, Thought, split_thought
 from jaxsi.text.chat_template import PROBE, ChatTemplateError, render_text
 from jaxsi.text.tokenizer import Tokenizer
 
@@ -62,7 +63,9 @@ def render_prompt(
       ChatTemplateError: if a message is malformed, or the template refuses it.
     """
     safe, hidden = _hide(tokenizer, _checked(messages))
-    rendered = render_text(tokenizer.chat_template, safe, tokenizer.names, add_generation_prompt=add_generation_prompt)
+    rendered = render_text(
+        tokenizer.chat_template, safe, tokenizer.variables, add_generation_prompt=add_generation_prompt
+    )
     return _encode(tokenizer, rendered, hidden)
 
 
@@ -77,7 +80,7 @@ def render_response(tokenizer: Tokenizer, text: str) -> list[int]:
     turn = tokenizer.assistant_turn
     messages = _checked([{"role": "user", "content": PROBE}, {"role": "assistant", "content": text}])
     safe, hidden = _hide(tokenizer, messages)
-    whole = render_text(tokenizer.chat_template, safe, tokenizer.names, add_generation_prompt=False)
+    whole = render_text(tokenizer.chat_template, safe, tokenizer.variables, add_generation_prompt=False)
     if turn.controls:
         controls = tokenizer.controls
         matches = [m for m in controls.pattern.finditer(whole) if controls.ids[m.group()] in controls.control_ids]
@@ -91,6 +94,28 @@ def render_response(tokenizer: Tokenizer, text: str) -> list[int]:
     if ids[: len(prompt_ids)] != prompt_ids:  # a token spans the border; the sampler sees the prompt's own tokens
         return _encode(tokenizer, whole[len(turn.prompt) :], hidden) + ending
     return ids[len(prompt_ids) :] + ending
+
+
+def render_request(tokenizer: Tokenizer, messages: Sequence[Mapping[str, str]]) -> list[int]:
+    """`render_prompt`, up to where an answer begins: if the template begins a thought, it is closed at once. For texts
+    without a thought, which a model is to learn, or whose probability is asked for."""
+    ids = render_prompt(tokenizer, messages)
+    if not tokenizer.opens_thought:
+        return ids
+    gap = "" if tokenizer.assistant_turn.prompt.endswith("\n") else "\n"
+    return [*ids, *tokenizer.encode_trusted(f"{gap}{CLOSING}\n\n")]
+
+
+def read_response(tokenizer: Tokenizer, token_ids: Sequence[int]) -> Thought:
+    """The thought and the answer in sampled ids."""
+    opened = tokenizer.opens_thought
+    tag = tokenizer.thought_end
+    ids = list(token_ids)
+    if tag is not None and tag in tokenizer.control_ids and tag in ids:  # then decoding leaves the tag out
+        end = len(ids) - 1 - ids[::-1].index(tag)
+        before, after = split_thought(tokenizer.decode(ids[:end]), opened=True), tokenizer.decode(ids[end + 1 :])
+        return Thought(before.reasoning, after.lstrip("\n"), closed=True)
+    return split_thought(tokenizer.decode(ids), opened=opened)
 
 
 def marker_ids(tokenizer: Tokenizer, text: str) -> tuple[int, ...]:

@@ -14,11 +14,12 @@ import json
 import re
 import secrets
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jinja2
 import jinja2.ext
+import jinja2.meta
 import jinja2.nodes
 import jinja2.sandbox
 
@@ -164,14 +165,20 @@ def _to_json(value: Any, ensure_ascii=False, indent=None, separators=None, sort_
 
 
 @functools.cache
-def _today() -> datetime.datetime:
-    # Once per process: two prompts of a run must not differ because midnight passed between them.
-    return datetime.datetime.now()
+def today() -> str:
+    """The date, once per process: two prompts must not differ because midnight passed between them."""
+    return datetime.date.today().isoformat()
+
+
+def clock(date: str) -> Callable[[str], str]:
+    """`strftime_now` of a template, on a fixed date at noon."""
+    noon = datetime.datetime.combine(datetime.date.fromisoformat(date), datetime.time(12))
+    return noon.strftime
 
 
 _GLOBALS: dict[str, Any] = {
     "raise_exception": _raise_exception,
-    "strftime_now": lambda pattern: _today().strftime(pattern),
+    "strftime_now": lambda pattern: clock(today())(pattern),
 }
 
 
@@ -189,6 +196,13 @@ def compile_template(template: str) -> "_TimedTemplate":
             'in "chat_template" of tokenizer_config.json'
         ) from error
     return _TimedTemplate(compiled)
+
+
+@functools.lru_cache(maxsize=32)
+def template_reads(template: str) -> frozenset[str]:
+    """The variables that a template reads and does not set itself, `strftime_now` among them."""
+    environment = _Sandbox(extensions=[_GenerationBlock, jinja2.ext.loopcontrols])
+    return frozenset(jinja2.meta.find_undeclared_variables(environment.parse(template)))
 
 
 class _TimedTemplate:
@@ -224,9 +238,9 @@ class _TimedTemplate:
 
 
 def render_text(
-    template: str, messages: Sequence[Mapping[str, str]], names: Mapping[str, str], *, add_generation_prompt: bool
+    template: str, messages: Sequence[Mapping[str, str]], names: Mapping[str, Any], *, add_generation_prompt: bool
 ) -> str:
-    """The text that the template writes for `messages`; `names` are its special-token variables such as `bos_token`.
+    """The text that the template writes for `messages`; `names` are its other variables, such as `bos_token`.
 
     Raises:
       ChatTemplateError: if the template refuses a message; names the first such message and the template's own error.
@@ -256,7 +270,7 @@ def _first_refused(compiled: _TimedTemplate, messages: Sequence[Mapping[str, str
     return len(messages) - 1
 
 
-def written_strings(template: str, names: Mapping[str, str]) -> str:
+def written_strings(template: str, names: Mapping[str, Any]) -> str:
     """The text that the template writes for a plain exchange, or "" if it refuses: shows which tokens mark turns."""
     exchange = [{"role": role, "content": PROBE} for role in ("user", "assistant", "user")]
     try:
@@ -275,11 +289,12 @@ class AssistantTurn:
       controls: the number of control strings after the response. If it is 0, the tokenizer's eos is appended.
     """
 
-    def __init__(self, template: str, names: Mapping[str, str], controls: ControlStrings, eos_id: int | None):
+    def __init__(self, template: str, names: Mapping[str, Any], controls: ControlStrings, eos_id: int | None):
         question = [{"role": "user", "content": PROBE}]
         answered = [*question, {"role": "assistant", "content": PROBE}]
         self.prompt = render_text(template, question, names, add_generation_prompt=True)
         whole = render_text(template, answered, names, add_generation_prompt=False)
+        _check_effect(template, question, names, self.prompt, whole)
         if PROBE not in whole[whole.find(PROBE) + len(PROBE) :]:
             raise ChatTemplateError(
                 "the chat template leaves out the assistant's message, so it cannot be trained with; use another one"
@@ -297,3 +312,18 @@ class AssistantTurn:
                 'eos_token, so a response could never stop; set "eos_token" in tokenizer_config.json'
             )
         self.end_of_turn, self.closing = eos_id, ""
+
+
+def _check_effect(
+    template: str, question: Sequence[Mapping[str, str]], names: Mapping[str, Any], prompt: str, whole: str
+) -> None:
+    """Raises: ChatTemplateError if the template writes a header before the assistant's message, but not at the end of a
+    prompt: the model would end its turn at once. Llama 2's template has no such header, so it passes."""
+    if render_text(template, question, names, add_generation_prompt=False) != prompt or not whole.startswith(prompt):
+        return
+    header = whole[len(prompt) : whole.rfind(PROBE)].strip()
+    if header:
+        raise ChatTemplateError(
+            f"the chat template ignores add_generation_prompt: it writes {header[:40]!r} before the assistant's "
+            "message, but not at the end of a prompt; add it there, or use another template"
+        )

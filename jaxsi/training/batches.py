@@ -19,7 +19,8 @@ from jaxsi.model.attention import SHARED
 from jaxsi.model.decoder import ModelConfig, parameters, windows
 from jaxsi.runs.records import PreferencePair, SFTExample
 from jaxsi.sampling.generate import bucket
-from jaxsi.text.chat import render_prompt, render_response
+from jaxsi.text.chat import render_prompt, render_request, render_response
+from jaxsi.text.chat_config import CLOSING
 from jaxsi.text.tokenizer import Tokenizer
 
 ATTENTION_COST = (
@@ -110,12 +111,15 @@ def encode(prompt_ids: Sequence[int], response_ids: Sequence[int]) -> Sequence_:
 
 
 def encode_example(tokenizer: Tokenizer, example: SFTExample) -> Sequence_:
-    """Encodes a supervised example."""
-    return encode(render_prompt(tokenizer, example.messages), render_response(tokenizer, example.response))
+    """Encodes a supervised example. If the template begins a thought, it is closed in the prompt, outside the loss;
+    a response that has a thought of its own follows the prompt as it is."""
+    head = render_prompt if CLOSING in example.response else render_request
+    return encode(head(tokenizer, example.messages), render_response(tokenizer, example.response))
 
 
 def encode_pair(tokenizer: Tokenizer, pair: PreferencePair) -> tuple[Sequence_, Sequence_]:
-    """Encodes a pair; the responses keep exactly the ids that were sampled.
+    """Encodes a pair; the responses keep exactly the ids that were sampled. With the thoughts stripped
+    (``ChatConfig.thinking``), those that have one are written again without it.
 
     Raises:
       DataError: if a response was sampled under another chat template.
@@ -126,6 +130,11 @@ def encode_pair(tokenizer: Tokenizer, pair: PreferencePair) -> tuple[Sequence_, 
                 f"response {response.id!r} was sampled under chat template {response.template}, this tokenizer has "
                 f"{tokenizer.template_hash}; train with the tokenizer that sampled it"
             )
+    if tokenizer.chat.thinking == "strip" and (pair.chosen.reasoning or pair.rejected.reasoning):
+        plain = tokenizer.with_chat(dataclasses.replace(tokenizer.chat, thinking="off"))
+        prompt_ids = render_request(plain, pair.messages)
+        chosen, rejected = (encode(prompt_ids, render_response(plain, r.text)) for r in (pair.chosen, pair.rejected))
+        return chosen, rejected
     prompt_ids = render_prompt(tokenizer, pair.messages)
     return encode(prompt_ids, pair.chosen.token_ids), encode(prompt_ids, pair.rejected.token_ids)
 

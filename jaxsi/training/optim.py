@@ -1,11 +1,15 @@
 """Optimizers and learning-rate schedules (optax)."""
 
 import dataclasses
+import logging
+import math
 from collections.abc import Callable
 
 import optax
 
 from jaxsi.runs.config_snapshot import stored_as
+
+_log = logging.getLogger(__name__)
 
 Schedule = Callable[[float, float, int], optax.Schedule]  # (start, end, steps) -> learning rate by step
 
@@ -41,14 +45,30 @@ class OptimConfig:
     offload: bool = False
 
     def __post_init__(self) -> None:
-        if self.learning_rate <= 0:
-            raise ValueError(f"learning_rate is {self.learning_rate}; it must be positive")
-        if self.end_learning_rate is not None and self.end_learning_rate < 0:
-            raise ValueError(f"end_learning_rate is {self.end_learning_rate}; it must be at least 0")
+        if not 0 < self.learning_rate < math.inf:
+            raise ValueError(f"learning_rate is {self.learning_rate}; it must be a positive number")
+        if self.end_learning_rate is not None and not 0 <= self.end_learning_rate < math.inf:
+            raise ValueError(f"end_learning_rate is {self.end_learning_rate}; it must be a number, at least 0")
+        if self.warmup_steps < 0:
+            raise ValueError(f"warmup_steps is {self.warmup_steps}; it must be at least 0")
+        if not (
+            0 <= self.b1 < 1 and 0 <= self.b2 < 1 and 0 < self.eps < math.inf and 0 <= self.weight_decay < math.inf
+        ):
+            raise ValueError(
+                f"b1 is {self.b1} and b2 {self.b2} (in [0, 1)), eps {self.eps} (positive), weight_decay "
+                f"{self.weight_decay} (at least 0)"
+            )
+        if self.clip_norm is not None and not self.clip_norm > 0:
+            raise ValueError(f"clip_norm is {self.clip_norm}; it must be positive, or None for no clipping")
 
 
 def schedule(config: OptimConfig, steps: int) -> optax.Schedule:
     """Learning rate by step over a run of ``steps`` optimizer steps."""
+    if config.warmup_steps >= steps:
+        _log.warning(
+            "warmup_steps is %d and the training has %d steps, so it ends before it reaches the learning rate %g",
+            config.warmup_steps, steps, config.learning_rate,
+        )  # fmt: skip
     decay_steps = max(1, steps - config.warmup_steps)
     if config.end_learning_rate is None:
         body = optax.constant_schedule(config.learning_rate)

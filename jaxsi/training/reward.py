@@ -20,7 +20,7 @@ from jaxsi.model.decoder import ModelConfig, Remat, Weights
 from jaxsi.runs.records import Message, Prompt, Response
 from jaxsi.runs.run import Scope
 from jaxsi.sampling.scoring import rows_on_mesh
-from jaxsi.text.chat import render_prompt, render_response
+from jaxsi.text.chat import render_prompt, render_request, render_response
 from jaxsi.text.tokenizer import Tokenizer
 from jaxsi.training import batches, losses, resume, train
 from jaxsi.training.batches import GroupBatch, Sequence_
@@ -46,9 +46,12 @@ BRADLEY_TERRY = Objective(losses.bradley_terry, (("w>l", 0, 1),))
 
 
 def reward_sequence(tokenizer: Tokenizer, messages: Sequence[Message], response: Response | str) -> Sequence_:
-    """Prompt and response as tokens, for r(x, y). A sampled response keeps the ids that were sampled."""
-    ids = response.token_ids if isinstance(response, Response) else render_response(tokenizer, response)
-    return batches.encode(render_prompt(tokenizer, messages), ids)
+    """Prompt and response as tokens, for r(x, y). A sampled response keeps the ids that were sampled, but a thought is
+    left out."""
+    if isinstance(response, Response) and not response.reasoning:
+        return batches.encode(render_prompt(tokenizer, messages), response.token_ids)
+    text = response.text if isinstance(response, Response) else response
+    return batches.encode(render_request(tokenizer, messages), render_response(tokenizer, text))
 
 
 # ------------------------------------------------------------------------------------------------------------- training

@@ -5,6 +5,7 @@ import importlib
 import json
 import os
 import pkgutil
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -14,7 +15,7 @@ import pytest
 import jaxsi
 import tiny
 from jaxsi import lm as lmlib
-from jaxsi.cli import generate, judge, output_file
+from jaxsi.cli import generate, judge, output_file, train
 from jaxsi.cli.command import UsageError
 from jaxsi.cli.main import COMMANDS, main
 from jaxsi.cli.run import _full_flag, configure, field_flags
@@ -270,6 +271,54 @@ def test_generate_judge_and_export(finished, world, tmp_path, capsys):
     assert "exists" in err
 
 
+@pytest.mark.slow
+def test_sft_and_dpo_train_on_files_and_resume(world, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(train, "mesh_for", lambda *_: tiny.mesh())
+    demonstrations, pairs = tmp_path / "rows.csv", tmp_path / "pairs.jsonl"
+    demonstrations.write_text(
+        "ask,say\n" + "".join(f"Reverse: cat {w},{w} cat.\n" for w in ("axe", "dog", "pie", "sun"))
+    )
+    rows = [{"prompt": f"Reverse: cat {w}", "chosen": f"{w} cat.", "rejected": f"cat {w}."} for w in ("axe", "dog")]
+    pairs.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    few = [
+        "--epochs",
+        2,
+        "--batch-size",
+        2,
+        "--max-length",
+        64,
+        "--dtype",
+        "float32",
+        "--log-every",
+        1,
+        "--mesh.fsdp",
+        1,
+    ]
+    columns = ["--column", "prompt=ask", "--column", "response=say", "--learning-rate", "1e-3"]
+    command = ["sft", world / "model", "--data", demonstrations, "--run-dir", tmp_path / "sft", *columns, *few]
+    value = json_of(capsys, *command)
+    assert value["examples"] == 4 and value["loss"] > 0
+    assert json_of(capsys, *command)["fingerprint"] == value["fingerprint"]  # nothing is trained twice
+    command = ["dpo", tmp_path / "sft", "--data", pairs, "--run-dir", tmp_path / "dpo", "--loss", "ipo", *few]
+    tuned = json_of(capsys, *command)
+    assert tuned["pairs"] == 2 and tuned["fingerprint"] != value["fingerprint"]
+    assert lmlib.load(tmp_path / "dpo", dtype="float32").fingerprint == tuned["fingerprint"]
+    assert "beta is 0" in failure(capsys, *command, "--beta", 0)
+
+
+def test_output_that_is_read_or_exists_is_refused(world, tmp_path, capsys):
+    """Before the model is loaded: there is none here."""
+    prompts, responses = shutil.copy(world / "prompts.jsonl", tmp_path), tmp_path / "responses.jsonl"
+    responses.write_text("precious")
+    before = Path(prompts).read_bytes()
+    command = ["generate", "nothing", "--prompts", prompts, "-o"]
+    assert "is also read by this command" in failure(capsys, *command, prompts, "--overwrite")
+    assert "exists; give another name, or --overwrite" in failure(capsys, *command, responses)
+    command = ["judge", "nothing", "--prompts", prompts, "--responses", responses, "--overwrite", "-o"]
+    assert "is also read by this command" in failure(capsys, *command, tmp_path / "." / "responses.jsonl")
+    assert (Path(prompts).read_bytes(), responses.read_text()) == (before, "precious")
+
+
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
@@ -283,6 +332,8 @@ def test_generate_judge_and_export(finished, world, tmp_path, capsys):
         (["run", str(TOY), "--iterations", "0"], "iterations is 0"),
         (["run", str(TOY), "--max-prompts", "4"], "give --prompts FILE as well"),
         (["run", str(TOY), "--prompts", "x.jsonl", "--max-prompts", "0"], "it is at least 1"),
+        (["run", str(TOY), "--prompts", "x.jsonl", "--column", "promt=x"], "is not of the form COLUMN=NAME"),
+        (["run", str(TOY), "--column", "prompt=x"], "--column needs a file of prompts"),
         (["generate", "model"], "--prompts"),
         (["generate", "model", "--prompts", "x.jsonl", "-o", "absent/out.jsonl"], "the folder absent does not exist"),
         (["bench", "methods", "--seeds", "0"], "at least 1 seed"),
@@ -572,7 +623,7 @@ def test_command_line_changes_fields_of_the_config():
     assert configure(TOY, []) == load_config(TOY)
     cfg = configure(TOY, ["--dpo.learning-rate", "5e-7", "--sft.batch-size=8", "--seed", "3"])
     assert (cfg.dpo.train.optim.learning_rate, cfg.sft.batch_size, cfg.seed) == (5e-7, 8, 3)
-    cfg = configure(TOY, ["--prompts.repeat"], prompts="x.jsonl", max_prompts=64)
+    cfg = configure(TOY, ["--prompts.repeat"], path="x.jsonl", max_prompts=64)
     assert (cfg.prompts.path, cfg.prompts.max_prompts, cfg.prompts.repeat) == ("x.jsonl", 64, True)
 
 

@@ -14,7 +14,7 @@ import pytest
 from hypothesis import given, settings, strategies as st
 from safetensors.numpy import load_file, save_file
 
-from jaxsi.hf import export
+from jaxsi.hf import config as config_module, export
 from jaxsi.hf.config import FAMILIES, HFError, config_json, parse_config, read_config
 from jaxsi.hf.weights import INDEX, WEIGHTS, _open, load_weights
 from jaxsi.model import decoder, mesh as meshlib
@@ -140,12 +140,19 @@ def test_rope_scaling_is_read_in_every_dialect(dialect: str, kind: str, keys: di
         ({"hidden_act": "gelu"}, "hidden_act = 'gelu' is not supported .* only 'silu'"),
         ({"mlp_bias": True}, "mlp_bias = True"),
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor = 0.5"),
-        ({"pretraining_tp": 2}, "pretraining_tp = 2"),
         ({"quantization_config": {"bits": 4}}, "quantization_config = .* quantised"),
-        ({"auto_map": {"AutoModelForCausalLM": "evil.Model"}}, "auto_map = .* code"),
-        ({"logit_scale": 0.1}, "logit_scale = 0.1 is not known .* could change the model"),
+        ({"quantization": {"bits": 4, "group_size": 64}}, "quantization = .* quantised"),
+        ({"peft_config": {"default": {"r": 8}}}, "peft_config = .* adapter; merge it"),
+        ({"architectures": ["LlamaForCausalLMEagle3"]}, "architectures = .* only .*LlamaForCausalLM"),
+        ({"auto_map": {"AutoModelForCausalLM": "evil.Model"}, "architectures": ["EvilLM"]}, "architectures = "),
+        ({"logit_scale": 0.1}, "logit_scale = 0.1 is not known .* could change the model's numbers"),
+        ({"final_logit_softcapping": 30.0}, "final_logit_softcapping = 30.0"),
+        ({"residual_multiplier": 0.2}, "residual_multiplier = 0.2"),
+        ({"no_rope_layers": [1, 0]}, "no_rope_layers = "),
         ({"sliding_window": 5}, "sliding_window = 5 is not known for model_type 'llama'"),
-        ({"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "rope type 'dynamic' is not supported"),
+        ({"layer_types": ["sliding_attention"] * 2}, "only full_attention in every layer"),
+        ({"layer_types": ["full_attention"] * 3}, "layer_types = .* must have 2 entries"),
+        ({"rope_scaling": {"type": "dynamic", "alpha": 1000.0}}, "alpha = 1000.0 is not known for rope .*'dynamic'"),
         ({"rope_scaling": {"rope_type": "longrope", "short_factor": [1.0]}}, "rope type 'longrope' is not"),
         ({"rope_scaling": [1.0]}, r"rope_scaling = \[1.0\] must be an object"),
         ({"rope_scaling": {"type": "linear", "factor": 2.0, "beta": 3}}, "beta = 3 is not known for rope .*'linear'"),
@@ -164,7 +171,7 @@ def test_rope_scaling_is_read_in_every_dialect(dialect: str, kind: str, keys: di
         ({"num_key_value_heads": 4}, "num_heads 6 is not a multiple of num_kv_heads 4"),
         ({"head_dim": 7}, "head_dim 7 is odd"),
         (raw_of("mistral", attention_bias=True), "attention_bias = True is not supported for model_type 'mistral'"),
-        (raw_of("mistral", layer_types=["full_attention"] * 2), "layer_types = .* is not known"),
+        (raw_of("mistral", layer_types=["full_attention"] * 2), "only sliding_attention in every layer"),
         (raw_of("qwen2", layer_types=["sliding_attention"] * 2), "use_sliding_window is False"),
         (raw_of("qwen3", layer_types=["full_attention"]), "layer_types = .* must have 2 entries"),
         (raw_of("qwen3", layer_types=["full_attention", "linear_attention"]), "layer_types = "),
@@ -176,6 +183,54 @@ def test_unsupported_config_is_refused_by_name(changes: dict[str, Any], message:
     with pytest.raises(HFError, match=message) as error:
         read_config(tmp_path)
     assert str(tmp_path / "config.json") in str(error.value)
+
+
+# Keys of real files that have no part in the logits, and other spellings of what is supported.
+HARMLESS: list[dict[str, Any]] = [
+    {"_model_name_or_path": "/home/me/model.gguf", "_attn_implementation": "sdpa", "_flash_attn_2_enabled": True},
+    {"use_flash_attention_2": True, "attn_implementation": "eager", "neftune_noise_alpha": 5.0},
+    {"keys_to_ignore_at_inference": ["past_key_values"], "pretraining_tp": 2, "value_head_prefix": "v_head"},
+    {"sequence_parallel_enabled": False, "selective_checkpoint_enabled": True, "move_model_to_device": True},
+    {"eos_token": "</s>", "pad_token": "<pad>", "tokenizer_padding_side": "left", "internal_version": 3},
+    {"model_max_length": 4096, "context_window_size": 2048, "prefill_chunk_size": 512, "badwordsids": [[1]]},
+    {"architectures": ["LLaMAForCausalLM"]},
+    {"architectures": []},
+    {"layer_types": ["full_attention"] * 2},
+    {"rope_scaling": {"type": "dynamic", "factor": 2.0}},  # it scales positions beyond the model's own only
+    {"logit_scale": 1, "attention_sinks": False, "residual_multiplier": 1.0, "use_window": 0},
+]
+
+
+@pytest.mark.parametrize("keys", HARMLESS, ids=lambda keys: next(iter(keys)))
+def test_harmless_keys_are_accepted(keys: dict[str, Any]) -> None:
+    assert parse_config(RAW | keys) == LLAMA
+
+
+def test_rope_keys_that_transformers_does_not_read_are_accepted() -> None:
+    linear = {"type": "linear", "factor": 2.0, "original_max_position_embeddings": 64}
+    assert parse_config(RAW | {"rope_scaling": linear}).rope.scaling == ("linear", 2.0)
+    yarn = parse_config(RAW | {"rope_scaling": {"type": "yarn", **YARN, "finetuned": True}})
+    assert yarn == parse_config(RAW | {"rope_scaling": {"type": "yarn", **YARN}})
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        (
+            {"auto_map": {"AutoModelForCausalLM": "modeling_llama.LlamaForCausalLM"}},
+            "unknown keys are ignored: auto_map",
+        ),
+        ({"hobby": "chess", "shoe_size": 44}, "ignored: hobby = 'chess', shoe_size = 44"),
+        ({"max_position_embeddings": None}, "max_position_embeddings is absent, so it is taken as 2048"),
+        ({"max_position_embeddings": None, "max_sequence_length": 96}, "taken as 96"),
+    ],
+)
+def test_doubtful_keys_are_told_once(changes: dict[str, Any], told: str, caplog: pytest.LogCaptureFixture) -> None:
+    config_module._tell_once.cache_clear()
+    positions = [parse_config(RAW | changes).max_positions for _ in range(2)]
+    assert positions[0] == positions[1]
+    [record] = caplog.records
+    assert told in record.getMessage()
 
 
 @pytest.mark.parametrize(
@@ -410,6 +465,18 @@ def test_known_extra_tensors_are_ignored(tmp_path: Path) -> None:
     assert_equal(load_weights(tmp_path, QWEN2, one_device()), stacked(QWEN2, tensors))
 
 
+def test_head_that_differs_from_a_tied_embedding_is_refused(tmp_path: Path) -> None:
+    tensors = tensors_of(QWEN2)
+    head = tensors["model.embed_tokens.weight"].copy()
+    head[-1, -1] += 1
+    save_file(tensors | {"lm_head.weight": head}, tmp_path / WEIGHTS)
+    with pytest.raises(HFError, match=r"lm_head\.weight differs from the embedding.* set it to false"):
+        load_weights(tmp_path, QWEN2, one_device())
+    untied = dataclasses.replace(QWEN2, tie_embeddings=False)
+    loaded = load_weights(tmp_path, untied, one_device())
+    np.testing.assert_array_equal(loaded["lm_head"], head.T)
+
+
 GATE = "model.layers.1.mlp.gate_proj.weight"
 
 
@@ -455,6 +522,7 @@ ONE = '{"a":{"dtype":"F32","shape":[1],"data_offsets":[0,4]}'
     [
         (b"", "truncated, or not safetensors"),
         (b"PK\x03\x04 a pickle in a zip archive", "truncated, or not safetensors"),
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:1\nsize 9\n", "a Git LFS pointer.*git lfs pull"),
         (struct.pack("<Q", 2**62) + b"{}", "header claims 4611686018427387904 bytes"),
         (header(" " * 2_000_000), "its header has 2000000 bytes, over the "),
         (header("not json"), "not that of a safetensors file"),
@@ -465,7 +533,7 @@ ONE = '{"a":{"dtype":"F32","shape":[1],"data_offsets":[0,4]}'
         (header(ONE + "}", b"\0" * 2), "truncated or extended"),
         (header(ONE + "}", b"\0" * 9), "truncated or extended"),
     ],
-    ids=range(11),
+    ids=range(12),
 )
 def test_hostile_file_is_refused(content: bytes, message: str, tmp_path: Path) -> None:
     (tmp_path / WEIGHTS).write_bytes(content)
@@ -601,6 +669,18 @@ def test_export_appears_complete_or_not_at_all(tmp_path: Path, monkeypatch: pyte
     with pytest.raises(HFError, match=r"out: cannot be written .*No space left.* nothing is left there"):
         export.write_folder(tmp_path / "out", LLAMA, weights)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_value_beyond_the_dtype_of_an_export_is_refused(tmp_path: Path) -> None:
+    weights = weights_of(LLAMA, one_device())
+    large = weights | {"final_norm": jnp.asarray(weights["final_norm"]).at[0].set(1e5)}
+    with pytest.raises(HFError, match=r"model\.norm\.weight has a value of 100000, beyond the 65504 of float16"):
+        export.write_folder(tmp_path / "out", LLAMA, large, dtype="float16")
+    assert list(tmp_path.iterdir()) == []
+    export.write_folder(tmp_path / "out", LLAMA, large, dtype="bfloat16")
+    lost = weights | {"final_norm": jnp.asarray(weights["final_norm"]).at[0].set(jnp.nan)}
+    with pytest.raises(HFError, match=r"model\.norm\.weight has a value of nan.* training of this model has failed"):
+        export.write_folder(tmp_path / "other", LLAMA, lost)
 
 
 def test_export_does_not_overwrite_a_folder(tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """The frame around a method's iterations: the model as given, and the lines of summary.json."""
 
 import dataclasses
+import json
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -13,7 +14,7 @@ from jaxsi.model.mesh import MeshConfig, MeshError
 from jaxsi.runs.records import Prompt
 from jaxsi.runs.run import Run, StaleRecordsError
 from jaxsi.sampling.generate import SamplingConfig
-from jaxsi.stages.self_instruct import PromptFile, read_source
+from jaxsi.stages.self_instruct import PromptFile, next_part, read_source
 from jaxsi.training.optim import OptimConfig
 from jaxsi.training.train import TrainConfig
 
@@ -86,6 +87,18 @@ def test_model_as_given_is_kept_once(tmp_path: Path) -> None:
         keep(lm, run.at("iter_0"))
         assert saved.stat().st_mtime_ns == first
         assert lmlib.load(tmp_path / "run").fingerprint == lm.fingerprint
+
+
+def test_lines_before_used_prompts_change_nothing(tmp_path: Path) -> None:
+    """Without ids of their own, prompts are known by their content, since the numbers of their lines move."""
+    file = tmp_path / "prompts.jsonl"
+    lines = [json.dumps({"prompt": text}) + "\n" for text in ("one", "two", "three", "four")]
+    file.write_text("".join(lines))
+    used = next_part(PromptFile(path=str(file)), [], 2)
+    assert [prompt.text for prompt in used] == ["one", "two"]
+    file.write_text(json.dumps({"prompt": "new"}) + "\n" + "".join(lines))
+    rest = next_part(PromptFile(path=str(file)), used, 1)
+    assert [prompt.text for prompt in rest] == ["new", "three", "four"]
 
 
 def test_prompts_come_from_a_file_or_a_function(tmp_path: Path) -> None:

@@ -1,6 +1,5 @@
 """Records and their files: exact round trips, errors that name the place, atomic writes, and prompts of users."""
 
-import gzip
 import json
 import math
 import os
@@ -23,7 +22,6 @@ from jaxsi.runs.records import (
     SFTExample,
     from_json,
     read_jsonl,
-    read_prompts,
     to_json,
     write_atomically,
     write_jsonl,
@@ -217,93 +215,6 @@ def test_atomic_write_follows_the_order_write_sync_rename(tmp_path, monkeypatch)
     write_atomically(tmp_path / "f", [b"a", b"b"])
     assert order == ["sync", "rename", "sync"]
     assert (tmp_path / "f").read_bytes() == b"ab"
-
-
-# ---- prompts of users ------------------------------------------------------------------------------------------------
-
-
-def test_prompts_in_every_format(tmp_path):
-    chat = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hi"}]
-    rows = [{"prompt": "One\u2028two"}, {"id": "x", "messages": chat}, {"id": 7, "prompt": "Seven"}]
-    lines = "\ufeff" + "\n".join(json.dumps(row, ensure_ascii=False) for row in rows) + "\n\n"
-    (tmp_path / "p.jsonl").write_text(lines, "utf-8")
-    (tmp_path / "p.jsonl.gz").write_bytes(gzip.compress(lines.encode()))
-    (tmp_path / "p.json").write_text(json.dumps(rows))
-    expected = [Prompt.of("1", "One\u2028two"), Prompt(id="x", messages=tuple(chat)), Prompt.of("7", "Seven")]
-    for name in ("p.jsonl", "p.jsonl.gz", "p.json"):
-        assert read_prompts(tmp_path / name) == expected
-    assert expected[1].text == "Hi"
-    assert read_prompts(tmp_path / "p.jsonl", max_prompts=2) == expected[:2]
-
-
-def test_alpaca_eval_dialect(tmp_path):
-    rows = [{"dataset": "helpful_base", "instruction": "Hi", "output": "Hello", "generator": "gpt4"}] * 3
-    with gzip.open(tmp_path / "baseline.json.gz", "wt") as file:
-        json.dump(rows, file)
-    assert read_prompts(tmp_path / "baseline.json.gz", 2) == [Prompt.of("1", "Hi"), Prompt.of("2", "Hi")]
-
-
-@pytest.mark.parametrize(
-    ("line", "says"),
-    [
-        ('{"prompt": "a"', r"p\.jsonl:2: broken JSON at column 15: .*\{\"prompt\": \"a\""),
-        ('{"prompt": ""}', r"p\.jsonl:2: \"prompt\" is ''; it must be a non-empty text"),
-        ('{"prompt": " \\n"}', "non-empty"),
-        ('{"prompt": 5}', r"\"prompt\" is 5"),
-        ('{"promt": "a"}', "unknown key 'promt'"),
-        ('{"prompt": "a", "output": "b"}', "unknown key 'output'"),
-        ('{"instruction": "a", "input": "b"}', "unknown key 'input'"),
-        ('{"id": "b"}', 'give either "prompt" or "messages"'),
-        ('{"prompt": "a", "messages": []}', "give either"),
-        ('{"id": "1", "prompt": "a"}', "id '1' is already on line 1"),
-        ('{"id": 1, "prompt": "a"}', "id '1' is already on line 1"),
-        ('{"id": null, "prompt": "a"}', "id None is not"),
-        ('{"id": "", "prompt": "a"}', "id '' is not"),
-        ('["a"]', r"a prompt is an object .*found \['a'\]"),
-        ('{"prompt": NaN}', "NaN is not JSON"),
-        ('{"prompt": "\\ud800"}', "half a surrogate pair"),
-        ('{"messages": []}', "non-empty list of "),
-        ('{"messages": [{"role": "user"}]}', '"role" and "content" only'),
-        ('{"messages": [{"role": "bot", "content": "a"}]}', "role 'bot' is not one of system, user, assistant"),
-        ('{"messages": [{"role": "assistant", "content": "a"}]}', "ends with the user's turn"),
-        ("[" * 100_000, r"p\.jsonl:2"),
-    ],
-)
-def test_error_of_a_broken_prompt_names_file_line_value_and_fix(line, says, tmp_path):
-    path = tmp_path / "p.jsonl"
-    path.write_text(f'{{"prompt": "fine"}}\n{line}\n{{"prompt": "fine too"}}\n')
-    with pytest.raises(RecordError, match=says) as caught:
-        read_prompts(path)
-    assert caught.value.line == 2
-    assert caught.value.path == path
-
-
-@pytest.mark.parametrize(
-    ("name", "content", "says"),
-    [
-        ("p.jsonl", b'{"prompt": "\xff"}\n', "p.jsonl:1: not UTF-8 at byte 12"),
-        ("p.jsonl", b"\n \n", "the file holds no prompts"),
-        ("p.json", b'{"prompt": "a"}', "is one list"),
-        ("p.json", b"[]", "no prompts"),
-        ("p.json", b'[\n{"prompt": }]', r"p.json:2: broken JSON"),
-        ("p.json", b'[{"prompt": "a"}, {"prompt": ""}]', r"p.json:2: "),
-        ("p.jsonl.gz", b"not gzip", "damaged gzip"),
-        ("p.jsonl.gz", gzip.compress(b'{"prompt": "a"}\n' * 100, mtime=0)[:-10], "damaged gzip"),
-    ],
-)
-def test_error_names_a_broken_file(name, content, says, tmp_path):
-    (tmp_path / name).write_bytes(content)
-    with pytest.raises(RecordError, match=says):
-        read_prompts(tmp_path / name)
-
-
-def test_missing_file_folder_and_invalid_limit_are_errors(tmp_path):
-    with pytest.raises(RecordError, match="no such file"):
-        read_prompts(tmp_path / "none.jsonl")
-    with pytest.raises(RecordError, match="cannot be read"):
-        read_prompts(tmp_path)
-    with pytest.raises(ValueError, match="max_prompts is 0"):
-        read_prompts(tmp_path / "none.jsonl", 0)
 
 
 def test_importing_records_does_not_import_jax():

@@ -18,6 +18,7 @@ from jaxsi.sampling import engine, scoring, slots
 from jaxsi.sampling.generate import (
     PromptTooLongError,
     SamplingConfig,
+    SamplingError,
     _settings,
     bucket,
     generate,
@@ -369,3 +370,10 @@ def test_pattern_of_host_calls_finds_a_callback() -> None:
         return jax.pure_callback(np.sin, jax.ShapeDtypeStruct((), np.float32), x)
 
     assert re.findall(HOST_CALLS, jax.jit(call).lower(np.float32(1)).compile().as_text())
+
+
+def test_logits_that_are_not_finite_are_an_error() -> None:
+    lm = tiny.make_lm(dtype=jnp.float16)
+    broken = lm.replace(lm.weights | {"final_norm": lm.weights["final_norm"].at[:].set(1e30)})
+    with pytest.raises(SamplingError, match="logits are not finite in float16; sample in bfloat16 or float32"):
+        generate(broken, ["cat"], max_new_tokens=4)

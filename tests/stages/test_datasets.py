@@ -104,6 +104,17 @@ def test_ultrafeedback(tmp_path):
     assert (ranked.responses, ranked.ranks) == (("high", "too", "mid", "low"), (0, 0, 1, 2))
 
 
+def test_ultrafeedback_leaves_out_wrong_scores_and_empty_rows(tmp_path, caplog):
+    """In the published set some overall scores of 1 became 10; the fine-grained ones show it."""
+    scored = [("bad", 10.0, 1.0), ("good", 8.5, 4.5), ("fair", 6.0, 3.0), ("unrated", 9.0, None)]
+    completions = [{"response": r, "overall_score": s, "fine-grained_score": f} for r, s, f in scored]
+    rows = [{"instruction": "Hi", "completions": completions}, {"instruction": "Ho", "completions": []}]
+    (ranked,) = datasets.ultrafeedback(write(tmp_path, rows))
+    assert ranked.responses == ("unrated", "good", "fair")
+    assert "1 completions with a wrong overall score are left out" in caplog.text
+    assert "1 instructions without completions are left out" in caplog.text
+
+
 def test_hh_rlhf(tmp_path):
     start = "\n\nHuman: Hi\n\nAssistant: Hello\n\nHuman: Human: a colon\nAssistant: in a line"
     rows = [
@@ -141,6 +152,7 @@ def test_columns_may_have_other_names(tmp_path):
     [
         (datasets.nectar, [{"prompt": "x", "answers": "y"}], "nectar: row 0, column 'answers' holds str"),
         (datasets.nectar, [{"prompt": "x", "answers": [{"answer": "y"}]}], "no usable 'rank'"),
+        (datasets.nectar, [{"prompt": "Hi", "answers": [{"answer": "y", "rank": 1}]}], "row 0 .* without .*Human:"),
         (datasets.tulu2_mixture, [{"id": "a", "messages": [{"role": "tool", "content": "x"}]}], "row a.*role 'tool'"),
         (datasets.ultrafeedback, [{"instruction": None, "completions": []}], "row 0 has no 'instruction'"),
         (datasets.oasst, [oasst_row("a", None, "prompter", "Hi", lang="es")], "no row became a record"),
@@ -207,7 +219,7 @@ def test_as_responses_have_the_ids_that_judgments_join():
 def test_eft_keeps_responses_that_judge_and_humans_order_alike():
     examples, counts = eft(
         [
-            (ranked("a", 0, 1, 2), judgments("a", "Great. Score: 5 and so on", "Fine.\nScore: 3", "Poor. Score: 1")),
+            (ranked("a", 0, 1, 2), judgments("a", "Great. Score: 5, and so on", "Fine.\nScore: 3", "Poor. Score: 1")),
             (ranked("b", 0, 1), judgments("b", "Poor. Score: 1", "Great. Score: 4")),
             (ranked("c", 0, 1), judgments("c", "Great. Score: 4", "Great. Score: 4")),
             (ranked("d", 0, 1, 2), judgments("d", "Great. Score: 4", "Great. Score: 4", "Fine. Score: 3")),

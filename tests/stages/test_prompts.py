@@ -103,6 +103,21 @@ VERDICTS = [
     ("Underscore: 4", None),
     ("\u017fcore: 5", None),
     ("Rating: 4", None),
+    # A sum counts as its total.
+    ("Score: 1 + 1 + 1 + 1 = 4", 4),
+    ("Score: 3 + 1 = 4", 4),
+    ("Score: 1+1+1", 3),
+    ("Score: 3 + 1 = 5", None),
+    ("Score: 3 + 4 = 7", None),
+    ("Score: 2 x 2", None),
+    ("Score: 5 - 1 = 4", None),
+    # A verdict on a line of its own beats a marker in prose, and a number that goes on in words is no verdict.
+    ("Score: 4\nNote: a perfect score: 5 would need sources.", 4),
+    ("Score: 4\n\nWith sources it would get a better score: 5", 4),
+    ("**Final Score: [[3]]**\nI would raise the score: 4, if it were shorter.", 3),
+    ("A score: 5 would need sources.\nScore: 4", 4),
+    ("Score: 4 would be too high", None),
+    ("The score: 5 is only for experts.", None),
     # Only the last marker counts.
     ("Score: 5 Score: n/a", None),
     ("Score: 5\nScore: 10", None),
@@ -136,6 +151,24 @@ def test_verdict_in_the_range_of_another_rubric():
     assert parse_score("Score: 4/10", 0, 10) == 4
     assert parse_score("Score: 4/5", 0, 10) is None
     assert parse_score("Score: 0", 1, 5) is None
+
+
+@pytest.mark.parametrize(
+    ("text", "score"),
+    [
+        ("Good. Score: 4", None),
+        ("Score: 1", None),
+        ("Score: 4/", None),
+        ("Score: 4\n", 4),
+        ("Score: 4. It", 4),
+        ("[[4]]", None),
+        ("Overall Score: [[1", None),
+        ("Overall Score: [[4]]", 4),
+        ("Score: 4 +", None),
+    ],
+)
+def test_number_at_the_end_of_a_text_that_was_cut_off_does_not_count(text, score):
+    assert parse_score(text, cut_off=True) == score
 
 
 @settings(deadline=None)

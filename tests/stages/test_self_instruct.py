@@ -214,6 +214,15 @@ def test_rouge_l_matches_the_textbook_on_every_path(candidates, pool):
         np.testing.assert_allclose(found, expected, atol=2e-6)
 
 
+def test_scripts_without_spaces_have_a_word_in_each_character():
+    near = rouge_l(["写一首关于春天的诗"], ["写一首关于秋天的诗"])
+    assert near[0, 0] == pytest.approx(8 / 9, abs=1e-5)
+    assert rouge_l(["写一首诗"], ["解释重力"])[0, 0] == 0
+    assert rouge_l(["วันนี้"], ["วันนี้"])[0, 0] == 1
+    texts = {"写一首关于春天的诗": 9, "Write 诗 now": 3, "two words": 2, "한국어 문장": 2}
+    assert {text: self_instruct._word_count(text) for text in texts} == texts
+
+
 @pytest.mark.parametrize("few", [0, math.inf], ids=["tensorflow", "numpy"])
 def test_rouge_l_ignores_case_and_punctuation_and_batches(few, monkeypatch):
     monkeypatch.setattr(self_instruct, "_FEW_PAIRS_OF_WORDS", few)

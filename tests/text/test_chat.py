@@ -275,7 +275,10 @@ def test_reasoning_template_whose_finished_turn_differs():
 
 
 def test_template_without_end_of_turn_gets_the_eos():
-    template = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
+    template = (
+        "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
+        "{% if add_generation_prompt %}assistant: {% endif %}"
+    )
     tokenizer = tokenizer_of("chatml", template)
     assert render_response(tokenizer, "hello")[-1] == tokenizer.eos_id
     assert render_response(tokenizer, "hello").count(tokenizer.eos_id) == 1

@@ -78,10 +78,25 @@ def test_optimizer_equals_optax_adamw(clip_norm: float | None, weight_decay: flo
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"learning_rate": 0.0}, "learning_rate is 0.0; it must be positive"),
+        ({"learning_rate": 0.0}, "learning_rate is 0.0; it must be a positive number"),
+        ({"learning_rate": float("nan")}, "learning_rate is nan"),
+        ({"learning_rate": float("inf")}, "learning_rate is inf"),
+        ({"end_learning_rate": float("nan")}, "end_learning_rate is nan"),
+        ({"warmup_steps": -3}, "warmup_steps is -3; it must be at least 0"),
+        ({"b1": 1.0}, "b1 is 1.0"),
+        ({"eps": 0.0}, "eps 0.0"),
+        ({"weight_decay": float("nan")}, "weight_decay nan"),
+        ({"clip_norm": 0.0}, "clip_norm is 0.0"),
         ({"end_learning_rate": -1e-6}, "end_learning_rate is -1e-06"),
     ],
 )
 def test_config_rejects_bad_settings(change: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         OptimConfig(**({"learning_rate": 1e-3} | change))
+
+
+def test_warm_up_beyond_the_training_is_told(caplog: pytest.LogCaptureFixture) -> None:
+    optim.schedule(OptimConfig(learning_rate=1e-3, warmup_steps=10), 11)
+    assert caplog.text == ""
+    optim.schedule(OptimConfig(learning_rate=1e-3, warmup_steps=10), 3)
+    assert "warmup_steps is 10 and the training has 3 steps" in caplog.text

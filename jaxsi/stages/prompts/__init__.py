@@ -15,13 +15,19 @@ from jaxsi.runs.config_snapshot import stored_as
 from jaxsi.runs.records import Message
 
 # The word "score", then a mandatory separator. ASCII keeps IGNORECASE from matching look-alikes such as "ſcore".
-_MARKER = re.compile(r"(?<![A-Za-z0-9])score[* \t]*[:：=]", re.IGNORECASE | re.ASCII)
+_SCORE = r"(?<![A-Za-z0-9])score[* \t]*[:：=]"
+_MARKER = re.compile(_SCORE, re.IGNORECASE | re.ASCII)
+# A marker at the beginning of its line, after marks and up to two words: "**Final score:**".
+_FIRST = re.compile(r"[^A-Za-z]*(?:[A-Za-z]+[^A-Za-z0-9]+){0,2}?" + _SCORE, re.IGNORECASE | re.ASCII)
 # No line break between marker and number: "Score:\n1. The response ..." is an empty verdict followed by a list.
 _NUMBER = re.compile(r"[* \t\u00a0\u3000\[({<]*(0|[1-9][0-9]{0,3})(?![0-9A-Za-z_%])")
+_SUM = re.compile(r"([0-9]{1,4}(?:[ \t]*\+[ \t]*[0-9]{1,4})+)(?:[ \t]*=[ \t]*([0-9]{1,4}))?(?![0-9])")
 _DECIMALS = re.compile(r"[.,·٫][0-9]")
-_RANGE = re.compile(r"[\])}>*\s]*(?:[-‐‑‒–—~]|to\b|or\b)[\s\[({<*]*[0-9]", re.IGNORECASE)
+_RANGE = re.compile(r"[\])}>*\s]*(?:[-‐‑‒–—~+×=]|to\b|or\b)[\s\[({<*]*[0-9]", re.IGNORECASE)
 _OUT_OF = re.compile(r"[\])}>*\s]*(?:/|out of\b)[\s\[({<*]*([0-9]+(?:[.,][0-9]+)?)", re.IGNORECASE)
+_UNIT = re.compile(r"[\])}>*\"'”’]*[ \t]*(?:points?\b|分|点)?", re.IGNORECASE)
 _CLOSING = re.compile(r"(?:[ ]*/[ ]*[0-9]+)?[\])}>*.]*")
+_CLOSED = re.compile(r"[\s\])}>*_.\"'”’]+")
 _SLOT = re.compile(r"\{(prompt|response)\}")
 _LIST_ITEM = re.compile(r"(?:[-*•]|[0-9]+[.)])(?:\s+|$)")
 
@@ -63,9 +69,9 @@ class Rubric:
         """The judge prompt."""
         return fill_slots(self.template, prompt_text, response_text)
 
-    def parse(self, generated: str) -> int | None:
+    def parse(self, generated: str, *, cut_off: bool = False) -> int | None:
         """`parse_score` within this rubric's range."""
-        return parse_score(generated, self.low, self.high)
+        return parse_score(generated, self.low, self.high, cut_off=cut_off)
 
 
 def check_slots(name: str, template: str) -> None:
@@ -101,37 +107,35 @@ def load_template(name: str) -> str:
     return (_folder() / f"{name}.txt").read_text(encoding="utf-8").removesuffix("\n")
 
 
-def parse_score(text: str, low: int = 0, high: int = 5) -> int | None:
+def parse_score(text: str, low: int = 0, high: int = 5, *, cut_off: bool = False) -> int | None:
     """The verdict in a judge's generated text, or None if it is not valid.
 
-    Only the last marker counts: `score` in any case, a mandatory `:`, `：` or `=`, then on the same line optional `*`,
-    spaces or opening brackets, then a whole number in `low..high`.
-    None for "Score: 10", "3.5", "4.0", "-1", "05", "4-5", "Score: n/a", no marker, or text cut off after the marker.
-    "4/5" and "4 out of 5" are 4 if 5 is `high`; "4/10" is on another scale and None.
+    A verdict is the marker `score` in any case, a mandatory `:`, `：` or `=`, then on the same line optional `*`,
+    spaces or opening brackets, then a whole number in `low..high`. The last verdict on a line of its own counts;
+    without one, the last marker of the text.
+    None for "Score: 10", "3.5", "4.0", "-1", "05", "4-5", "4 would be too high", "Score: n/a", no marker, or text cut
+    off after the marker. "4/5" and "4 out of 5" are 4 if 5 is `high`; "4/10" is on another scale and None. A sum counts
+    as its total, "1 + 1 + 1 = 3" as 3; a wrong sum is None.
     The marker is that of the Self-Rewarding judge prompt (arXiv 2401.10020, figure 2); the rule is ours.
+
+    Args:
+      cut_off: the token limit ended the text, so that a number at its very end may not be whole.
     """
-    number = _verdict(text)
-    if number is None:
-        return None
-    end = number.end()
-    if text[end : end + 1].isnumeric() or _DECIMALS.match(text, end) or _RANGE.match(text, end):
-        return None
-    scale = _OUT_OF.match(text, end)
-    if scale is not None and scale[1] != str(high):
-        return None
-    value = int(number[1])
-    return value if low <= value <= high else None
+    marker = _marker_of_verdict(text, low, high)
+    return None if marker is None else _value(text, marker, low, high, cut_off=cut_off)[0]
 
 
 def up_to_verdict(text: str) -> str | None:
-    """A judge's text up to and with the number after the last marker; None if there is no number.
+    """A judge's text up to and with the number of its verdict; None if there is no number.
 
     A judge is trained to write this: the justification, the verdict, and then the end.
     """
-    number = _verdict(text)
+    marker = _marker_of_verdict(text, 0, 9999)
+    number = None if marker is None else _NUMBER.match(text, marker)
     if number is None:
         return None
-    closing = _CLOSING.match(text, number.end())
+    total = _SUM.match(text, number.start(1))
+    closing = _CLOSING.match(text, number.end() if total is None else total.end())
     assert closing is not None  # it matches the empty text, too
     return text[: closing.end()].strip()
 
@@ -181,10 +185,48 @@ def _last_marker(text: str) -> re.Match[str] | None:
     return next(reversed(list(_MARKER.finditer(text))), None)
 
 
-def _verdict(text: str) -> re.Match[str] | None:
-    """The number after the last marker, in any range; None if there is no such number."""
-    marker = _last_marker(text)
-    return None if marker is None else _NUMBER.match(text, marker.end())
+def _marker_of_verdict(text: str, low: int, high: int) -> int | None:
+    """Where the marker that counts ends; None if there is no marker."""
+    position = 0
+    own = None
+    for line in text.splitlines(keepends=True):
+        first = _FIRST.match(line)
+        if first is not None:
+            marker = position + first.end()
+            end = _value(text, marker, low, high)[1]
+            if end == marker or not _CLOSED.sub("", text[end : position + len(line)]):  # no number, or nothing after it
+                own = marker
+        position += len(line)
+    if own is not None and _value(text, own, low, high)[0] is not None:
+        return own
+    last = _last_marker(text)
+    return None if last is None else last.end()
+
+
+def _value(text: str, marker: int, low: int, high: int, *, cut_off: bool = False) -> tuple[int | None, int]:
+    """The number after a marker that ends at ``marker``, None if it is not valid; and where it ends."""
+    number = _NUMBER.match(text, marker)
+    if number is None:
+        return None, marker
+    value, end = int(number[1]), number.end()
+    if (total := _SUM.match(text, number.start(1))) is not None:
+        value, end = sum(map(int, total[1].split("+"))), total.end()
+        if total[2] is not None and int(total[2]) != value:
+            return None, end
+    if text[end : end + 1].isnumeric() or _DECIMALS.match(text, end) or _RANGE.match(text, end):
+        return None, end
+    scale = _OUT_OF.match(text, end)
+    if scale is not None:
+        if scale[1] != str(high):
+            return None, end
+        end = scale.end()
+    if cut_off and not text[end:].strip(" \t./+="):
+        return None, end
+    unit = _UNIT.match(text, end)
+    assert unit is not None  # it matches the empty text, too
+    if text[unit.end() : unit.end() + 1].isalpha():  # "4 would be too high"
+        return None, end
+    return (value if low <= value <= high else None), unit.end()
 
 
 def _folder() -> Traversable:

@@ -112,9 +112,10 @@ class CritiqueTemplate:
             ["", *(lines[part] for part in lines if part in self.parts), self.improved + self.separator + improved]
         )
 
-    def parse(self, generated: str) -> Feedback:
+    def parse(self, generated: str, *, cut_off: bool = False) -> Feedback:
         """The parts of a critic's text. The first three may come in any order, and headings in any case and with any
-        marks. The improved response is everything after its heading, up to the next heading `feedback`.
+        marks. The improved response is everything after its heading, up to the next heading `feedback`. A score at the
+        very end of a text that the token limit ``cut_off`` may not be whole, so it does not count.
         """
         text = "\n" + generated
         spans: dict[str, tuple[int, int]] = {}
@@ -140,13 +141,13 @@ class CritiqueTemplate:
             spans[name][0] < spans["improved"][0] for name in ("weaknesses", "suggestions", "score") if name in spans
         )
         if not early:  # a heading inside the improved response is text, or the parts are in another order
-            before = self.parse(text[: spans["improved"][0]])
+            before = self.parse(text[: spans["improved"][0]])  # not cut off: another heading follows
             return before._replace(improved=improved)
         score = None
         if "score" in spans:
             start = spans["score"][0]
-            line = text[start : next(s for s in starts if s > start)]
-            score = parse_score(line, self.low, self.high)
+            end = next(s for s in starts if s > start)
+            score = parse_score(text[start:end], self.low, self.high, cut_off=cut_off and end == len(text))
         return Feedback(section("weaknesses"), section("suggestions"), score, improved)
 
 

@@ -1,0 +1,144 @@
+"""``jaxsi sft`` and ``jaxsi dpo``: one training on a file of the user, as a run of its own."""
+
+import dataclasses
+import json
+import time
+from pathlib import Path
+from typing import Any, Literal
+
+from jaxsi.cli.arguments import Dtype, Model, RowOptions
+from jaxsi.cli.command import Report, UsageError, parse
+from jaxsi.cli.stored import Mesh, mesh_for
+from jaxsi.cli.tables import figures_table
+
+FILES = """The data are JSONL, JSON, CSV, TSV or Parquet (text also .gz or .zst), a folder that `datasets` saved, or a
+hub name. DIR is a run directory: if the command is killed, run it again, and it goes on. Afterwards DIR is a model for
+all other commands, such as `jaxsi generate DIR` and `jaxsi export DIR OUT`."""
+
+SFT = f"""Fine-tunes MODEL on demonstrations: rows with "messages", or with "prompt" and "completion" (also "response",
+"output", "answer"); rows of Alpaca and ShareGPT, too.
+
+{FILES}
+
+Examples:
+  jaxsi sft MODEL --data demonstrations.jsonl --run-dir runs/sft
+  jaxsi sft MODEL --data rows.csv --column prompt=ask --column response=say --run-dir runs/sft --epochs 2"""
+
+DPO = f"""Trains MODEL on preference pairs: rows with "chosen" and "rejected", beside a "prompt" or as whole
+conversations.
+
+{FILES}
+
+Examples:
+  jaxsi dpo MODEL --data pairs.jsonl --run-dir runs/dpo
+  jaxsi dpo MODEL --data pairs.parquet --run-dir runs/ipo --loss ipo --beta 0.05"""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Training(RowOptions):
+    """Settings of a training; see `jaxsi.TrainConfig`."""
+
+    model: Model
+    data: Path
+    """The rows to train on."""
+    run_dir: Path
+    """A folder for the run."""
+    max_rows: int | None = None
+    """Only the first rows of the data."""
+    learning_rate: float
+    end_learning_rate: float | None = None
+    """At the last step, along a cosine; None keeps the rate."""
+    warmup_steps: int = 0
+    weight_decay: float = 0.0
+    batch_size: int = 16
+    """Rows of an optimizer step, over all devices."""
+    accumulate: int = 1
+    """Parts in which the rows of a step are computed, one after the other."""
+    epochs: int = 1
+    max_steps: int | None = None
+    max_length: int = 2048
+    """Longer rows are left out and counted."""
+    checkpoint_every: int = 200
+    """Steps between the points from which a killed training goes on."""
+    log_every: int = 10
+    dtype: Dtype = "bfloat16"
+    """Of the computation; the weights are float32."""
+    seed: int = 0
+    mesh: Mesh = Mesh()
+
+    def config(self) -> Any:
+        """Raises: UsageError if a value is out of range."""
+        from jaxsi.training.optim import OptimConfig
+        from jaxsi.training.train import TrainConfig
+
+        values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        try:
+            optim = OptimConfig(**{f.name: values[f.name] for f in dataclasses.fields(OptimConfig) if f.name in values})
+            parts = {f.name: values[f.name] for f in dataclasses.fields(TrainConfig) if f.name in values}
+            return TrainConfig(optim=optim, **parts)
+        except ValueError as error:
+            raise UsageError(str(error)) from error
+
+    def loaded(self, model: str) -> Any:
+        from jaxsi.lm import load
+
+        mesh = mesh_for(self.model, self.mesh)
+        return load(model, mesh, self.dtype, weights_dtype="float32", chat=self.model_chat)
+
+    def report(self, noun: str, count: int, model: Any, began: float) -> Report:
+        """The last line of the training's log, and what it was about."""
+        log = self.run_dir / "iter_1" / "train.jsonl"
+        last = json.loads(log.read_text(encoding="utf-8").splitlines()[-1]) if log.is_file() else {}
+        figures = {name: value for name, value in last.items() if isinstance(value, int | float)}
+        value = {"run_dir": str(self.run_dir), noun: count, **figures, "fingerprint": model.fingerprint}
+        value["seconds"] = round(time.monotonic() - began, 3)
+        return Report(value, figures_table(value))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Sft(Training):
+    learning_rate: float = 5.5e-6
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Dpo(Training):
+    learning_rate: float = 1e-6
+    reference: str | None = None
+    """The model to compare with; MODEL by default."""
+    loss: Literal["dpo", "dpo_smoothed", "ipo", "hinge", "simpo", "orpo"] = "dpo"
+    beta: float = 0.1
+    nll_coef: float = 0.0
+    """Weight of an added likelihood term of the chosen response."""
+
+
+def sft(argv: list[str]) -> Report:
+    """Fine-tunes a model on demonstrations."""
+    args = parse(Sft, argv, "jaxsi sft", SFT)
+    from jaxsi.methods import single
+    from jaxsi.stages.user_data import read_examples
+
+    config, examples = args.config(), read_examples(args.data, args.max_rows, **args.reading)
+    began = time.monotonic()
+    model = single.sft(args.loaded(args.model), examples, args.run_dir, config, seed=args.seed)
+    return args.report("examples", len(examples), model, began)
+
+
+def dpo(argv: list[str]) -> Report:
+    """Trains a model on preference pairs."""
+    args = parse(Dpo, argv, "jaxsi dpo", DPO)
+    from jaxsi.methods import single
+    from jaxsi.stages.user_data import read_pairs
+    from jaxsi.training import losses
+    from jaxsi.training.train import DPOConfig
+
+    loss = getattr(losses, args.loss)
+    try:
+        loss = loss() if isinstance(loss, type) else loss
+        config = DPOConfig(train=args.config(), loss=loss, beta=args.beta, nll_coef=args.nll_coef)
+    except ValueError as error:
+        raise UsageError(str(error)) from error
+    pairs = read_pairs(args.data, args.max_rows, **args.reading)
+    began = time.monotonic()
+    reference = None if args.reference is None else args.loaded(args.reference)
+    model = single.dpo(args.loaded(args.model), pairs, args.run_dir, config, reference=reference, seed=args.seed)
+    return args.report("pairs", len(pairs), model, began)

@@ -10,6 +10,8 @@ import sys
 import zlib
 from pathlib import Path
 
+from jaxsi.runs.cache import cache_home
+
 FOLDER = "JAX_COMPILATION_CACHE_DIR"
 SWITCH = "JAX_ENABLE_COMPILATION_CACHE"
 SHORTEST = "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"
@@ -43,11 +45,6 @@ def keep_programs() -> None:
         return
     os.environ[FOLDER] = str(folder)
     os.environ.setdefault(SHORTEST, str(SHORTEST_SECONDS))
-
-
-def cache_home() -> Path:
-    folder = Path(os.environ.get("XDG_CACHE_HOME", ""))
-    return folder if folder.is_absolute() else Path.home() / ".cache"
 
 
 def host() -> str:

@@ -131,9 +131,8 @@ def _write_files(target: Path, files: dict[str, list[_Tensor]], weights: Weights
         arrays: dict[str, np.ndarray] = {}
         for tensor in tensors:
             whole = _gathered(tensor, weights)
-            _check_finite(
-                tensor.name, whole, dtype
-            )  # every process: if one stopped alone, the others would wait for it
+            # On every process: if one stopped alone, the others would wait for it.
+            _check_finite(tensor.name, whole, dtype)
             if is_writer:
                 arrays[tensor.name] = _as_in_file(tensor, whole, dtype)
         if is_writer:

@@ -17,6 +17,7 @@ from safetensors.numpy import save_file
 
 from jaxsi.hf.config import HFError
 from jaxsi.hf.weights import INDEX
+from jaxsi.runs.cache import cache_home
 
 # GGUF's architecture -> model_type, class, and whether its files keep the two halves of a head interleaved.
 FAMILIES = {
@@ -81,7 +82,7 @@ def as_folder(path: Path) -> Path:
     """
     with path.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()[:16]
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "jaxsi" / "gguf"
+    cache = cache_home() / "jaxsi" / "gguf"
     folder = cache / digest
     if (folder / "config.json").is_file():
         return folder

@@ -23,7 +23,8 @@ def begin(cfg: Any, run: Run) -> LM:
       model has other weights than when the run began.
     """
     base = load(cfg.model, meshlib.make_mesh(cfg.mesh), cfg.sampling.dtype, weights_dtype="float32")
-    base = base.with_chat(_chat_of(cfg, base, run))
+    if (chat := _chat_of(cfg, base, run)) != base.tokenizer.chat:
+        base = base.with_chat(chat)
     for name, part in parts_of(cfg):
         if isinstance(part, TrainConfig | RLConfig):
             part.check(base.mesh, name)

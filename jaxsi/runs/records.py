@@ -290,7 +290,7 @@ def as_prompts(prompts: Iterable[Prompt | str]) -> list[Prompt]:
 
 
 @contextlib.contextmanager
-def _opened(path: Path | str) -> Iterator[typing.IO[bytes]]:
+def opened(path: Path | str) -> Iterator[typing.IO[bytes]]:
     """Opens a plain or gzipped file for reading. Every error becomes a RecordError that names the file."""
     path = Path(path)
     try:
@@ -305,7 +305,7 @@ def _opened(path: Path | str) -> Iterator[typing.IO[bytes]]:
 
 
 def _json_lines(path: Path | str) -> Iterator[tuple[int, Any]]:
-    with _opened(path) as file:
+    with opened(path) as file:
         for line, raw in enumerate(file, start=1):  # bytes: split at \n only, never at U+2028 inside a text
             if raw.strip():
                 yield line, parse_json(path, line, raw.rstrip(b"\r\n"))

@@ -22,6 +22,7 @@ from jaxsi.runs.records import Prompt, Response, as_prompts
 from jaxsi.sampling import engine
 from jaxsi.sampling.token_sampling import MAX_MARKER, MAX_STOPS, Settings
 from jaxsi.text.chat import marker_ids, read_response, render_prompt
+from jaxsi.text.chat_config import Thought
 
 
 @stored_as("sampling.SamplingConfig")
@@ -231,17 +232,17 @@ def generate(
         cache=cache,
     )
     return [
-        as_response(lm, f"{p.id}#{n}", p.id, n, *sampled)
+        as_response(lm, f"{p.id}#{n}", p.id, n, sampled, read_response(lm.tokenizer, sampled[0]))
         for p, samples in zip(records, results, strict=True)
         for n, sampled in enumerate(samples)
     ]
 
 
 def as_response(
-    lm: LM, id: str, prompt_id: str, number: int, token_ids: Sequence[int], logps: Sequence[float], stopped: bool
+    lm: LM, id: str, prompt_id: str, number: int, sampled: tuple[list[int], list[float], bool], thought: Thought
 ) -> Response:
-    """Sampled ids as a record, the thought apart from the answer."""
-    thought = read_response(lm.tokenizer, token_ids)
+    """A triple of ``generate_ids`` as a record, with its text in the two parts of ``thought``."""
+    token_ids, logps, stopped = sampled
     return Response(
         id=id,
         prompt_id=prompt_id,

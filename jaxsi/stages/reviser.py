@@ -266,16 +266,9 @@ def _written(
         batch_size=cfg.batch_size,
     )
     written = {}
-    for draft, [(ids, logps, stopped)] in zip(changed, sampled, strict=True):
-        thought = split_thought(lm.tokenizer.decode(ids))
-        written[draft.id] = replace(
-            draft.response,
-            text=thought.answer.strip(),  # a separator may be part of the answer's first token
-            reasoning=thought.reasoning,
-            token_ids=tuple(ids),
-            logps=tuple(logps),
-            finish_reason="stop" if stopped and thought.closed else "length",
-            fingerprint=lm.fingerprint,
-            template=lm.tokenizer.template_hash,
-        )
+    for draft, [triple] in zip(changed, sampled, strict=True):
+        thought = split_thought(lm.tokenizer.decode(triple[0]))
+        thought = thought._replace(answer=thought.answer.strip())  # a separator may be part of its first token
+        old = draft.response
+        written[draft.id] = generate.as_response(lm, old.id, old.prompt_id, old.sample, triple, thought)
     return written

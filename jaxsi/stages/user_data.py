@@ -15,17 +15,15 @@ Other columns are ignored, and named once.
 """
 
 import csv
-import gzip
 import io
 import json
 import logging
-import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
-from jaxsi.runs.records import ROLES, Message, Prompt, RecordError, SFTExample, check_unicode, parse_json, shown
+from jaxsi.runs.records import ROLES, Message, Prompt, RecordError, SFTExample, check_unicode, opened, parse_json, shown
 
 _log = logging.getLogger(__name__)
 
@@ -316,21 +314,16 @@ def _head(path: Path) -> bytes:
 
 def _content(path: Path) -> bytes:
     """The whole file, unpacked."""
-    try:
-        if path.suffix == ".gz":
-            with gzip.open(path, "rb") as file:
-                return file.read()
-        if path.suffix == ".zst":
-            import pyarrow
+    if path.suffix != ".zst":
+        with opened(path) as file:
+            return file.read()
+    import pyarrow
 
-            with pyarrow.input_stream(str(path), compression="zstd") as file:
-                return file.read()
-        return path.read_bytes()
-    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
-        raise RecordError(path, None, f"damaged gzip file ({error}); fetch it again") from None
+    try:
+        with pyarrow.input_stream(str(path), compression="zstd") as file:
+            return file.read()
     except OSError as error:
-        kind = "damaged zstd file" if path.suffix == ".zst" else "cannot be read"
-        raise RecordError(path, None, f"{kind}: {error.strerror or error}") from error
+        raise RecordError(path, None, f"damaged zstd file: {error.strerror or error}") from error
 
 
 def _json_lines(path: Path) -> Iterator[tuple[int, Any]]:

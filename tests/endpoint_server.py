@@ -12,8 +12,9 @@ from typing import Any
 import jax
 
 from jaxsi.runs.records import Critique, Prompt, Response
-from jaxsi.stages import endpoint
-from jaxsi.stages.endpoint import Answer, EndpointCritic
+from jaxsi.stages import endpoint_client
+from jaxsi.stages.endpoint import EndpointCritic
+from jaxsi.stages.endpoint_client import Answer
 from jaxsi.stages.prompts.critique import CritiqueTemplate
 
 KEY = "sk-a-secret-of-this-test"
@@ -137,7 +138,7 @@ NAMES = [f"r{i}" for i in range(12)]
 
 
 def write_answers(path: Path, name: str) -> None:
-    cache = endpoint._Cache(path, "m")
+    cache = endpoint_client._Cache(path, "m")
     for i in range(60):
         answer = {"entry": f"{name}{i}", "model": "m", "text": name * 20000, "finish_reason": "stop"}
         cache.add(Answer(**answer, prompt_tokens=1, completion_tokens=1))

@@ -1,6 +1,7 @@
 """``jaxsi improve``: improves a model's responses at inference time, round by round, in a folder that resumes."""
 
 import dataclasses
+import functools
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -10,8 +11,9 @@ import tyro
 
 from jaxsi.cli.arguments import Dtype, Model, Out, PromptOptions
 from jaxsi.cli.command import Report, UsageError, parse
+from jaxsi.cli.judges import JUDGES
 from jaxsi.cli.output_file import digest
-from jaxsi.cli.stored import Mesh, mesh_for, stored_config, stored_value
+from jaxsi.cli.stored import Mesh, mesh_for, run_of, stored_value
 from jaxsi.cli.tables import rounds_table
 from jaxsi.runs.config_snapshot import may_change, same_name, stored_as
 
@@ -63,12 +65,15 @@ Examples:
   jaxsi improve self-refine MODEL --critic LARGER --prompts prompts.jsonl -o improved --judge LARGER"""
 
 BEST = f"""Takes the best of --num-samples responses by the judge's mean score (MODEL itself, unless --critic names
-another) or by a reward model; each further round adds as many samples.
+another judge) or by a reward model; each further round adds as many samples.
 
 {FILES}
 
+{JUDGES}
+
 Examples:
   jaxsi improve best-of-n MODEL --prompts prompts.jsonl -o best --num-samples 8
+  jaxsi improve best-of-n MODEL --critic endpoint:gpt-4o-mini --rubric ranking_judge --prompts prompts.jsonl -o best
   jaxsi improve best-of-n MODEL --reward-rm runs/pit/policy_reward/checkpoint --prompts prompts.jsonl -o best"""
 
 
@@ -92,15 +97,16 @@ class Common(PromptOptions):
     grade: Literal["toy"] | None = None
     """Measure quality by the exact grader of the embedded world, 0 to 100."""
     judge: str | None = None
-    """Measure quality by this model's mean score. It does not decide which responses are accepted."""
+    """Measure quality by the mean score of this model or other judge. It does not decide which responses are
+    accepted."""
     mesh: Mesh = Mesh()
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Judging:
     rubric: str | None = None
-    """The rubric of every judge: the name of a shipped rubric, or a text file that contains {prompt} and {response}.
-    Default: the rubric of the judge's run if it has one, else self_rewarding_judge."""
+    """The rubric of every judge: the name of a shipped rubric, or a file. Default: the rubric of the judge's run if it
+    has one, else self_rewarding_judge."""
     judgments: int = 3
     """Judgments of each response; the score is the mean of the valid ones."""
     judge_tokens: int = 256
@@ -167,7 +173,7 @@ class Best:
     num_samples: int = 4
     """Samples added by each round, at least 2; round r takes the best of r times as many."""
     critic: str | None = None
-    """The model that judges the samples. Default: MODEL."""
+    """The model or other judge that scores the samples. Default: MODEL."""
     reward_rm: str | None = None
     """Rank by this reward model r(x, y) instead of a judge: RUN/policy_reward/checkpoint of a PIT run, or a Hugging
     Face sequence classifier with one label."""
@@ -247,7 +253,8 @@ def refine(argv: list[str]) -> Report:
 def best(argv: list[str]) -> Report:
     """Takes the best of several samples."""
     args = parse(Best, argv, "jaxsi improve best-of-n", BEST)
-    from jaxsi.stages.improve.best_of_n import best_of_n, rewarded
+    from jaxsi.stages.improve.best_of_n import best_of_n
+    from jaxsi.stages.prompts import Rubric
 
     if args.critic is not None and args.reward_rm is not None:
         raise UsageError("--critic and --reward-rm both rank the samples; give one of the two")
@@ -256,11 +263,9 @@ def best(argv: list[str]) -> Report:
     work, path = Work(args.common, args.judging), args.common.model
     sampling = work.sampling(args.num_samples)
     lm = work.writer("model", path, sampling.max_new_tokens)
-    if args.reward_rm is not None:
-        scorer = rewarded(work.loaded("reward_rm", args.reward_rm), lm, sampling.batch_size)
-    else:
-        scorer = work.judge("critic", path if args.critic is None else args.critic)
-    return work.carry_out("best-of-n", best_of_n(lm, sampling, scorer))
+    critic = args.critic or (f"reward:{args.reward_rm}" if args.reward_rm is not None else path)
+    scorer, rubric = work.judge("critic", critic)
+    return work.carry_out("best-of-n", best_of_n(lm, sampling, scorer, compares=not isinstance(rubric, Rubric)))
 
 
 # --------------------------------------------------------------------------------------- the parts that all five share
@@ -343,10 +348,13 @@ class Work:
             )
         return lm
 
-    def judge(self, role: str, path: str) -> "Scorer":
-        """A judge that scores by the command's rubric."""
-        from jaxsi.stages.improve.best_of_n import judged
-        from jaxsi.stages.judge import JudgeConfig
+    def judge(self, role: str, judge: str) -> tuple["Scorer", Any]:
+        """A judge that scores by the command's rubric; and the rubric."""
+        from jaxsi.cli.judges import judge_of, rubric_for
+        from jaxsi.stages.improve.best_of_n import scored_by
+        from jaxsi.stages.judge import judge as by_itself
+        from jaxsi.stages.judges import ModelJudge, RewardJudge, rewarded
+        from jaxsi.stages.verdicts import JudgeConfig
 
         judging = self.judging
         try:
@@ -358,17 +366,31 @@ class Work:
             )
         except ValueError as error:
             raise UsageError(str(error)) from error
-        rubric = _rubric(judging.rubric, path)
+        found = judge_of(self.args.model if judge == "self" else judge, cache=self.args.out / "judge_answers.jsonl")
+        rubric = rubric_for(judging.rubric, found.model if isinstance(found, ModelJudge) else "")
         self.settings[f"{role}_rubric"], self.settings["judging"] = rubric, cfg
-        return judged(self.writer(role, path, judging.judge_tokens), rubric, cfg)
+        if isinstance(found, ModelJudge):
+            return scored_by(by_itself, self.writer(role, found.model, judging.judge_tokens), rubric, cfg), rubric
+        if isinstance(found, RewardJudge):
+            found = functools.partial(rewarded, self.loaded(role, found.model))
+        else:
+            self.settings[role] = found
+        return scored_by(found, self.loaded("model", self.args.model), rubric, cfg), rubric
 
     def carry_out(self, name: str, method: "Method", **settings: Any) -> Report:
         """Runs all rounds, and reports the figures of each."""
         from jaxsi.runs.records import Improvement
         from jaxsi.runs.run import Run
         from jaxsi.stages.improve.rounds import improve, round_statistics
+        from jaxsi.stages.prompts import Rubric
 
-        grade = None if self.args.judge is None else self.judge("judge", self.args.judge)
+        grade = None
+        if self.args.judge is not None:
+            grade, rubric = self.judge("judge", self.args.judge)
+            if not isinstance(rubric, Rubric):
+                raise UsageError(
+                    f"--judge measures each response, and rubric {rubric.name!r} compares; give another one"
+                )
         if self.args.grade == "toy":
             grade, self.settings["grade"] = _exact, "toy"
         config = Settings(
@@ -417,8 +439,7 @@ def _check_world(path: Path, prompts: Sequence["Prompt"]) -> None:
 def _run_of(model: str, config: str) -> dict[str, Any] | None:
     """The config of the run that contains a model, or another checkpoint such as RUN/reviser/checkpoint; None if it is
     not of the type with the stored id ``config``."""
-    places = [model, *map(str, list(Path(model).parents)[:2])]
-    found = next((stored for place in places if (stored := stored_config(place)) is not None), None)
+    found = run_of(model)
     return found if found is not None and same_name(found["__type__"], config) else None
 
 
@@ -444,18 +465,6 @@ def _object(file: Path) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise UsageError(f"--template {file} holds {value!r:.80}; give a JSON object of the template's fields")
     return value
-
-
-def _rubric(name: str | None, judge: str) -> Any:
-    from jaxsi.stages.prompts import Rubric, load_rubric
-
-    if name is None:
-        run = _run_of(judge, "methods.self_rewarding.Config")
-        return load_rubric() if run is None else _template(Rubric, None, run["rubric"], load_rubric)
-    path = Path(name)
-    if path.is_file():
-        return Rubric(name=path.stem, template=_text(path, "--rubric").removesuffix("\n"))
-    return load_rubric(name)
 
 
 def _text(path: Path, flag: str) -> str:

@@ -1,6 +1,8 @@
 """``jaxsi judge``: lets a model judge a file of responses."""
 
 import dataclasses
+import functools
+import json
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -8,17 +10,23 @@ from typing import Any
 
 from jaxsi.cli.arguments import Dtype, Model, Out, PromptOptions
 from jaxsi.cli.command import Report, UsageError, parse
+from jaxsi.cli.judges import JUDGES, judge_of, rubric_for
 from jaxsi.cli.output_file import Parts, chat_of, check_out, digest, write_in_parts
-from jaxsi.cli.stored import Mesh, mesh_for, stored_config, stored_value
+from jaxsi.cli.stored import Mesh, mesh_for
 from jaxsi.cli.tables import figures_table
+from jaxsi.runs.config_snapshot import describe_config
 
-DESCRIPTION = """Lets MODEL judge responses (a file that `jaxsi generate` wrote): a justification and a score, several
+DESCRIPTION = f"""Lets MODEL judge responses (a file that `jaxsi generate` wrote): a justification and a score, several
 times for each response. Finished parts wait in OUT.shards/ until OUT is complete. If the command is killed, run it
-again: it goes on from there.
+again: it goes on from there. MODEL may be another judge.
+
+{JUDGES}
 
 Examples:
   jaxsi judge runs/toy@3 --responses responses.jsonl --prompts prompts.jsonl -o judgments.jsonl
-  jaxsi judge MODEL --responses responses.jsonl --prompts prompts.jsonl -o judgments.jsonl --expected"""
+  jaxsi judge MODEL --responses responses.jsonl --prompts prompts.jsonl -o judgments.jsonl --expected
+  jaxsi judge endpoint:gpt-4o-mini --rubric pairwise_judge --responses responses.jsonl --prompts prompts.jsonl -o j
+  jaxsi judge verifier:gsm8k.jsonl,prompt=question --responses responses.jsonl --prompts gsm8k.jsonl -o j.jsonl"""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -31,8 +39,8 @@ class Judge(PromptOptions):
     overwrite: bool = False
     """Replace OUT if it exists."""
     rubric: str | None = None
-    """The name of a shipped rubric, or a text file that contains {prompt} and {response}. Default: the rubric of
-    MODEL's run if it has one, else self_rewarding_judge."""
+    """The name of a shipped rubric, or a file. Default: the rubric of MODEL's run if it has one, else
+    self_rewarding_judge."""
     num_samples: int = 3
     """Judgments of each response; the score is the mean of the valid ones."""
     temperature: float = 0.7
@@ -51,9 +59,10 @@ def judge(argv: list[str]) -> Report:
     check_out(args.out, args.prompts, args.responses, overwrite=args.overwrite)
     import jax
 
-    from jaxsi.lm import load
     from jaxsi.runs.records import Judgment, RecordError, Response, read_jsonl
-    from jaxsi.stages.judge import judge as judge_responses, judgment_statistics
+    from jaxsi.stages.answers import answers
+    from jaxsi.stages.judge import judgment_statistics
+    from jaxsi.stages.prompts import Rubric
 
     config = _judge_config(args)
     prompts = args.read()
@@ -66,22 +75,28 @@ def judge(argv: list[str]) -> Report:
             )
     if not responses:
         raise RecordError(args.responses, None, "no responses in this file; jaxsi generate writes them")
-    rubric = _rubric(args.rubric, args.model)
-    lm = load(args.model, mesh_for(args.model, args.mesh), args.dtype, chat=args.model_chat)
+    rubric = rubric_for(args.rubric, args.model)
+    judging, lm = _judge(args)
     start = time.monotonic()
     parts = Parts(
         prompts=digest(prompts, "records"),
         responses=digest(responses, "records"),
-        model=lm.fingerprint,
-        settings={"rubric": rubric, "judge": config, "dtype": args.dtype} | chat_of(lm),
+        model=_identity(judging) if lm is None else lm.fingerprint,
+        settings={"rubric": rubric, "judge": config, "dtype": args.dtype} | ({} if lm is None else chat_of(lm)),
         seed=args.seed,
     )
 
     def judge_part(part: Sequence[Response]) -> list[Judgment]:
-        return judge_responses(lm, prompts, part, rubric, config, jax.random.key(args.seed))
+        return judging(lm, prompts, part, rubric, config, jax.random.key(args.seed))
 
-    judgments = write_in_parts(args.out, parts, responses, judge_part, Judgment)
-    statistics = judgment_statistics(judgments, low=rubric.low, high=rubric.high)
+    def judge_groups(part: Sequence[Any]) -> list[Judgment]:
+        return judge_part([response for group in part for response in group.responses])
+
+    if isinstance(rubric, Rubric):
+        judgments = write_in_parts(args.out, parts, responses, judge_part, Judgment)
+    else:  # the responses to a prompt are judged together
+        judgments = write_in_parts(args.out, parts, answers(prompts, responses), judge_groups, Judgment)
+    statistics = judgment_statistics(judgments, rubric)
     seconds = round(time.monotonic() - start, 3)
     value = {"out": str(args.out), "rubric": rubric.name, **statistics, "seconds": seconds}
     if statistics["unscored"] == len(judgments):
@@ -90,6 +105,30 @@ def judge(argv: list[str]) -> Report:
             "probabilities, or raise --max-new-tokens"
         )
     return Report(value, figures_table({name: figure for name, figure in value.items() if name != "histogram"}))
+
+
+def _judge(args: Judge) -> tuple[Any, Any]:
+    """The judge, and the model that it judges with; None for a judge that needs no model of this process."""
+    from jaxsi.lm import load
+    from jaxsi.stages.judge import judge as by_itself
+    from jaxsi.stages.judges import ModelJudge, RewardJudge, rewarded
+
+    if args.model == "self":
+        raise UsageError("self: here MODEL is the judge; name a model, or a judge of another kind")
+    judging = judge_of(args.model, cache=args.out.with_name(f"{args.out.name}.answers.jsonl"))
+    if not isinstance(judging, ModelJudge | RewardJudge):
+        return judging, None
+    lm = load(judging.model, mesh_for(judging.model, args.mesh), args.dtype, chat=args.model_chat)
+    if isinstance(judging, ModelJudge):
+        return by_itself, lm
+    return functools.partial(rewarded, lm, None, batch_size=judging.batch_size), lm
+
+
+def _identity(judging: Any) -> str:
+    """What a judge without a model of this process is, as a text."""
+    from jaxsi.stages.endpoint import EndpointJudge
+
+    return judging.model if isinstance(judging, EndpointJudge) else json.dumps(describe_config(judging))
 
 
 def plain_response(row: dict[str, Any]) -> dict[str, Any]:
@@ -114,17 +153,3 @@ def _judge_config(args: Judge) -> Any:
         )
     except ValueError as error:
         raise UsageError(str(error)) from error
-
-
-def _rubric(name: str | None, model: str) -> Any:
-    from jaxsi.stages.prompts import Rubric, load_rubric
-
-    if name is None:
-        stored = stored_config(model)
-        if stored is None or "rubric" not in stored:  # not every method has a judge
-            return load_rubric()
-        return stored_value(Rubric, stored["rubric"])
-    path = Path(name)
-    if path.is_file():
-        return Rubric(name=path.stem, template=path.read_text(encoding="utf-8").removesuffix("\n"))
-    return load_rubric(name)

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from jaxsi.cli.command import EVERY_COMMAND, Report, UsageError
+from jaxsi.cli.judges import JUDGES, with_judges
 from jaxsi.cli.tables import iterations_table
 
 DESCRIPTION = f"""Runs the config, or goes on where the same command stopped earlier; a finished run does nothing.
@@ -24,7 +25,13 @@ field the first and the last name are enough if only one field fits: --dpo.learn
   --column prompt=X   the column that has the prompt, if it has another name
   --split NAME        the split of a data set that has several; train by default
   --skip-bad-rows     leave out rows that cannot be read, and count them, in place of an error
+  --judging JUDGE     who judges, in Self-Rewarding; scores, in SRT's second stage; chooses, in SEFT's internal rounds;
+                      rewards, in PIT
+  --rubric RUBRIC     what the judge goes by
+  --critic CRITIC     SRT's critic: model:, endpoint: or function: as for a judge
   --run-dir DIR       where the run lives; runs/<name of the config> by default
+
+{JUDGES}
 
 {EVERY_COMMAND}"""
 
@@ -39,8 +46,14 @@ def run(argv: list[str]) -> Report:
             )
             raise SystemExit(0)
         raise UsageError("give a config first: jaxsi run CONFIG.py [options]")
-    cfg = configure(path, overrides, **prompt_fields(options))
     directory = Path(options.run_dir or Path("runs") / path.stem)
+    cfg = with_judges(
+        configure(path, overrides, **prompt_fields(options)),
+        directory,
+        judging=options.judging,
+        rubric=options.rubric,
+        critic=options.critic,
+    )
     return run_config(cfg, directory)
 
 
@@ -129,7 +142,7 @@ def _split(argv: list[str]) -> tuple[Path | None, argparse.Namespace, list[str]]
     parser = argparse.ArgumentParser(
         prog="jaxsi run", usage="jaxsi run CONFIG.py [options]", add_help=False, allow_abbrev=False
     )
-    for name in ("--prompts", "--run-dir"):
+    for name in ("--prompts", "--run-dir", "--judging", "--rubric", "--critic"):
         parser.add_argument(name)
     parser.add_argument("--max-prompts", type=int)
     parser.add_argument("--column", action="append", default=[])

@@ -27,6 +27,12 @@ def stored_config(model: str) -> dict[str, Any] | None:
     return None
 
 
+def run_of(model: str) -> dict[str, Any] | None:
+    """The config.json of the run that contains MODEL, or another checkpoint such as RUN/reviser/checkpoint."""
+    places = [model, *map(str, list(Path(model).parents)[:2])]
+    return next((stored for place in places if (stored := stored_config(place)) is not None), None)
+
+
 def stored_value(cls: type[Value], value: dict[str, Any]) -> Value:
     """A dataclass of plain values from its JSON in a run's config."""
     names = {field.name for field in dataclasses.fields(cast(Any, cls))} & value.keys()  # a newer field has its default

@@ -9,14 +9,18 @@ from jaxsi.lm import resolve
 from jaxsi.methods.seft import Config as SEFT
 from jaxsi.methods.self_rewarding import Config as SelfRewarding
 from jaxsi.model import decoder, mesh as meshlib
+from jaxsi.model.decoder import ModelConfig
 from jaxsi.runs.config_snapshot import parts_of
 from jaxsi.runs.errors import InputError
 from jaxsi.runs.records import Prompt, RecordError, read_jsonl
 from jaxsi.sampling.generate import SamplingConfig
 from jaxsi.stages.critique import CritiqueConfig
-from jaxsi.stages.judge import JudgeConfig
+from jaxsi.stages.endpoint import EndpointJudge
+from jaxsi.stages.judge import judge
+from jaxsi.stages.judges import ModelJudge, RewardJudge
 from jaxsi.stages.reviser import ReviseConfig
 from jaxsi.stages.self_instruct import PromptFile, PromptList, SelfInstruct, read_source, without_used
+from jaxsi.stages.verdicts import JudgeConfig
 from jaxsi.text.chat import render_prompt
 from jaxsi.text.tokenizer import Tokenizer, load_tokenizer
 from jaxsi.training.rl import RLConfig
@@ -55,8 +59,13 @@ def check(cfg: Any, directory: Path) -> None:
             case SelfInstruct():
                 writer = config if part.generator is None else read_config(resolve(part.generator))
                 _check_room(name, part.max_new_tokens, writer.max_positions)
-            case SamplingConfig() | JudgeConfig() | CritiqueConfig() | ReviseConfig():
+            case SamplingConfig() | CritiqueConfig() | ReviseConfig():
                 _check_room(name, part.max_new_tokens, config.max_positions)
+            case RewardJudge() if not read_config(resolve(part.model)).scalar_head:
+                raise PreflightError(f"{name}: {part.model} has no scalar head; give a reward model")
+    for name, part in {"": cfg, **parts}.items():
+        if isinstance(settings := getattr(part, "judge", None), JudgeConfig):
+            _check_judge(f"{name}.judge".lstrip("."), getattr(part, "judging", None), settings, config)
     if isinstance(cfg, SelfRewarding) and cfg.early_stop is not None:
         limit = config.max_positions - cfg.sampling.max_new_tokens
         why = f"{config.max_positions} positions less sampling.max_new_tokens"
@@ -77,6 +86,20 @@ def check(cfg: Any, directory: Path) -> None:
             shortest = min(rows, key=rows.__getitem__)
             limit, why = min(limit, rows[shortest] - 1), f"{why}, and {shortest} is {rows[shortest]}"
         check_lengths(place, prompts, load_tokenizer(folder), limit, why)
+
+
+def _check_judge(name: str, judging: Any, settings: JudgeConfig, config: ModelConfig) -> None:
+    """Checks the settings of a judge against who judges: the run's model, another one, or an endpoint."""
+    if isinstance(judging, EndpointJudge) and settings.expected:
+        raise PreflightError(f"{name}.expected is on, but {judging.model} at an endpoint gives no expected scores")
+    if isinstance(judging, ModelJudge):
+        config = read_config(resolve(judging.model))
+        if config.scalar_head:
+            raise PreflightError(
+                f"{judging.model} is a reward model, which writes no judgments; name it as reward:MODEL"
+            )
+    if judging is judge or isinstance(judging, ModelJudge):
+        _check_room(name, settings.max_new_tokens, config.max_positions)
 
 
 def _check_room(name: str, max_new_tokens: int, max_positions: int) -> None:

@@ -31,9 +31,11 @@ from jaxsi.sampling.generate import SamplingConfig, generate, sample
 from jaxsi.stages import judge as judges
 from jaxsi.stages.answers import answers, read_answers
 from jaxsi.stages.datasets import as_responses, eft_examples
-from jaxsi.stages.judge import JudgeConfig, check_judge, compare, judgment_statistics
+from jaxsi.stages.judge import JudgeConfig, check_judge, compare_scores, judgment_statistics
+from jaxsi.stages.judges import side_by_side
 from jaxsi.stages.pairs import best_and_worst, pair_statistics
 from jaxsi.stages.prompts import Rubric, load_rubric
+from jaxsi.stages.prompts.comparison import AnyRubric
 from jaxsi.stages.self_instruct import PromptFile, PromptList, SelfInstruct, new_prompts, next_part, prompt_source
 from jaxsi.text.chat_config import ChatConfig
 from jaxsi.training.train import DPOConfig, TrainConfig, dpo, seed_of, sft
@@ -87,7 +89,8 @@ class Config:
     """Everything that decides a run. ``sft`` None: the given model is M_1, for those who bring an instruct model and
     prompts. ``prompts`` are invented by a model, or come from a file (its path is enough) or from a list of texts.
 
-    ``judging`` is the judge stage, ``judge.judge`` or another function of its signature (the control arms are).
+    ``judging`` is the judge: the model itself (``judge.judge``), one of ``stages.judges``, or another function of their
+    signature (the control arms are). ``rubric`` grades each response, or compares all responses to a prompt.
     ``evaluate(lm, config, scope)`` gives the figures of an iteration's summary.
     """
 
@@ -96,7 +99,7 @@ class Config:
     prompts: SelfInstruct | PromptFile | PromptList
     sampling: SamplingConfig = SamplingConfig()
     judge: JudgeConfig = JudgeConfig()
-    rubric: Rubric = load_rubric()
+    rubric: AnyRubric = load_rubric()
     judging: Callable[..., list[Judgment]] = judges.judge
     pairs: PairConfig = PairConfig()
     sft: TrainConfig | None = None
@@ -114,6 +117,9 @@ class Config:
             raise ValueError(f"iterations is {self.iterations}; it is at least 1 (M_1 alone)")
         if self.sampling.num_samples < 2:
             raise ValueError(f"sampling.num_samples is {self.sampling.num_samples}; a pair needs at least 2 candidates")
+        rankings = None if self.seed_data is None else self.seed_data.rankings
+        if rankings is not None and not isinstance(self.rubric, Rubric):
+            raise ValueError(f"rubric {self.rubric.name!r} compares responses; EFT needs one that gives each a score")
         if self.seed_data is None and (self.sft is not None or isinstance(self.prompts, SelfInstruct)):
             raise ValueError(
                 "seed_data is None: then sft is None too, and prompts are given (a file or texts), not generated"
@@ -169,6 +175,7 @@ def evaluation_examples(
         it.key("eft"), of=Judgment,
     )  # fmt: skip
     seed = seed_of(it, "eft")
+    assert isinstance(cfg.rubric, Rubric)  # Config has checked it
     eft, _ = it.counted("eft", agreeing, ranked, judged, cfg.rubric, data.max_share, seed, ift, of=SFTExample)
     return eft
 
@@ -214,7 +221,7 @@ def paired(
 ) -> tuple[list[PreferencePair], dict[str, Any]]:
     """(x, y_w, y_l) of each prompt whose best and worst scores differ, and what became of the others; an error if
     hardly a judgment parsed."""
-    statistics = judgment_statistics(judgments, low=cfg.rubric.low, high=cfg.rubric.high)
+    statistics = judgment_statistics(judgments, cfg.rubric)
     check_judge(statistics, cfg.judge)
     pairs, counts = best_and_worst(
         candidates, judgments, prompts, length_control=cfg.pairs.length_control, min_gap=cfg.pairs.min_gap,
@@ -227,9 +234,10 @@ def is_better(cfg: Config, stop: EarlyStop, judge_model: LM, it: Scope, now: LM,
     """The paper's early stopping: whether the newest checkpoint wins against the one before."""
     prompts, settings = stop.prompts(), cfg.sampling.settings | {"num_samples": 1}
     sides = [generate(lm, prompts, key=it.key("early_stop"), **settings) for lm in (now, previous)]
+    new, old = ([response.text for response in side] for side in sides)
     key = it.key("early_stop", "judge")
-    judged = [stop.judging(judge_model, prompts, side, cfg.rubric, cfg.judge, key) for side in sides]
-    win_rate = compare(*judged).win_rate
+    scores = side_by_side(stop.judging, judge_model, prompts, new, old, cfg.rubric, cfg.judge, key)
+    win_rate = compare_scores(*scores).win_rate
     return win_rate is not None and win_rate > 0.5
 
 

@@ -51,8 +51,8 @@ class Config:
 
     ``critic(prompts, responses, template, key)`` gives critiques (``stages.critique``). ``refinement_only`` trains
     stage 1 on x -> r, an ablation; ``template.parts`` are the others. ``dpo`` None: stage 1 alone. ``scoring(prompts,
-    responses, template)``, if given, scores stage 2's responses in the model's place, and ``direction(pairs, seed)``
-    may turn pairs round: the control arms.
+    drafts, refined, template)``, if given, gives the scores of both in the model's place (``judges.ScoringBy``, and the
+    control arms), and ``direction(pairs, seed)`` may turn pairs round.
     """
 
     model: str
@@ -65,7 +65,7 @@ class Config:
     critique: CritiqueConfig = CritiqueConfig()
     sft: TrainConfig
     dpo: DPOConfig | None
-    scoring: Callable[..., list[float | None]] | None = None
+    scoring: Callable[..., tuple[list[float | None], list[float | None]]] | None = None
     direction: Callable[..., list[PreferencePair]] | None = None
     evaluate: Callable[..., dict[str, Any]] | None = None
     chat: ChatConfig = ChatConfig()
@@ -157,7 +157,7 @@ def better_refinements(
     if cfg.scoring is None:
         before, after = [critique.score for critique in critiques], [check.score for check in checks]
     else:
-        before, after = (cfg.scoring(prompts, responses, cfg.template) for responses in (drafts, refined))
+        before, after = cfg.scoring(prompts, drafts, refined, cfg.template)
     return refinement_pairs(prompts, drafts, critiques, refined, before, after)
 
 

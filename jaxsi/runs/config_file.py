@@ -1,4 +1,5 @@
-"""Config files: Python with one function ``config() -> Config``, or ``configs()`` for several variants."""
+"""Config files: Python with one function ``config() -> Config``, or ``configs()`` for several variants; and other
+functions in files of the user."""
 
 import importlib.util
 import sys
@@ -26,9 +27,18 @@ def load_configs(path: Path | str) -> dict[str, Any]:
     return _call(Path(path), "configs", "dict[str, Config]: return {...}")
 
 
+def load_function(path: Path | str, name: str) -> Any:
+    """The function ``name`` of a Python file. Raises: ConfigFileError: if the file or the function does not exist."""
+    return _attribute(Path(path), name, "...")
+
+
 def _call(path: Path, function: str, shape: str) -> Any:
+    return _attribute(path, function, shape)()
+
+
+def _attribute(path: Path, function: str, shape: str) -> Any:
     if not path.is_file():
-        raise ConfigFileError(f"{path}: no such config file; give a Python file with a function {function}()")
+        raise ConfigFileError(f"{path}: no such file; give a Python file with a function {function}()")
     # Functions of the file are part of the config by their qualified name, so the module's name may not vary.
     name = f"jaxsi_config_{path.stem}"
     spec = importlib.util.spec_from_file_location(name, path)
@@ -39,4 +49,4 @@ def _call(path: Path, function: str, shape: str) -> Any:
     spec.loader.exec_module(module)
     if function not in vars(module):
         raise ConfigFileError(f"{path} has no function {function}(); write def {function}() -> {shape}")
-    return vars(module)[function]()
+    return vars(module)[function]

@@ -18,12 +18,17 @@ def srt_prompts() -> list[Prompt]:
 
 @stored_as("toyworld.srt_data.exact_scores")
 def exact_scores(
-    prompts: Sequence[Prompt], responses: Sequence[Response], template: CritiqueTemplate
-) -> list[float | None]:
-    """The exact grades of responses, which end before the feedback; None if a prompt is not of the world."""
+    prompts: Sequence[Prompt], drafts: Sequence[Response], refined: Sequence[Response], template: CritiqueTemplate
+) -> tuple[list[float | None], list[float | None]]:
+    """The exact grades of drafts and refined responses, which end before the feedback; None if a prompt is not of the
+    world."""
     texts = {prompt.id: prompt.text for prompt in prompts}
-    grades = [world.grade(texts[r.prompt_id], template.unmarked(r.text) or r.text) for r in responses]
-    return [None if grade is None else grade.total for grade in grades]
+
+    def grades(responses: Sequence[Response]) -> list[float | None]:
+        found = [world.grade(texts[r.prompt_id], template.unmarked(r.text) or r.text) for r in responses]
+        return [None if grade is None else grade.total for grade in found]
+
+    return grades(drafts), grades(refined)
 
 
 @stored_as("toyworld.srt_data.by_coin")

@@ -48,10 +48,19 @@ BRADLEY_TERRY = Objective(losses.bradley_terry, (("w>l", 0, 1),))
 def reward_sequence(tokenizer: Tokenizer, messages: Sequence[Message], response: Response | str) -> Sequence_:
     """Prompt and response as tokens, for r(x, y). A sampled response keeps the ids that were sampled, but a thought is
     left out."""
-    if isinstance(response, Response) and not response.reasoning:
+    if isinstance(response, Response) and response.token_ids and not response.reasoning:
         return batches.encode(render_prompt(tokenizer, messages), response.token_ids)
     text = response.text if isinstance(response, Response) else response
     return batches.encode(render_request(tokenizer, messages), render_response(tokenizer, text))
+
+
+def reads_as(reader: LM, writer: LM) -> Callable[[Response], Response | str]:
+    """How the reward model ``reader`` takes responses that ``writer`` sampled: as token ids if these mean the same to
+    both models, else as text."""
+    a, b, probe = reader.tokenizer, writer.tokenizer, "Reverse: 12 red cats, über."
+    same = a.template_hash == b.template_hash and a.vocab_size == b.vocab_size
+    same = same and a.encode_text(probe) == b.encode_text(probe)
+    return (lambda response: response) if same else (lambda response: response.text)
 
 
 # ------------------------------------------------------------------------------------------------------------- training

@@ -15,7 +15,7 @@ import pytest
 import jaxsi
 import tiny
 from jaxsi import lm as lmlib
-from jaxsi.cli import generate, judge, output_file, train
+from jaxsi.cli import generate, judge, judges, output_file, train
 from jaxsi.cli.command import UsageError
 from jaxsi.cli.main import COMMANDS, main
 from jaxsi.cli.run import _full_flag, configure, field_flags
@@ -326,7 +326,7 @@ def test_output_that_is_read_or_exists_is_refused(world, tmp_path, capsys):
         (["eval"], "unknown command 'eval'"),
         (["eval", "nonsense"], "unknown command 'eval nonsense'"),
         (["run"], "give a config first"),
-        (["run", "absent.py"], "absent.py: no such config file"),
+        (["run", "absent.py"], "absent.py: no such file"),
         (["run", str(TOY), "--nonsense", "3"], "--nonsense"),
         (["run", str(TOY), "--iterations", "many"], "many"),
         (["run", str(TOY), "--iterations", "0"], "iterations is 0"),
@@ -398,10 +398,10 @@ def test_rubric_defaults_to_that_of_the_run(tmp_path):
     (tmp_path / "journal.jsonl").touch()
     stored = dataclasses.asdict(load_config(TOY).rubric)
     (tmp_path / "config.json").write_text(json.dumps({"rubric": stored}))
-    assert judge._rubric(None, f"{tmp_path}@2") == load_config(TOY).rubric
+    assert judges.rubric_for(None, f"{tmp_path}@2") == load_config(TOY).rubric
     (tmp_path / "config.json").write_text(json.dumps({"critic_prompts": 8}))  # a method without a judge
-    assert judge._rubric(None, str(tmp_path)) == load_rubric()
-    assert judge._rubric(None, "somewhere") == load_rubric()
+    assert judges.rubric_for(None, str(tmp_path)) == load_rubric()
+    assert judges.rubric_for(None, "somewhere") == load_rubric()
 
 
 def interrupt_second_call(monkeypatch, name):

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from endpoint_server import KEY, Server
 
-from jaxsi.stages import endpoint
+from jaxsi.stages import endpoint_client
 from jaxsi.stages.endpoint import EndpointCritic
 
 
@@ -15,7 +15,7 @@ from jaxsi.stages.endpoint import EndpointCritic
 def make(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., EndpointCritic]:
     """Makes a critic that asks a server, with short waits and a key in the environment variable A_KEY."""
     pytest.importorskip("openai", reason="the endpoint critic needs openai: pip install 'jaxsi[endpoint]'")
-    monkeypatch.setattr(endpoint, "FIRST_WAIT", 0.005)
+    monkeypatch.setattr(endpoint_client, "FIRST_WAIT", 0.005)
     monkeypatch.setenv("A_KEY", KEY)
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
 

@@ -19,8 +19,8 @@ import pytest
 from endpoint_server import GOOD, HALF, NAMES, Reply, ask, failed, lines, replied, serving
 
 from jaxsi.cli.supervisor import cpu_devices
-from jaxsi.stages import endpoint
-from jaxsi.stages.endpoint import EndpointError
+from jaxsi.stages import endpoint_client
+from jaxsi.stages.endpoint_client import EndpointError, Request
 from jaxsi.toyworld.careless import SHIPPED
 
 ROOT = Path(__file__).parents[2]
@@ -121,7 +121,7 @@ def test_threads_share_the_cache(make) -> None:
         assert set(server.names) == set(names)
         assert len(server.names) <= 44  # at most those that both had in flight at the same time
         assert {json.loads(line)["entry"] for line in lines(critics[0])} == {
-            critics[0]._entry(f"Say it|{n}") for n in names
+            Request(f"Say it|{n}", 8, 0.0).entry("m") for n in names
         }
 
 
@@ -134,7 +134,7 @@ def test_processes_share_the_cache(tmp_path) -> None:
         time.sleep(0.001)
     endpoint_server.write_answers(path, "b")
     assert other.wait(timeout=60) == 0
-    cache = endpoint._Cache(path, "m")
+    cache = endpoint_client._Cache(path, "m")
     assert cache.answers.keys() == {f"{name}{i}" for name in "ab" for i in range(60)}
     assert cache.usage.total() == 240
     assert all(answer.text == answer.entry[0] * 20000 for answer in cache.answers.values())
@@ -240,7 +240,9 @@ def test_run_survives_a_killed_transformers_server(make, tmp_path) -> None:
         assert all(c.text and c.finish_reason in ("stop", "length") for c in first)
         rows = [json.loads(line) for line in lines(critic)]
         assert len(rows) == 6 and all(0 < row["completion_tokens"] <= 8 for row in rows)
-        assert all(row["prompt_tokens"] <= critic.estimate(["Say it|r10"])["prompt_tokens"] for row in rows)
+        assert all(
+            row["prompt_tokens"] <= critic.estimate([Request("Say it|r10", 8, 0.0)])["prompt_tokens"] for row in rows
+        )
         os.kill(server.pid, signal.SIGKILL)
         server.wait()
         with pytest.raises(EndpointError, match="run the same command again"):

@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 from endpoint_server import KEY, NAMES, Reply, ask, failed, lines, replied, serving
 
-from jaxsi.stages import endpoint
-from jaxsi.stages.endpoint import Answer, EndpointError
+from jaxsi.stages import endpoint_client
+from jaxsi.stages.endpoint_client import Answer, EndpointError, Request
 
 # -------------------------------------------------------------------------------------------------------------- retries
 
@@ -79,7 +79,7 @@ def test_retry_after_may_be_a_date(make) -> None:
 
 
 def test_error_ends_the_waits_of_other_threads(make, monkeypatch) -> None:
-    monkeypatch.setattr(endpoint, "FIRST_WAIT", 60.0)
+    monkeypatch.setattr(endpoint_client, "FIRST_WAIT", 60.0)
     refused = threading.Event()
 
     def play(name: str, before: int) -> Reply:
@@ -213,7 +213,7 @@ def test_invalid_settings_are_errors(make, changes, message) -> None:
 
 def test_estimate_of_calls_tokens_and_cost(make) -> None:
     critic = make("http://127.0.0.1:9/v1", prompt_price=1.0, completion_price=10.0)
-    estimate = critic.estimate(["a" * 300, "好" * 100])
+    estimate = critic.estimate([Request(text, 8, 0.0) for text in ("a" * 300, "好" * 100)])
     assert estimate == {"calls": 2, "prompt_tokens": 264, "completion_tokens": 16, "cost": pytest.approx(424e-6)}
     assert critic.estimate([]) == {"calls": 0, "prompt_tokens": 0, "completion_tokens": 0, "cost": 0.0}
 
@@ -223,7 +223,7 @@ def test_nothing_is_asked_that_may_exceed_a_cap(make, cap) -> None:
     prices = {"prompt_price": 1.0, "completion_price": 1.0}
     with serving(lambda name, before: replied()) as server:
         critic = make(server, **prices, **cap)
-        assert critic.estimate(["Say it|r00"] * 12)["prompt_tokens"] == 12 * 35
+        assert critic.estimate([Request("Say it|r00", 8, 0.0)] * 12)["prompt_tokens"] == 12 * 35
         with pytest.raises(EndpointError, match=r"may come to .*raise the cap"):
             ask(critic, *(f"r{i:02}" for i in range(12)))  # at most 12 * 43 = 516
         assert not server.names
@@ -248,7 +248,7 @@ def test_tokens_of_another_run_count_towards_the_cap_at_once(make) -> None:
     def play(name: str, before: int) -> Reply:
         if name == "r1":
             other = Answer(entry="x", model="m", text="", finish_reason="stop", prompt_tokens=450, completion_tokens=0)
-            endpoint._Cache(Path(critic.cache), "m").add(other)
+            endpoint_client._Cache(Path(critic.cache), "m").add(other)
         return replied()
 
     with serving(play) as server:

@@ -12,10 +12,12 @@ import tiny
 from jaxsi.lm import LM
 from jaxsi.runs.records import Critique, Improvement, Judgment, Prompt, Response, Revision, read_jsonl, write_jsonl
 from jaxsi.sampling.generate import SamplingConfig
+from jaxsi.stages import judges
 from jaxsi.stages.critique import CritiqueConfig, marked_response
 from jaxsi.stages.improve import best_of_n, pit, rounds, seft, self_refine, srt
 from jaxsi.stages.improve.rounds import Method, Scored, improve, next_record, round_statistics
-from jaxsi.stages.judge import JudgeConfig
+from jaxsi.stages.judge import JudgeConfig, judge
+from jaxsi.stages.judges import RewardJudge
 from jaxsi.stages.prompts.reviser import ReviserTemplate
 from jaxsi.stages.prompts.self_refine import SelfRefineTemplate
 from jaxsi.stages.reviser import ReviseConfig, label_probs
@@ -415,18 +417,21 @@ def test_best_of_n_ignores_responses_without_a_score(lm, monkeypatch):
 
 def test_scores_of_a_judge_and_of_a_reward_model(lm, monkeypatch):
     responses = [response("p0", "cat."), response("p1", "axe red.")]
-    judge = best_of_n.judged(lm, RUBRIC, JudgeConfig(num_samples=2, max_new_tokens=4, expected=True))
-    scores = judge(PROMPTS, responses, jax.random.key(0))
+    cfg = JudgeConfig(num_samples=2, max_new_tokens=4, expected=True)
+    by_model = best_of_n.scored_by(judge, lm, RUBRIC, cfg)
+    scores = by_model(PROMPTS, responses, jax.random.key(0))
     assert all(0 <= scored.score <= 5 and scored.tokens > 0 for scored in scores)
     reward_lm = with_scalar_head(tiny.make_lm(seed=1))
     reward_lm = dataclasses.replace(reward_lm, weights=reward_lm.weights | {"score": reward_lm.weights["score"] + 0.1})
     long = response("p2", "cat " * 300)
-    scores = best_of_n.rewarded(reward_lm, lm)(PROMPTS, [*responses, long], jax.random.key(0))
+    monkeypatch.setattr(judges, "placed", lambda model, lm: {"reward": reward_lm, "writer": lm}[model])
+    by_reward = best_of_n.scored_by(RewardJudge("reward"), lm, RUBRIC, cfg)
+    scores = by_reward(PROMPTS, [*responses, long], jax.random.key(0))
     texts = [reward_sequence(lm.tokenizer, p.messages, r) for p, r in zip(PROMPTS, responses, strict=False)]
     assert [scored.score for scored in scores[:2]] == pytest.approx(rewards(reward_lm, texts).tolist())
     assert scores[2] == Scored(None, 0)
     with pytest.raises(RewardError, match="scalar head"):
-        best_of_n.rewarded(lm, lm)
+        best_of_n.scored_by(RewardJudge("writer"), lm, RUBRIC, cfg)(PROMPTS, responses, jax.random.key(0))
     invalid = Judgment(id="p0#0", prompt_id="p0", scores=(None,), score=None, texts=(), fingerprint="f", template="t")
-    monkeypatch.setattr(best_of_n, "judge", lambda *args: [invalid])
-    assert judge(PROMPTS, responses[:1], jax.random.key(0)) == [Scored(None, 0)]
+    by_nothing = best_of_n.scored_by(lambda *args: [invalid], lm, RUBRIC, cfg)
+    assert by_nothing(PROMPTS, responses[:1], jax.random.key(0)) == [Scored(None, 0)]

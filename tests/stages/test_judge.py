@@ -23,6 +23,8 @@ RUBRIC = Rubric(name="test", template="Q: {prompt}\nA: {response}\nReason, then 
 class CharTokenizer(Tokenizer):
     """One id per character; 0 ends a text. A stand-in for tests in which only lengths and ids count."""
 
+    opens_thought = False
+
     def __init__(self):
         self.template_hash = "template"
 
@@ -38,7 +40,7 @@ def lm(monkeypatch):
     def render(tokenizer, messages):
         return tokenizer.encode_text("".join(message["content"] for message in messages))
 
-    monkeypatch.setattr("jaxsi.stages.judge.render_prompt", render)
+    monkeypatch.setattr("jaxsi.stages.verdicts.render_prompt", render)
     lm = object.__new__(LM)
     lm.__dict__.update(config=SimpleNamespace(max_positions=400), tokenizer=CharTokenizer(), fingerprint="weights")
     return lm
@@ -148,7 +150,7 @@ def test_judge_prompt_that_does_not_fit_is_invalid_and_not_cut(lm, monkeypatch, 
     assert short.score is not None
     assert (long.scores, long.score, long.texts) == ((None, None), None, ())
     assert [p.id for call in calls for p in call.prompts] == ["p#0"]
-    assert judgment_statistics([short, long], low=0, high=5)["too_long"] == 1
+    assert judgment_statistics([short, long], RUBRIC)["too_long"] == 1
 
 
 def test_limit_counts_prompt_and_new_tokens(lm, monkeypatch):
@@ -270,7 +272,7 @@ def test_statistics():
         judgment("c", 0, 2, 2),
         judgment("c", 1, None, None, texts=()),
     ]
-    stats = judgment_statistics(judgments, low=0, high=5)
+    stats = judgment_statistics(judgments, RUBRIC)
     assert stats["judged"] == 6 and stats["unscored"] == 1 and stats["too_long"] == 1
     assert stats["parse_rate"] == 9 / 12 and stats["tie_rate"] == 1 / 2
     assert stats["histogram"] == {"0": 0.0, "1": 1 / 9, "2": 2 / 9, "3": 1 / 9, "4": 5 / 9, "5": 0.0}
@@ -281,12 +283,12 @@ def test_statistics():
 
 def test_alarms():
     always_five = [judgment(p, n, 5, 5) for p in "ab" for n in range(2)]
-    assert judgment_statistics(always_five, low=0, high=5)["alarms"] == ["one_score", "ties"]
-    assert judgment_statistics(always_five, low=0, high=5)["entropy"] == 0.0
+    assert judgment_statistics(always_five, RUBRIC)["alarms"] == ["one_score", "ties"]
+    assert judgment_statistics(always_five, RUBRIC)["entropy"] == 0.0
     silent = [judgment("a", n, None, None) for n in range(2)]
-    stats = judgment_statistics(silent, low=0, high=5)
+    stats = judgment_statistics(silent, RUBRIC)
     assert stats["alarms"] == ["parse_rate"] and stats["mean"] is None and stats["tie_rate"] is None
-    assert judgment_statistics([], low=0, high=5)["parse_rate"] is None
+    assert judgment_statistics([], RUBRIC)["parse_rate"] is None
 
 
 def test_compare_by_prompt():
@@ -336,7 +338,7 @@ def test_random_weights_can_judge_by_the_expected_score(tmp_path):
 
 def test_low_parse_rate_stops_the_method(caplog):
     silent = [judgment("p", n, None, None, 3 if n == 0 else None) for n in range(4)]
-    statistics = judgment_statistics(silent, low=0, high=5)
+    statistics = judgment_statistics(silent, RUBRIC)
     with pytest.raises(ValueError, match=r"8.3% of the judgments have a score.*min_parse_rate = 10.0%"):
         check_judge(statistics, JudgeConfig())
     assert "parse_rate" in caplog.text
@@ -344,5 +346,5 @@ def test_low_parse_rate_stops_the_method(caplog):
 
 
 def test_statistics_cover_the_range_of_the_rubric():
-    statistics = judgment_statistics([judgment("p", n, n) for n in range(6, 11)], low=0, high=10)
+    statistics = judgment_statistics([judgment("p", n, n) for n in range(6, 11)], dataclasses.replace(RUBRIC, high=10))
     assert statistics["histogram"]["10"] == statistics["histogram"]["6"] == 0.2 and not statistics["alarms"]

@@ -16,6 +16,7 @@ from jaxsi.stages.prompts import (
     render_few_shot,
     up_to_verdict,
 )
+from jaxsi.stages.prompts.comparison import RubricError, read_rubric
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 
@@ -215,11 +216,11 @@ def test_up_to_verdict(text, target):
 )
 def test_force_marker_ends_before_the_verdict(text, forced):
     assert force_marker(text, "Score:") == forced
-    assert [parse_score(forced + score) for score in load_rubric().score_strings] == [0, 1, 2, 3, 4, 5]
+    assert [parse_score(forced + score) for score in load_rubric().choices] == [0, 1, 2, 3, 4, 5]
 
 
 def test_judge_template_matches_the_golden_file():
-    rendered = load_rubric("self_rewarding_judge").render("Why is the sky blue?", "Because of Rayleigh scattering.")
+    rendered = load_rubric().render("Why is the sky blue?", "Because of Rayleigh scattering.")
     assert rendered + "\n" == (GOLDEN / "self_rewarding_judge.txt").read_text(encoding="utf-8")
 
 
@@ -270,8 +271,8 @@ def test_invalid_rubrics_are_errors(fields):
 
 
 def test_error_of_an_unknown_rubric_lists_the_shipped_ones():
-    with pytest.raises(ValueError, match="'nope' is unknown; shipped: self_rewarding_judge"):
-        load_rubric("nope")
+    with pytest.raises(RubricError, match="'nope' is neither a file nor shipped; shipped are pairwise_judge, ranking"):
+        read_rubric("nope")
 
 
 def test_question_text_names_the_roles_of_a_conversation():

@@ -20,24 +20,25 @@ from jaxsi.stages.improve.rounds import (
     fault_of,
     has_response,
     next_record,
-    reads_as,
     token_count,
 )
-from jaxsi.stages.judge import JudgeConfig, judge
-from jaxsi.stages.prompts import Rubric
-from jaxsi.training.reward import lm_config, reward_sequence, rewards
+from jaxsi.stages.judges import Judge
+from jaxsi.stages.prompts.comparison import AnyRubric
+from jaxsi.stages.verdicts import JudgeConfig
 
 
-def best_of_n(lm: LM, sampling: SamplingConfig, scorer: Scorer) -> Method:
-    """After round r: the best, by ``scorer``, of r x ``sampling.num_samples`` responses, the draft included."""
+def best_of_n(lm: LM, sampling: SamplingConfig, scorer: Scorer, *, compares: bool = False) -> Method:
+    """After round r: the best, by ``scorer``, of r x ``sampling.num_samples`` responses, the draft included.
+    ``compares``: scores mean something among the responses that are scored together only, so the best one of the rounds
+    before is scored again beside the new ones."""
     if sampling.num_samples < 2:
         raise ValueError(f"num_samples is {sampling.num_samples}; best of n needs at least 2 samples")
-    one_round = functools.partial(best_of_n_round, lm, sampling=sampling, scorer=scorer)
+    one_round = functools.partial(best_of_n_round, lm, sampling=sampling, scorer=scorer, compares=compares)
     return Method(drafter(lm, sampling), one_round, has_response)
 
 
 def best_of_n_round(
-    lm: LM, items: Sequence[Item], key: jax.Array, *, sampling: SamplingConfig, scorer: Scorer
+    lm: LM, items: Sequence[Item], key: jax.Array, *, sampling: SamplingConfig, scorer: Scorer, compares: bool
 ) -> list[Improvement]:
     """Adds samples (in round 1 the draft is the first) and takes the best of them if it scores strictly higher than the
     response before. Samples that were cut off, are empty or have no score are never taken."""
@@ -49,14 +50,14 @@ def best_of_n_round(
     for r in generate(lm, prompts, key=fold(key, "samples"), **settings):
         place = start + r.sample
         samples[r.prompt_id].append(dataclasses.replace(r, id=f"{r.prompt_id}#{place}", sample=place))
-    drafts = [past[-1].response for _, past in items] if number == 1 else []
+    drafts = [past[-1].response for _, past in items] if number == 1 or compares else []
     candidates = [r for r in [*drafts, *(r for rows in samples.values() for r in rows)] if fault_of(r) is None]
     scores = scorer(prompts, candidates, fold(key, "scores")) if candidates else []
     scored_by_id = {response.id: scored for response, scored in zip(candidates, scores, strict=True)}
 
     def record(past: Past) -> Improvement:
         last, new = past[-1], samples[past[-1].prompt_id]
-        responses = [last.response, *new] if number == 1 else new
+        responses = [last.response, *new]
         tokens = sum(map(token_count, new)) + sum(scored_by_id[r.id].tokens for r in responses if r.id in scored_by_id)
         old_score = scored_by_id[last.response.id].score if last.response.id in scored_by_id else last.score
         rivals = [(score, r) for r in new if r.id in scored_by_id and (score := scored_by_id[r.id].score) is not None]
@@ -70,28 +71,14 @@ def best_of_n_round(
     return [record(past) for _, past in items]
 
 
-def judged(lm: LM, rubric: Rubric, cfg: JudgeConfig) -> Scorer:
-    """Scores by the mean of an LLM judge's scores; None if no verdict parses or the request does not fit."""
+def scored_by(judging: Judge, lm: LM, rubric: AnyRubric, cfg: JudgeConfig) -> Scorer:
+    """Scores by a judge: the model ``lm`` itself (``judge.judge``), or one of ``stages.judges``; None if no verdict
+    parses or the request does not fit. Tokens are counted by the tokenizer of ``lm``."""
 
     def score(prompts: Sequence[Prompt], responses: Sequence[Response], key: jax.Array) -> list[Scored]:
-        judgments = judge(lm, prompts, responses, rubric, cfg, key)
-        return [Scored(j.score, sum(len(lm.tokenizer.encode_text(text)) for text in j.texts)) for j in judgments]
-
-    return score
-
-
-def rewarded(reward_lm: LM, lm: LM, batch_size: int = 64) -> Scorer:
-    """Scores by a reward model r(x, y); None if the text is longer than its context. ``lm`` is the model that samples.
-
-    Raises: RewardError: if ``reward_lm`` has no scalar head.
-    """
-    limit, read = lm_config(reward_lm).max_positions, reads_as(reward_lm, lm)
-
-    def score(prompts: Sequence[Prompt], responses: Sequence[Response], key: jax.Array) -> list[Scored]:
-        messages = {prompt.id: prompt.messages for prompt in prompts}
-        texts = [reward_sequence(reward_lm.tokenizer, messages[r.prompt_id], read(r)) for r in responses]
-        fitting = [i for i, text in enumerate(texts) if len(text.tokens) <= limit]
-        values = dict(zip(fitting, rewards(reward_lm, [texts[i] for i in fitting], batch_size=batch_size), strict=True))
-        return [Scored(float(values[i]) if i in values else None, 0) for i in range(len(texts))]
+        judgments = judging(lm, prompts, responses, rubric, cfg, key)
+        return [
+            Scored(j.score, sum(len(lm.tokenizer.encode_text(text)) for text in j.texts if text)) for j in judgments
+        ]
 
     return score

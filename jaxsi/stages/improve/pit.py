@@ -24,12 +24,11 @@ from jaxsi.stages.improve.rounds import (
     drafter,
     fault_of,
     next_record,
-    reads_as,
     token_count,
 )
 from jaxsi.stages.prompts import ask_to_improve
 from jaxsi.text.chat import render_prompt
-from jaxsi.training.reward import lm_config
+from jaxsi.training.reward import lm_config, reads_as
 
 
 def pit(

@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib import resources
 from importlib.resources.abc import Traversable
+from typing import ClassVar
 
 from jaxsi.runs.config_snapshot import stored_as
 from jaxsi.runs.records import Message
@@ -28,7 +29,7 @@ _OUT_OF = re.compile(r"[\])}>*\s]*(?:/|out of\b)[\s\[({<*]*([0-9]+(?:[.,][0-9]+)
 _UNIT = re.compile(r"[\])}>*\"'”’]*[ \t]*(?:points?\b|分|点)?", re.IGNORECASE)
 _CLOSING = re.compile(r"(?:[ ]*/[ ]*[0-9]+)?[\])}>*.]*")
 _CLOSED = re.compile(r"[\s\])}>*_.\"'”’]+")
-_SLOT = re.compile(r"\{(prompt|response)\}")
+_SLOT = re.compile(r"\{(prompt|response|response_a|response_b|responses)\}")
 _LIST_ITEM = re.compile(r"(?:[-*•]|[0-9]+[.)])(?:\s+|$)")
 
 
@@ -47,6 +48,7 @@ class Rubric:
     marker: str = "Score:"
     low: int = 0
     high: int = 5
+    step: ClassVar[float] = 1.0
 
     def __post_init__(self) -> None:
         check_slots(f"rubric {self.name!r}", self.template)
@@ -61,9 +63,9 @@ class Rubric:
             )
 
     @property
-    def score_strings(self) -> tuple[str, ...]:
-        """What may follow `marker`: `(" 0", " 1", ..., " 5")`, lowest first."""
-        return tuple(f" {value}" for value in range(self.low, self.high + 1))
+    def choices(self) -> dict[str, float]:
+        """What may follow `marker`, and its score: `{" 0": 0.0, ..., " 5": 5.0}`, lowest first."""
+        return {f" {value}": float(value) for value in range(self.low, self.high + 1)}
 
     def render(self, prompt_text: str, response_text: str) -> str:
         """The judge prompt."""
@@ -73,33 +75,37 @@ class Rubric:
         """`parse_score` within this rubric's range."""
         return parse_score(generated, self.low, self.high, cut_off=cut_off)
 
+    def forced(self, text: str) -> str:
+        """A judge's text up to where one of the `choices` follows."""
+        return force_marker(text, self.marker)
 
-def check_slots(name: str, template: str) -> None:
-    """Raises: ValueError: if a template does not have the slots `{prompt}` and `{response}` once each."""
-    slots = sorted(_SLOT.findall(template))
-    if slots != ["prompt", "response"]:
-        raise ValueError(
-            f"{name}: the template has the slots {slots}; it needs {{prompt}} and {{response}} exactly once each"
-        )
+
+def slots_of(template: str) -> list[str]:
+    """The names of the slots of a template, in the order of the alphabet."""
+    return sorted(_SLOT.findall(template))
+
+
+def check_slots(name: str, template: str, needed: Sequence[str] = ("prompt", "response")) -> None:
+    """Raises: ValueError: if a template does not have each of the slots once, and no other."""
+    slots = slots_of(template)
+    if slots != sorted(needed):
+        names = " and ".join(f"{{{slot}}}" for slot in needed)
+        raise ValueError(f"{name}: the template has the slots {slots}; it needs {names} exactly once each")
 
 
 def fill_slots(template: str, prompt_text: str, response_text: str) -> str:
-    """A template with both texts inserted unchanged, in one pass: a slot name inside a text stays text."""
-    values = {"prompt": prompt_text, "response": response_text}
-    return _SLOT.sub(lambda slot: values[slot[1]], template)
+    """`fill` for the slots `{prompt}` and `{response}`."""
+    return fill(template, prompt=prompt_text, response=response_text)
 
 
-def load_rubric(name: str = "self_rewarding_judge") -> Rubric:
-    """The rubric of a template shipped in this package, with scores 0 to 5.
+def fill(template: str, **values: str) -> str:
+    """A template with the texts inserted unchanged, in one pass: a slot name inside a text stays text."""
+    return _SLOT.sub(lambda slot: values.get(slot[1], slot[0]), template)
 
-    Raises: ValueError: if no shipped rubric has this name; it lists the names.
-    """
-    known = sorted(path.name.removesuffix(".txt") for path in _folder().iterdir() if path.name.endswith("_judge.txt"))
-    if name not in known:
-        raise ValueError(
-            f"rubric {name!r} is unknown; shipped: {', '.join(known)}. For your own template, build a Rubric"
-        )
-    return Rubric(name=name, template=load_template(name))
+
+def load_rubric() -> Rubric:
+    """The rubric of the Self-Rewarding paper, with scores 0 to 5. `comparison.read_rubric` reads others."""
+    return Rubric(name="self_rewarding_judge", template=load_template("self_rewarding_judge"))
 
 
 def load_template(name: str) -> str:

@@ -5,6 +5,7 @@ from typing import Any
 
 from jaxsi.cli.arguments import Model
 from jaxsi.cli.command import Report, parse
+from jaxsi.cli.judges import rubric_for
 from jaxsi.cli.stored import Mesh, mesh_for, stored_config, stored_value
 from jaxsi.cli.tables import figures_table
 
@@ -31,7 +32,6 @@ def toy(argv: list[str]) -> Report:
     args = parse(Toy, argv, "jaxsi eval toy", DESCRIPTION)
     from jaxsi.lm import load
     from jaxsi.stages.judge import JudgeConfig
-    from jaxsi.stages.prompts import Rubric
     from jaxsi.toyworld.corpus import RUBRIC
     from jaxsi.toyworld.evaluate import ToyEvaluation
 
@@ -41,7 +41,7 @@ def toy(argv: list[str]) -> Report:
     if stored is not None:
         dtype = stored["sampling"]["dtype"]
     if stored is not None and {"rubric", "judge"} <= set(stored):  # only one of the methods has a judge
-        rubric, judge = stored_value(Rubric, stored["rubric"]), stored_value(JudgeConfig, stored["judge"])
+        rubric, judge = rubric_for(None, args.model), stored_value(JudgeConfig, stored["judge"])
         stored_evaluation = stored["evaluate"]
         if isinstance(stored_evaluation, dict) and stored_evaluation["__type__"].endswith("evals.toy.ToyEvaluation"):
             evaluation = stored_value(ToyEvaluation, stored_evaluation)

@@ -86,9 +86,7 @@ def critic_of(text: str, cache: Path) -> Any:
 def _with_settings(cls: type, given: dict[str, Any], words: list[str], text: str) -> Any:
     """``cls(**given, name=value...)``, each value converted to the type of its field."""
     hints = typing.get_type_hints(cls)
-    names = [
-        field.name for field in dataclasses.fields(cls) if field.name not in given and _plain_type(hints[field.name])
-    ]
+    names = [field.name for field in dataclasses.fields(cls) if _plain_type(hints[field.name])]
     for word in words:
         name, equals, value = word.partition("=")
         if not equals or name not in names:
@@ -98,11 +96,14 @@ def _with_settings(cls: type, given: dict[str, Any], words: list[str], text: str
         try:
             given[name] = {"true": True, "false": False}[value.lower()] if convert is bool else convert(value)
         except (KeyError, ValueError):
-            raise UsageError(f"judge {text!r}: {name} is {value!r}; give a {convert.__name__}") from None
+            raise UsageError(f"judge {text!r}: {name} is {value!r}; give {_KINDS_OF_VALUES[convert]}") from None
     try:
         return cls(**given)
     except ValueError as error:
         raise UsageError(f"judge {text!r}: {error}") from error
+
+
+_KINDS_OF_VALUES = {bool: "true or false", int: "a whole number", float: "a number", str: "a text"}
 
 
 def _plain_type(hint: Any) -> type | None:
@@ -135,7 +136,8 @@ def with_judges(cfg: Any, directory: Path, *, judging: str | None, rubric: str |
 
 
 def _in_its_place(cfg: Any, changes: dict[str, Any]) -> Any:
-    """Self-Rewarding has a judge; SRT's scoring, PIT's rewarding and the target of SEFT's internal rounds may be one."""
+    """Self-Rewarding has a judge. A judge may also be SRT's scoring, PIT's rewarding, or what SEFT's internal rounds
+    choose by."""
     from jaxsi.stages.judges import GapsBy, Judged, ScoringBy, TargetsBy
 
     if hasattr(cfg, "judging"):

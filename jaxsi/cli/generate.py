@@ -81,7 +81,7 @@ def generate(argv: list[str]) -> Report:
         settings=settings | {"dtype": args.dtype} | chat_of(lm),
         seed=args.seed,
     )
-    responses = write_in_parts(args.out, parts, prompts, sample_part, Response)
+    responses = write_in_parts(args.out, parts, prompts, sample_part, Response, by=lm)
     seconds = time.monotonic() - start
     tokens = sum(len(response.token_ids) for response in responses)
     value = {

@@ -16,7 +16,14 @@ from jaxsi.sampling.generate import SamplingConfig
 from jaxsi.stages.critique import CritiqueConfig
 from jaxsi.stages.judge import JudgeConfig
 from jaxsi.stages.reviser import ReviseConfig
-from jaxsi.stages.self_instruct import PromptFile, PromptList, SelfInstruct, read_source, without_used
+from jaxsi.stages.self_instruct import (
+    PromptFile,
+    PromptList,
+    SelfInstruct,
+    check_used,
+    read_source,
+    without_used,
+)
 from jaxsi.text.chat import render_prompt
 from jaxsi.text.tokenizer import Tokenizer, load_tokenizer
 from jaxsi.training.rl import RLConfig
@@ -32,7 +39,8 @@ class PreflightError(InputError, ValueError):
 
 def check(cfg: Any, directory: Path) -> None:
     """Raises if a run of ``cfg`` in ``directory`` is bound to fail: no such model, a mesh that does not fit, lengths
-    beyond the model's positions, an over-long prompt, fewer prompts than iterations that are left.
+    beyond the model's positions, a prompt that is too long or that the chat template refuses, used prompts that are
+    gone from their file, fewer prompts than iterations that are left.
 
     ``cfg`` is the Config of any method: its parts are known by their types.
     """
@@ -65,6 +73,9 @@ def check(cfg: Any, directory: Path) -> None:
     if isinstance(source, PromptFile | PromptList):
         prompts, place = read_source(source), source.path if isinstance(source, PromptFile) else "prompts"
         repeat = isinstance(source, PromptFile) and source.repeat
+        if isinstance(source, PromptFile):
+            files = sorted(directory.glob("iter_*/prompts.jsonl"))
+            check_used(source, prompts, [prompt for file in files for prompt in read_jsonl(file, Prompt)])
         first = FIRST_WITH_PROMPTS.get(type(cfg))
         if first is not None and not repeat:
             _check_supply(place, prompts, directory, range(first, cfg.iterations + 1))

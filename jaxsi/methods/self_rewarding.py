@@ -22,9 +22,9 @@ from collections.abc import Callable
 from typing import Any
 
 from jaxsi.lm import LM, borrowed
-from jaxsi.methods.lifecycle import begin, carried_over, keep, report
+from jaxsi.methods.lifecycle import begin, carried_over, keep, report, same_model
 from jaxsi.model.mesh import MeshConfig
-from jaxsi.runs.config_snapshot import stored_as
+from jaxsi.runs.config_snapshot import may_move, stored_as
 from jaxsi.runs.records import Judgment, PreferencePair, Prompt, RankedResponses, Response, SFTExample
 from jaxsi.runs.run import Run, Scope
 from jaxsi.sampling.generate import SamplingConfig, generate, sample
@@ -91,9 +91,11 @@ class Config:
     ``evaluate(lm, config, scope)`` gives the figures of an iteration's summary.
     """
 
-    model: str
+    model: str = dataclasses.field(metadata=may_move())
     seed_data: SeedData | None = None
-    prompts: SelfInstruct | PromptFile | PromptList
+    prompts: SelfInstruct | PromptFile | PromptList = dataclasses.field(
+        metadata=may_move("generator", identity="iter_0/generator.json", made="iter_*/prompts.jsonl")
+    )
     sampling: SamplingConfig = SamplingConfig()
     judge: JudgeConfig = JudgeConfig()
     rubric: Rubric = load_rubric()
@@ -201,6 +203,8 @@ def next_prompts(cfg: Config, base: LM, run: Run, t: int) -> tuple[list[Prompt],
         return prompts, {"kept": len(prompts)}
     made_by = cfg.prompts.generator
     generator = base if made_by is None else borrowed(made_by, cfg.sampling.dtype, base.mesh)
+    if made_by is not None:
+        same_model(run.at("iter_0"), "generator", made_by, generator)
     ift = run.at("iter_1").finished("ift", of=SFTExample)
     seeds = [Prompt(id=example.id, messages=example.messages) for example in ift]
     known, key = texts | {prompt.text for prompt in earlier}, run.at(f"iter_{t}").key("prompts")

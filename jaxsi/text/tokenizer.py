@@ -37,6 +37,7 @@ _SAVED_FILES = (
     *("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
     *("vocab.json", "merges.txt", "chat_template.jinja"),
 )
+_PANGRAM = "Sphinx of black quartz, judge my vow: 1,234.5 €\n\n\tif x == 'ü': return [\"日本語\", 67890]  # Ω"
 
 
 class Tokenizer:
@@ -114,6 +115,12 @@ class Tokenizer:
         switches = {name: self.chat.thinking != "off" for name in SWITCHES if name in reads}
         date = {"strftime_now": clock(self._date())} if "strftime_now" in reads else {}
         return switches | date | variables
+
+    @functools.cached_property
+    def fingerprint(self) -> str:
+        """16 hex digits that change with the ids of texts, of control strings and of the ends of a response."""
+        ids = [self.vocab_size, sorted(self.controls.ids.items()), self.stop_ids, self.encode_text(_PANGRAM)]
+        return hashlib.sha256(json.dumps(ids).encode("utf-8")).hexdigest()[:16]
 
     @functools.cached_property
     def opens_thought(self) -> bool:

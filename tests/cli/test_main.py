@@ -443,7 +443,16 @@ def test_interrupted_generate_goes_on_after_its_last_part(world, tmp_path, capsy
     assert "seed: 0 -> 1" in err
     assert len(calls) == 2
 
+    # What counts is the content: copies at another place are the same, another chat template is not.
+    copies = shutil.copytree(world, tmp_path / "copies", ignore=shutil.ignore_patterns("run"))
+    template = copies / "model" / "chat_template.jinja"
+    template.write_text(template.read_text() + "\n\n")
+    command[1], command[3] = copies / "model", copies / "prompts.jsonl"
+    assert "was sampled by weights" in failure(capsys, *command, "-o", out)
+    assert len(calls) == 2
+    shutil.copy(world / "model" / "chat_template.jinja", template)
     again = json_of(capsys, *command, "-o", out)
+    shutil.rmtree(copies)
     assert len(calls) == 4  # the second and third prompts
     assert out.read_bytes() == whole.read_bytes()
     assert again["tokens"] == value["tokens"]

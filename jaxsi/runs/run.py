@@ -307,14 +307,15 @@ class Scope:
     def _timed(self, name: str) -> Iterator[Callable[[int | None], None]]:
         preemption.check()
         self.run.journal(self.name, name, "start")
-        start, around, self.run.inside = time.monotonic(), self.run.inside, 0.0
+        with progress(f"{self.name}/{name}"):
+            start, around, self.run.inside = time.monotonic(), self.run.inside, 0.0
 
-        def done(count: int | None) -> None:
-            seconds = time.monotonic() - start
-            self.run.journal(self.name, name, "done", seconds=seconds - self.run.inside, records=count)
-            self.run.inside = around + seconds
+            def done(count: int | None) -> None:
+                seconds = time.monotonic() - start
+                self.run.journal(self.name, name, "done", seconds=seconds - self.run.inside, records=count)
+                self.run.inside = around + seconds
 
-        yield done
+            yield done
 
     def _reused(self, name: str, records: list[Record]) -> list[Record]:
         self.run.journal(self.name, name, "reused", records=len(records))

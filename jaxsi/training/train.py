@@ -18,7 +18,7 @@ from jaxsi.model import decoder, mesh as meshlib
 from jaxsi.model.decoder import ModelConfig, Remat, Weights
 from jaxsi.runs import preemption
 from jaxsi.runs.config_snapshot import may_change, stored_as
-from jaxsi.runs.progress import progress
+from jaxsi.runs.progress import piece, progress
 from jaxsi.runs.records import PreferencePair, SFTExample
 from jaxsi.runs.run import Scope
 from jaxsi.training import losses, optim, resume
@@ -465,13 +465,15 @@ def reference_logps(lm: LM, encoded: Sequence[tuple[Sequence_, Sequence_]], conf
     zeros = [(0.0, 0.0)] * len(encoded)
     batches = pair_batches(lm, encoded, zeros, micro, epochs=1, seed=0, min_length=config.min_length)
     out = np.zeros((len(encoded), 2), np.float32)
-    for step in range(len(batches)):
-        preemption.check()
-        rows = [int(i) for i in np.atleast_1d(np.asarray(batches.plan[step]))]
-        logps_B2 = reference_pair_logps(
-            lm.weights, batches[step], config=lm.config, mesh=lm.mesh, dtype=config.dtype, remat=config.remat
-        )
-        out[rows] = meshlib.fetch(logps_B2)[: len(rows)]
+    with piece("log-probabilities of pairs", len(encoded)) as advance:
+        for step in range(len(batches)):
+            preemption.check()
+            rows = [int(i) for i in np.atleast_1d(np.asarray(batches.plan[step]))]
+            logps_B2 = reference_pair_logps(
+                lm.weights, batches[step], config=lm.config, mesh=lm.mesh, dtype=config.dtype, remat=config.remat
+            )
+            out[rows] = meshlib.fetch(logps_B2)[: len(rows)]
+            advance(len(rows), True)
     return out.tolist()
 
 

@@ -21,7 +21,7 @@ from jaxsi.runs.named_keys import name_words
 from jaxsi.runs.records import Prompt, Response, as_prompts
 from jaxsi.sampling import engine
 from jaxsi.sampling.token_sampling import MAX_MARKER, MAX_STOPS, Settings
-from jaxsi.text.chat import marker_ids, read_response, render_prompt
+from jaxsi.text.chat import marker_ids, naming, read_response, render_prompt
 from jaxsi.text.chat_config import Thought
 
 
@@ -210,7 +210,10 @@ def generate(
     _check_settings(temperature, top_p, top_k, max_new_tokens, num_samples)
     records = as_prompts(prompts)
     key = jax.random.key(seed) if key is None else key
-    ids = [render_prompt(lm.tokenizer, p.messages) for p in records]
+    ids = []
+    for p in records:
+        with naming(f"prompt {p.id!r}"):
+            ids.append(render_prompt(lm.tokenizer, p.messages))
     for p, row in zip(records, ids, strict=True):
         if len(row) > lm.config.max_positions - max_new_tokens:
             raise PromptTooLongError(

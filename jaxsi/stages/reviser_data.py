@@ -18,7 +18,7 @@ from jaxsi.runs.records import Message, RankedResponses, SFTExample
 from jaxsi.sampling import scoring
 from jaxsi.stages.pairs import check_rankings
 from jaxsi.stages.prompts.reviser import ReviserTemplate
-from jaxsi.text.chat import render_prompt, render_response
+from jaxsi.text.chat import naming, render_prompt, render_response
 from jaxsi.text.tokenizer import Tokenizer
 
 
@@ -84,7 +84,8 @@ def longest_text(tokenizer: Tokenizer, pair: RevisionPair, template: ReviserTemp
     """Tokens of the longest text that the pair can become: the longest request plus the longest answer of any label."""
     requests = [ask(pair.messages, pair.response) for ask in (template.ask, template.ask_warm_up)]
     answers = [render_response(tokenizer, template.write(label, pair.target)) for label in template.labels]
-    return max(len(render_prompt(tokenizer, messages)) for messages in requests) + max(map(len, answers))
+    with naming(f"ranking {pair.id.rpartition('#')[0]!r}"):
+        return max(len(render_prompt(tokenizer, messages)) for messages in requests) + max(map(len, answers))
 
 
 @stored_as("revision_data.perplexities")

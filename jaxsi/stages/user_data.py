@@ -14,6 +14,7 @@ rows may be in any of these dialects:
 Other columns are ignored, and named once.
 """
 
+import contextlib
 import csv
 import io
 import json
@@ -88,6 +89,19 @@ def columns_of(words: Sequence[str]) -> dict[str, str]:
             raise ValueError(f"{word!r} is not of the form COLUMN=NAME; COLUMN is one of {', '.join(known)}")
         columns[column] = name
     return columns
+
+
+def place_of(
+    source: Path | str, id: str, *, columns: Columns | None = None, split: str = "train", **options: Any
+) -> int | None:
+    """The line, or the place from 1, of the row with this id; for errors about a row that was read. None if the source
+    is not read by rows, such as a function. Arguments as in `read_prompts`."""
+    with contextlib.suppress(RecordError):
+        for place, value in rows(source, split):
+            with contextlib.suppress(ValueError):
+                if _Row(value, place, columns or {}, set()).id() == id:
+                    return place
+    return None
 
 
 def _read(

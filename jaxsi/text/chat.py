@@ -1,9 +1,10 @@
 """Conversations to token ids, by a tokenizer and its chat template; text from outside never becomes a control id."""
 
+import contextlib
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
-from jaxsi.runs.records import Response
+from jaxsi.runs.records import Prompt, Response
 from jaxsi.text.chat_config import CLOSING, Thought, split_thought
 from jaxsi.text.chat_template import PROBE, ChatTemplateError, render_text
 from jaxsi.text.tokenizer import Tokenizer
@@ -52,6 +53,15 @@ def _hide(tokenizer: Tokenizer, messages: list[dict[str, str]]) -> tuple[list[di
     return safe, hidden
 
 
+@contextlib.contextmanager
+def naming(row: str) -> Iterator[None]:
+    """Adds the name of a row of the user's data to the errors of its rendering."""
+    try:
+        yield
+    except ChatTemplateError as error:
+        raise ChatTemplateError(f"{row}: {error}") from error
+
+
 def render_prompt(
     tokenizer: Tokenizer, messages: Sequence[Mapping[str, str]], *, add_generation_prompt: bool = True
 ) -> list[int]:
@@ -67,6 +77,12 @@ def render_prompt(
         tokenizer.chat_template, safe, tokenizer.variables, add_generation_prompt=add_generation_prompt
     )
     return _encode(tokenizer, rendered, hidden)
+
+
+def prompt_length(tokenizer: Tokenizer, prompt: Prompt) -> int:
+    """The number of tokens of a prompt; an error names the prompt."""
+    with naming(f"prompt {prompt.id!r}"):
+        return len(render_prompt(tokenizer, prompt.messages))
 
 
 def render_response(tokenizer: Tokenizer, text: str) -> list[int]:

@@ -19,7 +19,7 @@ from jaxsi.model.attention import SHARED
 from jaxsi.model.decoder import ModelConfig, parameters, windows
 from jaxsi.runs.records import PreferencePair, SFTExample
 from jaxsi.sampling.generate import bucket
-from jaxsi.text.chat import render_prompt, render_request, render_response
+from jaxsi.text.chat import naming, render_prompt, render_request, render_response
 from jaxsi.text.chat_config import CLOSING
 from jaxsi.text.tokenizer import Tokenizer
 
@@ -114,7 +114,8 @@ def encode_example(tokenizer: Tokenizer, example: SFTExample) -> Sequence_:
     """Encodes a supervised example. If the template begins a thought, it is closed in the prompt, outside the loss;
     a response that has a thought of its own follows the prompt as it is."""
     head = render_prompt if CLOSING in example.response else render_request
-    return encode(head(tokenizer, example.messages), render_response(tokenizer, example.response))
+    with naming(f"example {example.id!r}"):
+        return encode(head(tokenizer, example.messages), render_response(tokenizer, example.response))
 
 
 def encode_pair(tokenizer: Tokenizer, pair: PreferencePair) -> tuple[Sequence_, Sequence_]:
@@ -132,10 +133,12 @@ def encode_pair(tokenizer: Tokenizer, pair: PreferencePair) -> tuple[Sequence_, 
             )
     if tokenizer.chat.thinking == "strip" and (pair.chosen.reasoning or pair.rejected.reasoning):
         plain = tokenizer.with_chat(dataclasses.replace(tokenizer.chat, thinking="off"))
-        prompt_ids = render_request(plain, pair.messages)
+        with naming(f"pair {pair.id!r}"):
+            prompt_ids = render_request(plain, pair.messages)
         chosen, rejected = (encode(prompt_ids, render_response(plain, r.text)) for r in (pair.chosen, pair.rejected))
         return chosen, rejected
-    prompt_ids = render_prompt(tokenizer, pair.messages)
+    with naming(f"pair {pair.id!r}"):
+        prompt_ids = render_prompt(tokenizer, pair.messages)
     return encode(prompt_ids, pair.chosen.token_ids), encode(prompt_ids, pair.rejected.token_ids)
 
 

@@ -5,7 +5,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 
 from jaxsi.runs.records import Prompt, Response
-from jaxsi.text.chat_config import CLOSING, Thought, split_thought
+from jaxsi.text.chat_config import CLOSING, Thought, split_thought, written_thought
 from jaxsi.text.chat_template import PROBE, ChatTemplateError, render_text
 from jaxsi.text.tokenizer import Tokenizer
 
@@ -92,8 +92,21 @@ def render_response(tokenizer: Tokenizer, text: str) -> list[int]:
     the end of the turn. The exception is a token that spans the border between prompt and response (the text starts
     with a newline): then the prompt keeps its own tokens, as it does when the model samples. For sampled text use the
     sampled ids, never this function.
+
+    If the prompt has a closed thought already, a thought in the text is left out: there the model writes answers alone.
+
+    Raises:
+      ChatTemplateError: if nothing would be left of the text, because its thought has no end.
     """
     turn = tokenizer.assistant_turn
+    if tokenizer.closes_thought:
+        thought = written_thought(text)
+        if not thought.closed:
+            raise ChatTemplateError(
+                f"the response {text[:60]!r} is a thought without an end and has no answer; close it with {CLOSING} "
+                "and add one, or leave the row out"
+            )
+        text = thought.answer
     messages = _checked([{"role": "user", "content": PROBE}, {"role": "assistant", "content": text}])
     safe, hidden = _hide(tokenizer, messages)
     whole = render_text(tokenizer.chat_template, safe, tokenizer.variables, add_generation_prompt=False)
@@ -149,14 +162,16 @@ def marker_ids(tokenizer: Tokenizer, text: str) -> tuple[int, ...]:
 
 def written_response(tokenizer: Tokenizer, id: str, prompt_id: str, text: str) -> Response:
     """A text that no model sampled (a person's demonstration, say) as a response. It ends the turn and has no logps."""
+    thought = written_thought(text)
     return Response(
         id=id,
         prompt_id=prompt_id,
         sample=0,
-        text=text,
+        text=thought.answer,
         token_ids=tuple(render_response(tokenizer, text)),
         logps=(),
         finish_reason="stop",
         fingerprint="written",
         template=tokenizer.template_hash,
+        reasoning=thought.reasoning,
     )

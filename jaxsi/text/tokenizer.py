@@ -4,6 +4,7 @@
 without control strings gets exactly the ids of the tokenizer's own library.
 """
 
+import dataclasses
 import functools
 import hashlib
 import json
@@ -126,6 +127,16 @@ class Tokenizer:
     def opens_thought(self) -> bool:
         """Whether every prompt ends at the beginning of a thought."""
         return opens_thought(self.assistant_turn.prompt)
+
+    @functools.cached_property
+    def closes_thought(self) -> bool:
+        """Whether every prompt ends with a thought that is closed already: the template was told to leave it out."""
+        return self.assistant_turn.prompt.rstrip().endswith(CLOSING)
+
+    @functools.cached_property
+    def answering(self) -> "Tokenizer":
+        """The same tokenizer, whose template is asked for answers without thoughts."""
+        return self.with_chat(dataclasses.replace(self.chat, thinking="off"))
 
     @functools.cached_property
     def thought_end(self) -> int | None:

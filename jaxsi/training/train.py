@@ -28,7 +28,7 @@ from jaxsi.training.batches import (
     Sequence_,
     TokenBatch,
     arrangement,
-    encode_example,
+    encode_examples,
     encode_pair,
     pair_batches,
 )
@@ -402,7 +402,7 @@ def sft(lm: LM, examples: Sequence[SFTExample], config: TrainConfig, scope: Scop
         return trained
     config.check(lm.mesh)
     with scope.timed("sft"):
-        sequences = _fitting(scope, [encode_example(lm.tokenizer, e) for e in examples], config.max_length)
+        sequences = _fitting(scope, encode_examples(lm.tokenizer, examples), config.max_length)
         batches = arrangement(lm.mesh)(
             sequences, config.max_length, config.batch_size, lm.mesh, epochs=config.epochs, seed=seed_of(scope, "sft")
         )

@@ -2,17 +2,13 @@
 
 import dataclasses
 import datetime
-import json
-from pathlib import Path
 
 import numpy as np
 import pytest
-from tokenizers import AddedToken, Tokenizer as Backend, decoders, models, pre_tokenizers
+from byte_models import MARKS, shown, speaking, tokenizer_of
 
 import tiny
-from jaxsi.lm import LM
 from jaxsi.runs.records import PreferencePair, Prompt, SFTExample
-from jaxsi.sampling import generate as generation
 from jaxsi.sampling.generate import generate
 from jaxsi.stages.judge import JudgeConfig, judge
 from jaxsi.stages.prompts import load_rubric
@@ -20,7 +16,7 @@ from jaxsi.text import chat_template
 from jaxsi.text.chat import read_response, render_prompt, render_request, render_response
 from jaxsi.text.chat_config import ChatConfig, split_thought
 from jaxsi.text.chat_template import ChatTemplateError
-from jaxsi.text.tokenizer import Tokenizer, load_tokenizer
+from jaxsi.text.tokenizer import Tokenizer
 from jaxsi.training.batches import encode_example, encode_pair
 from jaxsi.training.reward import reward_sequence
 
@@ -43,27 +39,7 @@ PLAIN = (
 # As R1's: every prompt begins a thought.
 OPENING = PLAIN.replace("assistant\n' }}{%- endif %}", "assistant\n<think>\n' }}{%- endif %}")
 DATED = "{{- '<|im_start|>system\n' + strftime_now('%d %b %Y') + '<|im_end|>\n' }}" + PLAIN
-MARKS = ("<|im_start|>", "<|im_end|>")
 HI = [{"role": "user", "content": "Hi"}]
-
-
-def tokenizer_of(folder: Path, template: str, *, special_tags: bool = False) -> Tokenizer:
-    """Every byte is a token."""
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    backend = Backend(models.BPE({c: i for i, c in enumerate(alphabet)}, []))
-    backend.pre_tokenizer, backend.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
-    backend.add_special_tokens([AddedToken(mark, special=True) for mark in MARKS])
-    backend.add_tokens([AddedToken(tag, special=special_tags) for tag in ("<think>", "</think>")])
-    backend.add_tokens([AddedToken("\n\n", special=False, normalized=False)])
-    folder.mkdir()
-    backend.save(str(folder / "tokenizer.json"))
-    config = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<|im_end|>", "chat_template": template}
-    (folder / "tokenizer_config.json").write_text(json.dumps(config))
-    return load_tokenizer(folder)
-
-
-def shown(tokenizer: Tokenizer, ids: list[int]) -> str:
-    return tokenizer._library._backend.decode(list(ids), skip_special_tokens=False)
 
 
 @pytest.fixture(scope="module")
@@ -195,21 +171,6 @@ def test_template_that_ignores_the_generation_prompt_is_refused(tmp_path):
 
 
 # ---- sampling, judging, training -------------------------------------------------------------------------------------
-
-
-def speaking(monkeypatch, tokenizer: Tokenizer, texts: list[str], *, stopped: bool = True) -> LM:
-    """A model that answers with these texts, one after the other."""
-    lm, left = dataclasses.replace(tiny.make_lm(), tokenizer=tokenizer), list(texts)
-
-    def generate_ids(lm, prompts, keys, *, num_samples=1, **_):
-        def one():
-            ids = tokenizer._library.encode(left.pop(0))
-            return ids, [-1.0] * len(ids), stopped
-
-        return [[one() for _ in range(num_samples)] for _ in prompts]
-
-    monkeypatch.setattr(generation, "generate_ids", generate_ids)
-    return lm
 
 
 def test_thought_and_answer_are_two_fields(switched, monkeypatch):

@@ -67,7 +67,7 @@ class PairConfig:
     cut_off: bool = False
 
     def __post_init__(self) -> None:
-        if not 0 <= self.length_control < 0.5 or self.min_gap < 0:
+        if not 0 <= self.length_control < 0.5 or not self.min_gap >= 0:
             raise ValueError(f"length_control is {self.length_control} (in [0, 0.5)), min_gap {self.min_gap} (>= 0)")
 
 

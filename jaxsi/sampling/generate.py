@@ -43,6 +43,7 @@ class SamplingConfig:
 
     def __post_init__(self) -> None:
         _check_settings(self.temperature, self.top_p, self.top_k, self.max_new_tokens, self.num_samples)
+        check_sampling(self.temperature, self.max_new_tokens, self.batch_size)
         if self.cache not in get_args(KVCache):
             raise ValueError(f"cache is {self.cache!r}; it is one of {', '.join(get_args(KVCache))}")
 
@@ -126,6 +127,13 @@ def bucket(n: int, smallest: int = 16) -> int:
     while size < n:
         size = size * 3 // 2 if size & (size - 1) == 0 and size > smallest else 2 ** (size.bit_length())
     return size
+
+
+def check_sampling(temperature: float, max_new_tokens: int, batch_size: int, top_p: float = 1.0) -> None:
+    """Raises: ValueError if a setting of a config that samples is out of range."""
+    _check_settings(temperature, top_p, 0, max_new_tokens, 1)
+    if batch_size < 1:
+        raise ValueError(f"batch_size is {batch_size}; it must be at least 1")
 
 
 def _check_settings(temperature: float, top_p: float, top_k: int, max_new_tokens: int, num_samples: int) -> None:

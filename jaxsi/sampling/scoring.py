@@ -15,7 +15,7 @@ from jaxsi.model.decoder import ModelConfig, Weights
 from jaxsi.runs.progress import piece
 from jaxsi.runs.records import Prompt, Response, as_prompts
 from jaxsi.sampling.generate import bucket
-from jaxsi.text.chat import render_prompt, render_response
+from jaxsi.text.chat import render_prompt, written_response
 
 
 @functools.partial(jax.jit, static_argnames=("config", "dtype", "mesh"))
@@ -143,5 +143,6 @@ def score(lm: LM, prompts: Sequence[Prompt | str], responses: Sequence[Response 
     A ``Response`` is scored on its own token ids, a text on its tokens and the end of the turn.
     """
     records = as_prompts(prompts)
-    ids = [list(r.token_ids) if isinstance(r, Response) else render_response(lm.tokenizer, r) for r in responses]
-    return score_continuations(lm, [render_prompt(lm.tokenizer, p.messages) for p in records], ids)
+    sides = [r if isinstance(r, Response) else written_response(lm.tokenizer, "", "", r) for r in responses]
+    heads = [render_prompt(lm.tokenizer, p.messages) for p in records]
+    return score_continuations(lm, heads, [list(r.token_ids) for r in sides])

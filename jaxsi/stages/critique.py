@@ -36,6 +36,9 @@ class CritiqueConfig:
     max_new_tokens: int = 2048
     batch_size: int = 64
 
+    def __post_init__(self) -> None:
+        generate.check_sampling(self.temperature, self.max_new_tokens, self.batch_size)
+
 
 @stored_as("critique.LocalCritic")
 @dataclass(frozen=True, kw_only=True)
@@ -48,6 +51,9 @@ class LocalCritic:
     max_new_tokens: int = 2048
     batch_size: int = 64
     dtype: str = "bfloat16"
+
+    def __post_init__(self) -> None:
+        generate.check_sampling(self.temperature, self.max_new_tokens, self.batch_size)
 
     def __call__(
         self, prompts: Sequence[Prompt], responses: Sequence[Response], template: CritiqueTemplate, key: jax.Array

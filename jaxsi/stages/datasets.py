@@ -15,7 +15,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from jaxsi.runs.records import Judgment, Message, Prompt, RankedResponses, Response, SFTExample
+from jaxsi.runs.records import LFS_POINTER, Judgment, Message, Prompt, RankedResponses, Response, SFTExample
 from jaxsi.stages.prompts import Rubric, question_text, up_to_verdict
 
 _log = logging.getLogger(__name__)
@@ -373,6 +373,12 @@ def _table(name: str, source: str, split: str) -> Any:
     local = path.exists() or source.startswith((".", "/")) or kind is not None
     if local and not path.exists():
         raise SourceError(f"{name}: the file {source} does not exist; check the path or give a hub name")
+    if path.is_file():
+        with path.open("rb") as file:
+            if file.read(len(LFS_POINTER)) == LFS_POINTER:
+                raise SourceError(
+                    f"{name}: {source} is a Git LFS pointer, not the data; run `git lfs pull` in its folder"
+                )
     try:
         if path.is_file() and kind is not None:
             return datasets.load_dataset(kind, data_files=str(path), split="train")

@@ -5,6 +5,7 @@ perplexity decides between rewrite and correct is from memory, without a source.
 """
 
 import hashlib
+import math
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -151,7 +152,7 @@ class LabelConfig:
     batch_size: int = 64
 
     def __post_init__(self) -> None:
-        if min(self.mix) < 0 or max(self.mix) <= 0 or self.batch_size < 1:
+        if not all(0 <= share < math.inf for share in self.mix) or max(self.mix) <= 0 or self.batch_size < 1:
             raise ValueError(
                 f"mix is {self.mix} (three shares >= 0, one of them > 0) and batch_size {self.batch_size} (>= 1)"
             )

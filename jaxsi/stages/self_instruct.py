@@ -74,6 +74,7 @@ class SelfInstruct:
         for name, limit in (least | {"min_words": 1}).items():
             if getattr(self, name) < limit:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be at least {limit}")
+        generate.check_sampling(self.temperature, self.max_new_tokens, self.batch_size, self.top_p)
         if self.max_words < self.min_words:
             raise ValueError(f"max_words is {self.max_words}, below min_words = {self.min_words}")
         if not 0.0 < self.rouge_threshold <= 1.0:

@@ -24,7 +24,18 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
-from jaxsi.runs.records import ROLES, Message, Prompt, RecordError, SFTExample, check_unicode, opened, parse_json, shown
+from jaxsi.runs.records import (
+    LFS_POINTER,
+    ROLES,
+    Message,
+    Prompt,
+    RecordError,
+    SFTExample,
+    check_unicode,
+    opened,
+    parse_json,
+    shown,
+)
 
 _log = logging.getLogger(__name__)
 
@@ -34,7 +45,14 @@ Columns = Mapping[str, str]  # the name of a column here -> its name in the file
 PROMPT_COLUMNS = ("prompt", "messages", "conversations", "conversation", "instruction", "question", "query")
 RESPONSE_COLUMNS = ("completion", "response", "output", "answer")
 _ID_COLUMNS = ("id", "prompt_id")
-_ROLE_NAMES = {"human": "user", "prompter": "user", "gpt": "assistant", "chatgpt": "assistant", "model": "assistant"}
+_ROLE_NAMES = {
+    "human": "user",
+    "prompter": "user",
+    "gpt": "assistant",
+    "chatgpt": "assistant",
+    "model": "assistant",
+    "developer": "system",
+}
 _TEXT_ENDINGS = (".jsonl", ".ndjson", ".json", ".csv", ".tsv")
 _MAX_SHOWN = 5  # numbers of bad rows in an error
 
@@ -279,7 +297,7 @@ def _message(value: Any) -> Message:
     role, content = value[role_key], value[text_key]
     role = _ROLE_NAMES.get(role, role) if isinstance(role, str) else role
     if role not in ROLES:
-        raise ValueError(f"role {shown(role)} is not one of {', '.join(ROLES)}")
+        raise ValueError(f"role {shown(role)} is not one of {', '.join(ROLES)}; leave out such messages or the row")
     if isinstance(content, list) and all(isinstance(part, dict) and part.get("type") == "text" for part in content):
         content = "".join(str(part.get("text", "")) for part in content)
     if not isinstance(content, str) or not content.strip():
@@ -304,6 +322,8 @@ def rows(source: Path | str, split: str = "train") -> Iterator[tuple[int, Any]]:
             return _numbered(_hub_set(str(source), split))
         raise RecordError(path, None, "no such file; check the path")
     head = _head(path)
+    if head.startswith(LFS_POINTER):
+        raise RecordError(path, None, "a Git LFS pointer, not the data themselves; run `git lfs pull` in its folder")
     if head.startswith(b"PAR1"):
         return _numbered(_parquet(path))
     if head.startswith((b"ARROW1", b"\xff\xff\xff\xff")):
@@ -321,7 +341,7 @@ def _numbered(values: Iterator[Any]) -> Iterator[tuple[int, Any]]:
 def _head(path: Path) -> bytes:
     try:
         with path.open("rb") as file:
-            return file.read(8)
+            return file.read(len(LFS_POINTER))
     except OSError as error:
         raise RecordError(path, None, f"cannot be read: {error.strerror or error}") from error
 

@@ -5,7 +5,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 
 from jaxsi.runs.records import Prompt, Response
-from jaxsi.text.chat_config import CLOSING, Thought, split_thought, written_thought
+from jaxsi.text.chat_config import CLOSING, OPENING, Thought, split_thought, written_thought
 from jaxsi.text.chat_template import PROBE, ChatTemplateError, render_text
 from jaxsi.text.tokenizer import Tokenizer
 
@@ -94,19 +94,22 @@ def render_response(tokenizer: Tokenizer, text: str) -> list[int]:
     sampled ids, never this function.
 
     If the prompt has a closed thought already, a thought in the text is left out: there the model writes answers alone.
+    If the prompt begins a thought, the text goes on from there; for a text without a thought see `render_request`.
 
     Raises:
       ChatTemplateError: if nothing would be left of the text, because its thought has no end.
     """
-    turn = tokenizer.assistant_turn
+    turn, thought = tokenizer.assistant_turn, written_thought(text)
     if tokenizer.closes_thought:
-        thought = written_thought(text)
         if not thought.closed:
             raise ChatTemplateError(
                 f"the response {text[:60]!r} is a thought without an end and has no answer; close it with {CLOSING} "
                 "and add one, or leave the row out"
             )
         text = thought.answer
+    if tokenizer.opens_thought and thought.answer != text:
+        text = text.lstrip().removeprefix(OPENING)
+        text = text.removeprefix("\n") if turn.prompt.endswith("\n") else text
     messages = _checked([{"role": "user", "content": PROBE}, {"role": "assistant", "content": text}])
     safe, hidden = _hide(tokenizer, messages)
     whole = render_text(tokenizer.chat_template, safe, tokenizer.variables, add_generation_prompt=False)
@@ -115,9 +118,10 @@ def render_response(tokenizer: Tokenizer, text: str) -> list[int]:
         matches = [m for m in controls.pattern.finditer(whole) if controls.ids[m.group()] in controls.control_ids]
         whole = whole[: matches[-turn.controls].end()]
     ending = [] if turn.controls else [turn.end_of_turn]
-    if not whole.startswith(turn.prompt):
-        # The template writes a finished turn unlike the start of a new one (a reasoning model drops its reasoning).
-        # Then the text itself follows the generation prompt.
+    blocks = whole[whole.rfind(PROBE) :].count(OPENING) > text.count(OPENING) and thought.answer != text
+    if not whole.startswith(turn.prompt) or tokenizer.opens_thought or blocks:
+        # The template writes a finished turn unlike the start of a new one: a reasoning model drops its reasoning, or
+        # the template adds a block of its own. Then the text itself follows the generation prompt.
         return _encode(tokenizer, safe[-1]["content"] + turn.closing, hidden) + ending
     ids, prompt_ids = _encode(tokenizer, whole, hidden), tokenizer.turn_prompt_ids
     if ids[: len(prompt_ids)] != prompt_ids:  # a token spans the border; the sampler sees the prompt's own tokens
@@ -128,11 +132,15 @@ def render_response(tokenizer: Tokenizer, text: str) -> list[int]:
 def render_request(tokenizer: Tokenizer, messages: Sequence[Mapping[str, str]]) -> list[int]:
     """`render_prompt`, up to where an answer begins: if the template begins a thought, it is closed at once. For texts
     without a thought, which a model is to learn, or whose probability is asked for."""
-    ids = render_prompt(tokenizer, messages)
+    return [*render_prompt(tokenizer, messages), *_end_of_thought(tokenizer)]
+
+
+def _end_of_thought(tokenizer: Tokenizer) -> list[int]:
+    """What closes the thought that the prompt begins; nothing if it begins none."""
     if not tokenizer.opens_thought:
-        return ids
+        return []
     gap = "" if tokenizer.assistant_turn.prompt.endswith("\n") else "\n"
-    return [*ids, *tokenizer.encode_trusted(f"{gap}{CLOSING}\n\n")]
+    return tokenizer.encode_trusted(f"{gap}{CLOSING}\n\n")
 
 
 def read_response(tokenizer: Tokenizer, token_ids: Sequence[int]) -> Thought:
@@ -161,14 +169,16 @@ def marker_ids(tokenizer: Tokenizer, text: str) -> tuple[int, ...]:
 
 
 def written_response(tokenizer: Tokenizer, id: str, prompt_id: str, text: str) -> Response:
-    """A text that no model sampled (a person's demonstration, say) as a response. It ends the turn and has no logps."""
+    """A text that no model sampled (a person's demonstration, say) as a response. It ends the turn and has no logps. If
+    the prompt begins a thought and the text has none, the response closes it first."""
     thought = written_thought(text)
+    closing = _end_of_thought(tokenizer) if thought.answer == text else []
     return Response(
         id=id,
         prompt_id=prompt_id,
         sample=0,
         text=thought.answer,
-        token_ids=tuple(render_response(tokenizer, text)),
+        token_ids=(*closing, *render_response(tokenizer, text)),
         logps=(),
         finish_reason="stop",
         fingerprint="written",

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import hashlib
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, Literal, NamedTuple
 
@@ -97,7 +98,7 @@ class DPOConfig:
     optimizer: Literal["reset", "carry"] = "reset"
 
     def __post_init__(self) -> None:
-        if self.beta <= 0 or self.nll_coef < 0:
+        if not 0 < self.beta < math.inf or not 0 <= self.nll_coef < math.inf:
             raise ValueError(f"beta is {self.beta} (> 0) and nll_coef {self.nll_coef} (>= 0)")
         for name, values in (("reference", ("previous", "first")), ("optimizer", ("reset", "carry"))):
             if getattr(self, name) not in values:

@@ -200,6 +200,9 @@ def test_unreadable_sources_are_errors(tmp_path):
     (tmp_path / "rows.txt").write_text("x")
     with pytest.raises(SourceError, match=r"rows\.txt is not a \.json"):
         datasets.oasst(str(tmp_path / "rows.txt"))
+    (tmp_path / "pointer.parquet").write_text("version https://git-lfs.github.com/spec/v1\n")
+    with pytest.raises(SourceError, match=r"pointer\.parquet is a Git LFS pointer, not the data"):
+        datasets.oasst(str(tmp_path / "pointer.parquet"))
     (tmp_path / "broken.jsonl").write_text('{"a": 1}\n{"a": ')
     with pytest.raises(SourceError, match=r"oasst: cannot read .*broken\.jsonl.*check that the file is whole"):
         datasets.oasst(str(tmp_path / "broken.jsonl"))

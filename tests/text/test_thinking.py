@@ -13,7 +13,7 @@ from jaxsi.sampling.generate import generate
 from jaxsi.stages.judge import JudgeConfig, judge
 from jaxsi.stages.prompts import load_rubric
 from jaxsi.text import chat_template
-from jaxsi.text.chat import read_response, render_prompt, render_request, render_response
+from jaxsi.text.chat import read_response, render_prompt, render_request, render_response, written_response
 from jaxsi.text.chat_config import ChatConfig, split_thought
 from jaxsi.text.chat_template import ChatTemplateError
 from jaxsi.text.tokenizer import Tokenizer
@@ -132,6 +132,28 @@ def test_begun_thought_is_closed_before_an_answer_that_is_learnt(opening):
     assert shown(opening, row.tokens[~row.loss_mask]).endswith("<think>\n</think>\n\n")
     thinks = encode_example(opening, SFTExample(id="a", messages=tuple(HI), response="Hm.\n</think>\n\nYes."))
     assert shown(opening, thinks.tokens[~thinks.loss_mask]).endswith("<think>\n")
+
+
+@pytest.mark.parametrize("kind", ["header alone", "whole turn"])
+def test_thought_of_a_row_goes_on_where_the_prompt_begins_it(kind, tmp_path):
+    """One block, whether or not the template writes an empty one into finished turns, as Qwen3's thinking models do."""
+    block = "{{- '<think>\n\n</think>\n\n' if m.role == 'assistant' and '</think>' not in m.content else '' }}"
+    turn = "{{- '<|im_start|>' + m.role + '\n' }}" + block + "{{- m.content + '<|im_end|>\n' }}"
+    whole = "{%- for m in messages %}" + turn + "{%- endfor %}" + OPENING.partition("{%- endfor %}")[2]
+    tokenizer = tokenizer_of(tmp_path / "t", OPENING if kind == "header alone" else whole)
+    assert tokenizer.opens_thought
+    for text, learnt in (
+        ("<think>\nHm.\n</think>\n\nYes.", "Hm.\n</think>\n\nYes.<|im_end|>"),
+        ("Hm.\n</think>\n\nYes.", "Hm.\n</think>\n\nYes.<|im_end|>"),
+        ("Yes.", "Yes.<|im_end|>"),
+    ):
+        row = encode_example(tokenizer, SFTExample(id="a", messages=tuple(HI), response=text))
+        assert shown(tokenizer, row.tokens[row.loss_mask]) == learnt
+        head = "<|im_start|>assistant\n<think>\n"
+        assert shown(tokenizer, row.tokens[~row.loss_mask]).endswith(head + ("</think>\n\n" if text == "Yes." else ""))
+        written = written_response(tokenizer, "a#0", "a", text)
+        assert [*render_prompt(tokenizer, HI), *written.token_ids] == row.tokens.tolist()
+        assert written.text == "Yes."
 
 
 @pytest.mark.parametrize("special", [False, True])

@@ -12,7 +12,9 @@ from micro_runs import micro
 
 import tiny
 from jaxsi import lm as lmlib
+from jaxsi.lm import LoadError
 from jaxsi.methods.lifecycle import begin, keep, report, same_model
+from jaxsi.methods.start import finish
 from jaxsi.model.mesh import MeshConfig, MeshError
 from jaxsi.runs.config_file import load_config
 from jaxsi.runs.config_snapshot import RunConfigError
@@ -145,6 +147,17 @@ def test_summary_has_one_line_per_iteration_and_the_base_apart(tmp_path: Path) -
     assert summary["iterations"][0]["pairs"] == 0 and summary["iterations"][0]["moved"] == 0.5
     assert summary["iterations"][0]["mean_length"] == 6.0, "what was measured goes before what was counted"
     assert summary["iterations"][1]["quality"] is None and summary["iterations"][1]["fingerprint"] == lm.fingerprint
+
+
+def test_complete_run_without_its_last_model_is_an_error(tmp_path: Path) -> None:
+    cfg = dataclasses.replace(load_config(micro("self_rewarding")), iterations=1)
+    with Run.open(tmp_path, cfg) as run:
+        keep(tiny.make_lm(), run.at("iter_1"))
+        run.update_summary({"status": "complete", "iterations": [{"iteration": 1}]})
+    assert finish(cfg, tmp_path) is None
+    shutil.rmtree(tmp_path / "iter_1" / "checkpoint" / "weights")
+    with pytest.raises(LoadError, match=r"iteration|checkpoint"):
+        finish(cfg, tmp_path)
 
 
 def test_model_as_given_is_kept_once(tmp_path: Path) -> None:

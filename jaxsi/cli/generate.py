@@ -64,7 +64,7 @@ def generate(argv: list[str]) -> Report:
     lm = load(args.model, mesh_for(args.model, args.mesh), args.dtype, chat=args.model_chat)
     limit = lm.config.max_positions - args.max_new_tokens
     why = f"the model has {lm.config.max_positions} positions, and --max-new-tokens takes {args.max_new_tokens} of them"
-    check_lengths(args.prompts, prompts, lm.tokenizer, limit, why)
+    check_lengths(args.prompts, prompts, lm.tokenizer, limit, why, args.reading)
     start = time.monotonic()
     sampled = 0  # tokens sampled by this command; an earlier one may have left finished parts
 
@@ -81,7 +81,7 @@ def generate(argv: list[str]) -> Report:
         settings=settings | {"dtype": args.dtype} | chat_of(lm),
         seed=args.seed,
     )
-    responses = write_in_parts(args.out, parts, prompts, sample_part, Response)
+    responses = write_in_parts(args.out, parts, prompts, sample_part, Response, by=lm)
     seconds = time.monotonic() - start
     tokens = sum(len(response.token_ids) for response in responses)
     value = {

@@ -328,10 +328,15 @@ class Work:
     def loaded(self, role: str, path: str) -> "LM":
         """The model of a role. A model with several roles is loaded once."""
         from jaxsi.lm import load
+        from jaxsi.methods.preflight import check_lengths
 
         if path not in self._models:
             chat = self.args.model_chat if path == self.args.model else None
             self._models[path] = load(path, mesh_for(self.args.model, self.args.mesh), self.args.dtype, chat=chat)
+            if path == self.args.model:  # too long prompts are counted later
+                check_lengths(
+                    self.args.prompts, self.prompts, self._models[path].tokenizer, None, "", self.args.reading
+                )
         self._roles[role] = self._models[path]
         return self._models[path]
 

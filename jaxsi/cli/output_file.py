@@ -64,11 +64,13 @@ def write_in_parts(
     items: Sequence[Any],
     stage: Callable[[Sequence[Any]], Iterable[Record]],
     record_type: type[Record],
+    by: Any = None,
 ) -> list[Record]:
     """Applies ``stage`` to all items, CHUNK at a time, and writes the records to ``out``. Finished parts wait in the
-    folder OUT.shards, which is removed when ``out`` is complete.
+    folder OUT.shards, which is removed when ``out`` is complete. ``by``: the model that samples the records.
 
-    Raises: RunConfigError: if OUT.shards belongs to a command with other settings.
+    Raises: RunConfigError: if OUT.shards belongs to a command with other settings. StaleRecordsError: if the chat
+      template of the model has changed since then.
     """
     from jaxsi.runs.config_snapshot import RunConfigError
     from jaxsi.runs.records import write_jsonl
@@ -84,7 +86,7 @@ def write_in_parts(
             error.differences,
         ) from None
     with run:
-        records = run.at("parts").sharded("records", items, stage, of=record_type, shard_size=CHUNK)
+        records = run.at("parts").sharded("records", items, stage, of=record_type, by=by, shard_size=CHUNK)
         if processes()[0] == 0:
             write_jsonl(out, records)
     if processes()[0] == 0:

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 
 from jaxsi.model.decoder import ModelConfig, Rope
 from jaxsi.runs.errors import InputError
+from jaxsi.runs.records import LFS_POINTER
 
 _log = logging.getLogger(__name__)
 
@@ -451,6 +452,10 @@ def read_json(file: Path) -> dict[str, Any]:
     except OSError as error:
         raise HFError(f"{file}: cannot be read ({error.strerror}); give a Hugging Face model folder") from error
     except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+        if file.read_bytes().startswith(LFS_POINTER):
+            raise HFError(
+                f"{file}: a Git LFS pointer, not the file itself; run `git lfs pull` in the folder"
+            ) from error
         raise HFError(f"{file}: not JSON: {error}") from error
     if not isinstance(raw, dict):
         raise HFError(f"{file}: holds a {type(raw).__name__}, not an object")

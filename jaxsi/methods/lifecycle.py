@@ -1,6 +1,7 @@
 """What every method does around its iterations: it begins with the model it is given, keeps models, and reports."""
 
 import dataclasses
+import json
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
@@ -20,7 +21,7 @@ def begin(cfg: Any, run: Run) -> LM:
     """Loads M_0 = ``cfg.model`` on ``cfg.mesh``, with float32 weights, to sample in ``cfg.sampling.dtype``.
 
     Raises: MeshError if a batch of a training in ``cfg`` does not divide among the devices. StaleRecordsError if the
-      model has other weights than when the run began.
+      model is not the one with which the run began; its path may be another one.
     """
     base = load(cfg.model, meshlib.make_mesh(cfg.mesh), cfg.sampling.dtype, weights_dtype="float32")
     if (chat := _chat_of(cfg, base, run)) != base.tokenizer.chat:
@@ -28,13 +29,27 @@ def begin(cfg: Any, run: Run) -> LM:
     for name, part in parts_of(cfg):
         if isinstance(part, TrainConfig | RLConfig):
             part.check(base.mesh, name)
-    first = run.at("iter_0").value("model", dict, {"path": cfg.model, "fingerprint": base.fingerprint})
-    if first["fingerprint"] != base.fingerprint:
-        raise StaleRecordsError(
-            f"{cfg.model} now has the weights {base.fingerprint}, this run began with {first['fingerprint']}; give it "
-            "back the model it began with, or start a new run directory"
-        )
+    same_model(run.at("iter_0"), "model", cfg.model, base)
     return base
+
+
+def same_model(scope: Scope, name: str, path: str, lm: LM) -> None:
+    """Keeps what ``lm``, loaded from ``path``, is in <name>.json and <name>_config.json, and compares it on resume. The
+    path may change: a copy is the same model.
+
+    Raises: StaleRecordsError if the weights, the config, the tokenizer or the chat template are not those of the run.
+    """
+    config = json.loads(json.dumps(dataclasses.asdict(lm.config)))  # as it is read again: lists, not tuples
+    weights = {"path": path, "fingerprint": lm.fingerprint}
+    rest = {"template": lm.template_hash, "tokenizer": lm.tokenizer.fingerprint, **config}
+    first = scope.value(name, dict, weights) | scope.value(f"{name}_config", dict, rest)
+    shown = {"fingerprint": "weights", "template": "chat template"}
+    for part, value in (weights | rest).items():
+        if part != "path" and first.get(part, value) != value:  # a newer version may know more of a config
+            raise StaleRecordsError(
+                f"{path} now has the {shown.get(part, part)} {value}, this run began with {first[part]}; give it back "
+                "the model it began with, or start a new run directory"
+            )
 
 
 def _chat_of(cfg: Any, base: LM, run: Run) -> ChatConfig:

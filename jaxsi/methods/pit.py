@@ -25,7 +25,7 @@ import numpy as np
 from jaxsi.lm import LM
 from jaxsi.methods.lifecycle import begin, report
 from jaxsi.model.mesh import MeshConfig
-from jaxsi.runs.config_snapshot import stored_as
+from jaxsi.runs.config_snapshot import may_move, stored_as
 from jaxsi.runs.records import Prompt, RankedResponses, Response, SFTExample
 from jaxsi.runs.run import Run, Scope
 from jaxsi.sampling.generate import SamplingConfig, sample
@@ -50,7 +50,7 @@ class Config:
     the references.
     """
 
-    model: str
+    model: str = dataclasses.field(metadata=may_move())
     preferences: Callable[[], list[RankedResponses]]
     request: str = load_template("improve")
     sft: TrainConfig

@@ -1,6 +1,6 @@
 """What can be refused before any work: a model, a mesh or prompts that do not fit one another."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +19,18 @@ from jaxsi.stages.endpoint import EndpointJudge
 from jaxsi.stages.judge import judge
 from jaxsi.stages.judges import ModelJudge, RewardJudge
 from jaxsi.stages.reviser import ReviseConfig
-from jaxsi.stages.self_instruct import PromptFile, PromptList, SelfInstruct, read_source, without_used
+from jaxsi.stages.self_instruct import (
+    PromptFile,
+    PromptList,
+    SelfInstruct,
+    check_used,
+    read_source,
+    without_used,
+)
+from jaxsi.stages.user_data import columns_of, place_of
 from jaxsi.stages.verdicts import JudgeConfig
 from jaxsi.text.chat import render_prompt
+from jaxsi.text.chat_template import ChatTemplateError
 from jaxsi.text.tokenizer import Tokenizer, load_tokenizer
 from jaxsi.training.rl import RLConfig
 from jaxsi.training.train import TrainConfig
@@ -36,7 +45,8 @@ class PreflightError(InputError, ValueError):
 
 def check(cfg: Any, directory: Path) -> None:
     """Raises if a run of ``cfg`` in ``directory`` is bound to fail: no such model, a mesh that does not fit, lengths
-    beyond the model's positions, an over-long prompt, fewer prompts than iterations that are left.
+    beyond the model's positions, a prompt that is too long or that the chat template refuses, used prompts that are
+    gone from their file, fewer prompts than iterations that are left.
 
     ``cfg`` is the Config of any method: its parts are known by their types.
     """
@@ -74,6 +84,9 @@ def check(cfg: Any, directory: Path) -> None:
     if isinstance(source, PromptFile | PromptList):
         prompts, place = read_source(source), source.path if isinstance(source, PromptFile) else "prompts"
         repeat = isinstance(source, PromptFile) and source.repeat
+        if isinstance(source, PromptFile):
+            files = sorted(directory.glob("iter_*/prompts.jsonl"))
+            check_used(source, prompts, [prompt for file in files for prompt in read_jsonl(file, Prompt)])
         first = FIRST_WITH_PROMPTS.get(type(cfg))
         if first is not None and not repeat:
             _check_supply(place, prompts, directory, range(first, cfg.iterations + 1))
@@ -85,7 +98,10 @@ def check(cfg: Any, directory: Path) -> None:
         if rows:
             shortest = min(rows, key=rows.__getitem__)
             limit, why = min(limit, rows[shortest] - 1), f"{why}, and {shortest} is {rows[shortest]}"
-        check_lengths(place, prompts, load_tokenizer(folder), limit, why)
+        reading = None
+        if isinstance(source, PromptFile):
+            reading = {"columns": columns_of(source.columns), "split": source.split}
+        check_lengths(place, prompts, load_tokenizer(folder), limit, why, reading)
 
 
 def _check_judge(name: str, judging: Any, settings: JudgeConfig, config: ModelConfig) -> None:
@@ -122,10 +138,30 @@ def _check_supply(place: str, prompts: Sequence[Prompt], directory: Path, iterat
         raise RecordError(place, None, f"{reason}; give more, lower iterations, or set repeat of a PromptFile")
 
 
-def check_lengths(path: Path | str, prompts: Sequence[Prompt], tokenizer: Tokenizer, limit: int, why: str) -> None:
-    """Raises: RecordError naming the first prompt of a file that takes more than ``limit`` tokens."""
+def check_lengths(
+    path: Path | str,
+    prompts: Sequence[Prompt],
+    tokenizer: Tokenizer,
+    limit: int | None,
+    why: str,
+    reading: Mapping[str, Any] | None = None,
+) -> None:
+    """Raises: RecordError naming file, line and id of the first prompt that the chat template refuses, or that takes
+    more than ``limit`` tokens.
+
+    Args:
+      reading: how the file was read, as in `user_data.read_prompts`; None: ``path`` is not a file.
+    """
+
+    def refused(prompt: Prompt, reason: str) -> RecordError:
+        line = None if reading is None else place_of(path, prompt.id, **reading)
+        return RecordError(path, line, f"prompt {prompt.id!r}{reason}")
+
     for prompt in prompts:
-        tokens = len(render_prompt(tokenizer, prompt.messages))
-        if tokens > limit:
-            reason = f"prompt {prompt.id!r} has {tokens} tokens, the limit is {limit} ({why})"
-            raise RecordError(path, None, f"{reason}; shorten it, leave it out, or change these settings")
+        try:
+            tokens = len(render_prompt(tokenizer, prompt.messages))
+        except ChatTemplateError as error:
+            raise refused(prompt, f": {error}") from error
+        if limit is not None and tokens > limit:
+            reason = f" has {tokens} tokens, the limit is {limit} ({why})"
+            raise refused(prompt, f"{reason}; shorten it, leave it out, or change these settings")

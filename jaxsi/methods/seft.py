@@ -24,9 +24,9 @@ from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 from jaxsi.lm import LM, borrowed, load
-from jaxsi.methods.lifecycle import begin, keep, report
+from jaxsi.methods.lifecycle import begin, keep, report, same_model
 from jaxsi.model.mesh import MeshConfig
-from jaxsi.runs.config_snapshot import stored_as
+from jaxsi.runs.config_snapshot import may_move, stored_as
 from jaxsi.runs.records import Prompt, RankedResponses, Response, Revision, SFTExample
 from jaxsi.runs.run import Run, Scope
 from jaxsi.sampling.generate import SamplingConfig, generate, sample
@@ -56,7 +56,9 @@ class ReviserConfig:
     ``warm_up`` and ``adaptive`` train phases A and B. ``evaluate(reviser, config, scope)`` gives its own figures."""
 
     rankings: Callable[[], list[RankedResponses]]
-    model: str | None = None
+    model: str | None = dataclasses.field(
+        default=None, metadata=may_move(identity="warm_reviser/model.json", made="warm_reviser/*")
+    )
     template: ReviserTemplate = load_reviser_template()
     warm_up: TrainConfig
     labels: LabelConfig = LabelConfig()
@@ -90,15 +92,21 @@ class Config:
     ``evaluate(policy, config, scope, reviser)`` gives the figures of an iteration's summary.
     """
 
-    model: str
+    model: str = dataclasses.field(metadata=may_move())
     reviser: ReviserConfig
     prompts: PromptFile | Callable[[], list[Prompt]]
     held_out: Callable[[], list[Prompt]] | None = None
     demonstrations: Callable[[], list[SFTExample]] | None = None
     start: TrainConfig | None = None
     sampling: SamplingConfig = SamplingConfig(temperature=1.0, top_p=1.0)
-    internal: Round = Round(target=revisers.best_of_n, num_samples=4)
-    external: Round = Round(target=revisers.revise)
+    internal: Round = dataclasses.field(
+        default=Round(target=revisers.best_of_n, num_samples=4),
+        metadata=may_move("drafts", identity="iter_0/internal_drafts.json", made="iter_*/drafts*"),
+    )
+    external: Round = dataclasses.field(
+        default=Round(target=revisers.revise),
+        metadata=may_move("drafts", identity="iter_0/external_drafts.json", made="iter_*/drafts*"),
+    )
     internal_rounds: int = 1
     sft: TrainConfig
     evaluate: Callable[..., dict[str, Any]] | None = None
@@ -158,6 +166,8 @@ def adaptive_reviser(cfg: Config, base: LM, run: Run) -> LM:
     reviser, template = cfg.reviser, cfg.reviser.template
     start = base if reviser.model is None else load(reviser.model, base.mesh, base.dtype, weights_dtype="float32")
     it = run.at("warm_reviser")
+    if reviser.model is not None:
+        same_model(it, "model", reviser.model, start)
     rankings = it.records("rankings", reviser.rankings, of=RankedResponses)
     pairs, _ = it.counted("pairs", fitting_pairs, cfg, start, rankings, of=RevisionPair)  # D_r
     warm = sft(start, warm_up_examples(pairs, template), reviser.warm_up, it)
@@ -201,6 +211,9 @@ def next_prompts(cfg: Config, run: Run, t: int) -> tuple[list[Prompt], dict[str,
 def drafts_of(cfg: Config, round: Round, policy: LM, prompts: Sequence[Prompt], it: Scope) -> list[Response]:
     """y: drafts of the policy, or of the model that the round takes them from."""
     model = policy if round.drafts is None else borrowed(round.drafts, cfg.sampling.dtype, policy.mesh)
+    if round.drafts is not None:
+        name = "internal_drafts" if round is cfg.internal else "external_drafts"
+        same_model(it.run.at("iter_0"), name, round.drafts, model)
     config = dataclasses.replace(cfg.sampling, num_samples=round.num_samples)
     return it.sharded("drafts", prompts, sample, model, config, it.key("drafts"), of=Response, by=model)
 

@@ -22,9 +22,9 @@ from collections.abc import Callable
 from typing import Any
 
 from jaxsi.lm import LM, borrowed
-from jaxsi.methods.lifecycle import begin, carried_over, keep, report
+from jaxsi.methods.lifecycle import begin, carried_over, keep, report, same_model
 from jaxsi.model.mesh import MeshConfig
-from jaxsi.runs.config_snapshot import stored_as
+from jaxsi.runs.config_snapshot import may_move, stored_as
 from jaxsi.runs.records import Judgment, PreferencePair, Prompt, RankedResponses, Response, SFTExample
 from jaxsi.runs.run import Run, Scope
 from jaxsi.sampling.generate import SamplingConfig, generate, sample
@@ -69,7 +69,7 @@ class PairConfig:
     cut_off: bool = False
 
     def __post_init__(self) -> None:
-        if not 0 <= self.length_control < 0.5 or self.min_gap < 0:
+        if not 0 <= self.length_control < 0.5 or not self.min_gap >= 0:
             raise ValueError(f"length_control is {self.length_control} (in [0, 0.5)), min_gap {self.min_gap} (>= 0)")
 
 
@@ -94,9 +94,11 @@ class Config:
     ``evaluate(lm, config, scope)`` gives the figures of an iteration's summary.
     """
 
-    model: str
+    model: str = dataclasses.field(metadata=may_move())
     seed_data: SeedData | None = None
-    prompts: SelfInstruct | PromptFile | PromptList
+    prompts: SelfInstruct | PromptFile | PromptList = dataclasses.field(
+        metadata=may_move("generator", identity="iter_0/generator.json", made="iter_*/prompts.jsonl")
+    )
     sampling: SamplingConfig = SamplingConfig()
     judge: JudgeConfig = JudgeConfig()
     rubric: AnyRubric = load_rubric()
@@ -208,6 +210,8 @@ def next_prompts(cfg: Config, base: LM, run: Run, t: int) -> tuple[list[Prompt],
         return prompts, {"kept": len(prompts)}
     made_by = cfg.prompts.generator
     generator = base if made_by is None else borrowed(made_by, cfg.sampling.dtype, base.mesh)
+    if made_by is not None:
+        same_model(run.at("iter_0"), "generator", made_by, generator)
     ift = run.at("iter_1").finished("ift", of=SFTExample)
     seeds = [Prompt(id=example.id, messages=example.messages) for example in ift]
     known, key = texts | {prompt.text for prompt in earlier}, run.at(f"iter_{t}").key("prompts")

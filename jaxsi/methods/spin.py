@@ -19,7 +19,7 @@ from typing import Any
 from jaxsi.lm import LM
 from jaxsi.methods.lifecycle import begin, carried_over, keep, report
 from jaxsi.model.mesh import MeshConfig
-from jaxsi.runs.config_snapshot import stored_as
+from jaxsi.runs.config_snapshot import may_move, stored_as
 from jaxsi.runs.records import PreferencePair, Prompt, Response, SFTExample
 from jaxsi.runs.run import Run
 from jaxsi.sampling.generate import SamplingConfig, sample
@@ -34,7 +34,7 @@ class Config:
     """Everything that decides a run. ``demonstrations`` gives people's responses; ``evaluate(lm, config, scope)`` the
     figures of an iteration's summary."""
 
-    model: str
+    model: str = dataclasses.field(metadata=may_move())
     demonstrations: Callable[[], list[SFTExample]]
     sampling: SamplingConfig = SamplingConfig(num_samples=1, temperature=1.0, top_p=1.0)
     dpo: DPOConfig

@@ -23,13 +23,14 @@ from typing import Any, Literal
 from jaxsi.lm import LM
 from jaxsi.methods.lifecycle import begin, report
 from jaxsi.model.mesh import MeshConfig
-from jaxsi.runs.config_snapshot import stored_as
+from jaxsi.runs.config_snapshot import may_move, stored_as
 from jaxsi.runs.records import Critique, PreferencePair, Prompt, Response, SFTExample
 from jaxsi.runs.run import Run
 from jaxsi.sampling.generate import SamplingConfig, sample
 from jaxsi.stages.answers import answers, read_answers
 from jaxsi.stages.critique import (
     CritiqueConfig,
+    check_same_critic,
     continue_critique,
     continue_score,
     has_all_parts,
@@ -55,7 +56,7 @@ class Config:
     control arms), and ``direction(pairs, seed)`` may turn pairs round.
     """
 
-    model: str
+    model: str = dataclasses.field(metadata=may_move())
     prompts: PromptFile | Callable[[], list[Prompt]]
     critic_prompts: int
     critic: Callable[..., list[Critique]]
@@ -96,11 +97,13 @@ def srt(cfg: Config, run: Run) -> LM:
     critiques = it.sharded(
         "critiques", finished, read_drafts, cfg.critic, first, cfg.template, it.key("critiques"), of=Critique
     )  # f, r
+    check_same_critic(cfg.critic, critiques)
     complete = [critique for critique in critiques if has_all_parts(critique)]
     refined = improved_responses(base.tokenizer, complete, cfg.template, marked=False)
     checks = it.sharded(
         "checks", refined, read_drafts, cfg.critic, first, cfg.template, it.key("checks"), of=Critique
     )  # score(r)
+    check_same_critic(cfg.critic, [*critiques, *checks])
     examples, counts = it.counted(
         "examples", learnable, cfg, prompts=first, drafts=drafts, critiques=critiques, checks=checks, of=SFTExample
     )

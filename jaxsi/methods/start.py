@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from jaxsi.lm import LM, load
+from jaxsi.lm import LM, load, resolve
 from jaxsi.methods.preflight import check
 from jaxsi.runs.run import Run, RunError
 
@@ -32,12 +32,19 @@ def run(config: Any, run_dir: Path | str) -> LM:
 
 
 def finish(config: Any, directory: Path) -> LM | None:
-    """``run``, which returns None if nothing was left to do: then no model was loaded."""
+    """``run``, which returns None if nothing was left to do: then no model was loaded.
+
+    Raises: LoadError if nothing is left but the checkpoint of the last iteration is gone or damaged.
+    """
     if not nothing_is_left(directory, config):
         # Before the directory exists: a config that is mended after an error here is not yet that of a run.
         check(config, directory)
     with Run.open(directory, config) as opened:
-        return None if opened.complete else carry_out(config, opened)
+        if not opened.complete:
+            return carry_out(config, opened)
+        if any(directory.glob("iter_*/checkpoint")):  # a method of your own may keep none
+            resolve(directory)
+        return None
 
 
 def carry_out(config: Any, run: Run) -> LM:

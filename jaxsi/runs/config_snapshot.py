@@ -58,6 +58,16 @@ def may_change(*parts: str) -> dict[str, Any]:
     return {"may_change": parts or ("",)}
 
 
+def may_move(part: str = "", *, identity: str = "", made: str = "") -> dict[str, Any]:
+    """The `metadata` of a path, or of the path ``part`` of a field, that may change if the same content lies there.
+
+    What reads the path compares the content, so a changed one is refused even if the path is the same. For a model
+    ``identity`` is the file in the run directory that has its fingerprint. Earlier versions did not write that file: if
+    it is absent, and files that fit the pattern ``made`` depend on the model, the path may not change.
+    """
+    return {"may_change": (part,), "may_move": (identity, made)}
+
+
 # ---- description -----------------------------------------------------------------------------------------------------
 
 
@@ -177,12 +187,13 @@ def parts_of(cfg: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
 def check_config(path: Path, stored: dict[str, Any], config: Any) -> None:
     """Raises RunConfigError if `config` may not resume the run in `path`, whose config.json is `stored`.
 
-    Fields marked with `may_change` may differ, and `iterations` may be raised. A field that the stored config lacks,
-    because it is newer than the run, counts as its default; so do those of a class that was a plain function then.
+    Fields marked with `may_change` or `may_move` may differ, and `iterations` may be raised. A field that the stored
+    config lacks, because it is newer than the run, counts as its default; so do those of a class that was a plain
+    function then.
     """
     old, new = _flat(stored), _flat(describe_config(config))
     old = {f"{field}.__type__" if f"{field}.__type__" in new else field: value for field, value in old.items()}
-    defaults, free = _flat(_defaults(config)), _free(config)
+    defaults, free = _flat(_defaults(config)), _free(config, path)
     differences = []
     for field in dict.fromkeys([*old, *new]):
         before, after = old.get(field, defaults.get(field, _ABSENT)), new.get(field, _ABSENT)
@@ -192,10 +203,12 @@ def check_config(path: Path, stored: dict[str, Any], config: Any) -> None:
             continue
         differences.append(f"{field}: {_short(before)} -> {_short(after)}")
     if differences:
-        names = ", ".join(free) or "nothing else"
+        names = ", ".join(name for name in free if not free[name]) or "nothing else"
+        paths = ", ".join(name for name in free if free[name])
+        moved = f", and {paths} may name another place with the same content" if paths else ""
         raise RunConfigError(
-            f"{path} holds a run of another config (on resume, iterations may be raised and {names} may change); "
-            "give the stored values or another directory. Stored -> given:",
+            f"{path} holds a run of another config (on resume, iterations may be raised and {names} may change"
+            f"{moved}); give the stored values or another directory. Stored -> given:",
             differences,
         )
 
@@ -217,15 +230,19 @@ def _same(before: Any, after: Any) -> bool:
     return bool(names) and same_name(before, after)
 
 
-def _free(config: Any, prefix: str = "") -> list[str]:
-    """The dotted names of the fields that a resumed run may change."""
-    names = []
+def _free(config: Any, path: Path, prefix: str = "") -> dict[str, bool]:
+    """The dotted names of the fields that the run in ``path`` may change on resume, and whether each is a path whose
+    content has to stay the same."""
+    names: dict[str, bool] = {}
     for field in dataclasses.fields(config):
         value, name = getattr(config, field.name), prefix + field.name
-        names += [f"{name}.{part}".rstrip(".") for part in field.metadata.get("may_change", ())]
+        identity, made = field.metadata.get("may_move", ("", ""))
+        if not made or (path / identity).exists() or not any(path.glob(made)):
+            for part in field.metadata.get("may_change", ()):
+                names[f"{name}.{part}".rstrip(".")] = "may_move" in field.metadata
         if dataclasses.is_dataclass(value):
-            names += _free(value, f"{name}.")
-    return sorted(names)
+            names |= _free(value, path, f"{name}.")
+    return dict(sorted(names.items()))
 
 
 def _defaults(config: Any) -> dict[str, Any]:

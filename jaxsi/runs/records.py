@@ -27,6 +27,7 @@ from jaxsi.runs.errors import InputError
 Message = dict[str, str]  # {"role": "system" | "user" | "assistant", "content": text}
 FinishReason = Literal["stop", "length"]
 ROLES = ("system", "user", "assistant")
+LFS_POINTER = b"version https://git-lfs"  # how a file begins that `git lfs pull` has not fetched yet
 
 
 class RecordError(InputError):

@@ -12,7 +12,6 @@ system; shard k is written by process k mod n, everything else by process 0.
 
 import contextlib
 import datetime
-import fcntl
 import json
 import os
 import shutil
@@ -26,6 +25,8 @@ import numpy as np
 
 from jaxsi.runs import preemption
 from jaxsi.runs.config_snapshot import RunError, check_config, describe_config
+from jaxsi.runs.errors import InputError
+from jaxsi.runs.lock import take_lock
 from jaxsi.runs.named_keys import fold
 from jaxsi.runs.progress import processes, progress
 from jaxsi.runs.records import RecordError, read_jsonl, write_atomically, write_jsonl
@@ -51,8 +52,8 @@ class Sampler(Protocol):
     def template_hash(self) -> str: ...
 
 
-class StaleRecordsError(ValueError):
-    """Records on disk that another model made."""
+class StaleRecordsError(InputError, ValueError):
+    """Records on disk that another model made, or that other prompts belong to."""
 
 
 # ---- the run ---------------------------------------------------------------------------------------------------------
@@ -70,7 +71,8 @@ class Run:
     def open(directory: Path | str, config: RunConfig, *, resume: bool = True) -> "Run":
         """Creates the run directory, or resumes the run in it.
 
-        On resume only fields that their dataclass marks with `may_change` may differ, and `iterations` may be raised.
+        On resume only fields that their dataclass marks with `may_change` or `may_move` may differ, and `iterations`
+        may be raised.
         With several hosts, call it after jax.distributed is initialised.
 
         Raises: RunConfigError with the differences. RunError if another live process holds the directory, if it holds
@@ -88,7 +90,7 @@ class Run:
             check_config(path, stored, config)
         with _disk(path):
             path.mkdir(parents=True, exist_ok=True)
-            run = Run(path, config, _take_lock(path))
+            run = Run(path, config, take_lock(path))
             for leftover in path.rglob("*.tmp"):  # from a process that died: the lock shows that no other one lives
                 leftover.unlink()
             _end_torn_line(path / "journal.jsonl")
@@ -220,9 +222,8 @@ class Scope:
 
         Raises: StaleRecordsError if a record was sampled by another model than `by`.
         """
-        records = self._sharded(name, items, stage, args, of, shard_size)
-        if by is not None:
-            _check_sampled_by(by, records, self._file(name, ".jsonl"))
+        records = self._sharded(name, items, stage, args, of, by, shard_size)
+        _check_sampled_by(by, records, self._file(name, ".jsonl"))
         return records
 
     def _sharded(
@@ -232,6 +233,7 @@ class Scope:
         stage: Callable[..., Iterable[Record]],
         args: Sequence[Any],
         of: type[Record],
+        by: Sampler | None,
         shard_size: int,
     ) -> list[Record]:
         if shard_size < 1:
@@ -252,6 +254,7 @@ class Scope:
                     part = items[cut : cut + shard_size]
                     if is_finished:
                         part_records = _read_stage(shard, of)
+                        _check_sampled_by(by, part_records, shard)  # before another model adds shards of its own
                     else:
                         part_records = _checked_records(stage(part, *args), of, name)
                         if number % count == index:
@@ -304,14 +307,15 @@ class Scope:
     def _timed(self, name: str) -> Iterator[Callable[[int | None], None]]:
         preemption.check()
         self.run.journal(self.name, name, "start")
-        start, around, self.run.inside = time.monotonic(), self.run.inside, 0.0
+        with progress(f"{self.name}/{name}"):
+            start, around, self.run.inside = time.monotonic(), self.run.inside, 0.0
 
-        def done(count: int | None) -> None:
-            seconds = time.monotonic() - start
-            self.run.journal(self.name, name, "done", seconds=seconds - self.run.inside, records=count)
-            self.run.inside = around + seconds
+            def done(count: int | None) -> None:
+                seconds = time.monotonic() - start
+                self.run.journal(self.name, name, "done", seconds=seconds - self.run.inside, records=count)
+                self.run.inside = around + seconds
 
-        yield done
+            yield done
 
     def _reused(self, name: str, records: list[Record]) -> list[Record]:
         self.run.journal(self.name, name, "reused", records=len(records))
@@ -400,7 +404,9 @@ def _plain(value: Any, stage: str) -> Any:
         raise RunError(f"stage {stage!r} returned {value!r:.200}, which JSON cannot represent: {error}") from None
 
 
-def _check_sampled_by(model: Sampler, records: Sequence[Any], path: Path) -> None:
+def _check_sampled_by(model: Sampler | None, records: Sequence[Any], path: Path) -> None:
+    if model is None:
+        return
     for record in records:
         if (record.fingerprint, record.template) != (model.fingerprint, model.template_hash):
             raise StaleRecordsError(
@@ -449,30 +455,6 @@ def _end_torn_line(path: Path) -> None:
     if path.exists() and not path.read_bytes().endswith(b"\n"):
         with path.open("ab") as file:
             file.write(b"\n")
-
-
-def _take_lock(path: Path) -> int:
-    descriptor = os.open(path / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the kernel releases it when the process dies
-    except BlockingIOError:
-        holder = os.read(descriptor, 200).decode(errors="replace") or "another process"
-        os.close(descriptor)
-        raise RunError(f"{path} is in use by {holder}; wait for it, stop it, or give another directory") from None
-    os.ftruncate(descriptor, 0)
-    os.write(descriptor, f"process {os.getpid()} on {os.uname().nodename}".encode())
-    return descriptor
-
-
-def is_locked(path: Path) -> bool:
-    try:
-        with (path / ".lock").open("rb") as file:
-            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except FileNotFoundError:
-        return False
-    except BlockingIOError:
-        return True
-    return False
 
 
 # ---- processes -------------------------------------------------------------------------------------------------------

@@ -3,7 +3,8 @@
 from pathlib import Path
 from typing import Any
 
-from jaxsi.runs.run import RunError, is_locked, read_journal, read_json, stored_config
+from jaxsi.runs.lock import is_locked
+from jaxsi.runs.run import RunError, read_journal, read_json, stored_config
 
 
 def read_summary(directory: Path) -> dict[str, Any]:

@@ -19,6 +19,7 @@ from jaxsi.lm import LM, tokens_array
 from jaxsi.model import decoder, kv_cache, mesh as meshlib
 from jaxsi.model.kv_cache import KVCache
 from jaxsi.runs import preemption
+from jaxsi.runs.progress import Advance, piece
 from jaxsi.sampling import prefixes
 from jaxsi.sampling.slots import (
     MOST_STEPS,
@@ -145,15 +146,16 @@ def run(
     rows = [[Row(n) for n in samples] for samples in limits or [[limit] * num_samples] * len(prompts)]
     most = min(-(-size // num_samples), len(prompts))
     ahead = Ahead(lm, prompts, padded_rows(most, parts), fixed, work, group)
-    slots = Engine(lm, settings, limit, size, fixed, work)
-    for numbers, wave, width in ahead.waves():
-        preemption.check()
-        slots.feed(
-            wave,
-            width,
-            [(rows[i][n], place, words[i, n]) for place, i in enumerate(numbers) for n in range(num_samples)],
-        )
-    slots.finish()
+    with piece("sampling", len(prompts) * num_samples) as advance:
+        slots = Engine(lm, settings, limit, size, fixed, work, advance)
+        for numbers, wave, width in ahead.waves():
+            preemption.check()
+            slots.feed(
+                wave,
+                width,
+                [(rows[i][n], place, words[i, n]) for place, i in enumerate(numbers) for n in range(num_samples)],
+            )
+        slots.finish()
     return [[(row.token_ids, row.logps, row.stopped) for row in samples] for samples in rows], work
 
 
@@ -281,8 +283,10 @@ class Ahead:
 class Engine:
     """The slots of one call, and the row that is in each of them."""
 
-    def __init__(self, lm: LM, settings: Settings, limit: int, size: int, fixed: Fixed, work: Work) -> None:
-        self.lm, self.settings, self.fixed, self.work = lm, settings, fixed, work
+    def __init__(
+        self, lm: LM, settings: Settings, limit: int, size: int, fixed: Fixed, work: Work, advance: Advance
+    ) -> None:
+        self.lm, self.settings, self.fixed, self.work, self.advance = lm, settings, fixed, work, advance
         self.window = max(decoder.windows(lm.config))
         self.longest = kv_cache.columns_seen(limit, self.window)  # a ring of this length is long enough for every row
         self.parts = meshlib.axis_size(lm.mesh, "batch")
@@ -390,6 +394,7 @@ class Engine:
                 self.rows[b].logps.append(logp)
         self.entered = []
         self.work.slot_steps += int(steps) * len(self.rows)
+        ended = 0
         for b, row in enumerate(self.rows):
             if row is None:
                 continue
@@ -400,6 +405,9 @@ class Engine:
                 row.stopped = bool(stopped[b])
                 self.work.new_tokens += len(row.token_ids)
                 self.rows[b] = None
+                ended += 1
+        if ended:
+            self.advance(ended, True)
 
     def resize(self, slots: Sequence[int], ring: int, prompt: int) -> None:
         """Keeps only these slots, with a ring and prompts of these lengths."""

@@ -21,7 +21,7 @@ from jaxsi.runs.named_keys import name_words
 from jaxsi.runs.records import Prompt, Response, as_prompts
 from jaxsi.sampling import engine
 from jaxsi.sampling.token_sampling import MAX_MARKER, MAX_STOPS, Settings
-from jaxsi.text.chat import marker_ids, read_response, render_prompt
+from jaxsi.text.chat import marker_ids, naming, read_response, render_prompt
 from jaxsi.text.chat_config import Thought
 
 
@@ -43,6 +43,7 @@ class SamplingConfig:
 
     def __post_init__(self) -> None:
         _check_settings(self.temperature, self.top_p, self.top_k, self.max_new_tokens, self.num_samples)
+        check_sampling(self.temperature, self.max_new_tokens, self.batch_size)
         if self.cache not in get_args(KVCache):
             raise ValueError(f"cache is {self.cache!r}; it is one of {', '.join(get_args(KVCache))}")
 
@@ -128,6 +129,13 @@ def bucket(n: int, smallest: int = 16) -> int:
     return size
 
 
+def check_sampling(temperature: float, max_new_tokens: int, batch_size: int, top_p: float = 1.0) -> None:
+    """Raises: ValueError if a setting of a config that samples is out of range."""
+    _check_settings(temperature, top_p, 0, max_new_tokens, 1)
+    if batch_size < 1:
+        raise ValueError(f"batch_size is {batch_size}; it must be at least 1")
+
+
 def _check_settings(temperature: float, top_p: float, top_k: int, max_new_tokens: int, num_samples: int) -> None:
     if not 0 <= temperature < math.inf:
         raise ValueError(f"temperature is {temperature}; it must be a number of at least 0 (0 is greedy)")
@@ -210,7 +218,10 @@ def generate(
     _check_settings(temperature, top_p, top_k, max_new_tokens, num_samples)
     records = as_prompts(prompts)
     key = jax.random.key(seed) if key is None else key
-    ids = [render_prompt(lm.tokenizer, p.messages) for p in records]
+    ids = []
+    for p in records:
+        with naming(f"prompt {p.id!r}"):
+            ids.append(render_prompt(lm.tokenizer, p.messages))
     for p, row in zip(records, ids, strict=True):
         if len(row) > lm.config.max_positions - max_new_tokens:
             raise PromptTooLongError(

@@ -12,9 +12,10 @@ from jax.sharding import Mesh
 from jaxsi.lm import LM, tokens_array
 from jaxsi.model import decoder, mesh as meshlib
 from jaxsi.model.decoder import ModelConfig, Weights
+from jaxsi.runs.progress import piece
 from jaxsi.runs.records import Prompt, Response, as_prompts
 from jaxsi.sampling.generate import bucket
-from jaxsi.text.chat import render_prompt, render_response
+from jaxsi.text.chat import render_prompt, written_response
 
 
 @functools.partial(jax.jit, static_argnames=("config", "dtype", "mesh"))
@@ -48,12 +49,14 @@ def score_ids(
     rows = [[*prefix, *continuation] for prefix, continuation in zip(prefixes, continuations, strict=True)]
     _check_lengths(lm, prefixes, rows)
     row_logps: dict[int, np.ndarray] = {}
-    for batch, tokens_BT, lengths_B in rows_on_mesh(lm, rows, batch_size):
-        logps_BT = score_batch(
-            lm.weights, tokens_BT, lengths_B, config=lm.config, dtype=jnp.dtype(lm.dtype), mesh=lm.mesh
-        )
-        for i, logps_T in zip(batch, meshlib.fetch(logps_BT), strict=False):
-            row_logps[i] = logps_T[len(prefixes[i]) : len(rows[i])].copy()
+    with piece("scoring", len(rows)) as advance:
+        for batch, tokens_BT, lengths_B in rows_on_mesh(lm, rows, batch_size):
+            logps_BT = score_batch(
+                lm.weights, tokens_BT, lengths_B, config=lm.config, dtype=jnp.dtype(lm.dtype), mesh=lm.mesh
+            )
+            for i, logps_T in zip(batch, meshlib.fetch(logps_BT), strict=False):
+                row_logps[i] = logps_T[len(prefixes[i]) : len(rows[i])].copy()
+            advance(len(batch), True)
     return [row_logps[i] for i in range(len(rows))]
 
 
@@ -116,11 +119,13 @@ def score_choices(
     _check_lengths(lm, prefixes, [[*prefix, 0] for prefix in prefixes])
     ends_NG = np.asarray(choices, np.int32)[:, :, 0]
     logps_NG = np.zeros(ends_NG.shape, np.float32)
-    for batch, tokens_BT, lengths_B in rows_on_mesh(lm, prefixes, batch_size):
-        logps_BV = _next_logps(
-            lm.weights, tokens_BT, lengths_B, config=lm.config, dtype=jnp.dtype(lm.dtype), mesh=lm.mesh
-        )
-        logps_NG[batch] = np.take_along_axis(meshlib.fetch(logps_BV)[: len(batch)], ends_NG[batch], axis=1)
+    with piece("scoring", len(prefixes)) as advance:
+        for batch, tokens_BT, lengths_B in rows_on_mesh(lm, prefixes, batch_size):
+            logps_BV = _next_logps(
+                lm.weights, tokens_BT, lengths_B, config=lm.config, dtype=jnp.dtype(lm.dtype), mesh=lm.mesh
+            )
+            logps_NG[batch] = np.take_along_axis(meshlib.fetch(logps_BV)[: len(batch)], ends_NG[batch], axis=1)
+            advance(len(batch), True)
     return logps_NG
 
 
@@ -138,5 +143,6 @@ def score(lm: LM, prompts: Sequence[Prompt | str], responses: Sequence[Response 
     A ``Response`` is scored on its own token ids, a text on its tokens and the end of the turn.
     """
     records = as_prompts(prompts)
-    ids = [list(r.token_ids) if isinstance(r, Response) else render_response(lm.tokenizer, r) for r in responses]
-    return score_continuations(lm, [render_prompt(lm.tokenizer, p.messages) for p in records], ids)
+    sides = [r if isinstance(r, Response) else written_response(lm.tokenizer, "", "", r) for r in responses]
+    heads = [render_prompt(lm.tokenizer, p.messages) for p in records]
+    return score_continuations(lm, heads, [list(r.token_ids) for r in sides])

@@ -1,10 +1,12 @@
 """Prompts together with their responses, as a judge, critic or reviser reads them."""
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, TypeVar
 
 from jaxsi.lm import LM
 from jaxsi.runs.records import Prompt, Response, as_prompts
+from jaxsi.text.chat_config import written_thought
 
 Record = TypeVar("Record")
 
@@ -25,7 +27,8 @@ def answers(prompts: Sequence[Prompt], responses: Sequence[Response]) -> list[An
 
 
 def with_prompts(prompts: Sequence[Prompt], responses: Sequence[Response]) -> list[tuple[Prompt, Response]]:
-    """Each response behind its prompt, in the order of the responses.
+    """Each response behind its prompt, in the order of the responses. Thoughts in texts that no model sampled here are
+    taken out: whoever reads a response reads its answer.
 
     Raises: ValueError if a response's prompt is not among ``prompts``, or if a response's id occurs twice.
     """
@@ -39,7 +42,19 @@ def with_prompts(prompts: Sequence[Prompt], responses: Sequence[Response]) -> li
         if response.id in seen:
             raise ValueError(f"two responses have the id {response.id!r}; ids are unique")
         seen.add(response.id)
-    return [(by_id[response.prompt_id], response) for response in responses]
+    return [(by_id[response.prompt_id], _answer(response)) for response in responses]
+
+
+def _answer(response: Response) -> Response:
+    thought = written_thought(response.text)
+    if response.token_ids or thought.answer == response.text:
+        return response
+    return dataclasses.replace(
+        response,
+        text=thought.answer,
+        reasoning=thought.reasoning,
+        finish_reason=response.finish_reason if thought.closed else "length",
+    )
 
 
 def read_answers(

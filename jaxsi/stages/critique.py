@@ -5,6 +5,7 @@ behind an endpoint (`endpoint.EndpointCritic`), the embedded world's exact criti
 its own response (`continue_critique`). Parts that do not parse are None; they are dropped and counted later.
 """
 
+import dataclasses
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -12,8 +13,9 @@ from dataclasses import dataclass, replace
 import jax
 
 from jaxsi.lm import LM, borrowed
-from jaxsi.runs.config_snapshot import stored_as
+from jaxsi.runs.config_snapshot import may_move, stored_as
 from jaxsi.runs.records import Critique, FinishReason, PreferencePair, Prompt, Response, SFTExample
+from jaxsi.runs.run import StaleRecordsError
 from jaxsi.sampling import generate
 from jaxsi.stages.answers import with_prompts
 from jaxsi.stages.prompts import question_text
@@ -34,17 +36,24 @@ class CritiqueConfig:
     max_new_tokens: int = 2048
     batch_size: int = 64
 
+    def __post_init__(self) -> None:
+        generate.check_sampling(self.temperature, self.max_new_tokens, self.batch_size)
+
 
 @stored_as("critique.LocalCritic")
 @dataclass(frozen=True, kw_only=True)
 class LocalCritic:
-    """A stronger model on this machine: ``model`` is anything that ``load`` takes, with all devices on fsdp."""
+    """A stronger model on this machine: ``model`` is anything that ``load`` takes, with all devices on fsdp. On resume
+    a copy may take its place: see `check_same_critic`."""
 
-    model: str
+    model: str = dataclasses.field(metadata=may_move())
     temperature: float = 0.0
     max_new_tokens: int = 2048
     batch_size: int = 64
     dtype: str = "bfloat16"
+
+    def __post_init__(self) -> None:
+        generate.check_sampling(self.temperature, self.max_new_tokens, self.batch_size)
 
     def __call__(
         self, prompts: Sequence[Prompt], responses: Sequence[Response], template: CritiqueTemplate, key: jax.Array
@@ -69,6 +78,20 @@ class LocalCritic:
             critique(response, *texts.get(response.id, ("", "length")), template, lm.fingerprint, lm.tokenizer)
             for response in responses
         ]
+
+
+def check_same_critic(critic: Critic, critiques: Sequence[Critique]) -> None:
+    """Raises: StaleRecordsError if the model of a `LocalCritic` has changed since the first of ``critiques``."""
+    if not isinstance(critic, LocalCritic) or not critiques:
+        return
+    first = critiques[0]
+    for c in critiques:
+        if (c.fingerprint, c.template) != (first.fingerprint, first.template):
+            raise StaleRecordsError(
+                f"{critic.model} now has the weights {c.fingerprint} and the chat template {c.template}, but critique "
+                f"{first.id!r} of this run is by {first.fingerprint} with {first.template}; give it back the model "
+                "that the run began with and delete the newer critiques, or start a new run directory"
+            )
 
 
 @stored_as("critique_by")

@@ -8,13 +8,14 @@ unfinished conversation). A missing column or a value of another shape is a Sour
 import hashlib
 import json
 import logging
+import math
 import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from jaxsi.runs.records import Judgment, Message, Prompt, RankedResponses, Response, SFTExample
+from jaxsi.runs.records import LFS_POINTER, Judgment, Message, Prompt, RankedResponses, Response, SFTExample
 from jaxsi.stages.prompts import Rubric, question_text, up_to_verdict
 
 _log = logging.getLogger(__name__)
@@ -66,7 +67,7 @@ def nectar(
     source: str = "berkeley-nest/Nectar", *, split: str = "train", columns: Columns = None
 ) -> list[RankedResponses]:
     """Nectar: seven responses per prompt (a transcript that ends in "Assistant:"), ranked from 1 = best."""
-    ranked = []
+    ranked, dropped = [], _Dropped("nectar")
     for number, row in enumerate(_rows("nectar", source, split, ("prompt", "answers"), columns)):
         where = f"row {number}"
         answers = _list("nectar", where, "answers", row["answers"])
@@ -76,60 +77,101 @@ def nectar(
         if messages and messages[-1] == {"role": "assistant", "content": ""}:
             messages = messages[:-1]
         if not messages or messages[-1]["role"] != "user":
-            raise SourceError(
-                f'nectar from {source}: {where} has a prompt without a turn of "Human:" at its end: '
-                f"{row['prompt'][:60]!r}; remove or mend that row"
-            )
-        ranked.append(_ranked(f"nectar-{number}", messages, texts, [float(rank) for rank in ranks]))
-    return _checked("nectar", source, ranked)
+            dropped.count(where, 'prompts without a turn of "Human:" at the end')
+        elif not texts:
+            dropped.count(where, "prompts without answers")
+        elif not all(map(math.isfinite, ranks)):
+            dropped.count(where, "prompts with an answer without a rank")
+        else:
+            ranked.append(_ranked(f"nectar-{number}", messages, texts, [float(rank) for rank in ranks]))
+    return dropped.checked(source, ranked)
 
 
 def ultrafeedback(
     source: str = "openbmb/UltraFeedback", *, split: str = "train", columns: Columns = None
 ) -> list[RankedResponses]:
     """UltraFeedback: four completions per instruction, ranked by their overall score. Of some completions of the set
-    the overall score is wrong (10 in place of 1): where the mean of the fine-grained ratings, from 1 to 5, says that a
-    completion is bad and the overall score, from 1 to 10, that it is very good, the completion is left out. So are
-    instructions without completions."""
-    ranked = []
-    dropped = Counter[str]()
+    the overall score is wrong (10 in place of 1): where it contradicts the mean of the fine-grained ratings, the
+    completion is left out. So are completions without a score, and instructions without completions."""
+    ranked, dropped = [], _Dropped("ultrafeedback")
     for number, row in enumerate(_rows("ultrafeedback", source, split, ("instruction", "completions"), columns)):
         where = f"row {number}"
-        completions = _list("ultrafeedback", where, "completions", row["completions"])
-        sound = [c for c in completions if not _contradictory(c)]
-        dropped["completions with a wrong overall score"] += len(completions) - len(sound)
-        if not sound:
-            dropped["instructions without completions"] += 1
-            continue
-        texts = [_field("ultrafeedback", where, "completions", c, "response", str) for c in sound]
-        scores = [_field("ultrafeedback", where, "completions", c, "overall_score", int | float) for c in sound]
-        messages = ({"role": "user", "content": row["instruction"]},)
-        ranked.append(_ranked(f"ultrafeedback-{number}", messages, texts, [-float(score) for score in scores]))
-    for what, count in dropped.items():
-        if count:
-            _log.warning("ultrafeedback: %d %s are left out", count, what)
-    return _checked("ultrafeedback", source, ranked)
+        texts: list[str] = []
+        scores: list[float] = []
+        for completion in _list("ultrafeedback", where, "completions", row["completions"] or []):
+            text = _field("ultrafeedback", where, "completions", completion, "response", str)
+            overall, fine = (_score(completion.get(name)) for name in ("overall_score", "fine-grained_score"))
+            if "overall_score" not in completion:
+                _field("ultrafeedback", where, "completions", completion, "overall_score", int | float)
+            if overall is None:
+                dropped.count(where, "completions without an overall score")
+            elif fine is not None and _contradictory(overall, fine):
+                dropped.count(where, "completions with a wrong overall score")
+            else:
+                texts.append(text)
+                scores.append(overall)
+        if texts:
+            messages = ({"role": "user", "content": row["instruction"]},)
+            ranked.append(_ranked(f"ultrafeedback-{number}", messages, texts, [-score for score in scores]))
+        else:
+            dropped.count(where, "instructions without completions")
+    return dropped.checked(source, ranked)
 
 
-def _contradictory(completion: Any) -> bool:
-    """Whether an overall score of 8 or more, of 10, stands beside fine-grained ratings of 2 or less, of 5."""
-    overall, fine = (completion.get(name) for name in ("overall_score", "fine-grained_score"))
-    return isinstance(overall, int | float) and isinstance(fine, int | float) and overall >= 8 and fine <= 2
+def _score(value: Any) -> float | None:
+    """A score as a number, also if the file has it as a text; None if it is none."""
+    try:
+        number = float(value) if isinstance(value, int | float | str) and not isinstance(value, bool) else math.nan
+    except ValueError:  # "N/A"
+        return None
+    return number if math.isfinite(number) else None
+
+
+def _contradictory(overall: float, fine: float) -> bool:
+    """Whether an overall score from 1 to 10 is very good (8 or more) where the mean of the fine-grained ratings, from 1
+    to 5, is bad (2 or less), or the other way round."""
+    return (overall >= 8 and fine <= 2) or (overall <= 3 and fine >= 4)
 
 
 def hh_rlhf(
     source: str = "Anthropic/hh-rlhf", *, split: str = "train", columns: Columns = None
 ) -> list[RankedResponses]:
-    """HH-RLHF: two transcripts that differ in the last assistant turn; the chosen has rank 0, the rejected rank 1."""
-    ranked = []
+    """HH-RLHF: two transcripts that differ in the last assistant turn; the chosen has rank 0, the rejected rank 1. A
+    few differ earlier, or end in another turn: they compare conversations, not responses, and are left out."""
+    ranked, dropped = [], _Dropped("hh_rlhf")
     for number, row in enumerate(_rows("hh_rlhf", source, split, ("chosen", "rejected"), columns)):
         chosen, rejected = (transcript_messages(row[column]) for column in ("chosen", "rejected"))
-        if not chosen or not rejected or chosen[:-1] != rejected[:-1]:
-            continue  # a few pairs differ earlier: they compare conversations, not responses
-        if chosen[-1]["role"] == rejected[-1]["role"] == "assistant":
+        if len(chosen) < 2 or chosen[:-1] != rejected[:-1]:
+            dropped.count(f"row {number}", "pairs without a prompt in common")
+        elif not chosen[-1]["role"] == rejected[-1]["role"] == "assistant" or chosen[-2]["role"] != "user":
+            dropped.count(f"row {number}", 'pairs that do not end in "Human:" and "Assistant:"')
+        else:
             texts = [chosen[-1]["content"], rejected[-1]["content"]]
             ranked.append(_ranked(f"hh-{number}", chosen[:-1], texts, [0.0, 1.0]))
-    return _checked("hh_rlhf", source, ranked)
+    return dropped.checked(source, ranked)
+
+
+class _Dropped:
+    """Counts what a loader leaves out, by reason, and where the first of each is."""
+
+    def __init__(self, name: str):
+        self.name, self.first = name, dict[str, str]()
+        self.counts = Counter[str]()
+
+    def count(self, where: str, reason: str) -> None:
+        self.first.setdefault(reason, where)
+        self.counts[reason] += 1
+
+    def checked(self, source: str, records: list[Any]) -> list[Any]:
+        """The records; the log says what was left out. Raises: SourceError if nothing is left."""
+        for reason, count in self.counts.items():
+            _log.warning("%s: %d %s are left out, the first in %s", self.name, count, reason, self.first[reason])
+        if not records and self.counts:
+            reasons = "; ".join(f"{self.first[reason]} and others: {reason}" for reason in self.counts)
+            raise SourceError(
+                f"{self.name} from {source}: no row became a record ({reasons}); check the name of the set"
+            )
+        return _checked(self.name, source, records)
 
 
 def transcript_messages(text: str) -> tuple[Message, ...]:
@@ -308,7 +350,7 @@ def _rows(name: str, source: str, split: str, required: Sequence[str], columns: 
         if is_csv:
             values = {column: _cell(value) for column, value in values.items()}
         for column, value in values.items():
-            optional = column in ("parent_id", "rank")
+            optional = column in ("parent_id", "rank", "completions")
             if value is None and not optional:
                 raise SourceError(
                     f"{name} from {source}: row {number} has no {names[column]!r}; remove or fill that row"
@@ -331,6 +373,12 @@ def _table(name: str, source: str, split: str) -> Any:
     local = path.exists() or source.startswith((".", "/")) or kind is not None
     if local and not path.exists():
         raise SourceError(f"{name}: the file {source} does not exist; check the path or give a hub name")
+    if path.is_file():
+        with path.open("rb") as file:
+            if file.read(len(LFS_POINTER)) == LFS_POINTER:
+                raise SourceError(
+                    f"{name}: {source} is a Git LFS pointer, not the data; run `git lfs pull` in its folder"
+                )
     try:
         if path.is_file() and kind is not None:
             return datasets.load_dataset(kind, data_files=str(path), split="train")

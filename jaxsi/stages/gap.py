@@ -14,7 +14,7 @@ from jaxsi.runs.records import Message, Prompt, Response
 from jaxsi.stages.judge import number
 from jaxsi.stages.pairs import Preference
 from jaxsi.stages.prompts import ask_to_improve, question_text
-from jaxsi.text.chat import render_prompt, render_response
+from jaxsi.text.chat import naming, prompt_length, render_response
 from jaxsi.text.tokenizer import Tokenizer
 from jaxsi.training.batches import Sequence_
 from jaxsi.training.reward import reward_sequence, rewards
@@ -33,14 +33,16 @@ def gap_sequence(
 def gap_group(tokenizer: Tokenizer, preference: Preference, request: str) -> tuple[Sequence_, ...]:
     """The four ordered pairs of a preference, in ``GAP_ORDER``."""
     side = {"w": preference.chosen, "l": preference.rejected}
-    return tuple(gap_sequence(tokenizer, preference.messages, side[y1], side[y2], request) for y1, y2 in GAP_ORDER)
+    with naming(f"preference {preference.id!r}"):
+        return tuple(gap_sequence(tokenizer, preference.messages, side[y1], side[y2], request) for y1, y2 in GAP_ORDER)
 
 
 def reward_group(tokenizer: Tokenizer, preference: Preference) -> tuple[Sequence_, ...]:
     """The chosen and the rejected response of a preference."""
-    return tuple(
-        reward_sequence(tokenizer, preference.messages, text) for text in (preference.chosen, preference.rejected)
-    )
+    with naming(f"preference {preference.id!r}"):
+        return tuple(
+            reward_sequence(tokenizer, preference.messages, text) for text in (preference.chosen, preference.rejected)
+        )
 
 
 Item = tuple[Sequence[Message], Response | str, str]  # messages, response, reference
@@ -99,7 +101,7 @@ def reward_by(function: Callable[[str, str], float]) -> RewardBy:
 def with_room(lm: LM, prompts: Sequence[Prompt], longest: int) -> list[Prompt]:
     """The prompts that leave room for ``longest`` tokens in the context of ``lm``."""
     room = lm.config.max_positions - longest
-    return [prompt for prompt in prompts if len(render_prompt(lm.tokenizer, prompt.messages)) <= room]
+    return [prompt for prompt in prompts if prompt_length(lm.tokenizer, prompt) <= room]
 
 
 class GapReward:

@@ -36,7 +36,8 @@ def best_and_worst(
         score, the shortest (in tokens) is chosen; within the same distance of the worst, the longest is rejected.
         0 <= rho < 0.5.
       reject_cut_off, choose_cut_off: allow the rejected, or the chosen response to be one that the token limit cut
-        off. It is trained on as it was sampled, without an end of turn.
+        off. It is trained on as it was sampled, without an end of turn. One that was cut off within its thought has no
+        answer that a judge could read, so it is in no pair.
 
     Returns: the pairs in the order of `prompts`, and counts: prompts, pairs, ties, too_few, small_gap, identical, and
       unscored and cut_off responses.
@@ -57,7 +58,8 @@ def best_and_worst(
         for response, score in groups[prompt.id]:
             counts["unscored"] += score is None
             counts["cut_off"] += response.finish_reason != "stop"
-        scored = [(score, response) for response, score in groups[prompt.id] if score is not None]
+        answered = [(score, r) for r, score in groups[prompt.id] if r.text or not r.reasoning]
+        scored = [(score, response) for score, response in answered if score is not None]
         found = _select(scored, length_control, min_gap, reject_cut_off, choose_cut_off)
         if isinstance(found, str):
             counts[found] += 1

@@ -38,9 +38,7 @@ class ReviseConfig:
     batch_size: int = 64
 
     def __post_init__(self) -> None:
-        generate.SamplingConfig(temperature=self.temperature, top_p=self.top_p, max_new_tokens=self.max_new_tokens)
-        if self.batch_size < 1:
-            raise ValueError(f"batch_size is {self.batch_size}; it must be at least 1")
+        generate.check_sampling(self.temperature, self.max_new_tokens, self.batch_size, self.top_p)
 
 
 def lead_ids(tokenizer: Tokenizer, template: ReviserTemplate) -> tuple[tuple[int, ...], ...]:

@@ -5,6 +5,7 @@ perplexity decides between rewrite and correct is from memory, without a source.
 """
 
 import hashlib
+import math
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -18,7 +19,7 @@ from jaxsi.runs.records import Message, RankedResponses, SFTExample
 from jaxsi.sampling import scoring
 from jaxsi.stages.pairs import check_rankings
 from jaxsi.stages.prompts.reviser import ReviserTemplate
-from jaxsi.text.chat import render_prompt, render_response
+from jaxsi.text.chat import naming, render_prompt, render_response
 from jaxsi.text.tokenizer import Tokenizer
 
 
@@ -84,7 +85,8 @@ def longest_text(tokenizer: Tokenizer, pair: RevisionPair, template: ReviserTemp
     """Tokens of the longest text that the pair can become: the longest request plus the longest answer of any label."""
     requests = [ask(pair.messages, pair.response) for ask in (template.ask, template.ask_warm_up)]
     answers = [render_response(tokenizer, template.write(label, pair.target)) for label in template.labels]
-    return max(len(render_prompt(tokenizer, messages)) for messages in requests) + max(map(len, answers))
+    with naming(f"ranking {pair.id.rpartition('#')[0]!r}"):
+        return max(len(render_prompt(tokenizer, messages)) for messages in requests) + max(map(len, answers))
 
 
 @stored_as("revision_data.perplexities")
@@ -150,7 +152,7 @@ class LabelConfig:
     batch_size: int = 64
 
     def __post_init__(self) -> None:
-        if min(self.mix) < 0 or max(self.mix) <= 0 or self.batch_size < 1:
+        if not all(0 <= share < math.inf for share in self.mix) or max(self.mix) <= 0 or self.batch_size < 1:
             raise ValueError(
                 f"mix is {self.mix} (three shares >= 0, one of them > 0) and batch_size {self.batch_size} (>= 1)"
             )

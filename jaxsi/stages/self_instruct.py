@@ -4,6 +4,7 @@ Self-Rewarding (arXiv 2401.10020) uses the recipe of Self-Instruct (arXiv 2212.1
 generated ones. The ROUGE-L threshold of 0.7 and the kind of blacklisted words are from Self-Instruct.
 """
 
+import dataclasses
 import functools
 import importlib.util
 import json
@@ -20,9 +21,9 @@ import jax
 import numpy as np
 
 from jaxsi.lm import LM
-from jaxsi.runs.config_snapshot import stored_as
+from jaxsi.runs.config_snapshot import may_move, stored_as
 from jaxsi.runs.named_keys import fold
-from jaxsi.runs.records import Prompt, Response, as_prompts
+from jaxsi.runs.records import Prompt, RecordError, Response, as_prompts
 from jaxsi.sampling import generate
 from jaxsi.stages.prompts import parse_new_prompt, render_few_shot
 from jaxsi.stages.user_data import columns_of, read_prompts
@@ -73,6 +74,7 @@ class SelfInstruct:
         for name, limit in (least | {"min_words": 1}).items():
             if getattr(self, name) < limit:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be at least {limit}")
+        generate.check_sampling(self.temperature, self.max_new_tokens, self.batch_size, self.top_p)
         if self.max_words < self.min_words:
             raise ValueError(f"max_words is {self.max_words}, below min_words = {self.min_words}")
         if not 0.0 < self.rouge_threshold <= 1.0:
@@ -83,9 +85,10 @@ class SelfInstruct:
 @dataclass(frozen=True, kw_only=True)
 class PromptFile:
     """Prompts from a file, an equal part of it for each iteration (with `repeat`, all of it). `path` and the other
-    fields are arguments of `user_data.read_prompts`; `columns` holds texts such as "prompt=ask"."""
+    fields are arguments of `user_data.read_prompts`; `columns` holds texts such as "prompt=ask". On resume the file may
+    lie elsewhere and have more prompts: see `check_used`."""
 
-    path: str
+    path: str = dataclasses.field(metadata=may_move())
     max_prompts: int | None = None
     repeat: bool = False
     columns: tuple[str, ...] = ()
@@ -150,10 +153,13 @@ def next_part(
 ) -> list[Prompt]:
     """The first of `parts` equal parts of the prompts that are neither among the `earlier` ones nor texts of `exclude`.
 
-    Raises: like `read_source`; ValueError if no prompts are left.
+    Raises: like `read_source` and `check_used`; ValueError if no prompts are left.
     """
     known = {_normal(text) for text in exclude}
-    everything = [p for p in read_source(source) if _normal(p.text) not in known]
+    everything = read_source(source)
+    if isinstance(source, PromptFile):
+        check_used(source, everything, earlier)
+    everything = [p for p in everything if _normal(p.text) not in known]
     if isinstance(source, PromptFile) and source.repeat and everything:
         return everything
     unused = without_used(everything, earlier)
@@ -163,6 +169,27 @@ def next_part(
             f"{len(everything)} prompts (held-out ones do not count); add prompts, or set prompts.repeat of a file"
         )
     return unused[: -(-len(unused) // parts)]
+
+
+def check_used(source: PromptFile, prompts: Sequence[Prompt], used: Sequence[Prompt]) -> None:
+    """Whether the ``prompts`` of a file, which may have moved, are those from which a run took the ``used`` ones, or
+    more. Ids do not count, as in `without_used`.
+
+    Raises: RecordError naming the first used prompt that is gone or was edited.
+    """
+    there = {json.dumps(prompt.messages) for prompt in prompts}
+    gone = [prompt for prompt in used if json.dumps(prompt.messages) not in there]
+    if gone and source.max_prompts is not None:  # added lines may have moved them beyond the limit
+        there |= {json.dumps(prompt.messages) for prompt in dataclasses.replace(source, max_prompts=None).read()}
+        gone = [prompt for prompt in gone if json.dumps(prompt.messages) not in there]
+    if gone:
+        raise RecordError(
+            source.path,
+            None,
+            f"this run has used {len(used)} prompts, {len(gone)} of which are not in this file now; the first is "
+            f"{gone[0].id!r}, {gone[0].text!r:.80}. Put back what was removed or edited (added prompts are fine), or "
+            "start a new run directory",
+        )
 
 
 def without_used(prompts: Sequence[Prompt], used: Iterable[Prompt]) -> list[Prompt]:

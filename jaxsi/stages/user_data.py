@@ -14,6 +14,7 @@ rows may be in any of these dialects:
 Other columns are ignored, and named once.
 """
 
+import contextlib
 import csv
 import io
 import json
@@ -23,7 +24,18 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
-from jaxsi.runs.records import ROLES, Message, Prompt, RecordError, SFTExample, check_unicode, opened, parse_json, shown
+from jaxsi.runs.records import (
+    LFS_POINTER,
+    ROLES,
+    Message,
+    Prompt,
+    RecordError,
+    SFTExample,
+    check_unicode,
+    opened,
+    parse_json,
+    shown,
+)
 
 _log = logging.getLogger(__name__)
 
@@ -33,7 +45,14 @@ Columns = Mapping[str, str]  # the name of a column here -> its name in the file
 PROMPT_COLUMNS = ("prompt", "messages", "conversations", "conversation", "instruction", "question", "query")
 RESPONSE_COLUMNS = ("completion", "response", "output", "answer")
 _ID_COLUMNS = ("id", "prompt_id")
-_ROLE_NAMES = {"human": "user", "prompter": "user", "gpt": "assistant", "chatgpt": "assistant", "model": "assistant"}
+_ROLE_NAMES = {
+    "human": "user",
+    "prompter": "user",
+    "gpt": "assistant",
+    "chatgpt": "assistant",
+    "model": "assistant",
+    "developer": "system",
+}
 _TEXT_ENDINGS = (".jsonl", ".ndjson", ".json", ".csv", ".tsv")
 _MAX_SHOWN = 5  # numbers of bad rows in an error
 
@@ -88,6 +107,19 @@ def columns_of(words: Sequence[str]) -> dict[str, str]:
             raise ValueError(f"{word!r} is not of the form COLUMN=NAME; COLUMN is one of {', '.join(known)}")
         columns[column] = name
     return columns
+
+
+def place_of(
+    source: Path | str, id: str, *, columns: Columns | None = None, split: str = "train", **options: Any
+) -> int | None:
+    """The line, or the place from 1, of the row with this id; for errors about a row that was read. None if the source
+    is not read by rows, such as a function. Arguments as in `read_prompts`."""
+    with contextlib.suppress(RecordError):
+        for place, value in rows(source, split):
+            with contextlib.suppress(ValueError):
+                if _Row(value, place, columns or {}, set()).id() == id:
+                    return place
+    return None
 
 
 def _read(
@@ -265,7 +297,7 @@ def _message(value: Any) -> Message:
     role, content = value[role_key], value[text_key]
     role = _ROLE_NAMES.get(role, role) if isinstance(role, str) else role
     if role not in ROLES:
-        raise ValueError(f"role {shown(role)} is not one of {', '.join(ROLES)}")
+        raise ValueError(f"role {shown(role)} is not one of {', '.join(ROLES)}; leave out such messages or the row")
     if isinstance(content, list) and all(isinstance(part, dict) and part.get("type") == "text" for part in content):
         content = "".join(str(part.get("text", "")) for part in content)
     if not isinstance(content, str) or not content.strip():
@@ -290,6 +322,8 @@ def rows(source: Path | str, split: str = "train") -> Iterator[tuple[int, Any]]:
             return _numbered(_hub_set(str(source), split))
         raise RecordError(path, None, "no such file; check the path")
     head = _head(path)
+    if head.startswith(LFS_POINTER):
+        raise RecordError(path, None, "a Git LFS pointer, not the data themselves; run `git lfs pull` in its folder")
     if head.startswith(b"PAR1"):
         return _numbered(_parquet(path))
     if head.startswith((b"ARROW1", b"\xff\xff\xff\xff")):
@@ -307,7 +341,7 @@ def _numbered(values: Iterator[Any]) -> Iterator[tuple[int, Any]]:
 def _head(path: Path) -> bytes:
     try:
         with path.open("rb") as file:
-            return file.read(8)
+            return file.read(len(LFS_POINTER))
     except OSError as error:
         raise RecordError(path, None, f"cannot be read: {error.strerror or error}") from error
 

@@ -1,10 +1,11 @@
 """Conversations to token ids, by a tokenizer and its chat template; text from outside never becomes a control id."""
 
+import contextlib
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
-from jaxsi.runs.records import Response
-from jaxsi.text.chat_config import CLOSING, Thought, split_thought
+from jaxsi.runs.records import Prompt, Response
+from jaxsi.text.chat_config import CLOSING, OPENING, Thought, split_thought, written_thought
 from jaxsi.text.chat_template import PROBE, ChatTemplateError, render_text
 from jaxsi.text.tokenizer import Tokenizer
 
@@ -52,6 +53,15 @@ def _hide(tokenizer: Tokenizer, messages: list[dict[str, str]]) -> tuple[list[di
     return safe, hidden
 
 
+@contextlib.contextmanager
+def naming(row: str) -> Iterator[None]:
+    """Adds the name of a row of the user's data to the errors of its rendering."""
+    try:
+        yield
+    except ChatTemplateError as error:
+        raise ChatTemplateError(f"{row}: {error}") from error
+
+
 def render_prompt(
     tokenizer: Tokenizer, messages: Sequence[Mapping[str, str]], *, add_generation_prompt: bool = True
 ) -> list[int]:
@@ -69,6 +79,12 @@ def render_prompt(
     return _encode(tokenizer, rendered, hidden)
 
 
+def prompt_length(tokenizer: Tokenizer, prompt: Prompt) -> int:
+    """The number of tokens of a prompt; an error names the prompt."""
+    with naming(f"prompt {prompt.id!r}"):
+        return len(render_prompt(tokenizer, prompt.messages))
+
+
 def render_response(tokenizer: Tokenizer, text: str) -> list[int]:
     """Token ids of an assistant turn after its generation prompt, ending in exactly one end-of-turn id.
 
@@ -76,8 +92,24 @@ def render_response(tokenizer: Tokenizer, text: str) -> list[int]:
     the end of the turn. The exception is a token that spans the border between prompt and response (the text starts
     with a newline): then the prompt keeps its own tokens, as it does when the model samples. For sampled text use the
     sampled ids, never this function.
+
+    If the prompt has a closed thought already, a thought in the text is left out: there the model writes answers alone.
+    If the prompt begins a thought, the text goes on from there; for a text without a thought see `render_request`.
+
+    Raises:
+      ChatTemplateError: if nothing would be left of the text, because its thought has no end.
     """
-    turn = tokenizer.assistant_turn
+    turn, thought = tokenizer.assistant_turn, written_thought(text)
+    if tokenizer.closes_thought:
+        if not thought.closed:
+            raise ChatTemplateError(
+                f"the response {text[:60]!r} is a thought without an end and has no answer; close it with {CLOSING} "
+                "and add one, or leave the row out"
+            )
+        text = thought.answer
+    if tokenizer.opens_thought and thought.answer != text:
+        text = text.lstrip().removeprefix(OPENING)
+        text = text.removeprefix("\n") if turn.prompt.endswith("\n") else text
     messages = _checked([{"role": "user", "content": PROBE}, {"role": "assistant", "content": text}])
     safe, hidden = _hide(tokenizer, messages)
     whole = render_text(tokenizer.chat_template, safe, tokenizer.variables, add_generation_prompt=False)
@@ -86,9 +118,10 @@ def render_response(tokenizer: Tokenizer, text: str) -> list[int]:
         matches = [m for m in controls.pattern.finditer(whole) if controls.ids[m.group()] in controls.control_ids]
         whole = whole[: matches[-turn.controls].end()]
     ending = [] if turn.controls else [turn.end_of_turn]
-    if not whole.startswith(turn.prompt):
-        # The template writes a finished turn unlike the start of a new one (a reasoning model drops its reasoning).
-        # Then the text itself follows the generation prompt.
+    blocks = whole[whole.rfind(PROBE) :].count(OPENING) > text.count(OPENING) and thought.answer != text
+    if not whole.startswith(turn.prompt) or tokenizer.opens_thought or blocks:
+        # The template writes a finished turn unlike the start of a new one: a reasoning model drops its reasoning, or
+        # the template adds a block of its own. Then the text itself follows the generation prompt.
         return _encode(tokenizer, safe[-1]["content"] + turn.closing, hidden) + ending
     ids, prompt_ids = _encode(tokenizer, whole, hidden), tokenizer.turn_prompt_ids
     if ids[: len(prompt_ids)] != prompt_ids:  # a token spans the border; the sampler sees the prompt's own tokens
@@ -99,11 +132,15 @@ def render_response(tokenizer: Tokenizer, text: str) -> list[int]:
 def render_request(tokenizer: Tokenizer, messages: Sequence[Mapping[str, str]]) -> list[int]:
     """`render_prompt`, up to where an answer begins: if the template begins a thought, it is closed at once. For texts
     without a thought, which a model is to learn, or whose probability is asked for."""
-    ids = render_prompt(tokenizer, messages)
+    return [*render_prompt(tokenizer, messages), *_end_of_thought(tokenizer)]
+
+
+def _end_of_thought(tokenizer: Tokenizer) -> list[int]:
+    """What closes the thought that the prompt begins; nothing if it begins none."""
     if not tokenizer.opens_thought:
-        return ids
+        return []
     gap = "" if tokenizer.assistant_turn.prompt.endswith("\n") else "\n"
-    return [*ids, *tokenizer.encode_trusted(f"{gap}{CLOSING}\n\n")]
+    return tokenizer.encode_trusted(f"{gap}{CLOSING}\n\n")
 
 
 def read_response(tokenizer: Tokenizer, token_ids: Sequence[int]) -> Thought:
@@ -132,15 +169,19 @@ def marker_ids(tokenizer: Tokenizer, text: str) -> tuple[int, ...]:
 
 
 def written_response(tokenizer: Tokenizer, id: str, prompt_id: str, text: str) -> Response:
-    """A text that no model sampled (a person's demonstration, say) as a response. It ends the turn and has no logps."""
+    """A text that no model sampled (a person's demonstration, say) as a response. It ends the turn and has no logps. If
+    the prompt begins a thought and the text has none, the response closes it first."""
+    thought = written_thought(text)
+    closing = _end_of_thought(tokenizer) if thought.answer == text else []
     return Response(
         id=id,
         prompt_id=prompt_id,
         sample=0,
-        text=text,
-        token_ids=tuple(render_response(tokenizer, text)),
+        text=thought.answer,
+        token_ids=(*closing, *render_response(tokenizer, text)),
         logps=(),
         finish_reason="stop",
         fingerprint="written",
         template=tokenizer.template_hash,
+        reasoning=thought.reasoning,
     )

@@ -6,6 +6,7 @@ readers of texts get the answer alone: see `split_thought`.
 
 import dataclasses
 import json
+import re
 from collections.abc import Mapping
 from typing import Any, Literal, NamedTuple
 
@@ -76,6 +77,17 @@ def split_thought(text: str, *, opened: bool = False) -> Thought:
     if opened or text.lstrip().startswith(OPENING):
         return Thought(_without_opening(text), "", closed=False)
     return Thought("", text, closed=True)
+
+
+def written_thought(text: str) -> Thought:
+    """`split_thought` of a text that no model sampled here: `</think>` within a sentence is a part of it."""
+    begun = text.lstrip().startswith(OPENING)
+    if begun or (OPENING not in text and _CLOSING_LINE.search(text)):
+        return split_thought(text)
+    return Thought("", text, closed=True)
+
+
+_CLOSING_LINE = re.compile(rf"^{CLOSING}\s*$", re.MULTILINE)
 
 
 def opens_thought(prompt: str) -> bool:

@@ -23,6 +23,8 @@ import jinja2.meta
 import jinja2.nodes
 import jinja2.sandbox
 
+from jaxsi.runs.errors import InputError
+
 DEFAULT_TEMPLATE_NAME = "jaxsi-plain"
 FIRST_RENDER_SECONDS = 10.0
 MAX_REPEATED_CHARACTERS = 1_000_000
@@ -36,7 +38,7 @@ def secret_name(number: int) -> str:
     return f"{_OPEN}c{number}{_CLOSE}"
 
 
-class ChatTemplateError(ValueError):
+class ChatTemplateError(InputError, ValueError):
     """A chat template, or a conversation passed to it, cannot be rendered."""
 
 
@@ -254,10 +256,11 @@ def render_text(
     except Exception as error:  # a template is a program: any exception is a refusal
         index = _first_refused(compiled, messages, variables)
         role, content = messages[index]["role"], re.sub(f"{_OPEN}\\d+{_CLOSE}", "…", messages[index]["content"])
+        fix = "Put the text of the system message into the user's" if role == "system" else "Change the messages"
         raise ChatTemplateError(
             f"the chat template refuses the conversation at message {index} of {len(messages)} ({role}: "
             f"{content[:60]!r}): {error}; the roles are {', '.join(message['role'] for message in messages)}. "
-            "Change the messages, or the model's chat template"
+            f"{fix}, or change the model's chat template"
         ) from error
 
 

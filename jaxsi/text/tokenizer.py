@@ -4,6 +4,7 @@
 without control strings gets exactly the ids of the tokenizer's own library.
 """
 
+import dataclasses
 import functools
 import hashlib
 import json
@@ -37,6 +38,7 @@ _SAVED_FILES = (
     *("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
     *("vocab.json", "merges.txt", "chat_template.jinja"),
 )
+_PANGRAM = "Sphinx of black quartz, judge my vow: 1,234.5 €\n\n\tif x == 'ü': return [\"日本語\", 67890]  # Ω"
 
 
 class Tokenizer:
@@ -116,9 +118,25 @@ class Tokenizer:
         return switches | date | variables
 
     @functools.cached_property
+    def fingerprint(self) -> str:
+        """16 hex digits that change with the ids of texts, of control strings and of the ends of a response."""
+        ids = [self.vocab_size, sorted(self.controls.ids.items()), self.stop_ids, self.encode_text(_PANGRAM)]
+        return hashlib.sha256(json.dumps(ids).encode("utf-8")).hexdigest()[:16]
+
+    @functools.cached_property
     def opens_thought(self) -> bool:
         """Whether every prompt ends at the beginning of a thought."""
         return opens_thought(self.assistant_turn.prompt)
+
+    @functools.cached_property
+    def closes_thought(self) -> bool:
+        """Whether every prompt ends with a thought that is closed already: the template was told to leave it out."""
+        return self.assistant_turn.prompt.rstrip().endswith(CLOSING)
+
+    @functools.cached_property
+    def answering(self) -> "Tokenizer":
+        """The same tokenizer, whose template is asked for answers without thoughts."""
+        return self.with_chat(dataclasses.replace(self.chat, thinking="off"))
 
     @functools.cached_property
     def thought_end(self) -> int | None:

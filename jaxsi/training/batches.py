@@ -4,6 +4,7 @@ The rows of batch number i are a pure function of (rows, seed, i), so a run resu
 """
 
 import dataclasses
+import logging
 import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -19,9 +20,11 @@ from jaxsi.model.attention import SHARED
 from jaxsi.model.decoder import ModelConfig, parameters, windows
 from jaxsi.runs.records import PreferencePair, SFTExample
 from jaxsi.sampling.generate import bucket
-from jaxsi.text.chat import render_prompt, render_request, render_response
-from jaxsi.text.chat_config import CLOSING
+from jaxsi.text.chat import naming, render_prompt, render_request, render_response
+from jaxsi.text.chat_config import written_thought
 from jaxsi.text.tokenizer import Tokenizer
+
+_log = logging.getLogger(__name__)
 
 ATTENTION_COST = (
     3  # cost of an attention FLOP, in FLOPs of weight matmuls (XLA's attention on a CPU, 0.5k to 1k tokens)
@@ -110,11 +113,34 @@ def encode(prompt_ids: Sequence[int], response_ids: Sequence[int]) -> Sequence_:
     return Sequence_(tokens, np.arange(len(tokens)) >= len(prompt_ids))
 
 
+def encode_examples(tokenizer: Tokenizer, examples: Sequence[SFTExample]) -> list[Sequence_]:
+    """`encode_example` of each; the log says how many thoughts are left out."""
+    if tokenizer.closes_thought or tokenizer.chat.thinking == "strip":
+        without = sum(bool(written_thought(example.response).reasoning) for example in examples)
+        if without:
+            _log.warning(
+                "%d of %d responses begin with a thought, which is left out, since chat.thinking is %s; keep trains on "
+                "it", without, len(examples), tokenizer.chat.thinking,
+            )  # fmt: skip
+    return [encode_example(tokenizer, example) for example in examples]
+
+
 def encode_example(tokenizer: Tokenizer, example: SFTExample) -> Sequence_:
-    """Encodes a supervised example. If the template begins a thought, it is closed in the prompt, outside the loss;
-    a response that has a thought of its own follows the prompt as it is."""
-    head = render_prompt if CLOSING in example.response else render_request
-    return encode(head(tokenizer, example.messages), render_response(tokenizer, example.response))
+    """Encodes a supervised example, so that what is trained is what is sampled.
+
+    If the template begins a thought, it is closed in the prompt, outside the loss; a response that has a thought of its
+    own follows the prompt as it is. With thoughts off or stripped (``ChatConfig.thinking``), the prompt is the one that
+    asks for an answer alone, and the answer alone is trained.
+
+    Raises:
+      ChatTemplateError: if the template refuses the conversation; it names the example.
+    """
+    with naming(f"example {example.id!r}"):
+        response, answer = example.response, written_thought(example.response).answer
+        if tokenizer.chat.thinking == "strip":
+            tokenizer, response = tokenizer.answering, answer
+        head = render_request if response == answer else render_prompt
+        return encode(head(tokenizer, example.messages), render_response(tokenizer, response))
 
 
 def encode_pair(tokenizer: Tokenizer, pair: PreferencePair) -> tuple[Sequence_, Sequence_]:
@@ -131,11 +157,13 @@ def encode_pair(tokenizer: Tokenizer, pair: PreferencePair) -> tuple[Sequence_, 
                 f"{tokenizer.template_hash}; train with the tokenizer that sampled it"
             )
     if tokenizer.chat.thinking == "strip" and (pair.chosen.reasoning or pair.rejected.reasoning):
-        plain = tokenizer.with_chat(dataclasses.replace(tokenizer.chat, thinking="off"))
-        prompt_ids = render_request(plain, pair.messages)
+        plain = tokenizer.answering
+        with naming(f"pair {pair.id!r}"):
+            prompt_ids = render_request(plain, pair.messages)
         chosen, rejected = (encode(prompt_ids, render_response(plain, r.text)) for r in (pair.chosen, pair.rejected))
         return chosen, rejected
-    prompt_ids = render_prompt(tokenizer, pair.messages)
+    with naming(f"pair {pair.id!r}"):
+        prompt_ids = render_prompt(tokenizer, pair.messages)
     return encode(prompt_ids, pair.chosen.token_ids), encode(prompt_ids, pair.rejected.token_ids)
 
 

@@ -6,6 +6,7 @@ function itself. A loss with its own settings is a callable frozen dataclass, ``
 one compiled program, and a run directory stores them."""
 
 import dataclasses
+import math
 from typing import NamedTuple
 
 import jax
@@ -60,6 +61,10 @@ class dpo_smoothed:
 
     label_smoothing: float = 0.1
 
+    def __post_init__(self) -> None:
+        if not 0 <= self.label_smoothing < 0.5:
+            raise ValueError(f"label_smoothing is {self.label_smoothing}; it lies in [0, 0.5)")
+
     def __call__(self, p: PairLogps, *, beta: float) -> Loss:
         z_B = beta * margin(p)
         wrong, right = -jax.nn.log_sigmoid(-z_B), -jax.nn.log_sigmoid(z_B)
@@ -88,6 +93,10 @@ class simpo:
     """-log sigma(beta * (mean logp chosen - mean logp rejected) - gamma): no reference (Meng et al. 2024, eq. 6)."""
 
     gamma: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.gamma < math.inf:
+            raise ValueError(f"gamma is {self.gamma}; it must be a number, at least 0")
 
     def __call__(self, p: PairLogps, *, beta: float) -> Loss:
         chosen_B, rejected_B = _means(p)

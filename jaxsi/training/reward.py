@@ -17,6 +17,7 @@ from jax.sharding import Mesh
 from jaxsi.lm import LM
 from jaxsi.model import decoder, mesh as meshlib
 from jaxsi.model.decoder import ModelConfig, Remat, Weights
+from jaxsi.runs.progress import piece
 from jaxsi.runs.records import Message, Prompt, Response
 from jaxsi.runs.run import Scope
 from jaxsi.sampling.scoring import rows_on_mesh
@@ -201,11 +202,13 @@ def rewards(lm: LM, sequences: Sequence[Sequence_], *, batch_size: int = 64) -> 
             f"a text has {longest} tokens, the reward model {config.max_positions} positions; drop the text"
         )
     out = np.zeros(len(sequences), np.float32)
-    for batch, tokens_BT, lengths_B in rows_on_mesh(lm, [s.tokens.tolist() for s in sequences], batch_size):
-        rewards_B = score_rewards(
-            lm.weights, tokens_BT, lengths_B, config=config, dtype=jnp.dtype(lm.dtype), mesh=lm.mesh
-        )
-        out[batch] = meshlib.fetch(rewards_B)[: len(batch)]
+    with piece("rewards", len(sequences)) as advance:
+        for batch, tokens_BT, lengths_B in rows_on_mesh(lm, [s.tokens.tolist() for s in sequences], batch_size):
+            rewards_B = score_rewards(
+                lm.weights, tokens_BT, lengths_B, config=config, dtype=jnp.dtype(lm.dtype), mesh=lm.mesh
+            )
+            out[batch] = meshlib.fetch(rewards_B)[: len(batch)]
+            advance(len(batch), True)
     bad = np.flatnonzero(~np.isfinite(out))
     if len(bad):
         raise RewardError(

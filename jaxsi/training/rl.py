@@ -13,6 +13,7 @@ Random draws are keyed by step, prompt and sample, so a run that was killed resu
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -80,7 +81,7 @@ class RLConfig:
                 f"prompts_per_step {self.prompts_per_step} x group_size {self.group_size} = {self.rows} rows, "
                 f"batch_size {self.batch_size}, accumulate {self.accumulate}: each must divide the one before it"
             )
-        if self.kl_coef < 0 or not 0 < self.clip < 1 or self.cut_off_penalty < 0:
+        if not (0 <= self.kl_coef < math.inf and 0 < self.clip < 1 and 0 <= self.cut_off_penalty < math.inf):
             raise ValueError(
                 f"kl_coef is {self.kl_coef} (>= 0), clip {self.clip} (in (0, 1)), cut_off_penalty "
                 f"{self.cut_off_penalty} (>= 0)"

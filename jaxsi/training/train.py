@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import hashlib
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, Literal, NamedTuple
 
@@ -18,7 +19,7 @@ from jaxsi.model import decoder, mesh as meshlib
 from jaxsi.model.decoder import ModelConfig, Remat, Weights
 from jaxsi.runs import preemption
 from jaxsi.runs.config_snapshot import may_change, stored_as
-from jaxsi.runs.progress import progress
+from jaxsi.runs.progress import piece, progress
 from jaxsi.runs.records import PreferencePair, SFTExample
 from jaxsi.runs.run import Scope
 from jaxsi.training import losses, optim, resume
@@ -28,7 +29,7 @@ from jaxsi.training.batches import (
     Sequence_,
     TokenBatch,
     arrangement,
-    encode_example,
+    encode_examples,
     encode_pair,
     pair_batches,
 )
@@ -97,7 +98,7 @@ class DPOConfig:
     optimizer: Literal["reset", "carry"] = "reset"
 
     def __post_init__(self) -> None:
-        if self.beta <= 0 or self.nll_coef < 0:
+        if not 0 < self.beta < math.inf or not 0 <= self.nll_coef < math.inf:
             raise ValueError(f"beta is {self.beta} (> 0) and nll_coef {self.nll_coef} (>= 0)")
         for name, values in (("reference", ("previous", "first")), ("optimizer", ("reset", "carry"))):
             if getattr(self, name) not in values:
@@ -402,7 +403,7 @@ def sft(lm: LM, examples: Sequence[SFTExample], config: TrainConfig, scope: Scop
         return trained
     config.check(lm.mesh)
     with scope.timed("sft"):
-        sequences = _fitting(scope, [encode_example(lm.tokenizer, e) for e in examples], config.max_length)
+        sequences = _fitting(scope, encode_examples(lm.tokenizer, examples), config.max_length)
         batches = arrangement(lm.mesh)(
             sequences, config.max_length, config.batch_size, lm.mesh, epochs=config.epochs, seed=seed_of(scope, "sft")
         )
@@ -465,13 +466,15 @@ def reference_logps(lm: LM, encoded: Sequence[tuple[Sequence_, Sequence_]], conf
     zeros = [(0.0, 0.0)] * len(encoded)
     batches = pair_batches(lm, encoded, zeros, micro, epochs=1, seed=0, min_length=config.min_length)
     out = np.zeros((len(encoded), 2), np.float32)
-    for step in range(len(batches)):
-        preemption.check()
-        rows = [int(i) for i in np.atleast_1d(np.asarray(batches.plan[step]))]
-        logps_B2 = reference_pair_logps(
-            lm.weights, batches[step], config=lm.config, mesh=lm.mesh, dtype=config.dtype, remat=config.remat
-        )
-        out[rows] = meshlib.fetch(logps_B2)[: len(rows)]
+    with piece("log-probabilities of pairs", len(encoded)) as advance:
+        for step in range(len(batches)):
+            preemption.check()
+            rows = [int(i) for i in np.atleast_1d(np.asarray(batches.plan[step]))]
+            logps_B2 = reference_pair_logps(
+                lm.weights, batches[step], config=lm.config, mesh=lm.mesh, dtype=config.dtype, remat=config.remat
+            )
+            out[rows] = meshlib.fetch(logps_B2)[: len(rows)]
+            advance(len(rows), True)
     return out.tolist()
 
 

@@ -30,7 +30,9 @@ from jaxsi.runs.config_file import ConfigFileError, load_config
 from jaxsi.runs.config_snapshot import RunConfigError
 from jaxsi.runs.errors import InputError
 from jaxsi.runs.records import Judgment, RecordError, Response, read_jsonl, write_jsonl
+from jaxsi.runs.run import StaleRecordsError
 from jaxsi.stages.prompts import load_rubric
+from jaxsi.text.chat_template import ChatTemplateError
 from jaxsi.text.tokenizer import TokenizerError
 from jaxsi.toyworld.evaluate import ToyEvaluation
 
@@ -443,7 +445,16 @@ def test_interrupted_generate_goes_on_after_its_last_part(world, tmp_path, capsy
     assert "seed: 0 -> 1" in err
     assert len(calls) == 2
 
+    # What counts is the content: copies at another place are the same, another chat template is not.
+    copies = shutil.copytree(world, tmp_path / "copies", ignore=shutil.ignore_patterns("run"))
+    template = copies / "model" / "chat_template.jinja"
+    template.write_text(template.read_text() + "\n\n")
+    command[1], command[3] = copies / "model", copies / "prompts.jsonl"
+    assert "was sampled by weights" in failure(capsys, *command, "-o", out)
+    assert len(calls) == 2
+    shutil.copy(world / "model" / "chat_template.jinja", template)
     again = json_of(capsys, *command, "-o", out)
+    shutil.rmtree(copies)
     assert len(calls) == 4  # the second and third prompts
     assert out.read_bytes() == whole.read_bytes()
     assert again["tokens"] == value["tokens"]
@@ -493,6 +504,46 @@ def failure(capsys, *argv, code=2):
     assert out == ""
     assert "Traceback" not in err
     return next(line for line in err.splitlines() if line.startswith("jaxsi: error: "))
+
+
+GEMMA = (
+    "{{ bos_token }}{% if messages[0]['role'] == 'system' %}{{ raise_exception('System role not supported') }}"
+    "{% endif %}{% for m in messages %}{% if (m['role'] == 'user') != (loop.index0 % 2 == 0) %}"
+    "{{ raise_exception('Conversation roles must alternate user/assistant') }}{% endif %}"
+    "{{ '<|' + m['role'] + '|>' + m['content'] + '<|end|>' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
+)
+
+
+def test_row_that_the_template_refuses_is_named(world, tmp_path, capsys):
+    """File, line, id, the template's own words and the fix, before any work."""
+    model = shutil.copytree(world / "model", tmp_path / "model")
+    (model / "chat_template.jinja").write_text(GEMMA)
+    good, system = {"role": "user", "content": "Reverse: cat"}, {"role": "system", "content": "Be brief."}
+    prompts, out = tmp_path / "prompts.jsonl", tmp_path / "out.jsonl"
+    for bad, says in (
+        ([system, good], "message 0 of 2 (system: 'Be brief.'): System role not supported; the roles are system, "
+         "user. Put the text of the system message into the user's, or change the model's chat template"),
+        ([good, good], "message 1 of 2 (user: 'Reverse: cat'): Conversation roles must alternate user/assistant; the "
+         "roles are user, user. Change the messages, or change the model's chat template"),
+    ):  # fmt: skip
+        rows = [{"key": "a", "messages": [good]}, {"key": "b", "messages": bad}]
+        prompts.write_text("\n" + "".join(json.dumps(row) + "\n" for row in rows))
+        for command in (
+            ["generate", model, "-o", out, "--max-new-tokens", 4],
+            ["improve", "self-refine", model, "-o", out, "--max-new-tokens", 4],
+            ["run", world / "micro.py", "--model", model, "--run-dir", tmp_path / "run"],
+        ):
+            message = failure(capsys, *command, "--prompts", prompts, "--column", "id=key")
+            assert message == (
+                f"jaxsi: error: {prompts}:3: prompt 'b': the chat template refuses the conversation at {says}"
+            )
+        prompts.write_text("".join(json.dumps(row | {"response": "tac"}) + "\n" for row in rows))
+        command = ["sft", model, "--data", prompts, "--column", "id=key", "--run-dir", tmp_path / "sft"]
+        message = failure(capsys, *command, "--batch-size", 8)
+        assert message == f"jaxsi: error: example 'b': the chat template refuses the conversation at {says}"
+        shutil.rmtree(tmp_path / "sft")
+    assert not out.exists() and not (tmp_path / "run").exists()
 
 
 def test_missing_folder_is_named(world, tmp_path, capsys):
@@ -556,8 +607,8 @@ def test_errors_of_wrong_input_share_a_base_class():
     for module in pkgutil.walk_packages(jaxsi.__path__, "jaxsi."):
         if module.name != "jaxsi.__main__":
             importlib.import_module(module.name)
-    errors = {ConfigFileError, HFError, LoadError, MeshError, ModelError}
-    errors |= {PreflightError, RecordError, RunConfigError, TokenizerError}
+    errors = {ChatTemplateError, ConfigFileError, HFError, LoadError, MeshError, ModelError}
+    errors |= {PreflightError, RecordError, RunConfigError, StaleRecordsError, TokenizerError}
     found = set(InputError.__subclasses__())
     assert {error for error in found if error.__module__.startswith("jaxsi.")} == errors
     assert not any(error.transient for error in errors)

@@ -235,7 +235,13 @@ def test_doubtful_keys_are_told_once(changes: dict[str, Any], told: str, caplog:
 
 @pytest.mark.parametrize(
     ("text", "message"),
-    [("{", "not JSON"), ("[1]", "holds a list"), ("\udcff", "not JSON"), ("[" * 100_000, "not JSON")],
+    [
+        ("version https://git-lfs.github.com/spec/v1", "a Git LFS pointer"),
+        ("{", "not JSON"),
+        ("[1]", "holds a list"),
+        ("\udcff", "not JSON"),
+        ("[" * 100_000, "not JSON"),
+    ],
 )
 def test_broken_config_is_refused(text: str, message: str, tmp_path: Path) -> None:
     (tmp_path / "config.json").write_bytes(text.encode("utf-8", "surrogateescape"))

@@ -2,16 +2,23 @@
 
 import dataclasses
 import json
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
+from micro_runs import micro
 
 import tiny
 from jaxsi import lm as lmlib
-from jaxsi.methods.lifecycle import begin, keep, report
+from jaxsi.lm import LoadError
+from jaxsi.methods.lifecycle import begin, keep, report, same_model
+from jaxsi.methods.start import finish
 from jaxsi.model.mesh import MeshConfig, MeshError
-from jaxsi.runs.records import Prompt
+from jaxsi.runs.config_file import load_config
+from jaxsi.runs.config_snapshot import RunConfigError
+from jaxsi.runs.records import Prompt, RecordError
 from jaxsi.runs.run import Run, StaleRecordsError
 from jaxsi.sampling.generate import SamplingConfig
 from jaxsi.stages.self_instruct import PromptFile, next_part, read_source
@@ -53,6 +60,70 @@ def test_changed_model_is_refused_on_resume(tmp_path: Path) -> None:
             begin(config(model), run)
 
 
+def edit(file: Path, change: str, by: str) -> None:
+    content = file.read_text()
+    assert change in content
+    file.write_text(content.replace(change, by))
+
+
+def test_copied_model_is_the_same_and_any_other_is_refused(tmp_path: Path) -> None:
+    """What counts is the content of the folder: weights, config, tokenizer and chat template."""
+    lmlib.export(tiny.make_lm(), tmp_path / "model", dtype="float32")
+    with Run.open(tmp_path / "run", Config()) as run:
+        first = begin(config(tmp_path / "model"), run)
+        shutil.copytree(tmp_path / "model", tmp_path / "copy")
+        assert begin(config(tmp_path / "copy"), run).fingerprint == first.fingerprint
+        for name, file, change, by, message in (
+            ("rope", "config.json", '"rope_theta": 10000.0', '"rope_theta": 20000.0', r"has the rope .*20000\.0"),
+            ("norm", "config.json", '"rms_norm_eps": 1e-05', '"rms_norm_eps": 1e-06', "has the norm_eps 1e-06"),
+            (
+                "template",
+                "chat_template.jinja",
+                "bos_token }}",
+                "bos_token }} ",
+                "has the chat template [0-9a-f]{16}, this run began",
+            ),
+            ("ends", "generation_config.json", '"eos_token_id": [', '"eos_token_id": [5,', "has the tokenizer"),
+        ):
+            folder = shutil.copytree(tmp_path / "model", tmp_path / name)
+            edit(folder / file, change, by)
+            with pytest.raises(StaleRecordsError, match=message):
+                begin(config(folder), run)
+
+
+@pytest.mark.parametrize("method", ["self_rewarding", "srt", "seft", "pit", "spin"])
+def test_model_of_every_method_may_lie_elsewhere(method: str, tmp_path: Path) -> None:
+    cfg = load_config(micro(method))
+    Run.open(tmp_path, cfg).close()
+    moved = dataclasses.replace(cfg, model="/elsewhere/model")
+    Run.open(tmp_path, moved).close()
+    assert json.loads((tmp_path / "config.json").read_text())["model"] == "/elsewhere/model"
+    with pytest.raises(RunConfigError, match=r"model.* may name another place with the same content"):
+        Run.open(tmp_path, dataclasses.replace(cfg, seed=9))
+
+
+def test_other_models_of_a_config_may_move_once_the_run_knows_them(tmp_path: Path) -> None:
+    """In runs of earlier versions their fingerprint is not there, so their path is fixed."""
+    cfg = load_config(micro("self_rewarding"))
+
+    def with_generator(path: str) -> Any:
+        return dataclasses.replace(cfg, prompts=dataclasses.replace(cfg.prompts, generator=path))
+
+    Run.open(tmp_path, with_generator("a")).close()
+    Run.open(tmp_path, with_generator("b")).close()  # nothing is made by it yet
+    (tmp_path / "iter_2").mkdir()
+    (tmp_path / "iter_2" / "prompts.jsonl").touch()
+    with pytest.raises(RunConfigError, match=r"prompts\.generator: 'b' -> 'c'"):
+        Run.open(tmp_path, with_generator("c"))
+    lm = tiny.make_lm()
+    with Run.open(tmp_path, with_generator("b")) as run:
+        same_model(run.at("iter_0"), "generator", "b", lm)
+    with Run.open(tmp_path, with_generator("c")) as run:
+        same_model(run.at("iter_0"), "generator", "c", lm)
+        with pytest.raises(StaleRecordsError, match="c now has the weights"):
+            same_model(run.at("iter_0"), "generator", "c", tiny.make_lm(seed=1))
+
+
 def test_batch_that_does_not_divide_is_refused_before_any_work(tmp_path: Path) -> None:
     lmlib.export(tiny.make_lm(), tmp_path / "model", dtype="float32")
     with (
@@ -78,6 +149,17 @@ def test_summary_has_one_line_per_iteration_and_the_base_apart(tmp_path: Path) -
     assert summary["iterations"][1]["quality"] is None and summary["iterations"][1]["fingerprint"] == lm.fingerprint
 
 
+def test_complete_run_without_its_last_model_is_an_error(tmp_path: Path) -> None:
+    cfg = dataclasses.replace(load_config(micro("self_rewarding")), iterations=1)
+    with Run.open(tmp_path, cfg) as run:
+        keep(tiny.make_lm(), run.at("iter_1"))
+        run.update_summary({"status": "complete", "iterations": [{"iteration": 1}]})
+    assert finish(cfg, tmp_path) is None
+    shutil.rmtree(tmp_path / "iter_1" / "checkpoint" / "weights")
+    with pytest.raises(LoadError, match=r"iteration|checkpoint"):
+        finish(cfg, tmp_path)
+
+
 def test_model_as_given_is_kept_once(tmp_path: Path) -> None:
     lm = tiny.make_lm()
     with Run.open(tmp_path / "run", Config()) as run:
@@ -99,6 +181,30 @@ def test_lines_before_used_prompts_change_nothing(tmp_path: Path) -> None:
     file.write_text(json.dumps({"prompt": "new"}) + "\n" + "".join(lines))
     rest = next_part(PromptFile(path=str(file)), used, 1)
     assert [prompt.text for prompt in rest] == ["new", "three", "four"]
+
+
+def test_used_prompts_have_to_stay_in_the_file_which_may_move(tmp_path: Path) -> None:
+    file, moved = tmp_path / "prompts.jsonl", tmp_path / "elsewhere.jsonl"
+    lines = [json.dumps({"id": text, "prompt": text}) + "\n" for text in ("one", "two", "three", "four")]
+    file.write_text("".join(lines))
+    used = next_part(PromptFile(path=str(file)), [], 2)
+    moved.write_text("".join(lines))
+    file.write_text("".join([lines[0], lines[1].replace('"two"}', '"too"}'), *lines[2:]]))
+    with pytest.raises(RecordError) as caught:
+        next_part(PromptFile(path=str(file)), used, 1)
+    assert str(caught.value) == (
+        f"{file}: this run has used 2 prompts, 1 of which are not in this file now; the first is 'two', 'two'. Put "
+        "back what was removed or edited (added prompts are fine), or start a new run directory"
+    )
+    assert [prompt.text for prompt in next_part(PromptFile(path=str(moved)), used, 1)] == ["three", "four"]
+    file.write_text("".join(lines[1:]))
+    for repeat in (False, True):
+        with pytest.raises(RecordError, match="the first is 'one'"):
+            next_part(PromptFile(path=str(file), repeat=repeat), used, 1)
+    added = [json.dumps({"id": text, "prompt": text}) + "\n" for text in ("Two", "Three")]
+    file.write_text("".join([*added, *lines]))
+    few = PromptFile(path=str(file), max_prompts=2)  # the added lines have moved the used ones beyond the limit
+    assert [prompt.text for prompt in next_part(few, used, 1)] == ["Two", "Three"]
 
 
 def test_prompts_come_from_a_file_or_a_function(tmp_path: Path) -> None:

@@ -61,6 +61,23 @@ def test_raised_iterations_need_unused_prompts(tmp_path):
     check(dataclasses.replace(more, prompts=dataclasses.replace(cfg.prompts, repeat=True)), run)
 
 
+def test_changed_prompts_are_refused_before_any_work(tmp_path):
+    """Also by a method that reads its prompts once: the run has them, but the file is no longer theirs."""
+    file, run = tmp_path / "prompts.jsonl", tmp_path / "run"
+    texts = ["Reverse: cat axe", "Reverse: dog pie", "Reverse: sun axe"]
+    prompts = [Prompt.of(str(i), text) for i, text in enumerate(texts)]
+    write_jsonl(file, prompts)
+    (run / "iter_0").mkdir(parents=True)
+    write_jsonl(run / "iter_0" / "prompts.jsonl", prompts)
+    cfg = WithoutTraining(prompts=PromptFile(path=str(file)))
+    check(cfg, run)
+    write_jsonl(file, [Prompt.of("new", "Reverse: new"), *prompts])
+    check(cfg, run)
+    write_jsonl(file, [prompts[0], Prompt.of("1", "Reverse: dog"), prompts[2]])
+    with pytest.raises(RecordError, match=r"prompts\.jsonl: this run has used 3 .* the first is '1'"):
+        check(cfg, run)
+
+
 def test_prompts_given_as_texts_are_checked_like_those_of_a_file(tmp_path):
     with pytest.raises(RecordError, match="prompts: 1 prompts for 2 iterations"):
         check(dataclasses.replace(TOY, prompts=["Reverse: cat"]), tmp_path)

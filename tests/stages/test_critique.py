@@ -9,10 +9,12 @@ from hypothesis import given, strategies as st
 
 import tiny
 from jaxsi.runs.records import Critique, Prompt, Response
+from jaxsi.runs.run import StaleRecordsError
 from jaxsi.sampling import generate
 from jaxsi.stages.critique import (
     CritiqueConfig,
     LocalCritic,
+    check_same_critic,
     continue_critique,
     critic_requests,
     critique,
@@ -259,6 +261,18 @@ def test_local_critic_reads_every_response(tmp_path, monkeypatch) -> None:
     got = critic(PROMPTS, [draft_of("p0#0"), draft_of("p1#0", "axe " * 300)], short, jax.random.key(0))
     assert [c.id for c in got] == ["p0#0", "p1#0"]
     assert got[0].text and not got[1].text  # the second leaves no room
+
+
+def test_changed_model_of_a_local_critic_is_refused() -> None:
+    critic, text = LocalCritic(model="stronger"), SRT.write("w", "s", 3, "better")
+    critiques = [critique(draft_of(f"p{i}#0"), text, "stop", SRT, "f") for i in range(2)]
+    check_same_critic(critic, critiques)
+    others = [*critiques, critique(draft_of("p2#0"), text, "stop", SRT, "g")]
+    with pytest.raises(
+        StaleRecordsError, match=r"stronger now has the weights g .* critique 'p0#0' of this run is by f"
+    ):
+        check_same_critic(critic, others)
+    check_same_critic(lambda *args: [], others)  # only a local model is known by its weights
 
 
 def test_template_of_the_package_asks_for_every_part() -> None:

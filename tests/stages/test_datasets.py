@@ -115,7 +115,35 @@ def test_ultrafeedback_leaves_out_wrong_scores_and_empty_rows(tmp_path, caplog):
     assert "1 instructions without completions are left out" in caplog.text
 
 
-def test_hh_rlhf(tmp_path):
+def test_ultrafeedback_reads_scores_as_people_store_them(tmp_path, caplog):
+    """As texts, absent, or wrong in the other direction; a row without completions may hold null."""
+    scored = [
+        ("bad", "10", "1.25"),
+        ("good", "8.5", "4.5"),
+        ("none", "N/A", "3"),
+        ("swapped", 1, 5.0),
+        ("poor", 3, 1.5),
+    ]
+    completions = [{"response": r, "overall_score": str(s), "fine-grained_score": str(f)} for r, s, f in scored]
+    rows = [{"instruction": "Hi", "completions": completions}, {"instruction": "Ho", "completions": None}]
+    (ranked,) = datasets.ultrafeedback(write(tmp_path, rows))
+    assert (ranked.responses, ranked.ranks) == (("good", "poor"), (0, 1))
+    assert "2 completions with a wrong overall score are left out, the first in row 0" in caplog.text
+    assert "1 completions without an overall score are left out" in caplog.text
+    assert "1 instructions without completions are left out, the first in row 1" in caplog.text
+
+
+def test_nectar_leaves_out_rows_that_are_no_prompts(tmp_path, caplog):
+    answers, turn = [{"answer": "a", "rank": 1.0}, {"answer": "b", "rank": 2.0}], "\n\nHuman: Hi\n\nAssistant: "
+    rows = [{"prompt": "Hi", "answers": answers}, {"prompt": turn, "answers": answers}, {"prompt": turn, "answers": []}]
+    rows.append({"prompt": "\n\nHuman: Hi\n\nAssistant: Half an", "answers": answers})
+    (ranked,) = datasets.nectar(write(tmp_path, rows))
+    assert ranked.id == "nectar-1"
+    assert '2 prompts without a turn of "Human:" at the end are left out, the first in row 0' in caplog.text
+    assert "1 prompts without answers are left out, the first in row 2" in caplog.text
+
+
+def test_hh_rlhf(tmp_path, caplog):
     start = "\n\nHuman: Hi\n\nAssistant: Hello\n\nHuman: Human: a colon\nAssistant: in a line"
     rows = [
         {"chosen": f"{start}\n\nAssistant: good", "rejected": f"{start}\n\nAssistant: bad"},
@@ -127,6 +155,7 @@ def test_hh_rlhf(tmp_path):
     last = {"role": "user", "content": "Human: a colon\nAssistant: in a line"}
     assert ranked.messages == (USER, REPLY, last)
     assert (ranked.responses, ranked.ranks) == (("good", "bad"), (0, 1))
+    assert "3 pairs without a prompt in common are left out, the first in row 1" in caplog.text
 
 
 def test_transcript_keeps_blank_lines_inside_turns():
@@ -153,6 +182,8 @@ def test_columns_may_have_other_names(tmp_path):
         (datasets.nectar, [{"prompt": "x", "answers": "y"}], "nectar: row 0, column 'answers' holds str"),
         (datasets.nectar, [{"prompt": "x", "answers": [{"answer": "y"}]}], "no usable 'rank'"),
         (datasets.nectar, [{"prompt": "Hi", "answers": [{"answer": "y", "rank": 1}]}], "row 0 .* without .*Human:"),
+        (datasets.ultrafeedback, [{"instruction": "Hi", "completions": []}], "row 0 .*: instructions without compl"),
+        (datasets.hh_rlhf, [{"chosen": "x", "rejected": "y"}], "row 0 .*: pairs without a prompt in common"),
         (datasets.tulu2_mixture, [{"id": "a", "messages": [{"role": "tool", "content": "x"}]}], "row a.*role 'tool'"),
         (datasets.ultrafeedback, [{"instruction": None, "completions": []}], "row 0 has no 'instruction'"),
         (datasets.oasst, [oasst_row("a", None, "prompter", "Hi", lang="es")], "no row became a record"),
@@ -169,6 +200,9 @@ def test_unreadable_sources_are_errors(tmp_path):
     (tmp_path / "rows.txt").write_text("x")
     with pytest.raises(SourceError, match=r"rows\.txt is not a \.json"):
         datasets.oasst(str(tmp_path / "rows.txt"))
+    (tmp_path / "pointer.parquet").write_text("version https://git-lfs.github.com/spec/v1\n")
+    with pytest.raises(SourceError, match=r"pointer\.parquet is a Git LFS pointer, not the data"):
+        datasets.oasst(str(tmp_path / "pointer.parquet"))
     (tmp_path / "broken.jsonl").write_text('{"a": 1}\n{"a": ')
     with pytest.raises(SourceError, match=r"oasst: cannot read .*broken\.jsonl.*check that the file is whole"):
         datasets.oasst(str(tmp_path / "broken.jsonl"))

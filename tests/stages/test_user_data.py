@@ -288,3 +288,17 @@ def test_missing_file_and_invalid_limit_are_errors(tmp_path):
         read_prompts(tmp_path)
     with pytest.raises(ValueError, match="max_prompts is 0"):
         read_prompts(tmp_path / "none.jsonl", 0)
+
+
+@pytest.mark.parametrize("name", ["x.jsonl", "x.json", "x.parquet", "x.csv"])
+def test_pointer_of_git_lfs_is_said_to_be_one(name, tmp_path):
+    (tmp_path / name).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:abc\nsize 12\n")
+    with pytest.raises(RecordError, match=r"a Git LFS pointer, not the data themselves; run `git lfs pull`"):
+        read_prompts(tmp_path / name)
+
+
+def test_developer_of_newer_chats_is_the_system(tmp_path):
+    file = tmp_path / "x.jsonl"
+    rows = [{"role": "developer", "content": "Be brief."}, {"role": "user", "content": "Hi"}]
+    file.write_text(json.dumps({"messages": rows}) + "\n")
+    assert [message["role"] for message in read_prompts(file)[0].messages] == ["system", "user"]

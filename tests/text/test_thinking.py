@@ -2,25 +2,21 @@
 
 import dataclasses
 import datetime
-import json
-from pathlib import Path
 
 import numpy as np
 import pytest
-from tokenizers import AddedToken, Tokenizer as Backend, decoders, models, pre_tokenizers
+from byte_models import MARKS, shown, speaking, tokenizer_of
 
 import tiny
-from jaxsi.lm import LM
 from jaxsi.runs.records import PreferencePair, Prompt, SFTExample
-from jaxsi.sampling import generate as generation
 from jaxsi.sampling.generate import generate
 from jaxsi.stages.judge import JudgeConfig, judge
 from jaxsi.stages.prompts import load_rubric
 from jaxsi.text import chat_template
-from jaxsi.text.chat import read_response, render_prompt, render_request, render_response
+from jaxsi.text.chat import read_response, render_prompt, render_request, render_response, written_response
 from jaxsi.text.chat_config import ChatConfig, split_thought
 from jaxsi.text.chat_template import ChatTemplateError
-from jaxsi.text.tokenizer import Tokenizer, load_tokenizer
+from jaxsi.text.tokenizer import Tokenizer
 from jaxsi.training.batches import encode_example, encode_pair
 from jaxsi.training.reward import reward_sequence
 
@@ -43,27 +39,7 @@ PLAIN = (
 # As R1's: every prompt begins a thought.
 OPENING = PLAIN.replace("assistant\n' }}{%- endif %}", "assistant\n<think>\n' }}{%- endif %}")
 DATED = "{{- '<|im_start|>system\n' + strftime_now('%d %b %Y') + '<|im_end|>\n' }}" + PLAIN
-MARKS = ("<|im_start|>", "<|im_end|>")
 HI = [{"role": "user", "content": "Hi"}]
-
-
-def tokenizer_of(folder: Path, template: str, *, special_tags: bool = False) -> Tokenizer:
-    """Every byte is a token."""
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    backend = Backend(models.BPE({c: i for i, c in enumerate(alphabet)}, []))
-    backend.pre_tokenizer, backend.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
-    backend.add_special_tokens([AddedToken(mark, special=True) for mark in MARKS])
-    backend.add_tokens([AddedToken(tag, special=special_tags) for tag in ("<think>", "</think>")])
-    backend.add_tokens([AddedToken("\n\n", special=False, normalized=False)])
-    folder.mkdir()
-    backend.save(str(folder / "tokenizer.json"))
-    config = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<|im_end|>", "chat_template": template}
-    (folder / "tokenizer_config.json").write_text(json.dumps(config))
-    return load_tokenizer(folder)
-
-
-def shown(tokenizer: Tokenizer, ids: list[int]) -> str:
-    return tokenizer._library._backend.decode(list(ids), skip_special_tokens=False)
 
 
 @pytest.fixture(scope="module")
@@ -158,6 +134,28 @@ def test_begun_thought_is_closed_before_an_answer_that_is_learnt(opening):
     assert shown(opening, thinks.tokens[~thinks.loss_mask]).endswith("<think>\n")
 
 
+@pytest.mark.parametrize("kind", ["header alone", "whole turn"])
+def test_thought_of_a_row_goes_on_where_the_prompt_begins_it(kind, tmp_path):
+    """One block, whether or not the template writes an empty one into finished turns, as Qwen3's thinking models do."""
+    block = "{{- '<think>\n\n</think>\n\n' if m.role == 'assistant' and '</think>' not in m.content else '' }}"
+    turn = "{{- '<|im_start|>' + m.role + '\n' }}" + block + "{{- m.content + '<|im_end|>\n' }}"
+    whole = "{%- for m in messages %}" + turn + "{%- endfor %}" + OPENING.partition("{%- endfor %}")[2]
+    tokenizer = tokenizer_of(tmp_path / "t", OPENING if kind == "header alone" else whole)
+    assert tokenizer.opens_thought
+    for text, learnt in (
+        ("<think>\nHm.\n</think>\n\nYes.", "Hm.\n</think>\n\nYes.<|im_end|>"),
+        ("Hm.\n</think>\n\nYes.", "Hm.\n</think>\n\nYes.<|im_end|>"),
+        ("Yes.", "Yes.<|im_end|>"),
+    ):
+        row = encode_example(tokenizer, SFTExample(id="a", messages=tuple(HI), response=text))
+        assert shown(tokenizer, row.tokens[row.loss_mask]) == learnt
+        head = "<|im_start|>assistant\n<think>\n"
+        assert shown(tokenizer, row.tokens[~row.loss_mask]).endswith(head + ("</think>\n\n" if text == "Yes." else ""))
+        written = written_response(tokenizer, "a#0", "a", text)
+        assert [*render_prompt(tokenizer, HI), *written.token_ids] == row.tokens.tolist()
+        assert written.text == "Yes."
+
+
 @pytest.mark.parametrize("special", [False, True])
 def test_response_is_read_in_two_parts(special, tmp_path):
     tokenizer = tokenizer_of(tmp_path / "t", SWITCHED, special_tags=special)
@@ -195,21 +193,6 @@ def test_template_that_ignores_the_generation_prompt_is_refused(tmp_path):
 
 
 # ---- sampling, judging, training -------------------------------------------------------------------------------------
-
-
-def speaking(monkeypatch, tokenizer: Tokenizer, texts: list[str], *, stopped: bool = True) -> LM:
-    """A model that answers with these texts, one after the other."""
-    lm, left = dataclasses.replace(tiny.make_lm(), tokenizer=tokenizer), list(texts)
-
-    def generate_ids(lm, prompts, keys, *, num_samples=1, **_):
-        def one():
-            ids = tokenizer._library.encode(left.pop(0))
-            return ids, [-1.0] * len(ids), stopped
-
-        return [[one() for _ in range(num_samples)] for _ in prompts]
-
-    monkeypatch.setattr(generation, "generate_ids", generate_ids)
-    return lm
 
 
 def test_thought_and_answer_are_two_fields(switched, monkeypatch):

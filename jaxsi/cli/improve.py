@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
 import tyro
 
-from jaxsi.cli.arguments import Dtype, Model, Out, PromptOptions
+from jaxsi.cli.arguments import ChatOptions, Dtype, Model, Out, PromptOptions
 from jaxsi.cli.command import Report, UsageError, parse
 from jaxsi.cli.output_file import digest
 from jaxsi.cli.stored import Mesh, mesh_for, stored_config, stored_value
@@ -73,7 +73,7 @@ Examples:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Common(PromptOptions):
+class Common(PromptOptions, ChatOptions):
     model: Model
     out: Out
     """A folder for the responses of every round. If this command began it before, it goes on there."""

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from jaxsi.cli.arguments import Dtype, Model, Out, PromptOptions
+from jaxsi.cli.arguments import ChatOptions, Dtype, Model, Out, PromptOptions
 from jaxsi.cli.command import Report, UsageError, parse
 from jaxsi.cli.output_file import Parts, chat_of, check_out, digest, write_in_parts
 from jaxsi.cli.stored import Mesh, mesh_for, stored_config, stored_value
@@ -22,7 +22,7 @@ Examples:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Judge(PromptOptions):
+class Judge(PromptOptions, ChatOptions):
     model: Model
     responses: Path
     """Responses in the format of `jaxsi generate`."""

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import math
 from collections.abc import Sequence
 
 import jax
@@ -20,12 +21,11 @@ from jaxsi.stages.improve.rounds import (
     fault_of,
     has_response,
     next_record,
-    reads_as,
     token_count,
 )
 from jaxsi.stages.judge import JudgeConfig, judge
 from jaxsi.stages.prompts import Rubric
-from jaxsi.training.reward import lm_config, reward_sequence, rewards
+from jaxsi.training.reward import RewardOf, lm_config
 
 
 def best_of_n(lm: LM, sampling: SamplingConfig, scorer: Scorer) -> Method:
@@ -85,13 +85,10 @@ def rewarded(reward_lm: LM, lm: LM, batch_size: int = 64) -> Scorer:
 
     Raises: RewardError: if ``reward_lm`` has no scalar head.
     """
-    limit, read = lm_config(reward_lm).max_positions, reads_as(reward_lm, lm)
+    lm_config(reward_lm)
+    reward = RewardOf(reward_lm, lm.tokenizer, batch_size)
 
     def score(prompts: Sequence[Prompt], responses: Sequence[Response], key: jax.Array) -> list[Scored]:
-        messages = {prompt.id: prompt.messages for prompt in prompts}
-        texts = [reward_sequence(reward_lm.tokenizer, messages[r.prompt_id], read(r)) for r in responses]
-        fitting = [i for i, text in enumerate(texts) if len(text.tokens) <= limit]
-        values = dict(zip(fitting, rewards(reward_lm, [texts[i] for i in fitting], batch_size=batch_size), strict=True))
-        return [Scored(float(values[i]) if i in values else None, 0) for i in range(len(texts))]
+        return [Scored(None if math.isnan(x) else x, 0) for x in reward(prompts, responses).tolist()]
 
     return score

@@ -24,12 +24,11 @@ from jaxsi.stages.improve.rounds import (
     drafter,
     fault_of,
     next_record,
-    reads_as,
     token_count,
 )
 from jaxsi.stages.prompts import ask_to_improve
 from jaxsi.text.chat import render_prompt
-from jaxsi.training.reward import lm_config
+from jaxsi.training.reward import lm_config, reads_as
 
 
 def pit(
@@ -129,7 +128,7 @@ def _gains(
 ) -> dict[str, float]:
     """The gain of each improved response over its reference, by the prompt's id. A prompt is left out if the gap reward
     model has no room for one of the two texts."""
-    read = reads_as(gap_lm, improver)
+    read = reads_as(gap_lm.tokenizer, improver.tokenizer)
     items = {}
     for prompt, new, old in triples:
         sequences = [

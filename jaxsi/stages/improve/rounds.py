@@ -243,12 +243,3 @@ def fault_of(response: Response | None) -> Outcome | None:
 def token_count(response: Response | None) -> int:
     """The length of a response in tokens; 0 for None."""
     return 0 if response is None else len(response.token_ids)
-
-
-def reads_as(reader: LM, writer: LM) -> Callable[[Response], Response | str]:
-    """How the reward model ``reader`` takes responses that ``writer`` sampled: as token ids if these mean the same to
-    both models, else as text."""
-    a, b, probe = reader.tokenizer, writer.tokenizer, "Reverse: 12 red cats, über."
-    same = a.template_hash == b.template_hash and a.vocab_size == b.vocab_size
-    same = same and a.encode_text(probe) == b.encode_text(probe)
-    return (lambda response: response) if same else (lambda response: response.text)

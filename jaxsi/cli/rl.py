@@ -122,6 +122,11 @@ def rl(argv: list[str]) -> Report:
     policy = load(args.model, mesh, args.dtype, weights_dtype="float32", chat=args.model_chat)
     check_writes(policy, args.model)
     reward = load(rewarding, mesh, args.dtype) if isinstance(rewarding, str) else rewarding
+    if not callable(reward) and not reward.config.scalar_head:
+        raise UsageError(
+            f"--reward {args.reward} is a language model without a scalar head, so it gives no rewards; give a model "
+            "of `jaxsi reward`, or a Hugging Face sequence classifier with one label"
+        )
     began = time.monotonic()
     learner = {"rloo": learners.rloo, "ppo": learners.ppo}[args.learner]
     model = single.rl(policy, prompts, reward, args.run_dir, config, learner=learner, seed=args.seed)

@@ -214,7 +214,7 @@ def length(prompt: str, response: str) -> float:
         (("--function", "absent.py:short"), "absent.py: no such file"),
         (("--function", "{}/rewards.py:long"), "rewards.py has no function long()"),
         (("--function", "{}/rewards.py:limit"), "limit is 3, which is not a function"),
-        (("--reward", "{}/model"), "this model has no scalar head"),
+        (("--reward", "{}/model"), "is a language model without a scalar head, so it gives no rewards"),
         (("--reward", "./nowhere"), "nowhere: no such folder"),
         ((*SHORT, "--group-size", 1), "--group-size 1: rloo compares"),
         ((*SHORT, "--batch-size", 3), "= 4 rows, batch_size 3, accumulate 1: each must"),

@@ -18,6 +18,8 @@ _HOMES = {
     "improve": "jaxsi.stages.improve.rounds",
     "sft": "jaxsi.methods.single",
     "dpo": "jaxsi.methods.single",
+    "reward": "jaxsi.methods.single",
+    "rl": "jaxsi.methods.single",
     "Prompt": "jaxsi.runs.records",
     # the methods, and plain functions as judges, rewards and critics
     "run": "jaxsi.methods.start",
@@ -40,6 +42,7 @@ _HOMES = {
     "JudgeConfig": "jaxsi.stages.judge",
     "TrainConfig": "jaxsi.training.train",
     "DPOConfig": "jaxsi.training.train",
+    "RLConfig": "jaxsi.training.rl",
     "OptimConfig": "jaxsi.training.optim",
 }
 

@@ -276,14 +276,17 @@ def save_checkpoint(lm: LM, folder: Path, meta: dict[str, Any]) -> None:
 def export(
     lm: LM, folder: str | Path, *, dtype: str = "bfloat16", extras: Callable[[Path], None] | None = None
 ) -> None:
-    """Writes a Hugging Face folder (safetensors, config, generation config, tokenizer, chat template)."""
+    """Writes a Hugging Face folder (safetensors, config, generation config, tokenizer, chat template). A reward model
+    gets a pad token that ends no text: see ``Tokenizer.classifier_pad``."""
+    tokenizer, generation, pad = lm.tokenizer, _generation_config(lm), None
+    if lm.config.scalar_head:
+        pad, generation["pad_token_id"] = tokenizer.classifier_pad or (None, None)
 
     def write_rest(target: Path) -> None:
-        lm.tokenizer.save(target)
+        tokenizer.save(target, pad=pad)
         if extras is not None:
             extras(target)
 
-    generation = _generation_config(lm)
     write_folder(Path(folder), lm.config, lm.weights, dtype=dtype, generation=generation, extras=write_rest)
 
 

@@ -167,7 +167,7 @@ def test_file_without_a_config_is_refused(tmp_path):
     (tmp_path / "empty.py").write_text("x = 1\n")
     with pytest.raises(ConfigFileError, match=r"empty\.py has no function config"):
         load_config(tmp_path / "empty.py")
-    with pytest.raises(ConfigFileError, match="no such file"):
+    with pytest.raises(ConfigFileError, match="no such config file"):
         load_config(tmp_path / "absent.py")
 
 

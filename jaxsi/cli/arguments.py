@@ -15,8 +15,20 @@ KVCache = Literal["exact", "int8"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class ChatOptions:
+    """What a command tells MODEL's chat template."""
+
+    chat: ChatConfig = ChatConfig()
+
+    @property
+    def model_chat(self) -> ChatConfig | None:
+        """What MODEL's chat template is told; None, the checkpoint's own, if the command line says nothing."""
+        return None if self.chat == ChatConfig() else self.chat
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class RowOptions:
-    """How a command reads the rows of a file, and shows them to MODEL."""
+    """How a command reads the rows of a file."""
 
     column: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
     """The file's own name of a column, as prompt=NAME."""
@@ -24,12 +36,6 @@ class RowOptions:
     """The split of a data set that has several."""
     skip_bad_rows: bool = False
     """Leave out rows that cannot be read, and count them, in place of an error."""
-    chat: ChatConfig = ChatConfig()
-
-    @property
-    def model_chat(self) -> ChatConfig | None:
-        """What MODEL's chat template is told; None, the checkpoint's own, if the command line says nothing."""
-        return None if self.chat == ChatConfig() else self.chat
 
     @property
     def reading(self) -> dict[str, Any]:

@@ -2,9 +2,13 @@
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from typing import Any, TypeVar
+from contextvars import ContextVar
+from typing import IO, Any, TypeVar
 
 Arguments = TypeVar("Arguments")
+
+# Where a conversation is shown while it goes on: stdout; with --json stderr, so that stdout has the one object alone.
+SCREEN: ContextVar[IO[str]] = ContextVar("screen")
 
 EVERY_COMMAND = """Options of every command: --json prints one JSON object on stdout instead of the table (progress and
 messages go to stderr); --debug shows the traceback of an error; -h, --help.

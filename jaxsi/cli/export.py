@@ -42,6 +42,8 @@ Exported by jaxsi from `{args.model}` (weights {lm.fingerprint}) in {args.dtype}
 * architecture: {lm.config.family}, {count_parameters(lm.config):,} parameters, {lm.config.max_positions} positions
 * made by a self-improvement method from another model: that model's licence and limits hold for this one too
 """
+    if lm.config.scalar_head:
+        card += "* a reward model: its one label is the reward, for a conversation that ends with the end of a turn\n"
 
     def write_card(folder: Path) -> None:
         (folder / "README.md").write_text(card, encoding="utf-8")

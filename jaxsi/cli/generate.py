@@ -5,7 +5,7 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
-from jaxsi.cli.arguments import Dtype, KVCache, Model, Out, PromptOptions
+from jaxsi.cli.arguments import ChatOptions, Dtype, KVCache, Model, Out, PromptOptions
 from jaxsi.cli.command import Report, UsageError, parse
 from jaxsi.cli.output_file import Parts, chat_of, check_out, digest, write_in_parts
 from jaxsi.cli.stored import Mesh, mesh_for
@@ -20,7 +20,7 @@ Examples:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Generate(PromptOptions):
+class Generate(PromptOptions, ChatOptions):
     model: Model
     out: Out
     """The responses, one JSON object per line."""

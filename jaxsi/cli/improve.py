@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
 import tyro
 
-from jaxsi.cli.arguments import Dtype, Model, Out, PromptOptions
+from jaxsi.cli.arguments import ChatOptions, Dtype, Model, Out, PromptOptions
 from jaxsi.cli.command import Report, UsageError, parse
 from jaxsi.cli.judges import JUDGES
 from jaxsi.cli.output_file import digest
@@ -78,7 +78,7 @@ Examples:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Common(PromptOptions):
+class Common(PromptOptions, ChatOptions):
     model: Model
     out: Out
     """A folder for the responses of every round. If this command began it before, it goes on there."""

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from jaxsi.cli.arguments import Dtype, Model, Out, PromptOptions
+from jaxsi.cli.arguments import ChatOptions, Dtype, Model, Out, PromptOptions
 from jaxsi.cli.command import Report, UsageError, parse
 from jaxsi.cli.judges import JUDGES, judge_of, rubric_for
 from jaxsi.cli.output_file import Parts, chat_of, check_out, digest, write_in_parts
@@ -30,7 +30,7 @@ Examples:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Judge(PromptOptions):
+class Judge(PromptOptions, ChatOptions):
     model: Model
     responses: Path
     """Responses in the format of `jaxsi generate`."""
@@ -93,9 +93,9 @@ def judge(argv: list[str]) -> Report:
         return judge_part([response for group in part for response in group.responses])
 
     if isinstance(rubric, Rubric):
-        judgments = write_in_parts(args.out, parts, responses, judge_part, Judgment)
+        judgments = write_in_parts(args.out, parts, responses, judge_part, Judgment, by=lm)
     else:  # the responses to a prompt are judged together
-        judgments = write_in_parts(args.out, parts, answers(prompts, responses), judge_groups, Judgment)
+        judgments = write_in_parts(args.out, parts, answers(prompts, responses), judge_groups, Judgment, by=lm)
     statistics = judgment_statistics(judgments, rubric)
     seconds = round(time.monotonic() - start, 3)
     value = {"out": str(args.out), "rubric": rubric.name, **statistics, "seconds": seconds}

@@ -12,7 +12,7 @@ from typing import IO
 
 from jaxsi import __version__
 from jaxsi.cli import compile_cache, distributed
-from jaxsi.cli.command import EVERY_COMMAND, Report, UsageError
+from jaxsi.cli.command import EVERY_COMMAND, SCREEN, Report, UsageError
 from jaxsi.runs import preemption
 from jaxsi.runs.errors import InputError
 from jaxsi.runs.progress import processes
@@ -25,6 +25,10 @@ COMMANDS = {
     "judge": ("jaxsi.cli.judge", "judge", "judge responses with a model"),
     "sft": ("jaxsi.cli.train", "sft", "fine-tune a model on a file of demonstrations"),
     "dpo": ("jaxsi.cli.train", "dpo", "train a model on a file of preference pairs"),
+    "reward": ("jaxsi.cli.train", "reward", "train a reward model on a file of preference pairs"),
+    "rl": ("jaxsi.cli.rl", "rl", "reinforce a model by a reward model, or by a function of yours"),
+    "pairs": ("jaxsi.cli.pairs", "pairs", "make preference pairs of responses and their judgments"),
+    "chat": ("jaxsi.cli.chat", "chat", "talk to a model"),
     "improve srt": ("jaxsi.cli.improve", "srt", "refine a model's responses by its own feedback"),
     "improve seft": ("jaxsi.cli.improve", "seft", "revise a model's responses with a reviser"),
     "improve pit": ("jaxsi.cli.improve", "pit", "improve a model's responses with an improver"),
@@ -103,6 +107,7 @@ def _run_command(name: str, argv: list[str], joining: distributed.Options | None
             distributed.join(joining)
         elif not wants_help:  # several processes need a shared folder, which only the user can choose
             compile_cache.keep_programs()
+        SCREEN.set(sys.stderr if as_json else stdout)
         report: Report = getattr(importlib.import_module(module), function)(argv)
         text = json.dumps(report.value, allow_nan=False) if as_json else report.text
         if processes()[0] == 0 and (text or as_json):

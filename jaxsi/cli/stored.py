@@ -5,6 +5,8 @@ import json
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
+from jaxsi.cli.command import UsageError
+
 Value = TypeVar("Value")
 
 
@@ -37,6 +39,12 @@ def stored_value(cls: type[Value], value: dict[str, Any]) -> Value:
     """A dataclass of plain values from its JSON in a run's config."""
     names = {field.name for field in dataclasses.fields(cast(Any, cls))} & value.keys()  # a newer field has its default
     return cls(**{name: value[name] for name in names})
+
+
+def check_writes(lm: Any, model: str) -> None:
+    """Raises: UsageError: if MODEL is a reward model, which writes no text."""
+    if lm.config.scalar_head:
+        raise UsageError(f"{model} is a reward model, which writes no text; give a language model")
 
 
 def mesh_for(model: str, given: Mesh) -> Any:

@@ -1,4 +1,4 @@
-"""``jaxsi sft`` and ``jaxsi dpo``: one training on a file of the user, as a run of its own."""
+"""``jaxsi sft``, ``jaxsi dpo`` and ``jaxsi reward``: one training on a file of the user, as a run of its own."""
 
 import dataclasses
 import json
@@ -6,9 +6,9 @@ import time
 from pathlib import Path
 from typing import Any, Literal
 
-from jaxsi.cli.arguments import Dtype, Model, RowOptions
+from jaxsi.cli.arguments import ChatOptions, Dtype, Model, RowOptions
 from jaxsi.cli.command import Report, UsageError, parse
-from jaxsi.cli.stored import Mesh, mesh_for
+from jaxsi.cli.stored import Mesh, check_writes, mesh_for
 from jaxsi.cli.tables import figures_table
 
 FILES = """The data are JSONL, JSON, CSV, TSV or Parquet (text also .gz or .zst), a folder that `datasets` saved, or a
@@ -34,8 +34,21 @@ Examples:
   jaxsi dpo MODEL --data pairs.parquet --run-dir runs/ipo --loss ipo --beta 0.05"""
 
 
+REWARD = f"""Trains a reward model on preference pairs, by the loss of Bradley and Terry: MODEL with a scalar head in
+place of its head for tokens. If MODEL is a reward model, its training goes on. The pairs are those that `jaxsi dpo`
+reads.
+
+{FILES}
+
+The reward model ranks responses in `jaxsi improve best-of-n --reward-rm DIR`, and is the reward of `jaxsi rl`.
+
+Examples:
+  jaxsi reward MODEL --data pairs.jsonl --run-dir runs/reward
+  jaxsi reward MODEL --data pairs.jsonl --held-out others.jsonl --run-dir runs/reward --epochs 2"""
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Training(RowOptions):
+class Training(RowOptions, ChatOptions):
     """Settings of a training; see `jaxsi.TrainConfig`."""
 
     model: Model
@@ -85,14 +98,33 @@ class Training(RowOptions):
         mesh = mesh_for(self.model, self.mesh)
         return load(model, mesh, self.dtype, weights_dtype="float32", chat=self.model_chat)
 
-    def report(self, noun: str, count: int, model: Any, began: float) -> Report:
-        """The last line of the training's log, and what it was about."""
-        log = self.run_dir / "iter_1" / "train.jsonl"
-        last = json.loads(log.read_text(encoding="utf-8").splitlines()[-1]) if log.is_file() else {}
-        figures = {name: value for name, value in last.items() if isinstance(value, int | float)}
-        value = {"run_dir": str(self.run_dir), noun: count, **figures, "fingerprint": model.fingerprint}
-        value["seconds"] = round(time.monotonic() - began, 3)
-        return Report(value, figures_table(value))
+    def writer(self, model: str) -> Any:
+        """`loaded`, for a language model. Raises: UsageError: if it is a reward model."""
+        lm = self.loaded(model)
+        check_writes(lm, model)
+        return lm
+
+    def report(self, noun: str, count: int, model: Any, began: float, **more: Any) -> Report:
+        """What the training was about, the last line of its log, and ``more``."""
+        (data,) = (self.run_dir / "iter_1").glob("*_data.json")
+        too_long = json.loads(data.read_text(encoding="utf-8"))["dropped_too_long"]
+        return report(self.run_dir, {noun: count, "too_long": too_long}, model, began, **more)
+
+
+def report(run_dir: Path, about: dict[str, Any], model: Any, began: float, **more: Any) -> Report:
+    """``about`` the training, the figures of the last line of its log, and ``more``."""
+    last = logged(run_dir)[-1:] or [{}]
+    names = {"w>l": "accuracy"}  # the one inequality of a reward model: the chosen response gets the higher reward
+    figures = {names.get(name, name): value for name, value in last[0].items() if isinstance(value, int | float)}
+    value = {"run_dir": str(run_dir), **about, **figures, **more, "fingerprint": model.fingerprint}
+    value["seconds"] = round(time.monotonic() - began, 3)
+    return Report(value, figures_table(value))
+
+
+def logged(run_dir: Path) -> list[dict[str, Any]]:
+    """The lines of the training's log."""
+    log = run_dir / "iter_1" / "train.jsonl"
+    return [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()] if log.is_file() else []
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -111,6 +143,13 @@ class Dpo(Training):
     """Weight of an added likelihood term of the chosen response."""
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Reward(Training):
+    learning_rate: float = 1e-5
+    held_out: Path | None = None
+    """Other pairs: the share of them that the trained model orders as the file does is reported."""
+
+
 def sft(argv: list[str]) -> Report:
     """Fine-tunes a model on demonstrations."""
     args = parse(Sft, argv, "jaxsi sft", SFT)
@@ -119,7 +158,7 @@ def sft(argv: list[str]) -> Report:
 
     config, examples = args.config(), read_examples(args.data, args.max_rows, **args.reading)
     began = time.monotonic()
-    model = single.sft(args.loaded(args.model), examples, args.run_dir, config, seed=args.seed)
+    model = single.sft(args.writer(args.model), examples, args.run_dir, config, seed=args.seed)
     return args.report("examples", len(examples), model, began)
 
 
@@ -139,6 +178,21 @@ def dpo(argv: list[str]) -> Report:
         raise UsageError(str(error)) from error
     pairs = read_pairs(args.data, args.max_rows, **args.reading)
     began = time.monotonic()
-    reference = None if args.reference is None else args.loaded(args.reference)
-    model = single.dpo(args.loaded(args.model), pairs, args.run_dir, config, reference=reference, seed=args.seed)
+    reference = None if args.reference is None else args.writer(args.reference)
+    model = single.dpo(args.writer(args.model), pairs, args.run_dir, config, reference=reference, seed=args.seed)
     return args.report("pairs", len(pairs), model, began)
+
+
+def reward(argv: list[str]) -> Report:
+    """Trains a reward model on preference pairs."""
+    args = parse(Reward, argv, "jaxsi reward", REWARD)
+    from jaxsi.methods import single
+    from jaxsi.stages.user_data import read_pairs
+
+    config, pairs = args.config(), read_pairs(args.data, args.max_rows, **args.reading)
+    held_out = None if args.held_out is None else read_pairs(args.held_out, **args.reading)
+    began = time.monotonic()
+    model = single.reward(args.loaded(args.model), pairs, args.run_dir, config, seed=args.seed)
+    measured = {} if held_out is None else single.ordered_pairs(model, held_out, batch_size=args.batch_size)
+    more = {f"held_out_{name}": figure for name, figure in measured.items()}
+    return args.report("pairs", len(pairs), model, began, **more)

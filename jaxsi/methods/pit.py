@@ -128,7 +128,7 @@ def policy_after_rl(
     """B's r_P, which nothing else reads, and C's M_P^RL."""
     groups = [reward_group(policy.tokenizer, pair) for pair in reward_pairs]
     reward = train_reward(policy, groups, BRADLEY_TERRY, cfg.reward, run.at("policy_reward"))  # r_P
-    scored = RewardOf(reward, cfg.policy_rl.rows_at_once)
+    scored = RewardOf(reward, policy.tokenizer, cfg.policy_rl.rows_at_once)
     return cfg.learner(policy, policy, prompts, scored, cfg.policy_rl, run.at("policy_rl"))  # M_P^RL
 
 

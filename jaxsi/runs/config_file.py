@@ -1,8 +1,9 @@
-"""Config files: Python with one function ``config() -> Config``, or ``configs()`` for several variants; and other
-functions in files of the user."""
+"""Config files: Python with one function ``config() -> Config``, or ``configs()`` for several variants; and files with
+a function of the user, such as a reward."""
 
 import importlib.util
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -27,18 +28,21 @@ def load_configs(path: Path | str) -> dict[str, Any]:
     return _call(Path(path), "configs", "dict[str, Config]: return {...}")
 
 
-def load_function(path: Path | str, name: str) -> Any:
-    """The function ``name`` of a Python file. Raises: ConfigFileError: if the file or the function does not exist."""
-    return _attribute(Path(path), name, "...")
+def load_function(path: Path | str, name: str) -> Callable[..., Any]:
+    """The function ``name`` of a Python file, such as a reward. Raises: as ``load_config``."""
+    function = _find(Path(path), "file", name, "...")
+    if not callable(function):
+        raise ConfigFileError(f"{path}: {name} is {function!r:.80}, which is not a function; write def {name}(...)")
+    return function
 
 
 def _call(path: Path, function: str, shape: str) -> Any:
-    return _attribute(path, function, shape)()
+    return _find(path, "config file", function, shape)()
 
 
-def _attribute(path: Path, function: str, shape: str) -> Any:
+def _find(path: Path, noun: str, function: str, shape: str) -> Any:
     if not path.is_file():
-        raise ConfigFileError(f"{path}: no such file; give a Python file with a function {function}()")
+        raise ConfigFileError(f"{path}: no such {noun}; give a Python file with a function {function}()")
     # Functions of the file are part of the config by their qualified name, so the module's name may not vary.
     name = f"jaxsi_config_{path.stem}"
     spec = importlib.util.spec_from_file_location(name, path)

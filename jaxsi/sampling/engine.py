@@ -39,18 +39,21 @@ from jaxsi.sampling.slots import (
 from jaxsi.sampling.token_sampling import Settings
 
 Grouping = Callable[[Sequence[Sequence[int]]], tuple[int, list[prefixes.Group]]]
+Watch = Callable[[int, int, Sequence[int]], None]  # number of the prompt, number of the sample, its token ids so far
 FIRST_RING = 64  # columns of the ring at the start; it doubles when a row outgrows it
 CHUNK = 512  # prompt tokens that go through the model at once
 REFILL = 16  # the slots are refilled when one in REFILL is free
 FEWEST = 8  # the last rows are moved together into fewer slots, but not fewer than this
+WATCHED_STEPS = 4  # decode steps between two reads while someone watches
 PACKED = 128  # the fewest columns of a row that holds several prompts
 
 
 @dataclasses.dataclass
 class Row:
-    """An unfinished response of at most ``limit`` tokens."""
+    """An unfinished response of at most ``limit`` tokens; ``place``: the numbers of its prompt and sample."""
 
     limit: int
+    place: tuple[int, int]
     token_ids: list[int] = dataclasses.field(default_factory=list)
     logps: list[float] = dataclasses.field(default_factory=list)
     stopped: bool = False
@@ -125,6 +128,7 @@ def run(
     cache: KVCache = "exact",
     limits: Sequence[Sequence[int]] | None = None,
     group: Grouping = prefixes.group,
+    watch: Watch | None = None,
 ) -> tuple[list[list[tuple[list[int], list[float], bool]]], Work]:
     """Samples ``num_samples`` responses of at most ``limit`` tokens to each prompt, up to ``batch_size`` at a time.
 
@@ -132,6 +136,7 @@ def run(
       cache: how keys and values are stored.
       limits: for each response of each prompt its own limit, at most ``limit``.
       group: finds out what prompts share.
+      watch: is called whenever a response has new tokens, every few decode steps. It changes no response.
 
     Returns:
       For each prompt the triples (new token ids, including the stop id; their logps; stopped), and the work it took.
@@ -143,11 +148,14 @@ def run(
     size = min(max(parts, batch_size // parts * parts), padded_rows(len(prompts) * num_samples, parts))
     fixed = Fixed(lm.config, lm.mesh, jnp.dtype(lm.dtype), int8=cache == "int8")
     words = sample_words(np.asarray(jax.random.key_data(keys_P)), num_samples)
-    rows = [[Row(n) for n in samples] for samples in limits or [[limit] * num_samples] * len(prompts)]
+    rows = [
+        [Row(most, (i, n)) for n, most in enumerate(samples)]
+        for i, samples in enumerate(limits or [[limit] * num_samples] * len(prompts))
+    ]
     most = min(-(-size // num_samples), len(prompts))
     ahead = Ahead(lm, prompts, padded_rows(most, parts), fixed, work, group)
     with piece("sampling", len(prompts) * num_samples) as advance:
-        slots = Engine(lm, settings, limit, size, fixed, work, advance)
+        slots = Engine(lm, settings, limit, size, fixed, work, advance, watch)
         for numbers, wave, width in ahead.waves():
             preemption.check()
             slots.feed(
@@ -284,9 +292,18 @@ class Engine:
     """The slots of one call, and the row that is in each of them."""
 
     def __init__(
-        self, lm: LM, settings: Settings, limit: int, size: int, fixed: Fixed, work: Work, advance: Advance
+        self,
+        lm: LM,
+        settings: Settings,
+        limit: int,
+        size: int,
+        fixed: Fixed,
+        work: Work,
+        advance: Advance,
+        watch: Watch | None,
     ) -> None:
-        self.lm, self.settings, self.fixed, self.work, self.advance = lm, settings, fixed, work, advance
+        self.lm, self.settings, self.fixed, self.work = lm, settings, fixed, work
+        self.advance, self.watch = advance, watch
         self.window = max(decoder.windows(lm.config))
         self.longest = kv_cache.columns_seen(limit, self.window)  # a ring of this length is long enough for every row
         self.parts = meshlib.axis_size(lm.mesh, "batch")
@@ -363,7 +380,7 @@ class Engine:
     def decode(self, enough: int) -> None:
         """Decodes some steps in all slots, until ``enough`` of them are free, and reads the results."""
         assert self.slots is not None
-        steps = MOST_STEPS
+        steps = MOST_STEPS if self.watch is None else WATCHED_STEPS
         if self.ring < self.longest:  # a row may not outgrow the ring
             longest = max(max(1, len(row.token_ids)) for row in self.rows if row is not None)
             steps = min(steps, self.ring + 1 - longest)
@@ -401,6 +418,8 @@ class Engine:
             n = int(counts[b]) - len(row.token_ids)
             row.token_ids += tokens[b, :n].tolist()
             row.logps += logps[b, :n].tolist()
+            if self.watch is not None:
+                self.watch(*row.place, row.token_ids)
             if done[b]:
                 row.stopped = bool(stopped[b])
                 self.work.new_tokens += len(row.token_ids)

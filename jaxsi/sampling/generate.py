@@ -75,6 +75,7 @@ def generate_ids(
     marker: Sequence[int] = (),
     batch_size: int = 64,
     cache: KVCache = "exact",
+    watch: engine.Watch | None = None,
 ) -> list[list[tuple[list[int], list[float], bool]]]:
     """Samples responses to prompts that are lists of token ids.
 
@@ -85,6 +86,7 @@ def generate_ids(
       batch_size: number of slots, that is of responses sampled at the same time, rounded to fit the mesh. In float32
         it does not change the responses; in bfloat16 they are the same in distribution only.
       cache: how keys and values are stored: "exact", in the model's dtype, or "int8".
+      watch: ``watch(number of the prompt, number of the sample, token ids so far)`` is called every few tokens.
 
     Returns:
       For each prompt, ``num_samples`` triples (new token ids, including the stop id; their logps; stopped).
@@ -112,6 +114,7 @@ def generate_ids(
         num_samples=num_samples,
         batch_size=batch_size,
         cache=cache,
+        watch=watch,
     )
     if not all(math.isfinite(math.fsum(logps)) for samples in results for _, logps, _ in samples):
         raise SamplingError(
@@ -202,6 +205,7 @@ def generate(
     seed: int = 0,
     batch_size: int = 64,
     cache: KVCache = "exact",
+    watch: engine.Watch | None = None,
 ) -> list[Response]:
     """Samples ``num_samples`` responses to each prompt; those of one prompt are next to each other.
 
@@ -210,7 +214,7 @@ def generate(
       stop_text: the beginning of a line that also ends a response; it stays part of the response.
       key: typed key of the stage; by default from ``seed``. A response's noise is this key folded with its prompt id
         and sample number.
-      batch_size, cache: as in ``generate_ids``.
+      batch_size, cache, watch: as in ``generate_ids``.
 
     Raises:
       PromptTooLongError: if a prompt is too long; names the prompt.
@@ -241,6 +245,7 @@ def generate(
         marker=() if stop_text is None else marker_ids(lm.tokenizer, stop_text),
         batch_size=batch_size,
         cache=cache,
+        watch=watch,
     )
     return [
         as_response(lm, f"{p.id}#{n}", p.id, n, sampled, read_response(lm.tokenizer, sampled[0]))

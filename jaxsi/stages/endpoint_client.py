@@ -27,7 +27,7 @@ from typing import IO, Any, Literal, NamedTuple
 import numpy as np
 
 from jaxsi.runs.config_snapshot import may_change
-from jaxsi.runs.progress import processes
+from jaxsi.runs.progress import piece, processes
 from jaxsi.runs.records import from_json, to_json
 
 _log = logging.getLogger(__name__)
@@ -207,11 +207,12 @@ class Endpoint:
                         cache.add(answer)
 
         pool = concurrent.futures.ThreadPoolExecutor(self.concurrency)
-        with self._client() as client, pool:
+        with self._client() as client, pool, piece(f"answers of {self.model}", len(missing)) as advance:
             futures = [pool.submit(ask, *item) for item in missing.items()]
             try:
                 for future in concurrent.futures.as_completed(futures):
                     future.result()
+                    advance(1, True)
             except BaseException:
                 stop.set()  # requests in flight end and are stored; no other begins
                 raise

@@ -27,7 +27,7 @@ from jaxsi.stages.prompts.reviser import ReviserTemplate
 from jaxsi.stages.reviser import ReviseConfig
 from jaxsi.stages.user_data import rows
 from jaxsi.stages.verdicts import JudgeConfig
-from jaxsi.training.reward import lm_config, reads_as, reward_sequence, rewards
+from jaxsi.training.reward import RewardOf, lm_config
 
 Judge = Callable[..., list[Judgment]]  # (lm, prompts, responses, rubric, config, key)
 
@@ -94,16 +94,10 @@ def rewarded(
 
     Raises: RewardError: if ``reward_lm`` has no scalar head, or if a reward is not finite.
     """
-    read = reads_as(reward_lm, lm) if lm is not None else lambda response: response.text
-    limit = lm_config(reward_lm).max_positions
-    texts = [
-        reward_sequence(reward_lm.tokenizer, prompt.messages, read(response))
-        for prompt, response in with_prompts(prompts, responses)
-    ]
-    fitting = [i for i, text in enumerate(texts) if len(text.tokens) <= limit]
-    values = rewards(reward_lm, [texts[i] for i in fitting], batch_size=batch_size)
-    by_place = dict(zip(fitting, map(float, values), strict=True))
-    judgments = scored(responses, [by_place.get(i) for i in range(len(texts))], reward_lm)
+    lm_config(reward_lm)
+    reward = RewardOf(reward_lm, None if lm is None else lm.tokenizer, batch_size)
+    values = [None if math.isnan(value) else value for value in reward(prompts, responses).tolist()]
+    judgments = scored(responses, values, reward_lm)
     return [dataclasses.replace(j, texts=()) if j.score is None else j for j in judgments]
 
 
@@ -305,6 +299,22 @@ class TargetsBy(Judged):
         return [
             Revision(id=r.id, prompt_id=r.prompt_id, label=template.no, label_probs=None, response=r) for r in chosen
         ]
+
+
+@stored_as("judges.RewardsBy")
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RewardsBy(Judged):
+    """A judge as the reward of reinforcement learning: (prompts, responses) -> [N] float32, NaN without a score. A
+    rubric that compares does so among the responses to a prompt."""
+
+    def __call__(self, prompts: Sequence[Prompt], responses: Sequence[Response]) -> np.ndarray:
+        # By its text: the same text is judged alike in every step, and another one with other noise.
+        named = [
+            dataclasses.replace(r, id=f"{r.prompt_id}#{r.sample}#{hashlib.sha256(r.text.encode()).hexdigest()[:16]}")
+            for r in responses
+        ]
+        judgments = self.judging(None, prompts, named, self.rubric, self.judge, jax.random.key(0))
+        return np.asarray([math.nan if j.score is None else j.score for j in judgments], np.float32)
 
 
 @stored_as("judges.GapsBy")

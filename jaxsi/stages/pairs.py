@@ -6,13 +6,24 @@ Scores are joined to responses by id only. An invalid response (no score, or cut
 import hashlib
 import random
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Sequence
-from dataclasses import replace
-from typing import NamedTuple
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
 
 from jaxsi.runs.records import Judgment, Message, PreferencePair, Prompt, RankedResponses, Response
 
 Scored = tuple[float, Response]
+Length = Callable[[Response], int]
+
+
+def tokens(response: Response) -> int:
+    """The length of a response in tokens."""
+    return len(response.token_ids)
+
+
+def characters(response: Response) -> int:
+    """The length of a response's text in characters."""
+    return len(response.text)
 
 
 def best_and_worst(
@@ -24,20 +35,22 @@ def best_and_worst(
     min_gap: float = 0.0,
     reject_cut_off: bool = False,
     choose_cut_off: bool = False,
+    length: Length = tokens,
 ) -> tuple[list[PreferencePair], dict[str, int]]:
     """One pair per prompt: chosen = argmax, rejected = argmin of the mean scores (Self-Rewarding, arXiv 2401.10020).
 
     A prompt has no pair if fewer than two responses are valid ("too_few"), if best and worst score are equal ("ties"),
-    if the gap is below `min_gap` ("small_gap"), or if both responses have the same token ids ("identical"). The sample
-    number breaks ties. The order of candidates and judgments does not matter.
+    if the gap is below `min_gap` ("small_gap"), or if both responses have the same token ids, or without any the
+    same text ("identical"). The sample number breaks ties. The order of candidates and judgments does not matter.
 
     Args:
       length_control: rho of Meta-Rewarding (arXiv 2407.19594): among responses within rho * (best - worst) of the best
-        score, the shortest (in tokens) is chosen; within the same distance of the worst, the longest is rejected.
+        score, the shortest is chosen; within the same distance of the worst, the longest is rejected.
         0 <= rho < 0.5.
       reject_cut_off, choose_cut_off: allow the rejected, or the chosen response to be one that the token limit cut
         off. It is trained on as it was sampled, without an end of turn. One that was cut off within its thought has no
         answer that a judge could read, so it is in no pair.
+      length: how length control measures a response.
 
     Returns: the pairs in the order of `prompts`, and counts: prompts, pairs, ties, too_few, small_gap, identical, and
       unscored and cut_off responses.
@@ -60,7 +73,7 @@ def best_and_worst(
             counts["cut_off"] += response.finish_reason != "stop"
         answered = [(score, r) for r, score in groups[prompt.id] if r.text or not r.reasoning]
         scored = [(score, response) for score, response in answered if score is not None]
-        found = _select(scored, length_control, min_gap, reject_cut_off, choose_cut_off)
+        found = _select(scored, length_control, min_gap, reject_cut_off, choose_cut_off, length)
         if isinstance(found, str):
             counts[found] += 1
             continue
@@ -77,6 +90,59 @@ def best_and_worst(
         )
     counts["pairs"] = len(pairs)
     return pairs, dict(counts)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PairOfTexts:
+    """A line of a file of pairs that other libraries read, too. The prompt is its messages, and each response is one
+    turn of the assistant."""
+
+    id: str
+    prompt: tuple[Message, ...]
+    chosen: tuple[Message, ...]
+    rejected: tuple[Message, ...]
+    chosen_score: float
+    rejected_score: float
+
+
+def pairs_of_texts(
+    candidates: Sequence[Response],
+    judgments: Sequence[Judgment],
+    prompts: Sequence[Prompt],
+    **options: Any,
+) -> tuple[list[PairOfTexts], dict[str, Any]]:
+    """`best_and_worst` for those who train on the texts alone: thoughts are left out ("thoughts"), and so are empty
+    responses ("empty"). Two equal texts are "identical", whatever their tokens.
+
+    Returns: the pairs; and the counts of `best_and_worst`, these, and the `pair_statistics` in tokens, or in characters
+      if a response has no token ids.
+
+    Raises: ValueError as `best_and_worst`.
+    """
+    length = tokens if all(response.token_ids for response in candidates) else characters
+    lengths = {response.id: length(response) for response in candidates}
+    empty = {response.id for response in candidates if not response.text.strip()}
+    found, counts = best_and_worst(
+        [replace(response, token_ids=()) for response in candidates if response.id not in empty],
+        [judgment for judgment in judgments if judgment.id not in empty],
+        prompts,
+        length=lambda response: lengths[response.id],
+        **options,
+    )
+    rows = [
+        PairOfTexts(
+            id=pair.id,
+            prompt=pair.messages,
+            chosen=({"role": "assistant", "content": pair.chosen.text},),
+            rejected=({"role": "assistant", "content": pair.rejected.text},),
+            chosen_score=pair.chosen_score,
+            rejected_score=pair.rejected_score,
+        )
+        for pair in found
+    ]
+    thoughts = sum(bool(response.reasoning) for pair in found for response in (pair.chosen, pair.rejected))
+    statistics = pair_statistics(found, length=lambda response: lengths[response.id], unit=length.__name__)
+    return rows, {**counts, "empty": len(empty), "thoughts": thoughts, **statistics}
 
 
 class Preference(NamedTuple):
@@ -150,24 +216,26 @@ def permuted_within_prompt(judgments: Sequence[Judgment], seed: int | str) -> li
     return [dealt.get(judgment.id, judgment) for judgment in judgments]
 
 
-def pair_statistics(pairs: Sequence[PreferencePair]) -> dict[str, float | None]:
-    """Means over the pairs, None without pairs: score gap, chosen and rejected tokens, and their difference (the signal
-    that makes responses longer from iteration to iteration)."""
+def pair_statistics(
+    pairs: Sequence[PreferencePair], *, length: Length = tokens, unit: str = "tokens"
+) -> dict[str, float | None]:
+    """Means over the pairs, None without pairs: score gap, length of chosen and rejected in ``unit``, and their
+    difference (the signal that makes responses longer from iteration to iteration)."""
     if not pairs:
-        return dict.fromkeys(("gap", "chosen_tokens", "rejected_tokens", "length_difference"))
-    chosen = sum(len(pair.chosen.token_ids) for pair in pairs) / len(pairs)
-    rejected = sum(len(pair.rejected.token_ids) for pair in pairs) / len(pairs)
+        return dict.fromkeys(("gap", f"chosen_{unit}", f"rejected_{unit}", "length_difference"))
+    chosen = sum(length(pair.chosen) for pair in pairs) / len(pairs)
+    rejected = sum(length(pair.rejected) for pair in pairs) / len(pairs)
     gap = sum(pair.chosen_score - pair.rejected_score for pair in pairs) / len(pairs)
     return {
         "gap": gap,
-        "chosen_tokens": chosen,
-        "rejected_tokens": rejected,
+        f"chosen_{unit}": chosen,
+        f"rejected_{unit}": rejected,
         "length_difference": chosen - rejected,
     }
 
 
 def _select(
-    scored: Sequence[Scored], rho: float, min_gap: float, reject_cut_off: bool, choose_cut_off: bool
+    scored: Sequence[Scored], rho: float, min_gap: float, reject_cut_off: bool, choose_cut_off: bool, length: Length
 ) -> tuple[Scored, Scored] | str:
     """(score, response) of chosen and rejected, or the name of the count that says why there is no pair."""
     finished = [(score, response) for score, response in scored if response.finish_reason == "stop"]
@@ -181,16 +249,20 @@ def _select(
         return "ties"
     window = rho * (best - worst)
     # Length only counts under length control; otherwise ties at the top would favour short responses.
-    length = (lambda response: len(response.token_ids)) if rho else (lambda response: 0)
+    measured = length if rho else (lambda response: 0)
     top = [(score, response) for score, response in choosable if score >= best - window]
     bottom = [(score, response) for score, response in rejectable if score <= worst + window]
-    chosen = min(top, key=lambda pair: (length(pair[1]), -pair[0], pair[1].sample))
-    rejected = min(bottom, key=lambda pair: (-length(pair[1]), pair[0], pair[1].sample))
+    chosen = min(top, key=lambda pair: (measured(pair[1]), -pair[0], pair[1].sample))
+    rejected = min(bottom, key=lambda pair: (-measured(pair[1]), pair[0], pair[1].sample))
     if chosen[0] - rejected[0] < min_gap:
         return "small_gap"
-    if chosen[1].token_ids == rejected[1].token_ids:
+    if _contents(chosen[1]) == _contents(rejected[1]):
         return "identical"
     return chosen, rejected
+
+
+def _contents(response: Response) -> tuple[int, ...] | str:
+    return response.token_ids or response.text
 
 
 def _joined(

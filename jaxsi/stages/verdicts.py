@@ -51,12 +51,9 @@ class JudgeConfig:
     min_parse_rate: float = 0.1
 
     def __post_init__(self) -> None:
-        if self.num_samples < 1 or self.max_new_tokens < 1:
-            raise ValueError(
-                f"num_samples is {self.num_samples} and max_new_tokens {self.max_new_tokens}; both must be at least 1"
-            )
-        if self.temperature < 0 or not 0 < self.top_p <= 1:
-            raise ValueError(f"temperature is {self.temperature} (>= 0) and top_p {self.top_p} (in (0, 1])")
+        if self.num_samples < 1:
+            raise ValueError(f"num_samples is {self.num_samples}; it must be at least 1")
+        generate.check_sampling(self.temperature, self.max_new_tokens, self.batch_size, self.top_p)
         if not 0 <= self.min_parse_rate <= 1:
             raise ValueError(f"min_parse_rate is {self.min_parse_rate}; it must lie in [0, 1]")
 
@@ -97,23 +94,25 @@ def judged(
     key: jax.Array,
 ) -> list[Judgment]:
     """One judgment for each response, in the order of `responses`. All responses to a prompt have to be among them if
-    the rubric compares.
+    the rubric compares. A response that was cut off within its thought is not judged.
 
     Raises: ValueError if a response id occurs twice, if a response's prompt is not among `prompts`, or if expected
       scores are asked of a ranking.
     """
-    pairs = with_prompts(prompts, responses)
+    with_prompts(prompts, responses)  # refuses unknown prompts and equal ids
+    answered = [r for r in responses if r.text or not r.reasoning]  # the others end within their thought
     if isinstance(rubric, Rubric):
-        found = _by_themselves(writer, pairs, rubric, cfg, key)
+        found = _by_themselves(writer, with_prompts(prompts, answered), rubric, cfg, key)
     else:
-        groups = [Answers(group.prompt, _in_order(group)) for group in answers(prompts, responses)]
+        groups = [Answers(group.prompt, _in_order(group)) for group in answers(prompts, answered)]
         if isinstance(rubric, PairwiseRubric):
             found = _in_pairs(writer, groups, rubric, cfg, key)
         elif cfg.expected:
             raise ValueError(f"rubric {rubric.name!r} ranks, which gives no expected scores; set expected to False")
         else:
             found = _in_rankings(writer, groups, rubric, cfg, key)
-    return [_judgment(writer, response, *found[response.id]) for response in responses]
+    nothing: tuple[Sequence[float | None], Sequence[str]] = (None,) * cfg.num_samples, ()
+    return [_judgment(writer, response, *found.get(response.id, nothing)) for response in responses]
 
 
 Found = dict[str, tuple[Sequence[float | None], Sequence[str]]]  # scores and texts of each response

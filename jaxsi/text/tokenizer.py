@@ -170,6 +170,20 @@ class Tokenizer:
         eos = () if self.eos_id is None else (self.eos_id,)
         return tuple(dict.fromkeys((*eos, *self._generation_eos, self.assistant_turn.end_of_turn)))
 
+    @functools.cached_property
+    def classifier_pad(self) -> tuple[str, int] | None:
+        """The token, and its id, that a classifier of `transformers` pads with. It takes the last token that is not
+        padding as the end of a text. So a pad token that also ends turns will not do: then another control token is
+        taken, at best one that the template does not write. None if there is none."""
+        template_text = written_strings(self.chat_template, self.variables)
+        usable = {text: token for text, token in self.controls.ids.items() if token not in self.stop_ids}
+
+        def preference(item: tuple[str, int]) -> tuple[bool, bool, int]:
+            text, token = item
+            return token != self.pad_id, text in template_text or token == self.bos_id, token
+
+        return min(usable.items(), key=preference, default=None)
+
     def encode_text(self, text: str) -> list[int]:
         """Ids of text from outside, without BOS and EOS, and without control ids whatever the text says.
 
@@ -205,10 +219,13 @@ class Tokenizer:
         tokens = (int(token) for token in ids)
         return self._library.decode([t for t in tokens if t not in self.control_ids and 0 <= t < self.vocab_size])
 
-    def save(self, folder: str | Path) -> None:
+    def save(self, folder: str | Path, *, pad: str | None = None) -> None:
         """Writes the tokenizer into `folder` as it was loaded, with its chat template.
 
         `transformers` and `load_tokenizer` then give the same ids. (The model's export writes generation_config.json.)
+
+        Args:
+          pad: another pad token, by default the tokenizer's own.
         """
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
@@ -219,6 +236,8 @@ class Tokenizer:
         if self.template_name == DEFAULT_TEMPLATE_NAME:
             files["chat_template.jinja"] = self.chat_template.encode("utf-8")
         for name, content in files.items():
+            if pad is not None and name in ("tokenizer_config.json", "special_tokens_map.json"):
+                content = json.dumps(json.loads(content) | {"pad_token": pad}, indent=2, ensure_ascii=False).encode()
             (folder / name).write_bytes(content)
 
 

@@ -55,20 +55,13 @@ def reward_sequence(tokenizer: Tokenizer, messages: Sequence[Message], response:
     return batches.encode(render_request(tokenizer, messages), render_response(tokenizer, text))
 
 
-def reads_as(reader: LM, writer: LM) -> Callable[[Response], Response | str]:
-    """How the reward model ``reader`` takes responses that ``writer`` sampled: as token ids if these mean the same to
-    both models, else as text."""
-    a, b, probe = reader.tokenizer, writer.tokenizer, "Reverse: 12 red cats, über."
-    same = a.template_hash == b.template_hash and a.vocab_size == b.vocab_size
-    same = same and a.encode_text(probe) == b.encode_text(probe)
-    return (lambda response: response) if same else (lambda response: response.text)
-
-
 # ------------------------------------------------------------------------------------------------------------- training
 
 
 def with_scalar_head(lm: LM) -> LM:
-    """The decoder of ``lm`` with its head replaced by a scalar head of zeros."""
+    """The decoder of ``lm`` with its head replaced by a scalar head of zeros. A reward model keeps the head it has."""
+    if lm.config.scalar_head:
+        return lm
     config = dataclasses.replace(lm.config, scalar_head=True)
     head = jax.device_put(
         np.zeros((config.embed_dim,), jax.tree.leaves(lm.weights)[0].dtype), meshlib.sharding(lm.mesh, ("embed",))
@@ -137,7 +130,8 @@ def last_values(
 def train_reward(
     lm: LM, groups: Sequence[tuple[Sequence_, ...]], objective: Objective, config: TrainConfig, scope: Scope
 ) -> LM:
-    """A reward model on ``lm``'s decoder; the result is also the scope's checkpoint.
+    """A reward model on ``lm``'s decoder; the result is also the scope's checkpoint. If ``lm`` is a reward model, its
+    training goes on.
 
     Groups with a sequence longer than ``config.max_length`` are dropped and counted.
 
@@ -218,16 +212,37 @@ def rewards(lm: LM, sequences: Sequence[Sequence_], *, batch_size: int = 64) -> 
     return out
 
 
+def reads_as(reader: Tokenizer, writer: Tokenizer | None) -> Callable[[Response], Response | str]:
+    """How a reward model with the tokenizer ``reader`` takes responses that a model with the tokenizer ``writer``
+    sampled: as token ids if these mean the same to both, else as text."""
+    probe = "Reverse: 12 red cats, über."
+    if writer is None:
+        return lambda response: response.text
+    same = reader.template_hash == writer.template_hash and reader.vocab_size == writer.vocab_size
+    same = same and reader.encode_text(probe) == writer.encode_text(probe)
+    return (lambda response: response) if same else (lambda response: response.text)
+
+
 class RewardOf(NamedTuple):
-    """A reward model as the reward function of reinforcement learning: (prompts, responses) -> [N] float32."""
+    """A reward model as the reward function of reinforcement learning: (prompts, responses) -> [N] float32, NaN for a
+    text that is longer than the model's positions. ``writer`` is the tokenizer of the model that sampled; None: the
+    reward model reads the texts of responses, not their token ids.
+
+    To a reward model with another tokenizer, a response that was cut off looks complete, because it reads the text.
+    """
 
     lm: LM
+    writer: Tokenizer | None
     batch_size: int
 
     def __call__(self, prompts: Sequence[Prompt], responses: Sequence[Response]) -> np.ndarray:
+        limit, read = lm_config(self.lm).max_positions, reads_as(self.lm.tokenizer, self.writer)
         messages = {prompt.id: prompt.messages for prompt in prompts}
-        sequences = [reward_sequence(self.lm.tokenizer, messages[r.prompt_id], r) for r in responses]
-        return rewards(self.lm, sequences, batch_size=self.batch_size)
+        texts = [reward_sequence(self.lm.tokenizer, messages[r.prompt_id], read(r)) for r in responses]
+        fits_N = np.asarray([len(text.tokens) <= limit for text in texts], bool)
+        values_N = np.full(len(texts), np.nan, np.float32)
+        values_N[fits_N] = rewards(self.lm, [texts[i] for i in np.flatnonzero(fits_N)], batch_size=self.batch_size)
+        return values_N
 
 
 def inequalities(

@@ -328,7 +328,7 @@ def test_output_that_is_read_or_exists_is_refused(world, tmp_path, capsys):
         (["eval"], "unknown command 'eval'"),
         (["eval", "nonsense"], "unknown command 'eval nonsense'"),
         (["run"], "give a config first"),
-        (["run", "absent.py"], "absent.py: no such file"),
+        (["run", "absent.py"], "absent.py: no such config file"),
         (["run", str(TOY), "--nonsense", "3"], "--nonsense"),
         (["run", str(TOY), "--iterations", "many"], "many"),
         (["run", str(TOY), "--iterations", "0"], "iterations is 0"),

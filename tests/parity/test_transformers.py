@@ -1,8 +1,10 @@
 """The decoder against transformers, on tiny random models: logits, greedy generation, export (needs torch)."""
 
 import copy
+import dataclasses
 import functools
 import json
+import shutil
 import types
 from pathlib import Path
 from typing import Any
@@ -16,13 +18,15 @@ torch = pytest.importorskip("torch", reason="parity with transformers needs torc
 
 import transformers  # noqa: E402
 
+import tiny  # noqa: E402
 from jaxsi.hf import export  # noqa: E402
 from jaxsi.hf.config import read_config  # noqa: E402
 from jaxsi.hf.weights import load_weights  # noqa: E402
-from jaxsi.lm import LM  # noqa: E402
+from jaxsi.lm import LM, export as lm_export  # noqa: E402
 from jaxsi.model import decoder  # noqa: E402
 from jaxsi.model.mesh import make_mesh  # noqa: E402
 from jaxsi.sampling.generate import generate_ids  # noqa: E402
+from jaxsi.text.tokenizer import load_tokenizer  # noqa: E402
 from jaxsi.training import losses, reward, train  # noqa: E402
 from jaxsi.training.batches import Sequence_, encode, packed, pairs  # noqa: E402
 
@@ -233,6 +237,30 @@ def test_rewards_agree_and_export_keeps_them(case: str, tmp_path: Path) -> None:
     once_more, same = ours(tmp_path / "ours")
     assert same.config == lm.config
     np.testing.assert_array_equal(once_more, values)
+
+
+def test_padded_batch_of_texts_has_our_rewards(tmp_path: Path) -> None:
+    """Also if the tokenizer pads with the token that ends every turn, as many do."""
+    folder = Path(shutil.copytree(tiny.tokenizer_folder(), tmp_path / "tokenizer"))
+    settings = json.loads((folder / "tokenizer_config.json").read_text()) | {"pad_token": "<|end|>"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    lm = reward.with_scalar_head(dataclasses.replace(tiny.make_lm(), tokenizer=load_tokenizer(folder)))
+    head = np.random.default_rng(0).normal(size=lm.config.embed_dim).astype(np.float32)
+    lm = lm.replace(lm.weights | {"score": jax.device_put(head, lm.weights["score"].sharding)})
+    conversations = [
+        [{"role": "user", "content": f"Reverse: cat {word}"}, {"role": "assistant", "content": answer}]
+        for word, answer in (("axe", "axe cat."), ("red dog pie", "pie dog red cat."), ("sun", "sun"))
+    ]
+    sequences = [reward.reward_sequence(lm.tokenizer, [x], y["content"]) for x, y in conversations]
+    lm_export(lm, tmp_path / "rm", dtype="float32")
+    theirs = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path / "rm", dtype=torch.float32)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "rm")
+    texts = [tokenizer.apply_chat_template(conversation, tokenize=False) for conversation in conversations]
+    batch = tokenizer(texts, padding=True, return_tensors="pt", add_special_tokens=False)
+    assert batch["input_ids"].shape[1] > min(len(sequence.tokens) for sequence in sequences)
+    with torch.no_grad():
+        values = theirs.eval()(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits[:, 0]
+    np.testing.assert_allclose(values.numpy(), reward.rewards(lm, sequences), atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize("case", ["llama31", "qwen2_yarn"])

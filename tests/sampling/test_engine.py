@@ -98,6 +98,23 @@ def test_prompts_that_share_nothing_are_packed_into_rows(slots, columns, monkeyp
     assert work.prefilled == 1 + 3 + 20 + 33
 
 
+def test_watching_shows_every_token_as_it_comes_and_changes_none(monkeypatch) -> None:
+    seen: dict[tuple[int, int], list[list[int]]] = {}
+
+    def watch(prompt: int, sample: int, ids: list[int]) -> None:
+        seen.setdefault((prompt, sample), []).append(list(ids))
+
+    options = {"limit": LIMIT, "num_samples": SAMPLES, "batch_size": 8}
+    results, _ = engine.run(tiny.make_lm(), PROMPTS, KEYS, settings(1.0, 1.0, 0), **options, watch=watch)
+    assert [[ids for ids, _, _ in samples] for samples in results] == plain(1.0, 1.0, 0)
+    for (prompt, sample), parts in seen.items():
+        ids = results[prompt][sample][0]
+        assert parts[-1] == ids and all(part == ids[: len(part)] for part in parts)
+        growth = np.diff([0, *map(len, parts)])
+        assert growth.max() <= engine.WATCHED_STEPS + 1  # the first token comes with the first steps
+    assert len(seen) == len(PROMPTS) * SAMPLES
+
+
 def test_first_fit() -> None:
     assert engine.first_fit([1, 3, 20, 33, 31], 64) == [(1, 23), (1, 20), (1, 0), (0, 0), (0, 33)]
 

@@ -1,6 +1,8 @@
 """Reward models: the scalar head, the last token, PIT's gap and its zero point."""
 
 import dataclasses
+import json
+import shutil
 from pathlib import Path
 
 import jax
@@ -11,10 +13,12 @@ import tiny
 from jaxsi import lm as lmlib
 from jaxsi.model import decoder
 from jaxsi.model.decoder import ModelError, Remat
+from jaxsi.runs.records import Prompt
 from jaxsi.runs.run import Run
 from jaxsi.sampling import generate
 from jaxsi.stages import gap
 from jaxsi.stages.pairs import Preference
+from jaxsi.text.tokenizer import Tokenizer, load_tokenizer
 from jaxsi.training import batches, reward
 from jaxsi.training.optim import OptimConfig
 from jaxsi.training.reward import BRADLEY_TERRY, GAP, RewardError
@@ -96,8 +100,6 @@ def test_gap_loss_begins_at_five_ln_two(tmp_path: Path, mesh: str, remat: Remat,
     with Run.open(tmp_path, Config()) as run:
         reward.train_reward(lm, groups(lm), GAP, config, run.at("gap"))
         line = (tmp_path / "gap" / "train.jsonl").read_text()
-    import json
-
     assert json.loads(line)["loss"] == pytest.approx(5 * np.log(2), abs=1e-6)
     assert json.loads(line)["wl>lw"] == 0.5
 
@@ -133,6 +135,55 @@ def test_reward_model_survives_export_to_hugging_face(tmp_path: Path) -> None:
     lmlib.export(lm, tmp_path / "model", dtype="float32")
     loaded = lmlib.load(tmp_path / "model", tiny.mesh(), "float32")
     assert loaded.config == lm.config and loaded.fingerprint == lm.fingerprint
+
+
+def other_tokenizer(folder: Path, **changes: str) -> Tokenizer:
+    """The tiny tokenizer with other entries in its tokenizer_config.json, or another "template"."""
+    shutil.copytree(tiny.tokenizer_folder(), folder)
+    if (template := changes.pop("template", None)) is not None:
+        (folder / "chat_template.jinja").write_text(template)
+    config = json.loads((folder / "tokenizer_config.json").read_text())
+    (folder / "tokenizer_config.json").write_text(json.dumps(config | changes))
+    return load_tokenizer(folder)
+
+
+def test_reward_model_reads_the_text_of_a_writer_with_another_tokenizer(tmp_path: Path) -> None:
+    """Ids of another vocabulary would be other words."""
+    lm = scored()
+    template = (tiny.tokenizer_folder() / "chat_template.jinja").read_text()
+    writer = other_tokenizer(tmp_path / "other", template="Chat:" + template)
+    prompt = Prompt.of("p", "Reverse: cat red")
+    response = dataclasses.replace(tiny.response(prompt, 0, [9, 8, 7, 2]), text="red cat.")
+    as_text = reward.rewards(lm, [reward.reward_sequence(lm.tokenizer, prompt.messages, "red cat.")])
+    as_ids = reward.rewards(lm, [reward.reward_sequence(lm.tokenizer, prompt.messages, response)])
+    assert as_text != as_ids
+    np.testing.assert_array_equal(reward.RewardOf(lm, writer, 8)([prompt], [response]), as_text)
+    np.testing.assert_array_equal(reward.RewardOf(lm, lm.tokenizer, 8)([prompt], [response]), as_ids)
+    long = dataclasses.replace(response, text="cat " * 300)
+    values = reward.RewardOf(lm, writer, 8)([prompt], [long, response])
+    assert np.isnan(values[0]) and values[1] == pytest.approx(as_text[0], abs=1e-6)
+    assert np.isnan(reward.RewardOf(lm, writer, 8)([prompt], [long])).all()
+
+
+def test_reward_model_keeps_its_head_when_its_training_goes_on() -> None:
+    lm = scored()
+    assert reward.with_scalar_head(lm) is lm
+
+
+def test_exported_reward_model_pads_with_a_token_that_ends_no_text(tmp_path: Path) -> None:
+    """`transformers` reads the last token that is not padding, so the end of a turn must not be padding."""
+    lm = dataclasses.replace(scored(), tokenizer=other_tokenizer(tmp_path / "other", pad_token="<|end|>"))
+    assert lm.tokenizer.pad_id in lm.tokenizer.stop_ids
+    lmlib.export(lm, tmp_path / "rm", dtype="float32")
+    config = json.loads((tmp_path / "rm" / "config.json").read_text())
+    tokenizer_config = json.loads((tmp_path / "rm" / "tokenizer_config.json").read_text())
+    assert (config["pad_token_id"], tokenizer_config["pad_token"]) == (0, "<pad>")
+    again = lmlib.load(tmp_path / "rm", tiny.mesh(), "float32")
+    row = [reward.reward_sequence(lm.tokenizer, X, "axe red cat.")]
+    np.testing.assert_array_equal(reward.rewards(again, row), reward.rewards(lm, row))
+    plain = dataclasses.replace(tiny.make_lm(), tokenizer=lm.tokenizer)
+    lmlib.export(plain, tmp_path / "plain", dtype="float32")  # a language model keeps its pad token
+    assert json.loads((tmp_path / "plain" / "config.json").read_text())["pad_token_id"] == lm.tokenizer.pad_id
 
 
 def test_bad_rewards_and_models_are_refused(tmp_path: Path) -> None:

@@ -128,7 +128,7 @@ def _gains(
 ) -> dict[str, float]:
     """The gain of each improved response over its reference, by the prompt's id. A prompt is left out if the gap reward
     model has no room for one of the two texts."""
-    read = reads_as(gap_lm, improver)
+    read = reads_as(gap_lm.tokenizer, improver.tokenizer)
     items = {}
     for prompt, new, old in triples:
         sequences = [

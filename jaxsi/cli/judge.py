@@ -8,7 +8,7 @@ from typing import Any
 
 from jaxsi.cli.arguments import Dtype, Model, Out, PromptOptions
 from jaxsi.cli.command import Report, UsageError, parse
-from jaxsi.cli.output_file import Parts, chat_of, check_out, digest, write_in_parts
+from jaxsi.cli.output_file import Parts, chat_of, check_out, digest, dtype_of, write_in_parts
 from jaxsi.cli.stored import Mesh, mesh_for, stored_config, stored_value
 from jaxsi.cli.tables import figures_table
 
@@ -41,7 +41,9 @@ class Judge(PromptOptions):
     expected: bool = False
     """Score by the expectation over all possible scores instead of the number that the judge wrote."""
     seed: int = 0
-    dtype: Dtype = "bfloat16"
+    dtype: Dtype = "auto"
+    """Of the computation. auto: bfloat16 if this device computes in it at speed, else float32. A command that goes on
+    keeps the dtype with which it began."""
     mesh: Mesh = Mesh()
 
 
@@ -67,13 +69,14 @@ def judge(argv: list[str]) -> Report:
     if not responses:
         raise RecordError(args.responses, None, "no responses in this file; jaxsi generate writes them")
     rubric = _rubric(args.rubric, args.model)
-    lm = load(args.model, mesh_for(args.model, args.mesh), args.dtype, chat=args.model_chat)
+    dtype = dtype_of(args.out, args.dtype)
+    lm = load(args.model, mesh_for(args.model, args.mesh), dtype, chat=args.model_chat)
     start = time.monotonic()
     parts = Parts(
         prompts=digest(prompts, "records"),
         responses=digest(responses, "records"),
         model=lm.fingerprint,
-        settings={"rubric": rubric, "judge": config, "dtype": args.dtype} | chat_of(lm),
+        settings={"rubric": rubric, "judge": config, "dtype": dtype} | chat_of(lm),
         seed=args.seed,
     )
 

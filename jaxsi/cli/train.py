@@ -61,13 +61,14 @@ class Training(RowOptions):
     checkpoint_every: int = 200
     """Steps between the points from which a killed training goes on."""
     log_every: int = 10
-    dtype: Dtype = "bfloat16"
-    """Of the computation; the weights are float32."""
+    dtype: Dtype = "auto"
+    """Of the computation; the weights are float32. auto: bfloat16 if this device computes in it at speed, else float32.
+    A command that goes on keeps the dtype with which it began."""
     seed: int = 0
     mesh: Mesh = Mesh()
 
     def config(self) -> Any:
-        """Raises: UsageError if a value is out of range."""
+        """A TrainConfig. Raises: UsageError if a value is out of range."""
         from jaxsi.training.optim import OptimConfig
         from jaxsi.training.train import TrainConfig
 
@@ -79,11 +80,11 @@ class Training(RowOptions):
         except ValueError as error:
             raise UsageError(str(error)) from error
 
-    def loaded(self, model: str) -> Any:
+    def loaded(self, model: str, dtype: str) -> Any:
         from jaxsi.lm import load
 
         mesh = mesh_for(self.model, self.mesh)
-        return load(model, mesh, self.dtype, weights_dtype="float32", chat=self.model_chat)
+        return load(model, mesh, dtype, weights_dtype="float32", chat=self.model_chat)
 
     def report(self, noun: str, count: int, model: Any, began: float) -> Report:
         """The last line of the training's log, and what it was about."""
@@ -115,11 +116,13 @@ def sft(argv: list[str]) -> Report:
     """Fine-tunes a model on demonstrations."""
     args = parse(Sft, argv, "jaxsi sft", SFT)
     from jaxsi.methods import single
+    from jaxsi.model.compute_dtype import settled
     from jaxsi.stages.user_data import read_examples
 
     config, examples = args.config(), read_examples(args.data, args.max_rows, **args.reading)
     began = time.monotonic()
-    model = single.sft(args.loaded(args.model), examples, args.run_dir, config, seed=args.seed)
+    config = settled({"training": config}, args.run_dir)["training"]
+    model = single.sft(args.loaded(args.model, config.dtype), examples, args.run_dir, config, seed=args.seed)
     return args.report("examples", len(examples), model, began)
 
 
@@ -127,6 +130,7 @@ def dpo(argv: list[str]) -> Report:
     """Trains a model on preference pairs."""
     args = parse(Dpo, argv, "jaxsi dpo", DPO)
     from jaxsi.methods import single
+    from jaxsi.model.compute_dtype import settled
     from jaxsi.stages.user_data import read_pairs
     from jaxsi.training import losses
     from jaxsi.training.train import DPOConfig
@@ -139,6 +143,9 @@ def dpo(argv: list[str]) -> Report:
         raise UsageError(str(error)) from error
     pairs = read_pairs(args.data, args.max_rows, **args.reading)
     began = time.monotonic()
-    reference = None if args.reference is None else args.loaded(args.reference)
-    model = single.dpo(args.loaded(args.model), pairs, args.run_dir, config, reference=reference, seed=args.seed)
+    config = settled({"training": config}, args.run_dir)["training"]
+    reference = None if args.reference is None else args.loaded(args.reference, config.train.dtype)
+    model = single.dpo(
+        args.loaded(args.model, config.train.dtype), pairs, args.run_dir, config, reference=reference, seed=args.seed
+    )
     return args.report("pairs", len(pairs), model, began)

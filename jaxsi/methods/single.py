@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from jaxsi.lm import LM
+from jaxsi.model.compute_dtype import settled
 from jaxsi.runs.config_snapshot import stored_as
 from jaxsi.runs.records import PreferencePair, Prompt, SFTExample, digest
 from jaxsi.runs.run import Run
@@ -42,6 +43,7 @@ def sft(
     Raises: RunConfigError if ``run_dir`` holds another training; TrainingError as ``training.train.sft``.
     """
     records = [e if isinstance(e, SFTExample) else _example(str(i), *e) for i, e in enumerate(examples)]
+    config = settled({"training": config}, run_dir)["training"]
     described = Training(model=lm.fingerprint, data=digest(records), template=_told(lm), training=config, seed=seed)
     with Run.open(run_dir, described) as run:
         model = train.sft(lm, records, config, run.at("iter_1"))
@@ -63,6 +65,7 @@ def dpo(
     config.check_single_round()
     records = [pair if isinstance(pair, PreferencePair) else _pair(lm, str(i), *pair) for i, pair in enumerate(pairs)]
     models = lm.fingerprint if reference is None else f"{lm.fingerprint} reference {reference.fingerprint}"
+    config = settled({"training": config}, run_dir)["training"]
     described = Training(model=models, data=digest(records), template=_told(lm), training=config, seed=seed)
     with Run.open(run_dir, described) as run:
         model = train.dpo(lm, records, config, run.at("iter_1"), reference=reference)

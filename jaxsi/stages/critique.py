@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 import jax
 
 from jaxsi.lm import LM, borrowed
-from jaxsi.runs.config_snapshot import stored_as
+from jaxsi.runs.config_snapshot import AUTO, stored_as
 from jaxsi.runs.records import Critique, FinishReason, PreferencePair, Prompt, Response, SFTExample
 from jaxsi.sampling import generate
 from jaxsi.stages.answers import with_prompts
@@ -44,7 +44,7 @@ class LocalCritic:
     temperature: float = 0.0
     max_new_tokens: int = 2048
     batch_size: int = 64
-    dtype: str = "bfloat16"
+    dtype: str = AUTO
 
     def __call__(
         self, prompts: Sequence[Prompt], responses: Sequence[Response], template: CritiqueTemplate, key: jax.Array

@@ -19,9 +19,10 @@ from jaxsi.hf import gguf
 from jaxsi.hf.config import config_json, read_config, read_json
 from jaxsi.hf.export import write_folder
 from jaxsi.hf.weights import load_weights
-from jaxsi.model import decoder, mesh as meshlib
+from jaxsi.model import compute_dtype, decoder, mesh as meshlib
 from jaxsi.model.decoder import ModelConfig, Weights
 from jaxsi.runs import checkpoint
+from jaxsi.runs.config_snapshot import AUTO
 from jaxsi.runs.errors import InputError
 from jaxsi.text.chat_config import ChatConfig
 from jaxsi.text.tokenizer import Tokenizer, load_tokenizer
@@ -203,7 +204,7 @@ def fingerprint(weights: Weights) -> str:
 def load(
     path: str | Path,
     mesh: Mesh | None = None,
-    dtype: Any = "bfloat16",
+    dtype: Any = AUTO,
     *,
     weights_dtype: Any = None,
     chat: ChatConfig | None = None,
@@ -213,8 +214,8 @@ def load(
 
     Args:
       mesh: where the weights go; by default all devices on the fsdp axis.
-      dtype: of sampling and scoring. weights_dtype: of the stored weights, ``dtype`` by default; training wants
-      float32.
+      dtype: of sampling and scoring; "auto" is bfloat16 if the device computes in it at speed, else float32.
+      weights_dtype: of the stored weights, ``dtype`` by default; training wants float32.
       chat: what the chat template is told; by default what it was told when a checkpoint was saved.
 
     Raises:
@@ -222,6 +223,7 @@ def load(
     """
     folder = resolve(path)
     mesh = mesh or meshlib.make_mesh()
+    dtype = jnp.dtype(compute_dtype.actual(dtype))
     weights_dtype = jnp.dtype(weights_dtype or dtype)
     config, tokenizer = read_config(folder), load_tokenizer(folder)
     if chat is None and (folder / CHAT).is_file():
@@ -241,7 +243,7 @@ def load(
     else:
         weights = load_weights(folder, config, mesh, dtype=weights_dtype)
     return LM(
-        config=config, weights=weights, tokenizer=tokenizer, mesh=mesh, dtype=jnp.dtype(dtype), identity=identity,
+        config=config, weights=weights, tokenizer=tokenizer, mesh=mesh, dtype=dtype, identity=identity,
         generation=generation_config(folder),
     )  # fmt: skip
 

@@ -23,7 +23,7 @@ from jaxsi.model import decoder, mesh as meshlib
 from jaxsi.model.decoder import ModelConfig
 from jaxsi.perf.architectures import published
 from jaxsi.runs.config_file import ConfigFileError, load_config, load_configs
-from jaxsi.runs.config_snapshot import describe_config, parts_of
+from jaxsi.runs.config_snapshot import describe_config, describe_settled, parts_of, with_dtypes
 from jaxsi.stages.critique import LocalCritic
 from jaxsi.stages.endpoint import EndpointCritic
 from jaxsi.stages.self_instruct import SelfInstruct
@@ -74,6 +74,12 @@ def name_of(path: Path) -> str:
 def configs_of(path: Path) -> dict[str, Any]:
     """The configs of a file by name; most have one."""
     return load_configs(path) if path in ABLATIONS else {path.stem: load_config(path)}
+
+
+@pytest.mark.parametrize("path", [path for path in CONFIGS if path not in REAL], ids=name_of)
+def test_toy_leaves_no_dtype_to_the_device(path):
+    for cfg in configs_of(path).values():
+        describe_settled(cfg)
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=name_of)
@@ -192,6 +198,7 @@ def shaped(cfg: Any, config: ModelConfig, mesh: AbstractMesh) -> Iterator[tuple[
         return PairBatch(*[rows(B, 1, T)] * 3, *counted, rows(B, 2, dtype=jnp.float32), rows(B, dtype=bool))
 
     scalar = dataclasses.replace(config, scalar_head=True)
+    cfg = with_dtypes(cfg, lambda _: "bfloat16")  # what "auto" is on their hardware
     parts = {name: part for name, part in parts_of(cfg) if isinstance(part, TrainConfig | RLConfig)}
     longest = max(part.max_length for part in parts.values() if isinstance(part, TrainConfig))
     for name, part in parts.items():

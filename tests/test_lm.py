@@ -128,9 +128,13 @@ def test_export_then_load_returns_the_same_model_on_any_mesh(exported: Path) -> 
         export(lm, exported)
 
 
-def test_weights_are_bfloat16_unless_weights_dtype_says_float32(exported: Path) -> None:
+@pytest.mark.parametrize("fast", ["bfloat16", "float32"])
+def test_weights_are_in_the_fast_dtype_unless_weights_dtype_says_float32(
+    exported: Path, monkeypatch: pytest.MonkeyPatch, fast: str
+) -> None:
+    monkeypatch.setattr("jaxsi.model.compute_dtype.fast_dtype", lambda: fast)
     lm = jaxsi.load(str(exported), tiny.mesh())
-    assert lm.dtype == jnp.bfloat16 and {w.dtype for w in jax.tree.leaves(lm.weights)} == {jnp.dtype("bfloat16")}
+    assert lm.dtype == jnp.dtype(fast) and {w.dtype for w in jax.tree.leaves(lm.weights)} == {jnp.dtype(fast)}
     masters = load(exported, tiny.mesh(), "bfloat16", weights_dtype="float32")
     assert masters.dtype == jnp.bfloat16 and masters.fingerprint == tiny.make_lm().fingerprint
 
@@ -142,7 +146,7 @@ def test_checkpoint_round_trip_on_another_mesh(tmp_path: Path) -> None:
     assert meta == {"step": 3, "fingerprint": lm.fingerprint}
     loaded = load(tmp_path / "c", tiny.mesh("1x8x1"), "float32")
     assert loaded.fingerprint == lm.fingerprint and loaded.config == lm.config
-    half = load(tmp_path / "c", tiny.mesh())
+    half = load(tmp_path / "c", tiny.mesh(), "bfloat16")
     assert {w.dtype for w in jax.tree.leaves(half.weights)} == {jnp.dtype("bfloat16")}
 
 

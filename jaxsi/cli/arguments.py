@@ -10,7 +10,8 @@ from jaxsi.text.chat_config import ChatConfig
 
 Model = Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="MODEL")]
 Out = Annotated[Path, tyro.conf.arg(aliases=["-o"])]
-Dtype = Literal["bfloat16", "float32", "float16"]
+Dtype = Literal["auto", "bfloat16", "float32", "float16"]
+FixedDtype = Literal["bfloat16", "float32", "float16"]
 KVCache = Literal["exact", "int8"]
 
 

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-from jaxsi.cli.arguments import Dtype, KVCache, Model
+from jaxsi.cli.arguments import FixedDtype, KVCache, Model
 from jaxsi.cli.command import Report, UsageError, parse
 from jaxsi.cli.stored import Mesh, mesh_for
 from jaxsi.cli.tables import figures_table
@@ -94,7 +94,7 @@ class Generate:
     top_p: float = 0.9
     cache: KVCache = "exact"
     """Keys and values: exact in --dtype, or int8. The opponent's cache stays exact."""
-    dtype: Dtype = "bfloat16"
+    dtype: FixedDtype = "bfloat16"
     reps: int = 5
     seed: int = 0
     """Seed of the prompts and lengths."""
@@ -119,7 +119,7 @@ class Score:
     """Tokens in a row."""
     steps: int = 4
     """Batches in a repetition."""
-    dtype: Dtype = "bfloat16"
+    dtype: FixedDtype = "bfloat16"
     reps: int = 5
     seed: int = 0
     against: Literal["hf"] | None = None
@@ -142,7 +142,7 @@ class Train:
     remat: Literal["none", "products", "full"] = "full"
     """What the backward pass recomputes: nothing, everything except products with weights, or whole layers. Torch
     recomputes whole layers for both "products" and "full"."""
-    dtype: Dtype = "bfloat16"
+    dtype: FixedDtype = "bfloat16"
     reps: int = 5
     seed: int = 0
     against: Literal["hf", "trl"] | None = None

@@ -41,7 +41,8 @@ class Chat(ChatOptions):
     max_new_tokens: int = 512
     """Longer answers are cut off."""
     seed: int = 0
-    dtype: Dtype = "bfloat16"
+    dtype: Dtype = "auto"
+    """auto: bfloat16 if this device computes in it at speed, else float32."""
     mesh: Mesh = Mesh()
 
 

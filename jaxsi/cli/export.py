@@ -6,7 +6,7 @@ from typing import Annotated
 
 import tyro
 
-from jaxsi.cli.arguments import Dtype, Model
+from jaxsi.cli.arguments import FixedDtype, Model
 from jaxsi.cli.command import Report, parse
 from jaxsi.cli.stored import Mesh, mesh_for
 from jaxsi.cli.tables import figures_table
@@ -24,7 +24,7 @@ class Export:
     model: Model
     out: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="OUT")]
     """A folder that does not exist yet."""
-    dtype: Dtype = "bfloat16"
+    dtype: FixedDtype = "bfloat16"
     mesh: Mesh = Mesh()
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from jaxsi.cli.arguments import ChatOptions, Dtype, KVCache, Model, Out, PromptOptions
 from jaxsi.cli.command import Report, UsageError, parse
-from jaxsi.cli.output_file import Parts, chat_of, check_out, digest, write_in_parts
+from jaxsi.cli.output_file import Parts, chat_of, check_out, digest, dtype_of, write_in_parts
 from jaxsi.cli.stored import Mesh, mesh_for
 from jaxsi.cli.tables import figures_table
 
@@ -34,7 +34,9 @@ class Generate(PromptOptions, ChatOptions):
     """0 is off."""
     max_new_tokens: int = 256
     seed: int = 0
-    dtype: Dtype = "bfloat16"
+    dtype: Dtype = "auto"
+    """Of the computation. auto: bfloat16 if this device computes in it at speed, else float32. A command that goes on
+    keeps the dtype with which it began."""
     batch_size: int = 64
     """Rows generated at the same time. In float32 it does not change the responses; in bfloat16 it changes them, but
     not their distribution."""
@@ -61,7 +63,8 @@ def generate(argv: list[str]) -> Report:
         SamplingConfig(**settings, dtype=args.dtype)
     except ValueError as error:
         raise UsageError(str(error)) from error
-    lm = load(args.model, mesh_for(args.model, args.mesh), args.dtype, chat=args.model_chat)
+    dtype = dtype_of(args.out, args.dtype)
+    lm = load(args.model, mesh_for(args.model, args.mesh), dtype, chat=args.model_chat)
     limit = lm.config.max_positions - args.max_new_tokens
     why = f"the model has {lm.config.max_positions} positions, and --max-new-tokens takes {args.max_new_tokens} of them"
     check_lengths(args.prompts, prompts, lm.tokenizer, limit, why, args.reading)
@@ -78,7 +81,7 @@ def generate(argv: list[str]) -> Report:
         prompts=digest(prompts, "records"),
         responses=None,
         model=lm.fingerprint,
-        settings=settings | {"dtype": args.dtype} | chat_of(lm),
+        settings=settings | {"dtype": dtype} | chat_of(lm),
         seed=args.seed,
     )
     responses = write_in_parts(args.out, parts, prompts, sample_part, Response, by=lm)

@@ -91,7 +91,9 @@ class Common(PromptOptions, ChatOptions):
     """0 is off."""
     max_new_tokens: int = 256
     seed: int = 0
-    dtype: Dtype = "bfloat16"
+    dtype: Dtype = "auto"
+    """Of the computation. auto: bfloat16 if this device computes in it at speed, else float32. A command that goes on
+    keeps the dtype with which it began."""
     batch_size: int = 64
     """Rows generated at the same time."""
     grade: Literal["toy"] | None = None
@@ -297,10 +299,14 @@ class Work:
             raise UsageError("--grade and --judge both measure quality; give one of the two")
         if args.out.is_file():
             raise UsageError(f"--out {args.out} is a file; give the name of a folder")
+        from jaxsi.model.compute_dtype import settled
+
         self.args, self.judging = args, judging
         self.prompts = args.read()
         if args.grade == "toy":
             _check_world(args.prompts, self.prompts)
+        kept = settled({"settings": {"sampling": {"dtype": args.dtype}}}, args.out)  # as in the config of the folder
+        self.dtype = kept["settings"]["sampling"]["dtype"]
         self.settings: dict[str, Any] = {}
         self._models: dict[str, LM] = {}
         self._roles: dict[str, LM] = {}
@@ -318,7 +324,7 @@ class Work:
                 top_k=args.top_k,
                 max_new_tokens=args.max_new_tokens,
                 batch_size=args.batch_size,
-                dtype=args.dtype,
+                dtype=self.dtype,
             )
         except ValueError as error:
             raise UsageError(str(error)) from error
@@ -332,7 +338,7 @@ class Work:
 
         if path not in self._models:
             chat = self.args.model_chat if path == self.args.model else None
-            self._models[path] = load(path, mesh_for(self.args.model, self.args.mesh), self.args.dtype, chat=chat)
+            self._models[path] = load(path, mesh_for(self.args.model, self.args.mesh), self.dtype, chat=chat)
             if path == self.args.model:  # too long prompts are counted later
                 check_lengths(
                     self.args.prompts, self.prompts, self._models[path].tokenizer, None, "", self.args.reading

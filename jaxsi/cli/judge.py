@@ -11,7 +11,7 @@ from typing import Any
 from jaxsi.cli.arguments import ChatOptions, Dtype, Model, Out, PromptOptions
 from jaxsi.cli.command import Report, UsageError, parse
 from jaxsi.cli.judges import JUDGES, judge_of, rubric_for
-from jaxsi.cli.output_file import Parts, chat_of, check_out, digest, write_in_parts
+from jaxsi.cli.output_file import Parts, chat_of, check_out, digest, dtype_of, write_in_parts
 from jaxsi.cli.stored import Mesh, mesh_for
 from jaxsi.cli.tables import figures_table
 from jaxsi.runs.config_snapshot import describe_config
@@ -49,7 +49,9 @@ class Judge(PromptOptions, ChatOptions):
     expected: bool = False
     """Score by the expectation over all possible scores instead of the number that the judge wrote."""
     seed: int = 0
-    dtype: Dtype = "bfloat16"
+    dtype: Dtype = "auto"
+    """Of the computation. auto: bfloat16 if this device computes in it at speed, else float32. A command that goes on
+    keeps the dtype with which it began."""
     mesh: Mesh = Mesh()
 
 
@@ -76,13 +78,13 @@ def judge(argv: list[str]) -> Report:
     if not responses:
         raise RecordError(args.responses, None, "no responses in this file; jaxsi generate writes them")
     rubric = rubric_for(args.rubric, args.model)
-    judging, lm = _judge(args)
+    judging, lm, dtype = _judge(args)
     start = time.monotonic()
     parts = Parts(
         prompts=digest(prompts, "records"),
         responses=digest(responses, "records"),
         model=_identity(judging) if lm is None else lm.fingerprint,
-        settings={"rubric": rubric, "judge": config, "dtype": args.dtype} | ({} if lm is None else chat_of(lm)),
+        settings={"rubric": rubric, "judge": config, "dtype": dtype} | ({} if lm is None else chat_of(lm)),
         seed=args.seed,
     )
 
@@ -107,8 +109,8 @@ def judge(argv: list[str]) -> Report:
     return Report(value, figures_table({name: figure for name, figure in value.items() if name != "histogram"}))
 
 
-def _judge(args: Judge) -> tuple[Any, Any]:
-    """The judge, and the model that it judges with; None for a judge that needs no model of this process."""
+def _judge(args: Judge) -> tuple[Any, Any, str | None]:
+    """The judge, the model that it judges with, and its dtype; None for a judge without a model of this process."""
     from jaxsi.lm import load
     from jaxsi.stages.judge import judge as by_itself
     from jaxsi.stages.judges import ModelJudge, RewardJudge, rewarded
@@ -117,11 +119,12 @@ def _judge(args: Judge) -> tuple[Any, Any]:
         raise UsageError("self: here MODEL is the judge; name a model, or a judge of another kind")
     judging = judge_of(args.model, cache=args.out.with_name(f"{args.out.name}.answers.jsonl"))
     if not isinstance(judging, ModelJudge | RewardJudge):
-        return judging, None
-    lm = load(judging.model, mesh_for(judging.model, args.mesh), args.dtype, chat=args.model_chat)
+        return judging, None, None
+    dtype = dtype_of(args.out, args.dtype)
+    lm = load(judging.model, mesh_for(judging.model, args.mesh), dtype, chat=args.model_chat)
     if isinstance(judging, ModelJudge):
-        return by_itself, lm
-    return functools.partial(rewarded, lm, None, batch_size=judging.batch_size), lm
+        return by_itself, lm, dtype
+    return functools.partial(rewarded, lm, None, batch_size=judging.batch_size), lm, dtype
 
 
 def _identity(judging: Any) -> str:

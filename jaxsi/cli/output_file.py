@@ -43,6 +43,21 @@ def check_out(out: Path, *inputs: Path, overwrite: bool) -> None:
         raise UsageError(f"--out {out} exists; give another name, or --overwrite to replace it")
 
 
+def dtype_of(out: Path, dtype: str) -> str:
+    """The dtype of a command that writes ``out``: ``dtype``, or in place of "auto" the one of its finished parts, or
+    else the one that the device is fast in.
+
+    Raises: RunError: if OUT.shards is something else.
+    """
+    from jaxsi.model.compute_dtype import settled
+
+    return settled({"settings": {"dtype": dtype}}, _parts_folder(out))["settings"]["dtype"]
+
+
+def _parts_folder(out: Path) -> Path:
+    return out.with_name(f"{out.name}.shards")
+
+
 def chat_of(lm: Any) -> dict[str, str]:
     """The chat template of a model as a setting, if it depends on more than the model's folder."""
     from jaxsi.text.chat_config import ChatConfig
@@ -76,7 +91,7 @@ def write_in_parts(
     from jaxsi.runs.records import write_jsonl
     from jaxsi.runs.run import Run
 
-    folder = out.with_name(f"{out.name}.shards")
+    folder = _parts_folder(out)
     try:
         run = Run.open(folder, parts)
     except RunConfigError as error:

@@ -65,8 +65,9 @@ class Rl(PromptOptions, ChatOptions):
     checkpoint_every: int = 10
     """Steps between the points from which a killed training goes on."""
     log_every: int = 1
-    dtype: Dtype = "bfloat16"
-    """Of the computation; the trained weights are float32."""
+    dtype: Dtype = "auto"
+    """Of the computation; the trained weights are float32. auto: bfloat16 if this device computes in it at speed, else
+    float32. A command that goes on keeps the dtype with which it began."""
     seed: int = 0
     mesh: Mesh = Mesh()
 
@@ -114,6 +115,7 @@ def rl(argv: list[str]) -> Report:
     rewarding = args.rewarding()
     from jaxsi.lm import load
     from jaxsi.methods import single
+    from jaxsi.model.compute_dtype import settled
     from jaxsi.runs.run import read_json
     from jaxsi.training import rl as learners
 
@@ -124,9 +126,10 @@ def rl(argv: list[str]) -> Report:
             "some or lower it"
         )
     mesh = mesh_for(args.model, args.mesh)
-    policy = load(args.model, mesh, args.dtype, weights_dtype="float32", chat=args.model_chat)
+    config = settled({"training": config}, args.run_dir)["training"]
+    policy = load(args.model, mesh, config.dtype, weights_dtype="float32", chat=args.model_chat)
     check_writes(policy, args.model)
-    reward = load(rewarding, mesh, args.dtype) if isinstance(rewarding, str) else rewarding
+    reward = load(rewarding, mesh, config.dtype) if isinstance(rewarding, str) else rewarding
     if not callable(reward) and not reward.config.scalar_head:
         raise UsageError(
             f"--reward {args.reward} is a language model without a scalar head, so it gives no rewards; give a model "

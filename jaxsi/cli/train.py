@@ -74,13 +74,14 @@ class Training(RowOptions, ChatOptions):
     checkpoint_every: int = 200
     """Steps between the points from which a killed training goes on."""
     log_every: int = 10
-    dtype: Dtype = "bfloat16"
-    """Of the computation; the weights are float32."""
+    dtype: Dtype = "auto"
+    """Of the computation; the weights are float32. auto: bfloat16 if this device computes in it at speed, else float32.
+    A command that goes on keeps the dtype with which it began."""
     seed: int = 0
     mesh: Mesh = Mesh()
 
     def config(self) -> Any:
-        """Raises: UsageError if a value is out of range."""
+        """A TrainConfig. Raises: UsageError if a value is out of range."""
         from jaxsi.training.optim import OptimConfig
         from jaxsi.training.train import TrainConfig
 
@@ -92,15 +93,15 @@ class Training(RowOptions, ChatOptions):
         except ValueError as error:
             raise UsageError(str(error)) from error
 
-    def loaded(self, model: str) -> Any:
+    def loaded(self, model: str, dtype: str) -> Any:
         from jaxsi.lm import load
 
         mesh = mesh_for(self.model, self.mesh)
-        return load(model, mesh, self.dtype, weights_dtype="float32", chat=self.model_chat)
+        return load(model, mesh, dtype, weights_dtype="float32", chat=self.model_chat)
 
-    def writer(self, model: str) -> Any:
+    def writer(self, model: str, dtype: str) -> Any:
         """`loaded`, for a language model. Raises: UsageError: if it is a reward model."""
-        lm = self.loaded(model)
+        lm = self.loaded(model, dtype)
         check_writes(lm, model)
         return lm
 
@@ -154,11 +155,13 @@ def sft(argv: list[str]) -> Report:
     """Fine-tunes a model on demonstrations."""
     args = parse(Sft, argv, "jaxsi sft", SFT)
     from jaxsi.methods import single
+    from jaxsi.model.compute_dtype import settled
     from jaxsi.stages.user_data import read_examples
 
     config, examples = args.config(), read_examples(args.data, args.max_rows, **args.reading)
     began = time.monotonic()
-    model = single.sft(args.writer(args.model), examples, args.run_dir, config, seed=args.seed)
+    config = settled({"training": config}, args.run_dir)["training"]
+    model = single.sft(args.writer(args.model, config.dtype), examples, args.run_dir, config, seed=args.seed)
     return args.report("examples", len(examples), model, began)
 
 
@@ -166,6 +169,7 @@ def dpo(argv: list[str]) -> Report:
     """Trains a model on preference pairs."""
     args = parse(Dpo, argv, "jaxsi dpo", DPO)
     from jaxsi.methods import single
+    from jaxsi.model.compute_dtype import settled
     from jaxsi.stages.user_data import read_pairs
     from jaxsi.training import losses
     from jaxsi.training.train import DPOConfig
@@ -178,8 +182,10 @@ def dpo(argv: list[str]) -> Report:
         raise UsageError(str(error)) from error
     pairs = read_pairs(args.data, args.max_rows, **args.reading)
     began = time.monotonic()
-    reference = None if args.reference is None else args.writer(args.reference)
-    model = single.dpo(args.writer(args.model), pairs, args.run_dir, config, reference=reference, seed=args.seed)
+    config = settled({"training": config}, args.run_dir)["training"]
+    dtype = config.train.dtype
+    reference = None if args.reference is None else args.writer(args.reference, dtype)
+    model = single.dpo(args.writer(args.model, dtype), pairs, args.run_dir, config, reference=reference, seed=args.seed)
     return args.report("pairs", len(pairs), model, began)
 
 
@@ -187,12 +193,14 @@ def reward(argv: list[str]) -> Report:
     """Trains a reward model on preference pairs."""
     args = parse(Reward, argv, "jaxsi reward", REWARD)
     from jaxsi.methods import single
+    from jaxsi.model.compute_dtype import settled
     from jaxsi.stages.user_data import read_pairs
 
     config, pairs = args.config(), read_pairs(args.data, args.max_rows, **args.reading)
     held_out = None if args.held_out is None else read_pairs(args.held_out, **args.reading)
     began = time.monotonic()
-    model = single.reward(args.loaded(args.model), pairs, args.run_dir, config, seed=args.seed)
+    config = settled({"training": config}, args.run_dir)["training"]
+    model = single.reward(args.loaded(args.model, config.dtype), pairs, args.run_dir, config, seed=args.seed)
     measured = {} if held_out is None else single.ordered_pairs(model, held_out, batch_size=args.batch_size)
     more = {f"held_out_{name}": figure for name, figure in measured.items()}
     return args.report("pairs", len(pairs), model, began, **more)

@@ -9,6 +9,7 @@ import numpy as np
 
 from jaxsi.lm import LM
 from jaxsi.methods.preflight import PreflightError
+from jaxsi.model.compute_dtype import settled
 from jaxsi.runs.config_snapshot import stored_as
 from jaxsi.runs.records import PreferencePair, Prompt, Response, SFTExample, as_prompts, digest
 from jaxsi.runs.run import Run
@@ -73,6 +74,7 @@ def sft(
     """
     records = [e if isinstance(e, SFTExample) else _example(str(i), *e) for i, e in enumerate(examples)]
     config.check(lm.mesh)
+    config = settled({"training": config}, run_dir)["training"]
     described = Training(model=lm.fingerprint, data=digest(records), template=_told(lm), training=config, seed=seed)
     with Run.open(run_dir, described) as run:
         model = train.sft(lm, records, config, run.at("iter_1"))
@@ -95,6 +97,7 @@ def dpo(
     config.train.check(lm.mesh)
     records = _pairs(lm, pairs)
     models = lm.fingerprint if reference is None else f"{lm.fingerprint} reference {reference.fingerprint}"
+    config = settled({"training": config}, run_dir)["training"]
     described = Training(model=models, data=digest(records), template=_told(lm), training=config, seed=seed)
     with Run.open(run_dir, described) as run:
         model = train.dpo(lm, records, config, run.at("iter_1"), reference=reference)
@@ -114,6 +117,7 @@ def reward(
     (Bradley-Terry). If ``lm`` is a reward model, its training goes on. Otherwise as ``sft``."""
     config.check(lm.mesh)
     records = _pairs(lm, pairs)
+    config = settled({"training": config}, run_dir)["training"]
     described = Training(model=lm.fingerprint, data=digest(records), template=_told(lm), training=config, seed=seed)
     with Run.open(run_dir, described) as run:
         model = train_reward(lm, _groups(lm, records), BRADLEY_TERRY, config, run.at("iter_1"))
@@ -174,6 +178,7 @@ def rl(
             f"{min(reader.config.max_positions for reader in readers)} positions, fewer than prompts_per_step = "
             f"{config.prompts_per_step}; give more prompts, or lower one of the two"
         )
+    config = settled({"training": config}, run_dir)["training"]
     described = Reinforcement(
         model=lm.fingerprint,
         data=digest(records),

@@ -10,6 +10,7 @@ from typing import Any
 
 from jaxsi.lm import LM, load, resolve
 from jaxsi.methods.preflight import check
+from jaxsi.model.compute_dtype import settled
 from jaxsi.runs.run import Run, RunError
 
 Method = Callable[[Any, Run], LM]
@@ -27,7 +28,8 @@ def run(config: Any, run_dir: Path | str) -> LM:
       config; what the method raises.
     """
     directory = Path(run_dir)
-    model = finish(config, directory)
+    config = _ready(config, directory)
+    model = _finish(config, directory)
     return model if model is not None else load(directory, dtype=config.sampling.dtype, weights_dtype="float32")
 
 
@@ -36,9 +38,18 @@ def finish(config: Any, directory: Path) -> LM | None:
 
     Raises: LoadError if nothing is left but the checkpoint of the last iteration is gone or damaged.
     """
+    return _finish(_ready(config, directory), directory)
+
+
+def _ready(config: Any, directory: Path) -> Any:
+    """``config``, checked, with the dtypes that the run has or gets in place of "auto"."""
     if not nothing_is_left(directory, config):
         # Before the directory exists: a config that is mended after an error here is not yet that of a run.
         check(config, directory)
+    return settled(config, directory)
+
+
+def _finish(config: Any, directory: Path) -> LM | None:
     with Run.open(directory, config) as opened:
         if not opened.complete:
             return carry_out(config, opened)

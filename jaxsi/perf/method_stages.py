@@ -11,6 +11,7 @@ from typing import Any, Literal, NamedTuple
 
 from jaxsi.methods import pit, seft, self_rewarding, spin, srt
 from jaxsi.model.kv_cache import KVCache
+from jaxsi.runs.config_snapshot import with_dtypes
 from jaxsi.runs.errors import InputError
 from jaxsi.sampling.generate import SamplingConfig
 from jaxsi.stages import judge
@@ -22,6 +23,7 @@ from jaxsi.training.train import TrainConfig
 Objective = Literal["sft", "dpo", "gap reward", "reward", "rl", "value"]
 SHARD = 256  # prompts in one call of a stage that samples (run.Scope.sharded)
 CHARACTERS_PER_TOKEN = 3.5  # about, in English
+PLANNED_DTYPE = "bfloat16"  # in place of "auto": all chips that a run can be planned for are fast in it
 SCORE_TOKENS = 32  # that a model writes when it only gives a score
 
 
@@ -100,6 +102,7 @@ class Training(Stage):
 
 def stages(cfg: Any, assumptions: Assumptions, max_positions: int, *, packs: bool) -> list[Stage]:
     """The stages of a method's config, in order. ``packs``: whether SFT packs its rows; on GPUs it does not."""
+    cfg = with_dtypes(cfg, lambda _: PLANNED_DTYPE)
     plan = _Plan(cfg, assumptions, max_positions, packs)
     match cfg:
         case self_rewarding.Config():

@@ -17,11 +17,12 @@ import textwrap
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import FunctionType
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 from jaxsi.runs.errors import InputError
 
 Stored = TypeVar("Stored")
+Config = TypeVar("Config")
 
 _IDS: dict[Any, str] = {}
 _PACKAGE = __name__.partition(".")[0]
@@ -51,6 +52,11 @@ def stored_as(id: str) -> Callable[[Stored], Stored]:
         return value
 
     return mark
+
+
+AUTO = "auto"  # a dtype that a run decides when it begins, and keeps
+# What "auto" is in a run that stored no dtype there: everything computed in it by default before "auto" came.
+EARLIER_DTYPE = "bfloat16"
 
 
 def may_change(*parts: str) -> dict[str, Any]:
@@ -181,6 +187,41 @@ def parts_of(cfg: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
             yield from parts_of(value, f"{name}.")
 
 
+def with_dtypes(config: Config, choose: Callable[[str | None], str], stored: Any = None) -> Config:
+    """``config`` with ``choose(dtype)`` in place of every field or key "dtype" that is "auto", where ``dtype`` is what
+    the config.json ``stored`` has there, or None.
+
+    Args:
+      config: a dataclass or a mapping; those inside it count too, as values of fields and keys.
+    """
+    before = stored if isinstance(stored, Mapping) else {}
+
+    def new(name: str, value: Any) -> Any:
+        is_open = name == "dtype" and isinstance(value, str) and value == AUTO
+        return choose(before.get(name)) if is_open else with_dtypes(value, choose, before.get(name))
+
+    if isinstance(config, Mapping):
+        return cast(Any, {name: new(name, value) for name, value in config.items()})
+    if dataclasses.is_dataclass(config) and not isinstance(config, type):
+        old = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
+        values = {name: new(name, value) for name, value in old.items()}
+        changed = {name: value for name, value in values.items() if value is not old[name]}
+        return dataclasses.replace(config, **changed) if changed else config
+    return config
+
+
+def describe_settled(config: Any) -> dict[str, Any]:
+    """The described config of a run. Raises: RunConfigError if a dtype in it is still "auto"."""
+    described = describe_config(config)
+    names = [name for name, value in _flat(described).items() if name.split(".")[-1] == "dtype" and value == AUTO]
+    if names:
+        raise RunConfigError(
+            f'{names[0]} is "auto", which is decided before a run is opened; call jaxsi.run(config, run_dir), or give '
+            "settled(config, run_dir) of jaxsi.model.compute_dtype to Run.open and to the method"
+        )
+    return described
+
+
 # ---- comparison ------------------------------------------------------------------------------------------------------
 
 
@@ -189,11 +230,12 @@ def check_config(path: Path, stored: dict[str, Any], config: Any) -> None:
 
     Fields marked with `may_change` or `may_move` may differ, and `iterations` may be raised. A field that the stored
     config lacks, because it is newer than the run, counts as its default; so do those of a class that was a plain
-    function then.
+    function then. A dtype "auto" counts as the stored one.
     """
+    config = with_dtypes(config, lambda dtype: dtype or EARLIER_DTYPE, stored)
     old, new = _flat(stored), _flat(describe_config(config))
     old = {f"{field}.__type__" if f"{field}.__type__" in new else field: value for field, value in old.items()}
-    defaults, free = _flat(_defaults(config)), _free(config, path)
+    defaults, free = _flat(with_dtypes(_defaults(config), lambda _: EARLIER_DTYPE)), _free(config, path)
     differences = []
     for field in dict.fromkeys([*old, *new]):
         before, after = old.get(field, defaults.get(field, _ABSENT)), new.get(field, _ABSENT)

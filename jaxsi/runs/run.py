@@ -24,7 +24,7 @@ from typing import Any, Protocol, Self, TypeVar
 import numpy as np
 
 from jaxsi.runs import preemption
-from jaxsi.runs.config_snapshot import RunError, check_config, describe_config
+from jaxsi.runs.config_snapshot import RunError, check_config, describe_settled
 from jaxsi.runs.errors import InputError
 from jaxsi.runs.lock import take_lock
 from jaxsi.runs.named_keys import fold
@@ -75,11 +75,12 @@ class Run:
         may be raised.
         With several hosts, call it after jax.distributed is initialised.
 
-        Raises: RunConfigError with the differences. RunError if another live process holds the directory, if it holds
-          something that is not a run, or if it holds a run and ``resume`` is False.
+        Raises: RunConfigError with the differences, or if a dtype in ``config`` is still "auto". RunError if another
+          live process holds the directory, if it holds something that is not a run, or if it holds a run and ``resume``
+          is False.
         """
         path = Path(directory)
-        described = describe_config(config)
+        described = describe_settled(config)
         if not _is_writer():  # process 0 checks and writes; if it fails, jax.distributed ends the others
             _barrier(f"open {path.name}")
             return Run(path, config, None)

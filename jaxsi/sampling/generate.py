@@ -16,7 +16,7 @@ import numpy as np
 
 from jaxsi.lm import LM
 from jaxsi.model.kv_cache import KVCache
-from jaxsi.runs.config_snapshot import stored_as
+from jaxsi.runs.config_snapshot import AUTO, stored_as
 from jaxsi.runs.named_keys import name_words
 from jaxsi.runs.records import Prompt, Response, as_prompts
 from jaxsi.sampling import engine
@@ -29,8 +29,8 @@ from jaxsi.text.chat_config import Thought
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SamplingConfig:
     """How candidates are sampled; the defaults are the Self-Rewarding paper's. ``dtype`` of sampling, judging and
-    scoring; ``batch_size`` rows are in flight at a time. ``cache``: of their keys and values, "exact" in that dtype, or
-    "int8", half of bfloat16 and not the same responses."""
+    scoring: "auto" is the one that the device is fast in. ``batch_size`` rows are in flight at a time. ``cache``: of
+    their keys and values, "exact" in that dtype, or "int8", half of bfloat16 and not the same responses."""
 
     num_samples: int = 4
     temperature: float = 0.7
@@ -39,7 +39,7 @@ class SamplingConfig:
     max_new_tokens: int = 512
     batch_size: int = 64
     cache: KVCache = "exact"
-    dtype: str = "bfloat16"
+    dtype: str = AUTO
 
     def __post_init__(self) -> None:
         _check_settings(self.temperature, self.top_p, self.top_k, self.max_new_tokens, self.num_samples)

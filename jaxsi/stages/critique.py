@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 import jax
 
 from jaxsi.lm import LM, borrowed
-from jaxsi.runs.config_snapshot import may_move, stored_as
+from jaxsi.runs.config_snapshot import AUTO, may_move, stored_as
 from jaxsi.runs.records import Critique, FinishReason, PreferencePair, Prompt, Response, SFTExample
 from jaxsi.runs.run import StaleRecordsError
 from jaxsi.sampling import generate
@@ -50,7 +50,7 @@ class LocalCritic:
     temperature: float = 0.0
     max_new_tokens: int = 2048
     batch_size: int = 64
-    dtype: str = "bfloat16"
+    dtype: str = AUTO
 
     def __post_init__(self) -> None:
         generate.check_sampling(self.temperature, self.max_new_tokens, self.batch_size)

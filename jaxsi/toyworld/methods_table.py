@@ -18,6 +18,7 @@ import numpy as np
 
 from jaxsi.lm import load
 from jaxsi.methods.start import carry_out, method_of
+from jaxsi.model.compute_dtype import settled
 from jaxsi.runs import metrics
 from jaxsi.runs.config_snapshot import describe_config
 from jaxsi.runs.records import write_atomically
@@ -90,14 +91,16 @@ def _folder(directory: Path, arm: Arm, seed: int) -> Path:
 
 def _run(directory: Path, arm: Arm, seed: int, source: Arm | None, label: str, commit: str | None) -> None:
     began = time.monotonic()
-    cfg = dataclasses.replace(arm.config, seed=seed)
-    with Run.open(_folder(directory, arm, seed), cfg) as run:
+    folder = _folder(directory, arm, seed)
+    cfg = settled(dataclasses.replace(arm.config, seed=seed), folder)
+    with Run.open(folder, cfg) as run:
         if run.complete:
             _check_model(run, cfg.model)
             print(f"{label}: already complete", file=sys.stderr)
             return
         if source is not None:
-            share(dataclasses.replace(source.config, seed=seed), _folder(directory, source, seed), cfg, run.path)
+            done = _folder(directory, source, seed)
+            share(settled(dataclasses.replace(source.config, seed=seed), done), done, cfg, run.path)
         carry_out(cfg, run)
         run.update_summary({"commit": commit})
     print(f"{label}: {time.monotonic() - began:.0f} s", file=sys.stderr, flush=True)

@@ -16,6 +16,7 @@ from jax.sharding import Mesh
 
 from jaxsi.lm import LM
 from jaxsi.model import decoder, mesh as meshlib
+from jaxsi.model.compute_dtype import settled_in
 from jaxsi.model.decoder import ModelConfig, Remat, Weights
 from jaxsi.runs.progress import piece
 from jaxsi.runs.records import Message, Prompt, Response
@@ -141,6 +142,7 @@ def train_reward(
     if (trained := resume.finished(start, scope)) is not None:
         return trained
     config.check(lm.mesh)
+    config = settled_in(scope, config)
     fitting = [group for group in groups if max(len(s.tokens) for s in group) <= config.max_length]
     scope.value("reward_data", lambda: {"groups": len(fitting), "dropped_too_long": len(groups) - len(fitting)})
     if not fitting:

@@ -25,9 +25,10 @@ from jax.sharding import Mesh
 from jaxsi import lm as lmlib
 from jaxsi.lm import LM, save_checkpoint, tokens_array
 from jaxsi.model import decoder, mesh as meshlib
+from jaxsi.model.compute_dtype import settled_in
 from jaxsi.model.decoder import ModelConfig, Remat, Weights
 from jaxsi.runs import preemption
-from jaxsi.runs.config_snapshot import may_change, stored_as
+from jaxsi.runs.config_snapshot import AUTO, may_change, stored_as
 from jaxsi.runs.progress import progress
 from jaxsi.runs.records import Prompt, Response
 from jaxsi.runs.run import Scope
@@ -68,7 +69,7 @@ class RLConfig:
     cut_off_penalty: float = 1.0
     max_new_tokens: int = 512
     remat: Remat = "full"
-    dtype: str = "bfloat16"
+    dtype: str = AUTO
     checkpoint_every: int = 50
     log_every: int = dataclasses.field(default=1, metadata=may_change())
 
@@ -363,6 +364,7 @@ def rloo(
     """
     if config.group_size < 2:
         raise ValueError(f"group_size is {config.group_size}; leave-one-out needs at least 2 responses per prompt")
+    config = settled_in(scope, config)
 
     def with_advantages(rollouts: Rollouts, _: Any) -> RolloutBatch:
         batch, mask_BT = rollouts.batch, rollouts.batch.loss_mask_BT
@@ -395,6 +397,7 @@ def ppo(
     """
     value = with_scalar_head(policy) if value is None else value
     value_config = lm_config(value)
+    config = settled_in(scope, config)
 
     def with_advantages(rollouts: Rollouts, weights: Weights) -> RolloutBatch:
         batch, mask_BT = rollouts.batch, rollouts.batch.loss_mask_BT

@@ -16,9 +16,10 @@ from jax.sharding import Mesh
 from jaxsi import lm as lmlib
 from jaxsi.lm import LM
 from jaxsi.model import decoder, mesh as meshlib
+from jaxsi.model.compute_dtype import settled_in
 from jaxsi.model.decoder import ModelConfig, Remat, Weights
 from jaxsi.runs import preemption
-from jaxsi.runs.config_snapshot import may_change, stored_as
+from jaxsi.runs.config_snapshot import AUTO, may_change, stored_as
 from jaxsi.runs.progress import piece, progress
 from jaxsi.runs.records import PreferencePair, SFTExample
 from jaxsi.runs.run import Scope
@@ -49,7 +50,8 @@ class TrainConfig:
     """How to train. ``batch_size`` is global, in rows (packed rows for SFT on CPU and TPU, pairs for DPO).
 
     ``max_length``: the longest sequence in tokens; longer ones are dropped and counted. ``min_length``: the shortest
-    padded length, so that short data compile once. ``checkpoint_every``: optimizer steps between resume points.
+    padded length, so that short data compile once. ``dtype``: of the computation. ``checkpoint_every``: optimizer steps
+    between resume points.
     """
 
     optim: OptimConfig = OptimConfig()
@@ -60,7 +62,7 @@ class TrainConfig:
     max_length: int = 2048
     min_length: int = 64
     remat: Remat = "full"
-    dtype: str = "bfloat16"
+    dtype: str = AUTO
     checkpoint_every: int = 200
     log_every: int = dataclasses.field(default=10, metadata=may_change())
 
@@ -402,6 +404,7 @@ def sft(lm: LM, examples: Sequence[SFTExample], config: TrainConfig, scope: Scop
     if (trained := resume.finished(lm, scope)) is not None:
         return trained
     config.check(lm.mesh)
+    config = settled_in(scope, config)
     with scope.timed("sft"):
         sequences = _fitting(scope, encode_examples(lm.tokenizer, examples), config.max_length)
         batches = arrangement(lm.mesh)(
@@ -428,7 +431,7 @@ def dpo(
     """
     if (trained := resume.finished(lm, scope)) is not None:
         return trained
-    train = config.train
+    train = settled_in(scope, config.train)
     train.check(lm.mesh)
     all_pairs = [encode_pair(lm.tokenizer, pair) for pair in pairs]
     encoded = [(c, r) for c, r in all_pairs if max(len(c.tokens), len(r.tokens)) <= train.max_length]

@@ -128,6 +128,19 @@ def test_killed_command_goes_on_and_computes_nothing_twice(capsys, folder, tmp_p
     assert code == 2 and "method: 'self-refine' -> 'pit'" in err
 
 
+def test_more_rounds_keep_the_dtype_of_the_first(capsys, folder, tmp_path, monkeypatch):
+    loaded, load = [], lmlib.load
+    monkeypatch.setattr(lmlib, "load", lambda path, mesh, dtype, **o: loaded.append(dtype) or load(path, mesh, dtype))
+    words = ["self-refine", "--template", "refine.json", "--dtype", "auto", "-o", tmp_path / "out", "--rounds"]
+    for more, fast in (("0", "float32"), ("1", "bfloat16")):
+        monkeypatch.setattr("jaxsi.model.compute_dtype._announced", lambda fast=fast: fast)
+        code, _, err = called(capsys, folder, *words, more)
+        assert code == 0, err
+    assert loaded == ["float32", "float32"] and "dtype auto: float32, as this run began" in err
+    stored = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert stored["settings"]["sampling"]["dtype"] == "float32"
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [

@@ -461,6 +461,27 @@ def test_interrupted_generate_goes_on_after_its_last_part(world, tmp_path, capsy
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out.jsonl", "whole.jsonl"]
 
 
+@pytest.mark.parametrize("name", ["generate", "judge"])
+def test_command_with_dtype_auto_keeps_the_dtype_of_its_finished_parts(name, world, tmp_path, capsys, monkeypatch):
+    set_part_size(monkeypatch, 1)
+    loaded = []
+    monkeypatch.setattr("jaxsi.lm.load", lambda model, mesh, dtype, **_: loaded.append(dtype) or tiny.make_lm())
+    write_jsonl(tmp_path / "responses.jsonl", [tiny_response(f"p{i}", 0) for i in range(2)])
+    command = [name, world / "model", "--prompts", world / "prompts.jsonl", "--max-new-tokens", 4, "--num-samples", 1]
+    command += ["-o", tmp_path / "out.jsonl"]
+    if name == "judge":
+        command += ["--responses", tmp_path / "responses.jsonl", "--expected", "--rubric", world / "rubric.txt"]
+    stage = {"generate": "jaxsi.sampling.generate.generate", "judge": "jaxsi.stages.judge.judge"}[name]
+    interrupt_second_call(monkeypatch, stage)
+    for fast in ("float32", "bfloat16"):  # it goes on where another dtype is fast
+        monkeypatch.setattr("jaxsi.model.compute_dtype._announced", lambda fast=fast: fast)
+        code, _, err = called(capsys, *command)
+        assert code == (130 if fast == "float32" else 0), err
+        stored = tmp_path / "out.jsonl.shards" / "config.json"
+        assert not stored.exists() or json.loads(stored.read_text())["settings"]["dtype"] == "float32"
+    assert loaded == ["float32", "float32"] and "dtype auto: float32, as this run began" in err
+
+
 def test_interrupted_judge_goes_on_after_its_last_part(world, tmp_path, capsys, monkeypatch):
     set_part_size(monkeypatch, 2)
     prompts, responses = world / "prompts.jsonl", tmp_path / "responses.jsonl"

@@ -40,7 +40,7 @@ class Method:
     first: TrainConfig | None
     second: TrainConfig | None
     mesh: MeshConfig = MESH
-    sampling: SamplingConfig = SamplingConfig()
+    sampling: SamplingConfig = SamplingConfig(dtype="bfloat16")
 
 
 def config(model: Path, first: TrainConfig | None = None, second: TrainConfig | None = None) -> Method:

@@ -36,6 +36,16 @@ def test_self_rewarding_stages_count_candidates_judgments_and_pairs():
     assert iterations(load_config(CONFIGS / "self_rewarding/llama2_70b_v5p128.py")) == 2
 
 
+def test_dtype_auto_is_bfloat16_on_the_hardware_of_a_plan():
+    cfg = load_config(CONFIGS / "srt/qwen3_4b_1xh200.py")
+    assert cfg.sampling.dtype == cfg.sft.dtype == cfg.critic.dtype == "auto"
+    found = stages(cfg, ASSUMPTIONS, published(cfg.model).max_positions, packs=True)
+    assert {s.settings.dtype if isinstance(s, Training) else s.dtype for s in found} == {"bfloat16"}
+    exact = dataclasses.replace(cfg, sampling=dataclasses.replace(cfg.sampling, dtype="float32"))
+    found = stages(exact, ASSUMPTIONS, published(cfg.model).max_positions, packs=True)
+    assert {s.dtype for s in found if isinstance(s, Sampling) and s.model is None} == {"float32"}
+
+
 def test_prompts_of_a_file_are_divided_among_iterations(tmp_path):
     path = tmp_path / "prompts.jsonl"
     path.write_text('{"prompt": "a"}\n\n' * 50, encoding="utf-8")

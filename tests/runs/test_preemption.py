@@ -80,7 +80,8 @@ def test_long_stage_stops_all_processes_between_waves_and_batches(tmp_path, monk
 
     whole = sample()
     pair = tuple(batches.Sequence_(np.asarray([5, 6, n], np.int32), np.asarray([0, 0, 1], bool)) for n in (7, 8))
-    config = train.TrainConfig(optim=OptimConfig(learning_rate=1e-3), batch_size=8, max_length=64, remat="none")
+    adam = OptimConfig(learning_rate=1e-3)
+    config = train.TrainConfig(optim=adam, batch_size=8, max_length=64, remat="none", dtype="bfloat16")
     for work in (sample, lambda: train.reference_logps(lm, [pair] * 20, config)):
         with preemption.listening(), monkeypatch.context() as patch:
             polls = stop_by_jax(patch, 2)

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from jaxsi.hf import gguf
+from jaxsi.hf import gguf, installed
 from jaxsi.hf.config import config_json, read_config, read_json
 from jaxsi.hf.export import write_folder
 from jaxsi.hf.weights import load_weights
@@ -209,8 +209,8 @@ def load(
     weights_dtype: Any = None,
     chat: ChatConfig | None = None,
 ) -> LM:
-    """Loads MODEL: a Hugging Face folder or hub name, a .gguf file, a jaxsi checkpoint, a run directory (its newest
-    complete iteration) or ``RUN_DIR@t``.
+    """Loads MODEL: a Hugging Face folder or hub name, a .gguf file, ``package:NAME`` (a Python package that has one in
+    it), a jaxsi checkpoint, a run directory (its newest complete iteration) or ``RUN_DIR@t``.
 
     Args:
       mesh: where the weights go; by default all devices on the fsdp axis.
@@ -305,7 +305,7 @@ def _generation_config(lm: LM) -> dict[str, Any]:
 def resolve(path: str | Path) -> Path:
     """The folder that MODEL names; hub names are looked up in the local cache or downloaded at a pinned revision."""
     text = str(path)
-    folder = Path(text)
+    folder = installed.gguf_file(text) if installed.is_package(text) else Path(text)
     if gguf.is_gguf(folder):
         return gguf.as_folder(folder)
     if _is_run(folder):  # before "@", which a folder's own name may contain

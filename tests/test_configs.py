@@ -42,7 +42,7 @@ GOLDEN = Path(__file__).parent / "golden"
 REAL = [path for path in CONFIGS if not path.stem.startswith("toy")]
 
 # Devices, by the last part of a config's name (that it fits in their memory: test_plan.py).
-HARDWARE = {"v5p128": 64, "v5e64": 64, "8xh100": 8, "1xh200": 1, "1gpu": 1}
+HARDWARE = {"v5p128": 64, "v5e64": 64, "8xh100": 8, "1xh200": 1, "1gpu": 1, "cpu": 1}
 # By method: the losses of its training.
 LOSSES = {
     "self_rewarding": {"SFTLoss", "PairLoss"},

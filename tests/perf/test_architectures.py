@@ -33,6 +33,7 @@ COUNTS = {
     "Qwen/Qwen2.5-14B-Instruct": 14_770_033_664,
     "mistralai/Mistral-7B-v0.1": 7_241_732_096,
     "mistralai/Mistral-7B-v0.3": 7_248_023_552,
+    "HuggingFaceTB/SmolLM2-135M-Instruct": 134_515_008,
 }
 
 

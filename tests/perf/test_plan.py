@@ -171,7 +171,7 @@ def test_search_finds_all_dividing_meshes_and_ranks_the_fastest_that_fits_first(
 
 @pytest.mark.parametrize("path", sorted(CONFIGS.rglob("*_*.py")), ids=lambda path: f"{path.parent.name}/{path.stem}")
 def test_plan_of_every_shipped_config_fits_its_hardware(path):
-    if path.stem.startswith("toy"):
+    if path.stem.startswith("toy") or path.stem.endswith("cpu"):
         pytest.skip("for a laptop")
     result = estimated_plan(path, hardware_of(path))
     assert result.hours > 0

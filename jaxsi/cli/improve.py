@@ -366,6 +366,7 @@ class Work:
         from jaxsi.stages.judge import judge as by_itself
         from jaxsi.stages.judges import ModelJudge, RewardJudge, rewarded
         from jaxsi.stages.verdicts import JudgeConfig
+        from jaxsi.training.reward import lm_config
 
         judging = self.judging
         try:
@@ -383,7 +384,9 @@ class Work:
         if isinstance(found, ModelJudge):
             return scored_by(by_itself, self.writer(role, found.model, judging.judge_tokens), rubric, cfg), rubric
         if isinstance(found, RewardJudge):
-            found = functools.partial(rewarded, self.loaded(role, found.model))
+            reward_lm = self.loaded(role, found.model)
+            lm_config(reward_lm)
+            found = functools.partial(rewarded, reward_lm)
         else:
             self.settings[role] = found
         return scored_by(found, self.loaded("model", self.args.model), rubric, cfg), rubric

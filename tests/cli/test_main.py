@@ -1,6 +1,5 @@
 """The command line with a tiny model: results on stdout, errors in one line, exit codes, runs that resume."""
 
-import dataclasses
 import importlib
 import json
 import os
@@ -27,11 +26,13 @@ from jaxsi.methods.preflight import PreflightError
 from jaxsi.model.decoder import ModelError
 from jaxsi.model.mesh import MeshError
 from jaxsi.runs.config_file import ConfigFileError, load_config
-from jaxsi.runs.config_snapshot import RunConfigError
+from jaxsi.runs.config_snapshot import RunConfigError, describe_config
 from jaxsi.runs.errors import InputError
 from jaxsi.runs.records import Judgment, RecordError, Response, read_jsonl, write_jsonl
 from jaxsi.runs.run import StaleRecordsError
+from jaxsi.stages.judges import JudgeError
 from jaxsi.stages.prompts import load_rubric
+from jaxsi.stages.prompts.comparison import RubricError
 from jaxsi.text.chat_template import ChatTemplateError
 from jaxsi.text.tokenizer import TokenizerError
 from jaxsi.toyworld.evaluate import ToyEvaluation
@@ -398,7 +399,7 @@ def test_mesh_for_uses_the_flags_then_the_mesh_of_the_run(tmp_path):
 
 def test_rubric_defaults_to_that_of_the_run(tmp_path):
     (tmp_path / "journal.jsonl").touch()
-    stored = dataclasses.asdict(load_config(TOY).rubric)
+    stored = describe_config(load_config(TOY).rubric)
     (tmp_path / "config.json").write_text(json.dumps({"rubric": stored}))
     assert judges.rubric_for(None, f"{tmp_path}@2") == load_config(TOY).rubric
     (tmp_path / "config.json").write_text(json.dumps({"critic_prompts": 8}))  # a method without a judge
@@ -590,7 +591,7 @@ def test_too_long_prompt_is_refused_before_any_work(world, tmp_path, capsys):
         json.dumps({"id": "short", "prompt": "cat"}) + "\n" + json.dumps({"id": "big", "prompt": "cat " * 300})
     )
     message = failure(capsys, "run", world / "micro.py", "--prompts", long, "--run-dir", tmp_path / "run")
-    assert "long.jsonl: prompt 'big' has 305 tokens, the limit is 63" in message
+    assert "long.jsonl:2: prompt 'big' has 305 tokens, the limit is 63" in message
     assert "dpo.train.max_length is 64" in message
     assert not (tmp_path / "run").exists()
     message = failure(
@@ -630,6 +631,7 @@ def test_errors_of_wrong_input_share_a_base_class():
             importlib.import_module(module.name)
     errors = {ChatTemplateError, ConfigFileError, HFError, LoadError, MeshError, ModelError}
     errors |= {PreflightError, RecordError, RunConfigError, StaleRecordsError, TokenizerError}
+    errors |= {JudgeError, RubricError}
     found = set(InputError.__subclasses__())
     assert {error for error in found if error.__module__.startswith("jaxsi.")} == errors
     assert not any(error.transient for error in errors)

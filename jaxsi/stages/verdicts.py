@@ -94,7 +94,8 @@ def judged(
     key: jax.Array,
 ) -> list[Judgment]:
     """One judgment for each response, in the order of `responses`. All responses to a prompt have to be among them if
-    the rubric compares. A response that was cut off within its thought is not judged.
+    the rubric compares. Two kinds of responses are not judged, so they have no scores: those that were cut off within
+    their thought, and with a rubric that compares those that are the only one to their prompt.
 
     Raises: ValueError if a response id occurs twice, if a response's prompt is not among `prompts`, or if expected
       scores are asked of a ranking.
@@ -104,15 +105,16 @@ def judged(
     if isinstance(rubric, Rubric):
         found = _by_themselves(writer, with_prompts(prompts, answered), rubric, cfg, key)
     else:
-        groups = [Answers(group.prompt, _in_order(group)) for group in answers(prompts, answered)]
+        groups = [
+            Answers(group.prompt, _in_order(group)) for group in answers(prompts, answered) if len(group.responses) > 1
+        ]
         if isinstance(rubric, PairwiseRubric):
             found = _in_pairs(writer, groups, rubric, cfg, key)
         elif cfg.expected:
             raise ValueError(f"rubric {rubric.name!r} ranks, which gives no expected scores; set expected to False")
         else:
             found = _in_rankings(writer, groups, rubric, cfg, key)
-    nothing: tuple[Sequence[float | None], Sequence[str]] = (None,) * cfg.num_samples, ()
-    return [_judgment(writer, response, *found.get(response.id, nothing)) for response in responses]
+    return [_judgment(writer, response, *found.get(response.id, ((), ("",)))) for response in responses]
 
 
 Found = dict[str, tuple[Sequence[float | None], Sequence[str]]]  # scores and texts of each response

@@ -438,8 +438,12 @@ def dpo(
     scope.value("dpo_data", lambda: {"pairs": len(encoded), "dropped_too_long": len(all_pairs) - len(encoded)})
     if not encoded:
         raise TrainingError(
-            f"{scope.path}: no pair to train on: of {len(all_pairs)} pairs, {len(encoded)} have at most max_length = "
-            f"{train.max_length} tokens; check the counts of the pairs stage, or raise max_length"
+            f"{scope.path}: no pair to train on: "
+            + (
+                f"all {len(all_pairs)} pairs are longer than max_length = {train.max_length} tokens; raise it"
+                if all_pairs
+                else "none came out of the stages before; check their counts"
+            )
         )
     # The name identifies the weights and the pairs, so that values of other ones are never reused.
     reference = lm if reference is None else reference

@@ -92,6 +92,8 @@ def test_pairs_are_asked_in_both_orders():
     asked = {sides(request.text) for request in writer.requests}
     assert asked == set(itertools.permutations(["aa", "aaaa", "aaa"], 2))
     assert judgments[1].texts == ("Verdict: A", "Verdict: A")  # those in which it stood first
+    assert judgment_statistics(judgments, PAIR)["parse_rate"] == 1.0  # q#0 has nothing to be compared with
+    assert judgment_statistics(judgments, PAIR)["too_long"] == 0
     again = judged(Scripted(longer_wins), PROMPTS[::-1], responses[::-1], PAIR, ONE, KEY)
     assert again[::-1] == judgments
 
@@ -159,6 +161,8 @@ def test_rankings_are_of_shuffled_responses():
     assert judged(Scripted(by_length), PROMPTS, responses[::-1], RANK, cfg, KEY)[::-1] == judgments
     first = judged(Scripted(lambda request, k: "Ranking: 1 > 2 > 3 > 4"), PROMPTS, responses, RANK, cfg, KEY)
     assert len({j.scores for j in first}) > 1 and all(0 <= j.score <= 1 for j in first)  # position, not the response
+    [alone] = judged(Scripted(by_length), PROMPTS, responses[:1], RANK, cfg, KEY)
+    assert (alone.scores, alone.score) == ((), None)
     none = judged(Scripted(lambda request, k: "Ranking: 1 > 2"), PROMPTS, responses, RANK, cfg, KEY)
     assert {j.scores for j in none} == {(None,) * 3}
 

@@ -103,8 +103,8 @@ class RankingRubric:
         return fill(self.template, prompt=prompt_text, responses="\n\n".join(numbered))
 
     def parse(self, generated: str, count: int) -> list[float] | None:
-        """The scores of responses 1 to `count`, from the last ranking on a line of its own; equal ones share the mean
-        of their places. None if the ranking does not name each response exactly once (so half a ranking is None)."""
+        """The scores of responses 1 to `count` (at least 2), from the last ranking on a line of its own; equal ones
+        share the mean of their places. None if the ranking does not name each response exactly once."""
         found = list(_RANKING.finditer(generated))
         if not found:
             return None
@@ -123,7 +123,7 @@ class RankingRubric:
         for place in places:
             rank = before + (len(place) - 1) / 2
             for number in place:
-                scores[number - 1] = (count - 1 - rank) / (count - 1) if count > 1 else 1.0
+                scores[number - 1] = (count - 1 - rank) / (count - 1)
             before += len(place)
         return scores
 

@@ -75,7 +75,10 @@ def spin(cfg: Config, run: Run) -> LM:
 def against_demonstrations(
     model: LM, demonstrations: Sequence[SFTExample], responses: Sequence[Response]
 ) -> list[PreferencePair]:
-    """(x, y, y') of each demonstration, chosen before sampled; left out if both are the same, or y' was cut off."""
+    """(x, y, y') of each demonstration, chosen before sampled; left out if both are the same, or y' was cut off.
+
+    Raises: ValueError: if no pair is left.
+    """
     sampled = {response.prompt_id: response for response in responses}
     pairs = []
     for example in demonstrations:
@@ -92,4 +95,10 @@ def against_demonstrations(
                     rejected_score=0.0,
                 )
             )
+    if not pairs:
+        cut_off = sum(response.finish_reason == "length" for response in responses)
+        raise ValueError(
+            f"no pair is left of {len(responses)} responses: the token limit cut off {cut_off}, the others equal their "
+            "demonstrations; if the limit is too low, raise sampling.max_new_tokens, in a new run"
+        )
     return pairs

@@ -99,6 +99,6 @@ def against_demonstrations(
         cut_off = sum(response.finish_reason == "length" for response in responses)
         raise ValueError(
             f"no pair is left of {len(responses)} responses: the token limit cut off {cut_off}, the others equal their "
-            "demonstrations; if it is too low, raise sampling.max_new_tokens, in a new run directory"
+            "demonstrations; if the limit is too low, raise sampling.max_new_tokens, in a new run"
         )
     return pairs

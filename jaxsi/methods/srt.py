@@ -139,16 +139,11 @@ def srt(cfg: Config, run: Run) -> LM:
 def learnable(cfg: Config, **records: Any) -> tuple[list[SFTExample], dict[str, int]]:
     """Stage 1's examples by the paper's filters, and the counts; an error if no example is left."""
     examples, counts = refinement_examples(**records, template=cfg.template, refinement_only=cfg.refinement_only)
-    if not examples and counts["empty"] == counts["drafts"]:
-        raise ValueError(
-            f"the token limit cut off all {counts['drafts']} drafts, or they are empty, so the critic saw none; raise "
-            "sampling.max_new_tokens, in a new run directory"
-        )
     if not examples:
-        raise ValueError(
-            f"none of the critic's {counts['drafts']} critiques can be learnt from ({counts}); look at "
-            "critiques.jsonl: does the critic follow the template?"
-        )
+        advice = "look at critiques.jsonl: does the critic follow the template?"
+        if counts["empty"] == counts["drafts"]:
+            advice = "all drafts are empty, or cut off by the token limit; raise sampling.max_new_tokens, in a new run"
+        raise ValueError(f"none of the critic's {counts['drafts']} critiques can be learnt from ({counts}); {advice}")
     return examples, counts
 
 

@@ -44,6 +44,12 @@ def test_demonstration_is_chosen_and_equal_or_cut_off_responses_are_left_out():
             assert side.tokens[-1] in tiny.tokenizer().stop_ids and side.loss_mask[-1]
 
 
+def test_no_pair_at_all_is_told_with_its_reason():
+    responses = [sampled(EXAMPLES[0], "cat red", "length"), sampled(EXAMPLES[1], "axe red dog.")]
+    with pytest.raises(ValueError, match=r"2 responses: the token limit cut off 1, .* raise sampling.max_new_tokens"):
+        against_demonstrations(tiny.make_lm(), EXAMPLES[:2], responses)
+
+
 def test_written_response_is_the_tokens_of_its_text_and_an_end():
     made = written_response(tiny.tokenizer(), "a", "p", "axe red.")
     assert list(made.token_ids) == render_response(tiny.tokenizer(), "axe red.")

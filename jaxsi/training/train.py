@@ -437,14 +437,9 @@ def dpo(
     encoded = [(c, r) for c, r in all_pairs if max(len(c.tokens), len(r.tokens)) <= train.max_length]
     scope.value("dpo_data", lambda: {"pairs": len(encoded), "dropped_too_long": len(all_pairs) - len(encoded)})
     if not encoded:
-        raise TrainingError(
-            f"{scope.path}: no pair to train on: "
-            + (
-                f"all {len(all_pairs)} pairs are longer than max_length = {train.max_length} tokens; raise it"
-                if all_pairs
-                else "none came out of the stages before; check their counts"
-            )
-        )
+        too_long = f"all {len(all_pairs)} are longer than max_length = {train.max_length} tokens; raise it"
+        reason = too_long if all_pairs else "none came out of the stages before; check their counts"
+        raise TrainingError(f"{scope.path}: no pair to train on: {reason}")
     # The name identifies the weights and the pairs, so that values of other ones are never reused.
     reference = lm if reference is None else reference
     name = f"ref_logps_{reference.fingerprint}_{_digest(encoded, train)}"

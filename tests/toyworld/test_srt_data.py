@@ -54,7 +54,8 @@ def test_scores_are_exact_and_ignore_the_marker():
     }
     drafts = [dataclasses.replace(tiny.response(prompt, i, [5]), text=text) for i, text in enumerate(texts)]
     drafts.append(dataclasses.replace(tiny.response(other, 0, [5]), text="Once.\nJudge:"))
-    assert exact_scores([prompt, other], drafts, TEMPLATE) == [*map(pytest.approx, texts.values()), None]
+    scores = exact_scores([prompt, other], drafts, drafts[::-1], TEMPLATE)
+    assert scores[0] == [*map(pytest.approx, texts.values()), None] == scores[1][::-1]
 
 
 def test_prompts_are_training_instructions():

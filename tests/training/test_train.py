@@ -483,7 +483,7 @@ def test_over_long_pairs_are_dropped_and_counted(scope: Scope, monkeypatch: pyte
         "pairs": fitting,
         "dropped_too_long": 10 - fitting,
     }
-    with pytest.raises(TrainingError, match="no pair to train on: of 10 pairs, 0 have at most max_length = 2 tokens"):
+    with pytest.raises(TrainingError, match="no pair to train on: all 10 are longer than max_length = 2 tokens"):
         dpo(lm, scope.run.at("iter_2"), max_length=2)
 
 

@@ -78,7 +78,8 @@ def judge(argv: list[str]) -> Report:
     if not responses:
         raise RecordError(args.responses, None, "no responses in this file; jaxsi generate writes them")
     rubric = rubric_for(args.rubric, args.model)
-    judging, lm, dtype = _judge(args)
+    judging = judge_of(args.model, cache=args.out.with_name(f"{args.out.name}.answers.jsonl"))
+    judge_texts, lm, dtype = _bound(args, judging)
     start = time.monotonic()
     parts = Parts(
         prompts=digest(prompts, "records"),
@@ -89,7 +90,7 @@ def judge(argv: list[str]) -> Report:
     )
 
     def judge_part(part: Sequence[Response]) -> list[Judgment]:
-        return judging(lm, prompts, part, rubric, config, jax.random.key(args.seed))
+        return judge_texts(prompts, part, rubric, config, jax.random.key(args.seed))
 
     def judge_groups(part: Sequence[Any]) -> list[Judgment]:
         return judge_part([response for group in part for response in group.responses])
@@ -109,21 +110,21 @@ def judge(argv: list[str]) -> Report:
     return Report(value, figures_table({name: figure for name, figure in value.items() if name != "histogram"}))
 
 
-def _judge(args: Judge) -> tuple[Any, Any, str | None]:
-    """The judge, the model that it judges with, and its dtype; None for a judge without a model of this process."""
+def _bound(args: Judge, judging: Any) -> tuple[Any, Any, str | None]:
+    """The judge as a function of (prompts, responses, rubric, config, key); its model and the dtype of that, both None
+    for a judge without a model of this process."""
     from jaxsi.lm import load
     from jaxsi.stages.judge import judge as by_itself
     from jaxsi.stages.judges import ModelJudge, RewardJudge, rewarded
 
-    if args.model == "self":
+    if judging is by_itself:
         raise UsageError("self: here MODEL is the judge; name a model, or a judge of another kind")
-    judging = judge_of(args.model, cache=args.out.with_name(f"{args.out.name}.answers.jsonl"))
     if not isinstance(judging, ModelJudge | RewardJudge):
-        return judging, None, None
+        return functools.partial(judging, None), None, None
     dtype = dtype_of(args.out, args.dtype)
     lm = load(judging.model, mesh_for(judging.model, args.mesh), dtype, chat=args.model_chat)
     if isinstance(judging, ModelJudge):
-        return by_itself, lm, dtype
+        return functools.partial(by_itself, lm), lm, dtype
     return functools.partial(rewarded, lm, None, batch_size=judging.batch_size), lm, dtype
 
 

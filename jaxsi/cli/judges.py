@@ -70,12 +70,13 @@ def critic_of(text: str, cache: Path) -> Any:
     """
     from jaxsi.stages.critique import LocalCritic, critique_by
     from jaxsi.stages.endpoint import EndpointCritic
+    from jaxsi.stages.endpoint_client import OPENAI
 
     kind, _, rest = text.partition(":")
     value, *words = rest.split(",")
     if kind == "endpoint" and value:
-        url = "https://api.openai.com/v1"
-        return _with_settings(EndpointCritic, {"model": value, "base_url": url, "cache": str(cache)}, words, text)
+        given = {"model": value, "base_url": OPENAI, "cache": str(cache)}
+        return _with_settings(EndpointCritic, given, words, text)
     if kind == "model" and value:
         return _with_settings(LocalCritic, {"model": value}, words, text)
     if kind == "function" and value:

@@ -9,7 +9,7 @@ from jaxsi.cli.arguments import ChatOptions, Dtype, Model, PromptOptions
 from jaxsi.cli.command import Report, UsageError, parse
 from jaxsi.cli.judges import JUDGES, is_judge, judge_of, rubric_for
 from jaxsi.cli.stored import Mesh, check_writes, mesh_for
-from jaxsi.cli.train import logged, report
+from jaxsi.cli.train import config_of, logged, report
 
 DESCRIPTION = f"""Reinforcement learning: MODEL samples responses to the prompts, they get rewards, and it learns to
 write those with a higher reward. A penalty keeps it near the MODEL that it starts from. --reward names a reward model,
@@ -73,23 +73,15 @@ class Rl(PromptOptions, ChatOptions):
 
     def config(self) -> Any:
         """Raises: UsageError if a value is out of range."""
-        from jaxsi.training.optim import OptimConfig
         from jaxsi.training.rl import RLConfig
 
-        values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-        if self.batch_size is None:
-            values["batch_size"] = self.prompts_per_step * self.group_size
         if self.learner == "rloo" and self.group_size < 2:
             raise UsageError(
                 f"--group-size {self.group_size}: rloo compares the responses to a prompt with each other; give at "
                 "least 2, or --learner ppo"
             )
-        try:
-            optim = OptimConfig(**{f.name: values[f.name] for f in dataclasses.fields(OptimConfig) if f.name in values})
-            parts = {f.name: values[f.name] for f in dataclasses.fields(RLConfig) if f.name in values}
-            return RLConfig(optim=optim, **parts)
-        except ValueError as error:
-            raise UsageError(str(error)) from error
+        batch_size = self.prompts_per_step * self.group_size if self.batch_size is None else self.batch_size
+        return config_of(RLConfig, self, batch_size=batch_size)
 
     def rewarding(self) -> Any:
         """The reward model's name, the function, or the judge. Raises: UsageError, RubricError."""

@@ -82,16 +82,9 @@ class Training(RowOptions, ChatOptions):
 
     def config(self) -> Any:
         """A TrainConfig. Raises: UsageError if a value is out of range."""
-        from jaxsi.training.optim import OptimConfig
         from jaxsi.training.train import TrainConfig
 
-        values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-        try:
-            optim = OptimConfig(**{f.name: values[f.name] for f in dataclasses.fields(OptimConfig) if f.name in values})
-            parts = {f.name: values[f.name] for f in dataclasses.fields(TrainConfig) if f.name in values}
-            return TrainConfig(optim=optim, **parts)
-        except ValueError as error:
-            raise UsageError(str(error)) from error
+        return config_of(TrainConfig, self)
 
     def loaded(self, model: str, dtype: str) -> Any:
         from jaxsi.lm import load
@@ -110,6 +103,21 @@ class Training(RowOptions, ChatOptions):
         (data,) = (self.run_dir / "iter_1").glob("*_data.json")
         too_long = json.loads(data.read_text(encoding="utf-8"))["dropped_too_long"]
         return report(self.run_dir, {noun: count, "too_long": too_long}, model, began, **more)
+
+
+def config_of(cls: Any, args: Any, **changes: Any) -> Any:
+    """The TrainConfig or RLConfig of a command's options, which have the same names.
+
+    Raises: UsageError if a value is out of range.
+    """
+    from jaxsi.training.optim import OptimConfig
+
+    values = {field.name: getattr(args, field.name) for field in dataclasses.fields(args)} | changes
+    try:
+        optim = OptimConfig(**{f.name: values[f.name] for f in dataclasses.fields(OptimConfig) if f.name in values})
+        return cls(optim=optim, **{f.name: values[f.name] for f in dataclasses.fields(cls) if f.name in values})
+    except ValueError as error:
+        raise UsageError(str(error)) from error
 
 
 def report(run_dir: Path, about: dict[str, Any], model: Any, began: float, **more: Any) -> Report:

@@ -29,7 +29,8 @@ from jaxsi.runs.config_snapshot import may_move, stored_as
 from jaxsi.runs.records import Prompt, RankedResponses, Response, SFTExample
 from jaxsi.runs.run import Run, Scope
 from jaxsi.sampling.generate import SamplingConfig, sample
-from jaxsi.stages.gap import GapReward, gap_group, gaps, reward_group, with_room
+from jaxsi.stages.answers import with_room
+from jaxsi.stages.gap import GapReward, gap_group, gaps, reward_group
 from jaxsi.stages.pairs import Preference, preferences
 from jaxsi.stages.prompts import ask_to_improve, load_template
 from jaxsi.text.chat_config import ChatConfig

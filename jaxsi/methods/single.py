@@ -13,7 +13,8 @@ from jaxsi.model.compute_dtype import settled
 from jaxsi.runs.config_snapshot import stored_as
 from jaxsi.runs.records import PreferencePair, Prompt, Response, SFTExample, as_prompts, digest
 from jaxsi.runs.run import Run
-from jaxsi.stages.gap import reward_group, with_room
+from jaxsi.stages.answers import with_room
+from jaxsi.stages.gap import reward_group
 from jaxsi.stages.judge import number
 from jaxsi.stages.judges import RewardsBy
 from jaxsi.stages.pairs import Preference

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple, TypeVar
 
 from jaxsi.lm import LM
 from jaxsi.runs.records import Prompt, Response, as_prompts
+from jaxsi.text.chat import prompt_length
 from jaxsi.text.chat_config import written_thought
 
 Record = TypeVar("Record")
@@ -55,6 +56,12 @@ def _answer(response: Response) -> Response:
         reasoning=thought.reasoning,
         finish_reason=response.finish_reason if thought.closed else "length",
     )
+
+
+def with_room(lm: LM, prompts: Sequence[Prompt], longest: int) -> list[Prompt]:
+    """The prompts that leave room for ``longest`` tokens in the context of ``lm``."""
+    room = lm.config.max_positions - longest
+    return [prompt for prompt in prompts if prompt_length(lm.tokenizer, prompt) <= room]
 
 
 def read_answers(

@@ -17,7 +17,7 @@ from jaxsi.runs.config_snapshot import AUTO, may_move, stored_as
 from jaxsi.runs.records import Critique, FinishReason, PreferencePair, Prompt, Response, SFTExample
 from jaxsi.runs.run import StaleRecordsError
 from jaxsi.sampling import generate
-from jaxsi.stages.answers import with_prompts
+from jaxsi.stages.answers import with_prompts, with_room
 from jaxsi.stages.prompts import question_text
 from jaxsi.stages.prompts.critique import CritiqueTemplate
 from jaxsi.text.chat import marker_ids, render_prompt, render_response
@@ -60,9 +60,7 @@ class LocalCritic:
     ) -> list[Critique]:
         """One critique for each response; an empty one if the request leaves no room for feedback."""
         lm = borrowed(self.model, self.dtype)
-        requests = critic_requests(prompts, responses, template)
-        room = lm.config.max_positions - self.max_new_tokens
-        fitting = [p for p in requests if len(render_prompt(lm.tokenizer, p.messages)) <= room]
+        fitting = with_room(lm, critic_requests(prompts, responses, template), self.max_new_tokens)
         written = generate.generate(
             lm,
             fitting,

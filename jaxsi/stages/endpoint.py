@@ -10,7 +10,7 @@ from jaxsi.lm import LM
 from jaxsi.runs.config_snapshot import may_change, stored_as
 from jaxsi.runs.records import Critique, Judgment, Prompt, Response
 from jaxsi.stages.critique import critic_requests, critique
-from jaxsi.stages.endpoint_client import Answer, Endpoint, EndpointError, Request
+from jaxsi.stages.endpoint_client import OPENAI, Answer, Endpoint, EndpointError, Request
 from jaxsi.stages.prompts.comparison import AnyRubric
 from jaxsi.stages.prompts.critique import CritiqueTemplate
 from jaxsi.stages.verdicts import JudgeConfig, judged
@@ -56,7 +56,7 @@ class EndpointJudge(Endpoint):
     """An endpoint as a judge, in place of ``judge.judge``. The run's JudgeConfig says how its texts are sampled, but
     ``sends_temperature`` False leaves temperature and top_p out, for models that accept only their own."""
 
-    base_url: str = dataclasses.field(default="https://api.openai.com/v1", metadata=may_change())
+    base_url: str = dataclasses.field(default=OPENAI, metadata=may_change())
     cache: str = dataclasses.field(default="judge_answers.jsonl", metadata=may_change())
     sends_temperature: bool = True
 
@@ -90,21 +90,28 @@ class EndpointJudge(Endpoint):
         self, requests: Sequence[Prompt], cfg: JudgeConfig, key: jax.Array, num_samples: int, forced: Sequence[str] = ()
     ) -> dict[str, list[Response]]:
         temperature = cfg.temperature if self.sends_temperature else None
-        places = [(request, k) for request in requests for k in range(num_samples)]
-        answers = self.answers(
-            [Request(r.text, cfg.max_new_tokens, temperature, cfg.top_p if temperature else 1.0, k) for r, k in places]
-        )
+        top_p = cfg.top_p if temperature else 1.0
+        asked = [
+            Request(request.text, cfg.max_new_tokens, temperature, top_p, k)
+            for request in requests
+            for k in range(num_samples)
+        ]
+        answers = iter(self.answers(asked))
         written: dict[str, list[Response]] = {}
-        for (request, k), answer in zip(places, answers, strict=True):
-            if answer.finish_reason == "length" and answer.prompt_tokens == 0:
-                continue  # too long for the model
-            thought = split_thought(answer.text)
-            text = "" if answer.finish_reason == "refusal" else thought.answer
-            whole = answer.finish_reason != "length" and thought.closed
-            response = Response.of(f"{request.id}#{k}", request.id, k, text)
-            response = dataclasses.replace(response, finish_reason="stop" if whole else "length")
-            written.setdefault(request.id, []).append(response)
+        for request in requests:
+            samples = [next(answers) for _ in range(num_samples)]
+            if any(answer.finish_reason != "length" or answer.prompt_tokens for answer in samples):  # or it is too long
+                written[request.id] = [_written(request, k, answer) for k, answer in enumerate(samples)]
         return written
 
     def expected(self, requests: Any, written: Any, rubric: Any, cfg: Any) -> dict[str, list[float | None]]:
         raise EndpointError("an endpoint gives no expected scores")
+
+
+def _written(request: Prompt, sample: int, answer: Answer) -> Response:
+    """An answer as a text without its thought; it is cut off if the thought has no end."""
+    thought = split_thought(answer.text)
+    text = "" if answer.finish_reason == "refusal" else thought.answer
+    whole = answer.finish_reason != "length" and thought.closed
+    response = Response.of(f"{request.id}#{sample}", request.id, sample, text)
+    return dataclasses.replace(response, finish_reason="stop" if whole else "length")

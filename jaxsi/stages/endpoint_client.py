@@ -34,6 +34,7 @@ _log = logging.getLogger(__name__)
 BYTES_PER_TOKEN = 3.0  # of UTF-8 text; a low figure, because the estimate of tokens must not be too low
 TEMPLATE_TOKENS = 32  # allowance for the chat template around a request
 FIRST_WAIT, LONGEST_WAIT = 1.0, 300.0  # seconds; if the server asks for a longer wait, the run stops
+OPENAI = "https://api.openai.com/v1"
 MANY = 16  # if this many requests are all refused, the settings are wrong and not the requests
 _TEMPORARY = frozenset({408, 409, 425, 429})  # and 5xx: the same request may be answered later
 _NO_CREDIT = re.compile(r"insufficient.?quota|insufficient.?(?:balance|credit|funds)", re.IGNORECASE)

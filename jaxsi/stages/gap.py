@@ -11,10 +11,11 @@ from jaxsi.lm import LM
 from jaxsi.runs import metrics
 from jaxsi.runs.config_snapshot import stored_as
 from jaxsi.runs.records import Message, Prompt, Response
+from jaxsi.stages.answers import with_room
 from jaxsi.stages.judge import number
 from jaxsi.stages.pairs import Preference
 from jaxsi.stages.prompts import ask_to_improve, question_text
-from jaxsi.text.chat import naming, prompt_length, render_response
+from jaxsi.text.chat import naming, render_response
 from jaxsi.text.tokenizer import Tokenizer
 from jaxsi.training.batches import Sequence_
 from jaxsi.training.reward import reward_sequence, rewards
@@ -96,12 +97,6 @@ def reward_by(function: Callable[[str, str], float]) -> RewardBy:
     """A reward for PIT's ``rewarding``: `function(prompt, response)` rewards a response, and the gap is the reward of
     the response minus that of the reference. The rules for the function of ``judge_by`` apply."""
     return RewardBy(function)
-
-
-def with_room(lm: LM, prompts: Sequence[Prompt], longest: int) -> list[Prompt]:
-    """The prompts that leave room for ``longest`` tokens in the context of ``lm``."""
-    room = lm.config.max_positions - longest
-    return [prompt for prompt in prompts if prompt_length(lm.tokenizer, prompt) <= room]
 
 
 class GapReward:

@@ -19,7 +19,7 @@ import numpy as np
 from jaxsi.lm import LM
 from jaxsi.runs.config_snapshot import stored_as
 from jaxsi.runs.records import Judgment, Prompt, Response
-from jaxsi.stages.answers import as_records
+from jaxsi.stages.answers import as_records, with_prompts
 from jaxsi.stages.prompts import load_rubric, question_text
 from jaxsi.stages.prompts.comparison import AnyRubric
 from jaxsi.stages.verdicts import JudgeConfig, LocalWriter, judged
@@ -30,7 +30,6 @@ _log = logging.getLogger(__name__)
 ONE_SCORE_ALARM = 0.6
 TIE_ALARM = 0.6
 PARSE_ALARM = 0.5
-DEFAULT = JudgeConfig()
 
 
 @stored_as("feedback.judge")
@@ -39,7 +38,7 @@ def judge(
     prompts: Sequence[Prompt | str],
     responses: Sequence[Response | str],
     rubric: AnyRubric | None = None,
-    cfg: JudgeConfig = DEFAULT,
+    cfg: JudgeConfig = JudgeConfig(),
     key: jax.Array | None = None,
 ) -> list[Judgment]:
     """Judges responses with `lm` as the judge: each by itself (Self-Rewarding, arXiv 2401.10020, figure 2), or by
@@ -68,16 +67,10 @@ class JudgeBy:
     function: Callable[[str, str], float | None]
 
     def __call__(
-        self,
-        lm: LM | None,
-        prompts: Sequence[Prompt],
-        responses: Sequence[Response],
-        rubric: AnyRubric,
-        cfg: JudgeConfig,
-        key: jax.Array,
+        self, lm: LM | None, prompts: Sequence[Prompt], responses: Sequence[Response], *_: object
     ) -> list[Judgment]:
-        texts = {prompt.id: question_text(prompt.messages) for prompt in prompts}
-        scores = [number(self.function, texts[r.prompt_id], r.text) for r in responses]
+        pairs = with_prompts(prompts, responses)
+        scores = [number(self.function, question_text(prompt.messages), r.text) for prompt, r in pairs]
         return scored(responses, scores, lm)
 
 

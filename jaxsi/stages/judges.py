@@ -27,7 +27,7 @@ from jaxsi.stages.prompts.reviser import ReviserTemplate
 from jaxsi.stages.reviser import ReviseConfig
 from jaxsi.stages.user_data import rows
 from jaxsi.stages.verdicts import JudgeConfig
-from jaxsi.training.reward import RewardOf, lm_config
+from jaxsi.training.reward import RewardOf
 
 Judge = Callable[..., list[Judgment]]  # (lm, prompts, responses, rubric, config, key)
 
@@ -71,13 +71,7 @@ class RewardJudge:
     batch_size: int = dataclasses.field(default=64, metadata=may_change())
 
     def __call__(
-        self,
-        lm: LM | None,
-        prompts: Sequence[Prompt],
-        responses: Sequence[Response],
-        rubric: AnyRubric,
-        cfg: JudgeConfig,
-        key: jax.Array,
+        self, lm: LM | None, prompts: Sequence[Prompt], responses: Sequence[Response], *_: object
     ) -> list[Judgment]:
         return rewarded(placed(self.model, lm), lm, prompts, responses, batch_size=self.batch_size)
 
@@ -94,7 +88,6 @@ def rewarded(
 
     Raises: RewardError: if ``reward_lm`` has no scalar head, or if a reward is not finite.
     """
-    lm_config(reward_lm)
     reward = RewardOf(reward_lm, None if lm is None else lm.tokenizer, batch_size)
     values = [None if math.isnan(value) else value for value in reward(prompts, responses).tolist()]
     judgments = scored(responses, values, reward_lm)
@@ -106,20 +99,21 @@ def rewarded(
 
 @stored_as("judges.same_answer")
 def same_answer(response: str, answer: str) -> bool:
-    """Whether a response ends in the known answer: the content of its last \\boxed{}, what follows its last "####" or
-    "answer:", or else its last number; numbers are compared by value, other texts without case and spaces.
+    """Whether a response ends in the known answer: the content of its last \\boxed{}, what follows its last "####",
+    "answer:" or "answer is", or else its last number. Numbers are compared by value, other texts without case and
+    spaces.
 
     The known answer is read the same way, so that GSM8K's solutions, which end in "#### 72", are one.
     """
     expected, given = final_answer(answer), final_answer(response)
-    numbers = _value(expected), _value(given)
-    if None not in numbers:
-        return math.isclose(numbers[0], numbers[1], rel_tol=1e-9, abs_tol=1e-9)  # pyrefly: ignore
+    a, b = _value(expected), _value(given)
+    if a is not None and b is not None:
+        return math.isclose(a, b, rel_tol=1e-9, abs_tol=1e-9)
     return _plain(expected) == _plain(given)
 
 
 _BOXED = re.compile(r"\\boxed\s*\{((?:[^{}]|\{[^{}]*\})*)\}")
-_FINAL = re.compile(r"(?:####|\banswer\s*(?:is\b\s*)?[:=]?)[ \t]*([^\n]+)", re.IGNORECASE)
+_FINAL = re.compile(r"(?:####|\banswer[*_ \t]*(?:is\b[ \t]*:?|[:=]))[*_ \t]*([^\n]+)", re.IGNORECASE)
 _NUMBER = re.compile(r"[-+]?(?:[0-9]{1,3}(?:,[0-9]{3})+|[0-9]+)(?:\.[0-9]+)?(?:/[0-9]+)?|[-+]?\.[0-9]+")
 
 
@@ -139,11 +133,13 @@ def _value(text: str) -> float | None:
     if len(numbers) != 1:
         return None
     over, _, under = numbers[0].replace(",", "").partition("/")
-    return float(over) / float(under) if under and float(under) else None if under else float(over)
+    if not under:
+        return float(over)
+    return float(over) / float(under) if float(under) else None
 
 
 def _plain(text: str) -> str:
-    return re.sub(r"[\s$.]+", "", text).casefold()
+    return re.sub(r"[\s$.*_]+", "", text).casefold()
 
 
 @stored_as("judges.Verifier")
@@ -161,13 +157,7 @@ class Verifier:
     check: Callable[[str, str], float | bool | None] = same_answer
 
     def __call__(
-        self,
-        lm: LM | None,
-        prompts: Sequence[Prompt],
-        responses: Sequence[Response],
-        rubric: AnyRubric,
-        cfg: JudgeConfig,
-        key: jax.Array,
+        self, lm: LM | None, prompts: Sequence[Prompt], responses: Sequence[Response], *_: object
     ) -> list[Judgment]:
         known = _answers(self.answers, self.prompt, self.answer)
         scores: list[float | None] = []
@@ -231,20 +221,21 @@ def side_by_side(
     key: jax.Array,
 ) -> tuple[list[float | None], list[float | None]]:
     """The judge's scores of two texts for each prompt."""
-    ids = [
-        hashlib.sha256(repr((prompt.messages, a, b)).encode("utf-8", "replace")).hexdigest()[:24]
-        for prompt, a, b in zip(prompts, firsts, seconds, strict=True)
-    ]
-    asked = {
-        id: (Prompt(id=id, messages=prompt.messages), a, b)
-        for id, prompt, a, b in zip(ids, prompts, firsts, seconds, strict=True)
-    }
+    rows = [(prompt.messages, a, b) for prompt, a, b in zip(prompts, firsts, seconds, strict=True)]
+    ids = [_named(row) for row in rows]
+    asked = dict(zip(ids, rows, strict=True))
+    questions = [Prompt(id=id, messages=messages) for id, (messages, *_) in asked.items()]
     responses = [
         Response.of(f"{id}#{k}", id, k, text) for id, (_, *texts) in asked.items() for k, text in enumerate(texts)
     ]
-    judgments = judging(lm, [prompt for prompt, *_ in asked.values()], responses, rubric, cfg, key)
+    judgments = judging(lm, questions, responses, rubric, cfg, key)
     scores = {judgment.id: judgment.score for judgment in judgments}
     return [scores[f"{id}#0"] for id in ids], [scores[f"{id}#1"] for id in ids]
+
+
+def _named(content: object) -> str:
+    """An id that depends on the content alone."""
+    return hashlib.sha256(repr(content).encode("utf-8", "replace")).hexdigest()[:24]
 
 
 @stored_as("judges.ScoringBy")
@@ -309,10 +300,7 @@ class RewardsBy(Judged):
 
     def __call__(self, prompts: Sequence[Prompt], responses: Sequence[Response]) -> np.ndarray:
         # By its text: the same text is judged alike in every step, and another one with other noise.
-        named = [
-            dataclasses.replace(r, id=f"{r.prompt_id}#{r.sample}#{hashlib.sha256(r.text.encode()).hexdigest()[:16]}")
-            for r in responses
-        ]
+        named = [dataclasses.replace(r, id=f"{r.prompt_id}#{r.sample}#{_named(r.text)}") for r in responses]
         judgments = self.judging(None, prompts, named, self.rubric, self.judge, jax.random.key(0))
         return np.asarray([math.nan if j.score is None else j.score for j in judgments], np.float32)
 

@@ -18,7 +18,7 @@ from jaxsi.lm import LM
 from jaxsi.runs.config_snapshot import stored_as
 from jaxsi.runs.records import Judgment, Prompt, Response
 from jaxsi.sampling import generate, scoring
-from jaxsi.stages.answers import Answers, answers, with_prompts
+from jaxsi.stages.answers import Answers, answers, with_prompts, with_room
 from jaxsi.stages.prompts import Rubric, question_text
 from jaxsi.stages.prompts.comparison import AnyRubric, PairwiseRubric, RankingRubric
 from jaxsi.text.chat import render_prompt, render_request
@@ -100,11 +100,11 @@ def judged(
     Raises: ValueError if a response id occurs twice, if a response's prompt is not among `prompts`, or if expected
       scores are asked of a ranking.
     """
-    with_prompts(prompts, responses)  # refuses unknown prompts and equal ids
-    answered = [r for r in responses if r.text or not r.reasoning]  # the others end within their thought
+    pairs = [(p, r) for p, r in with_prompts(prompts, responses) if r.text or not r.reasoning]  # or within a thought
     if isinstance(rubric, Rubric):
-        found = _by_themselves(writer, with_prompts(prompts, answered), rubric, cfg, key)
+        found = _by_themselves(writer, pairs, rubric, cfg, key)
     else:
+        answered = [response for _, response in pairs]
         groups = [
             Answers(group.prompt, _in_order(group)) for group in answers(prompts, answered) if len(group.responses) > 1
         ]
@@ -264,11 +264,10 @@ class LocalWriter:
     def write(
         self, requests: Sequence[Prompt], cfg: JudgeConfig, key: jax.Array, num_samples: int, forced: Sequence[str] = ()
     ) -> Written:
-        lm = self.lm
-        room = lm.config.max_positions - cfg.max_new_tokens
+        lm, longest = self.lm, cfg.max_new_tokens
         if forced:
-            room -= max(len(lm.tokenizer.encode_text(text)) for text in forced) + _SPARE_TOKENS
-        fitting = [p for p in requests if len(render_prompt(lm.tokenizer, p.messages)) <= room]
+            longest += max(len(lm.tokenizer.encode_text(text)) for text in forced) + _SPARE_TOKENS
+        fitting = with_room(lm, requests, longest)
         written: dict[str, list[Response]] = {p.id: [] for p in fitting}
         if not fitting:
             return written

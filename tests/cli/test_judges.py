@@ -1,17 +1,22 @@
 """Judges on the command line: how they are named, and the commands that take one."""
 
+import dataclasses
 import json
 from pathlib import Path
 
+import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from jaxsi.cli import main as cli
 from jaxsi.cli.command import UsageError
 from jaxsi.cli.judges import critic_of, is_judge, judge_of
+from jaxsi.lm import export, load
 from jaxsi.runs.records import Improvement, Judgment, read_jsonl
 from jaxsi.stages.critique import LocalCritic
 from jaxsi.stages.endpoint import EndpointJudge
 from jaxsi.stages.judges import ModelJudge, RewardJudge, Verifier
+from jaxsi.training.reward import with_scalar_head
 
 SEED_MODEL = Path(__file__).parents[2] / "jaxsi" / "toyworld" / "seed_model"
 CACHE = Path("answers.jsonl")
@@ -80,6 +85,12 @@ def test_judge_and_best_of_n_take_judges_of_other_kinds(tmp_path, capsys):
     function = f"function:{tmp_path / 'mine.py'}:longest"
     assert judged("f.jsonl", function) == {"0#0": 12.0, "1#0": 4.0, "0#1": 4.0, "1#1": 12.0}
     assert judged("v.jsonl", f"verifier:{prompts}") == {"0#0": 1.0, "1#0": 0.0, "0#1": 0.0, "1#1": 0.0}
+    reward_lm = with_scalar_head(load(SEED_MODEL, dtype="float32"))
+    head = np.random.default_rng(0).normal(size=reward_lm.weights["score"].shape).astype(np.float32)
+    reward_lm = dataclasses.replace(reward_lm, weights=reward_lm.weights | {"score": jnp.asarray(head)})
+    export(reward_lm, tmp_path / "reward", dtype="float32")
+    rewards = judged("r.jsonl", f"reward:{tmp_path / 'reward'}", "--dtype", "float32")
+    assert list(rewards) == ["0#0", "1#0", "0#1", "1#1"] and len(set(rewards.values())) == 4
     options = ["--rubric", pairwise, "--expected", "--num-samples", 1, "--max-new-tokens", 1, "--dtype", "float32"]
     scores = judged("p.jsonl", str(SEED_MODEL), *options)
     assert list(scores) == ["0#0", "0#1", "1#0", "1#1"]  # by prompt: the responses to a prompt are judged together

@@ -41,6 +41,7 @@ def lm(monkeypatch):
         return tokenizer.encode_text("".join(message["content"] for message in messages))
 
     monkeypatch.setattr("jaxsi.stages.verdicts.render_prompt", render)
+    monkeypatch.setattr("jaxsi.text.chat.render_prompt", render)
     lm = object.__new__(LM)
     lm.__dict__.update(config=SimpleNamespace(max_positions=400), tokenizer=CharTokenizer(), fingerprint="weights")
     return lm

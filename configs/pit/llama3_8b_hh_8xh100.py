@@ -45,7 +45,7 @@ def short_pairs() -> list[RankedResponses]:
 def train(learning_rate: float) -> TrainConfig:
     """What SFT and reward training have in common: some 400 steps on a third of the pairs."""
     return TrainConfig(
-        optim=OptimConfig(learning_rate=learning_rate, end_learning_rate=learning_rate / 10, warmup_steps=12),
+        optim=OptimConfig(learning_rate=learning_rate, end_learning_rate=learning_rate / 10, warmup_ratio=0.03),
         batch_size=128,
         accumulate=8,
         max_length=2048,
@@ -55,7 +55,7 @@ def train(learning_rate: float) -> TrainConfig:
 def rl(steps: int) -> RLConfig:
     """A step is 128 prompts of 4 responses, and one update."""
     return RLConfig(
-        optim=OptimConfig(learning_rate=1e-6, end_learning_rate=1e-7, warmup_steps=12),
+        optim=OptimConfig(learning_rate=1e-6, end_learning_rate=1e-7, warmup_ratio=0.03),
         steps=steps,
         prompts_per_step=128,
         group_size=4,

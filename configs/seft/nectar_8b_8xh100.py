@@ -46,10 +46,10 @@ def stopping_prompts() -> list[Prompt]:
     return ultrafeedback_prompts()[:500]
 
 
-def train(learning_rate: float, batch_size: int, epochs: int, warmup_steps: int) -> TrainConfig:
+def train(learning_rate: float, batch_size: int, epochs: int) -> TrainConfig:
     """What all training has in common."""
     return TrainConfig(
-        optim=OptimConfig(learning_rate=learning_rate, end_learning_rate=learning_rate / 10, warmup_steps=warmup_steps),
+        optim=OptimConfig(learning_rate=learning_rate, end_learning_rate=learning_rate / 10, warmup_ratio=0.03),
         batch_size=batch_size,
         accumulate=4,
         epochs=epochs,
@@ -62,8 +62,8 @@ def config() -> Config:
         model="meta-llama/Llama-3.1-8B-Instruct",
         reviser=ReviserConfig(
             rankings=rankings,
-            warm_up=train(learning_rate=2e-5, batch_size=128, epochs=3, warmup_steps=30),
-            adaptive=train(learning_rate=2e-5, batch_size=128, epochs=3, warmup_steps=15),
+            warm_up=train(learning_rate=2e-5, batch_size=128, epochs=3),
+            adaptive=train(learning_rate=2e-5, batch_size=128, epochs=3),
             writing=ReviseConfig(temperature=1.0, top_p=1.0, max_new_tokens=1024, batch_size=256),
         ),
         prompts=unlabelled_prompts,
@@ -71,7 +71,7 @@ def config() -> Config:
         sampling=SamplingConfig(temperature=1.0, top_p=1.0, max_new_tokens=1024, batch_size=256),
         internal=Round(target=best_of_n, num_samples=4),
         external=Round(target=revise),
-        sft=train(learning_rate=1e-5, batch_size=128, epochs=1, warmup_steps=5),
+        sft=train(learning_rate=1e-5, batch_size=128, epochs=1),
         mesh=MeshConfig(data=1, fsdp=8),
         iterations=4,
     )

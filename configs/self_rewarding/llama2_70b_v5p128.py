@@ -21,8 +21,8 @@ a judgment); the judge's temperature (0.7, p 0.9, as in open re-implementations)
 paper got 3,964 and 6,942 pairs); the filters' thresholds (Self-Instruct's).
 
 Different from the paper: no dropout (the paper: 0.1). Claude 2 compared checkpoints there, with the AlpacaEval prompt;
-here M_{t-1} does, with the method's own rubric (`early_stop.judging` takes another function). SFT's batch of 16 is 16
-packed rows. Pin the models' revisions as NAME@REVISION.
+here M_{t-1} does, with the method's own rubric (`early_stop.judging` takes another function). Pin the models' revisions
+as NAME@REVISION.
 """
 
 from jaxsi.methods.self_rewarding import Config, EarlyStop, SeedData

@@ -31,7 +31,7 @@ def config() -> Config:
         sft=None,
         dpo=DPOConfig(
             train=TrainConfig(
-                optim=OptimConfig(learning_rate=1e-6, end_learning_rate=1e-7, warmup_steps=10),
+                optim=OptimConfig(learning_rate=1e-6, end_learning_rate=1e-7, warmup_ratio=0.1),
                 batch_size=16,
                 accumulate=8,
                 max_length=2048,

@@ -44,7 +44,7 @@ def config() -> Config:
         sampling=SamplingConfig(num_samples=1, temperature=1.0, top_p=1.0, max_new_tokens=512, batch_size=512),
         dpo=DPOConfig(
             train=TrainConfig(
-                optim=OptimConfig(learning_rate=5e-7, end_learning_rate=0.0, decay=linear, warmup_steps=156),
+                optim=OptimConfig(learning_rate=5e-7, end_learning_rate=0.0, decay=linear, warmup_ratio=0.1),
                 batch_size=64,
                 epochs=2,
                 max_length=1024,

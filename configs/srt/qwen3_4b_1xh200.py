@@ -12,8 +12,8 @@ Expectation: unknown, because this project has not run this size. The paper's cr
 will see what a 14B can teach a 4B.
 
 From tulu2_7b_8xh100.py, and so from the paper: the data, temperatures, learning rates, epochs, batch and beta. Chosen
-here: the models; a fifth of the prompts (5,000 and 15,000; the paper's win rates rise with more), and the warm-up for
-them. `--model FOLDER` takes another model; the critic's is named below.
+here: the models, and a fifth of the prompts (5,000 and 15,000; the paper's win rates rise with more). `--model FOLDER`
+takes another model; the critic's is named below.
 """
 
 import dataclasses
@@ -38,10 +38,9 @@ def instructions() -> list[Prompt]:
     return prompts()[:20_000]
 
 
-def shorter(train: TrainConfig) -> TrainConfig:
-    """A fifth of the steps, and of the warm-up, in micro-batches of 2 rows or pairs."""
-    warmup_steps = train.optim.warmup_steps // 5
-    return dataclasses.replace(train, accumulate=16, optim=dataclasses.replace(train.optim, warmup_steps=warmup_steps))
+def in_small_parts(train: TrainConfig) -> TrainConfig:
+    """Micro-batches of 2 examples or pairs."""
+    return dataclasses.replace(train, accumulate=16)
 
 
 def config() -> Config:
@@ -55,7 +54,7 @@ def config() -> Config:
         critic=LocalCritic(model="Qwen/Qwen2.5-14B-Instruct", max_new_tokens=2048, batch_size=32),
         sampling=dataclasses.replace(cfg.sampling, batch_size=128),
         critique=dataclasses.replace(cfg.critique, batch_size=64),
-        sft=shorter(cfg.sft),
-        dpo=dataclasses.replace(cfg.dpo, train=shorter(cfg.dpo.train)),
+        sft=in_small_parts(cfg.sft),
+        dpo=dataclasses.replace(cfg.dpo, train=in_small_parts(cfg.dpo.train)),
         mesh=MeshConfig(),
     )

@@ -19,10 +19,9 @@ for 1 epoch, beta 0.01, from 5e-7 with the same schedule.
 
 Not stated there, and chosen here: which instructions (a random sample, of at most 4,000 characters so that draft,
 feedback and refinement fit in the context); top-p 1; 1,024 tokens for a draft; AdamW without weight decay; stage 2's
-batch (32) and length (8,192); bfloat16 computation; a schedule that ends at 0; and the warm-up in steps, for the 22,000
-examples and 63,000 pairs that the paper kept. The prices are those for a million tokens when the paper was written. Any
-server that speaks the protocol can be the critic: ``base_url`` and ``model`` below are its address and model. Pin the
-model's revision as NAME@REVISION.
+batch (32) and length (8,192); bfloat16 computation; and a schedule that ends at 0. The prices are those for a million
+tokens when the paper was written. Any server that speaks the protocol can be the critic: ``base_url`` and ``model``
+below are its address and model. Pin the model's revision as NAME@REVISION.
 """
 
 import random
@@ -46,10 +45,10 @@ def single_turn_instructions() -> list[Prompt]:
     return [Prompt.of(f"tulu2-{number}", text) for number, text in enumerate(chosen)]
 
 
-def train(learning_rate: float, epochs: int, warmup_steps: int) -> TrainConfig:
+def train(learning_rate: float, epochs: int) -> TrainConfig:
     """What SFT and DPO have in common."""
     return TrainConfig(
-        optim=OptimConfig(learning_rate=learning_rate, end_learning_rate=0.0, warmup_steps=warmup_steps),
+        optim=OptimConfig(learning_rate=learning_rate, end_learning_rate=0.0, warmup_ratio=0.1),
         batch_size=32,
         accumulate=4,
         epochs=epochs,
@@ -75,7 +74,7 @@ def config() -> Config:
         ),
         sampling=SamplingConfig(num_samples=1, temperature=0.7, top_p=1.0, max_new_tokens=1024, batch_size=256),
         critique=CritiqueConfig(temperature=0.0, max_new_tokens=2048, batch_size=128),
-        sft=train(learning_rate=1e-5, epochs=5, warmup_steps=344),
-        dpo=DPOConfig(train=train(learning_rate=5e-7, epochs=1, warmup_steps=197), beta=0.01),
+        sft=train(learning_rate=1e-5, epochs=5),
+        dpo=DPOConfig(train=train(learning_rate=5e-7, epochs=1), beta=0.01),
         mesh=MeshConfig(data=1, fsdp=8),
     )

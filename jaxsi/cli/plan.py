@@ -117,7 +117,12 @@ def value_of(path: Path, plan: Any, assumptions: Any) -> dict[str, Any]:
         "usable_gib": plan.topology.chip.usable_gib,
         "programs": [program(row) for row in distinct(plan.rows)],
         "stages": [
-            {"name": stage.name, "each_iteration": stage.each, "hours": plan.seconds_of(stage) / 3600}
+            {
+                "name": stage.name,
+                "each_iteration": stage.each,
+                "hours": plan.seconds_of(stage) / 3600,
+                **training_of(stage),
+            }
             for stage in plan.stages
         ],
         "hours": hours,
@@ -130,6 +135,15 @@ def value_of(path: Path, plan: Any, assumptions: Any) -> dict[str, Any]:
         "advice": plan.advice,
         "compile_seconds": round(plan.compile_seconds, 1),
     }
+
+
+def training_of(stage: Any) -> dict[str, Any]:
+    """Optimizer steps, examples in each, and the share of warm-up of a stage that trains; nothing for the others."""
+    from jaxsi.perf.method_stages import Training
+
+    if not isinstance(stage, Training):
+        return {}
+    return {"steps": stage.steps, "examples_a_step": stage.settings.batch_size, "warmup": stage.warmup_share}
 
 
 def distinct(rows: list[Any]) -> list[Any]:
@@ -186,6 +200,7 @@ def text_of(path: Path, plan: Any, assumptions: Any) -> str:
             "stage": stage.name,
             "runs": "each iteration" if stage.each else "once",
             "hours": _hours(plan.seconds_of(stage) / 3600),
+            **_training_cells(training_of(stage)),
         }
         for stage in plan.stages
     ]
@@ -202,6 +217,11 @@ def text_of(path: Path, plan: Any, assumptions: Any) -> str:
     advice = "\n".join(f"- {line}" for line in plan.advice)
     parts = [head, *([f"What does not fit:\n{advice}"] if advice else []), table(programs), table(stages), foot]
     return "\n\n".join(parts)
+
+
+def _training_cells(training: dict[str, Any]) -> dict[str, str]:
+    shown = {"steps": "{:,}", "examples_a_step": "{:,}", "warmup": "{:.1%}"}
+    return {name.replace("_", " "): form.format(training[name]) if training else "" for name, form in shown.items()}
 
 
 def _program_row(row: Any, hardware: Any) -> dict[str, Any]:

@@ -55,6 +55,8 @@ class Rl(PromptOptions, ChatOptions):
     end_learning_rate: float | None = None
     """At the last step, along a cosine; None keeps the rate."""
     warmup_steps: int = 0
+    warmup_ratio: float = 0.0
+    """The warm-up as a share of all optimizer steps, in place of --warmup-steps."""
     weight_decay: float = 0.0
     epochs: int = 1
     """How often a step learns from its responses."""

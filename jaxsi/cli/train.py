@@ -62,9 +62,11 @@ class Training(RowOptions, ChatOptions):
     end_learning_rate: float | None = None
     """At the last step, along a cosine; None keeps the rate."""
     warmup_steps: int = 0
+    warmup_ratio: float = 0.0
+    """The warm-up as a share of all steps, in place of --warmup-steps."""
     weight_decay: float = 0.0
     batch_size: int = 16
-    """Rows of an optimizer step, over all devices."""
+    """Examples (or pairs) of an optimizer step, over all devices."""
     accumulate: int = 1
     """Parts in which the rows of a step are computed, one after the other."""
     epochs: int = 1

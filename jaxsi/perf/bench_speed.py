@@ -26,6 +26,7 @@ from jaxsi.sampling.token_sampling import MAX_MARKER, MAX_STOPS, Settings
 from jaxsi.training import batches, losses, train
 from jaxsi.training.batches import PairBatch, TokenBatch
 from jaxsi.training.optim import OptimConfig
+from jaxsi.training.packing import supervised
 
 BETA = 0.1  # of DPO
 LEARNING_RATE = 1e-5
@@ -268,8 +269,7 @@ def _supervised_training(lm: LM, work: TrainWork, config: train.TrainConfig) -> 
     config.check(lm.mesh)
     sequences = [batches.encode(row[:1], row[1:]) for row in work.rows]
     length, size = len(work.rows[0]), len(work.rows)
-    arrange = batches.arrangement(lm.mesh)
-    batch = arrange(sequences, length, size, lm.mesh, epochs=1, seed=0)[0]
+    batch = supervised(sequences, length, size, lm.mesh, epochs=1, seed=0)[0]
     return train.SFTLoss(lm.config, lm.mesh, work.dtype, work.remat), batch
 
 

@@ -5,6 +5,7 @@ Data are not read: if the config does not say how many prompts or examples there
 """
 
 import dataclasses
+import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -17,6 +18,7 @@ from jaxsi.sampling.generate import SamplingConfig
 from jaxsi.stages import judge
 from jaxsi.stages.critique import LocalCritic
 from jaxsi.stages.self_instruct import PromptFile, SelfInstruct
+from jaxsi.training.optim import warmup
 from jaxsi.training.rl import RLConfig, ppo
 from jaxsi.training.train import TrainConfig
 
@@ -92,18 +94,23 @@ class Scoring(Stage):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Training(Stage):
-    """``steps`` updates on rows of ``length`` tokens."""
+    """``steps`` updates on sequences of ``length`` tokens."""
 
     objective: Objective
     settings: TrainConfig | RLConfig
     length: int
-    steps: float
+    steps: int
+
+    @property
+    def warmup_share(self) -> float:
+        """The part of the steps in which the learning rate rises."""
+        return min(1.0, warmup(self.settings.optim, self.steps) / self.steps)
 
 
-def stages(cfg: Any, assumptions: Assumptions, max_positions: int, *, packs: bool) -> list[Stage]:
-    """The stages of a method's config, in order. ``packs``: whether SFT packs its rows; on GPUs it does not."""
+def stages(cfg: Any, assumptions: Assumptions, max_positions: int) -> list[Stage]:
+    """The stages of a method's config, in order."""
     cfg = with_dtypes(cfg, lambda _: PLANNED_DTYPE)
-    plan = _Plan(cfg, assumptions, max_positions, packs)
+    plan = _Plan(cfg, assumptions, max_positions)
     match cfg:
         case self_rewarding.Config():
             return list(_self_rewarding(plan))
@@ -143,7 +150,6 @@ class _Plan:
     cfg: Any
     assumptions: Assumptions
     positions: int
-    packs: bool
 
     @property
     def prompt(self) -> int:
@@ -175,12 +181,9 @@ class _Plan:
         self, name: str, objective: Objective, part: TrainConfig, rows: float, tokens: int, held: Held, *, each: bool
     ) -> Stage:
         """Training on ``rows`` sequences (or pairs, or groups) of ``tokens`` tokens."""
+        steps = part.epochs * math.ceil(rows / part.batch_size)  # an epoch's last batch has what is left
+        steps = max(1, min(steps, part.max_steps or steps))
         length = min(part.max_length, tokens)
-        if objective == "sft" and self.packs:
-            rows, length = rows * length / part.max_length, part.max_length
-        steps = max(1.0, rows * part.epochs / part.batch_size)
-        if part.max_steps is not None:
-            steps = min(steps, part.max_steps)
         return Training(name=name, objective=objective, settings=part, length=length, steps=steps, held=held, each=each)
 
     def prompts_in(self, source: Any, parts: int = 1) -> int:

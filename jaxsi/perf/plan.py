@@ -116,7 +116,7 @@ def plan(
     compiled = compiled and topology.chip.kind == "tpu"
     device_mesh = mesh_of(mesh or cfg.mesh, topology, compiled=compiled)
     decoder.weight_shardings(config, device_mesh)
-    all_stages = stages(cfg, assumptions, config.max_positions, packs=topology.chip.kind != "gpu")
+    all_stages = stages(cfg, assumptions, config.max_positions)
     all_calls = [(stage, *call) for stage in all_stages for call in calls(stage, config, device_mesh, architectures)]
     shapes = list(dict.fromkeys(shape for _, shape, _ in all_calls))
     start = time.monotonic()

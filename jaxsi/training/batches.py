@@ -1,4 +1,4 @@
-"""From records to batches on the mesh: the only place where JSON lines become arrays. Grain shuffles, packs and feeds.
+"""From records to batches on the mesh: the only place where JSON lines become arrays. Grain shuffles.
 
 The rows of batch number i are a pure function of (rows, seed, i), so a run resumes at any step from its number alone.
 """
@@ -195,113 +195,51 @@ class Part(NamedTuple):
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Batches:
-    """Batches by number, laid out on the mesh. ``plan[i]`` lists the rows of batch i; ``collate`` turns a part of a
-    batch into NumPy arrays. With several processes, each collates only the rows of its own devices."""
+    """Batches by number, laid out on the mesh. ``plan[i]`` lists the rows of batch i, which is filled up to a multiple
+    of ``multiple`` rows; ``collate`` turns a part of a batch into NumPy arrays. With several processes, each collates
+    only the rows of its own devices."""
 
-    plan: grain.MapDataset
+    plan: Sequence[Sequence[int]]
     collate: Callable[[Part], Any]
     mesh: Mesh
-    batch_size: int
+    multiple: int
 
     def __len__(self) -> int:
         return len(self.plan)
 
     def __getitem__(self, step: int) -> Any:
-        chosen = [int(i) for i in np.atleast_1d(np.asarray(self.plan[step]))]
+        chosen = self.plan[step]
+        rows = -(-len(chosen) // self.multiple) * self.multiple
 
         def layout(ndim: int) -> jax.sharding.NamedSharding:
             return meshlib.sharding(self.mesh, ("batch",) + (None,) * (ndim - 1))
 
         if jax.process_count() == 1:
-            return jax.tree.map(
-                lambda x: jax.device_put(x, layout(x.ndim)), self.collate(Part(chosen, 0, self.batch_size))
-            )
+            return jax.tree.map(lambda x: jax.device_put(x, layout(x.ndim)), self.collate(Part(chosen, 0, rows)))
         cuts = [
-            index[0].indices(self.batch_size)
-            for index in layout(1).addressable_devices_indices_map((self.batch_size,)).values()
+            index[0].indices(rows)
+            for index in layout(1).addressable_devices_indices_map((rows,)).values()
             if index is not None
         ]
         part = Part(chosen, min(start for start, _, _ in cuts), max(stop for _, stop, _ in cuts))
 
         def place(x: np.ndarray) -> jax.Array:
             def cut(index: tuple[slice, ...] | None) -> np.ndarray:
-                start, stop, _ = (index or (slice(None),))[0].indices(self.batch_size)
+                start, stop, _ = (index or (slice(None),))[0].indices(rows)
                 return x[start - part.start : stop - part.start]
 
-            return jax.make_array_from_callback((self.batch_size, *x.shape[1:]), layout(x.ndim), cut)
+            return jax.make_array_from_callback((rows, *x.shape[1:]), layout(x.ndim), cut)
 
         return jax.tree.map(place, self.collate(part))
 
 
-def _shuffled(count: int, batch_size: int, epochs: int, seed: int) -> grain.MapDataset:
-    return grain.MapDataset.source(range(count)).shuffle(seed % 2**32).repeat(epochs).batch(batch_size)
+def shuffled(count: int, seed: int) -> list[int]:
+    """The numbers below ``count`` in the order of ``seed``."""
+    order = grain.MapDataset.source(range(count)).shuffle(seed % 2**32)
+    return [int(np.asarray(order[i])) for i in range(count)]
 
 
-def arrangement(mesh: Mesh) -> Callable[..., Batches]:
-    """How sequences become batches on this mesh: ``padded`` on GPUs, whose fused attention does not support segments,
-    and ``packed`` elsewhere."""
-    return padded if meshlib.platform(mesh) == "gpu" else packed
-
-
-def packed(
-    sequences: Sequence[Sequence_], length: int, batch_size: int, mesh: Mesh, *, epochs: int, seed: int
-) -> Batches:
-    """Batches whose rows of ``length`` tokens hold several sequences (first fit), separated by segments.
-
-    Raises:
-      DataError: if a sequence is longer than a row.
-    """
-    _check_lengths(sequences, length)
-    parts = grain.MapDataset.source([s._asdict() for s in sequences]).shuffle(seed % 2**32).to_iter_dataset()
-    lengths = {"tokens": length, "loss_mask": length}
-    rows = list(
-        grain.experimental.FirstFitPackIterDataset(parts, length_struct=lengths, num_packing_bins=64, seed=seed % 2**32)
-    )
-
-    packed_rows = [Sequence_(row["tokens"], row["loss_mask"]) for row in rows]
-    room = _room([len(row.counted) for row in packed_rows], length)
-
-    def collate(part: Part) -> TokenBatch:
-        def column(name: str) -> np.ndarray:
-            return part.filled([rows[i][name] for i in part.row_numbers], np.int32)
-
-        return TokenBatch(
-            column("tokens"),
-            column("tokens_positions"),
-            column("tokens_segment_ids"),
-            *_predicted([packed_rows[i] for i in part.row_numbers], part, room),
-        )
-
-    return Batches(_shuffled(len(rows), batch_size, epochs, seed), collate, mesh, batch_size)
-
-
-def padded(
-    sequences: Sequence[Sequence_], length: int, batch_size: int, mesh: Mesh, *, epochs: int, seed: int
-) -> Batches:
-    """Batches with one sequence per row, grouped by length; each is as long as its bucket (at most ``length``).
-
-    Raises:
-      DataError: if a sequence is longer than ``length``.
-    """
-    _check_lengths(sequences, length)
-    sizes = [min(length, bucket(len(s.tokens), 64)) for s in sequences]
-    rooms = _rooms(sizes, [len(s.counted) for s in sequences])
-
-    def collate(part: Part) -> TokenBatch:
-        T, selected = max(sizes[i] for i in part.chosen), [sequences[i] for i in part.row_numbers]
-        tokens, segments = _rows(selected, T)
-        return TokenBatch(
-            part.filled(tokens, np.int32),
-            np.broadcast_to(np.arange(T, dtype=np.int32), (part.stop - part.start, T)).copy(),
-            part.filled(segments, np.int32),
-            *_predicted(selected, part, rooms[T]),
-            part.filled([np.asarray(len(s.tokens), np.int32) for s in selected], np.int32),
-        )
-
-    return Batches(_bucketed(sizes, batch_size, epochs, seed), collate, mesh, batch_size)
-
-
-def _check_lengths(sequences: Sequence[Sequence_], length: int) -> None:
+def check_lengths(sequences: Sequence[Sequence_], length: int) -> None:
     longest = max((len(s.tokens) for s in sequences), default=0)
     if longest > length:
         raise DataError(
@@ -309,52 +247,51 @@ def _check_lengths(sequences: Sequence[Sequence_], length: int) -> None:
         )
 
 
-def _rows(sequences: Sequence[Sequence_], length: int) -> tuple[list[np.ndarray], list[np.ndarray]]:
+def padded_rows(sequences: Sequence[Sequence_], length: int) -> tuple[list[np.ndarray], list[np.ndarray]]:
     """Tokens and segments of each sequence, right-padded to ``length``."""
     ones = [np.ones(len(s.tokens), np.int32) for s in sequences]
-    return [_padded(s.tokens, length) for s in sequences], [_padded(o, length) for o in ones]
+    return [right_padded(s.tokens, length) for s in sequences], [right_padded(o, length) for o in ones]
 
 
-def _padded(x: np.ndarray, length: int, fill: int = 0) -> np.ndarray:
+def right_padded(x: np.ndarray, length: int, fill: int = 0) -> np.ndarray:
     return np.pad(x, (0, length - len(x)), constant_values=fill)
 
 
-def _room(counts: Sequence[int], length: int) -> int:
+def room(counts: Sequence[int], length: int) -> int:
     """Columns reserved for a row's counted tokens: a multiple of ``length`` / 8, so that few programs are compiled."""
     eighth = -(-length // 8)
     return min(length, eighth * max(1, -(-max(counts) // eighth)))
 
 
-def _rooms(sizes: Sequence[int], counts: Sequence[int]) -> dict[int, int]:
+def rooms(sizes: Sequence[int], counts: Sequence[int]) -> dict[int, int]:
     """For each size, the room in a batch of that length, which may hold shorter rows, too."""
     together = list(zip(sizes, counts, strict=True))
-    return {T: _room([count for size, count in together if size <= T], T) for T in set(sizes)}
+    return {T: room([count for size, count in together if size <= T], T) for T in set(sizes)}
 
 
-def _predicted(rows: Sequence[Sequence_], part: Part, room: int) -> tuple[np.ndarray, np.ndarray]:
+def predicted(rows: Sequence[Sequence_], part: Part, room: int) -> tuple[np.ndarray, np.ndarray]:
     """Places and targets [rows of the part, room] int32 of a ``TokenBatch``."""
     places, targets = zip(*(row.predicted for row in rows), strict=True)
     return (
-        part.filled([_padded(x, room) for x in places], np.int32),
-        part.filled([_padded(x, room, -1) for x in targets], np.int32, -1),
+        part.filled([right_padded(x, room) for x in places], np.int32),
+        part.filled([right_padded(x, room, -1) for x in targets], np.int32, -1),
     )
 
 
-def _bucketed(sizes: Sequence[int], batch_size: int, epochs: int, seed: int) -> grain.MapDataset:
+def bucketed(sizes: Sequence[int], batch_size: int, epochs: int, seed: int) -> list[list[int]]:
     """A plan whose batches hold rows of one bucket, except for the last of each epoch, which hold the leftovers."""
     plan: list[list[int]] = []
     for epoch in range(epochs):
-        order = grain.MapDataset.source(range(len(sizes))).shuffle((seed + epoch) % 2**32)
         waiting: dict[int, list[int]] = {}
         batches: list[list[int]] = []
-        for i in (int(np.asarray(order[j])) for j in range(len(order))):
+        for i in shuffled(len(sizes), seed + epoch):
             rows = waiting.setdefault(sizes[i], [])
             rows.append(i)
             if len(rows) == batch_size:
                 batches.append(waiting.pop(sizes[i]))
         leftovers = [i for size in sorted(waiting) for i in waiting[size]]
         plan += batches + [leftovers[k : k + batch_size] for k in range(0, len(leftovers), batch_size)]
-    return grain.MapDataset.source(plan)
+    return plan
 
 
 def groups(
@@ -371,14 +308,16 @@ def groups(
 
     def collate(part: Part) -> GroupBatch:
         T = max(sizes[i] for i in part.chosen)
-        places = [_rows([encoded[i][n] for i in part.row_numbers], T) for n in range(len(encoded[part.row_numbers[0]]))]
+        members = range(len(encoded[part.row_numbers[0]]))
+        places = [padded_rows([encoded[i][n] for i in part.row_numbers], T) for n in members]
 
         def together(column: int) -> np.ndarray:
             return np.stack([part.filled(place[column], np.int32) for place in places], axis=1)
 
         return GroupBatch(together(0), together(1), part.real)
 
-    return Batches(_bucketed(sizes, batch_size, epochs, seed), collate, mesh, batch_size)
+    plan = bucketed(sizes, batch_size, epochs, seed)
+    return Batches(plan, collate, mesh, batch_size)
 
 
 class _PairRows(NamedTuple):
@@ -469,22 +408,25 @@ def pairs(
     """
     encoded_rows = [(_together if shared else _apart)(pair) for pair in encoded]
     sizes = [bucket(rows.columns, min_length) for rows in encoded_rows]
-    rooms = _rooms(sizes, [rows.counted for rows in encoded_rows])
+    counted = rooms(sizes, [rows.counted for rows in encoded_rows])
 
     def collate(part: Part) -> PairBatch:
         T = max(sizes[i] for i in part.chosen)
 
         def stacked(column: Callable[[_PairRows], Sequence[np.ndarray]], length: int, fill: int = 0) -> np.ndarray:
-            arrays = [np.stack([_padded(x, length, fill) for x in column(encoded_rows[i])]) for i in part.row_numbers]
+            arrays = [
+                np.stack([right_padded(x, length, fill) for x in column(encoded_rows[i])]) for i in part.row_numbers
+            ]
             return part.filled(arrays, np.int32, fill)
 
         tokens, positions, segments = (stacked(lambda rows, k=k: [x[k] for x in rows.inputs], T) for k in range(3))
-        places = stacked(lambda rows: [x for x, _ in rows.predicted], rooms[T])
-        targets = stacked(lambda rows: [x for _, x in rows.predicted], rooms[T], fill=-1)
+        places = stacked(lambda rows: [x for x, _ in rows.predicted], counted[T])
+        targets = stacked(lambda rows: [x for _, x in rows.predicted], counted[T], fill=-1)
         refs = part.filled([np.asarray(ref_logps[i], np.float32) for i in part.row_numbers], np.float32)
         return PairBatch(tokens, positions, segments, places, targets, refs, part.real)
 
-    return Batches(_bucketed(sizes, batch_size, epochs, seed), collate, mesh, batch_size)
+    plan = bucketed(sizes, batch_size, epochs, seed)
+    return Batches(plan, collate, mesh, batch_size)
 
 
 def pair_batches(

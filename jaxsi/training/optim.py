@@ -29,7 +29,8 @@ def linear(start: float, end: float, steps: int) -> optax.Schedule:
 @stored_as("optim.OptimConfig")
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class OptimConfig:
-    """AdamW. ``end_learning_rate`` None keeps the learning rate constant after the warm-up. ``offload`` keeps the
+    """AdamW. The rate rises over ``warmup_steps`` steps, or over the share ``warmup_ratio`` of all steps, whichever is
+    given. ``end_learning_rate`` None keeps the learning rate constant after the warm-up. ``offload`` keeps the
     moments, two thirds of a training state, in the host's memory between updates. The default learning rate is that of
     the Self-Rewarding paper's SFT."""
 
@@ -37,6 +38,7 @@ class OptimConfig:
     end_learning_rate: float | None = None
     decay: Schedule = cosine
     warmup_steps: int = 0
+    warmup_ratio: float = 0.0
     b1: float = 0.9
     b2: float = 0.999
     eps: float = 1e-8
@@ -49,8 +51,14 @@ class OptimConfig:
             raise ValueError(f"learning_rate is {self.learning_rate}; it must be a positive number")
         if self.end_learning_rate is not None and not 0 <= self.end_learning_rate < math.inf:
             raise ValueError(f"end_learning_rate is {self.end_learning_rate}; it must be a number, at least 0")
-        if self.warmup_steps < 0:
-            raise ValueError(f"warmup_steps is {self.warmup_steps}; it must be at least 0")
+        if self.warmup_steps < 0 or not 0 <= self.warmup_ratio < 1:
+            raise ValueError(
+                f"warmup_steps is {self.warmup_steps} (at least 0), warmup_ratio {self.warmup_ratio} (in [0, 1))"
+            )
+        if self.warmup_steps and self.warmup_ratio:
+            raise ValueError(
+                f"warmup_steps is {self.warmup_steps} and warmup_ratio {self.warmup_ratio}; give one of the two"
+            )
         if not (
             0 <= self.b1 < 1 and 0 <= self.b2 < 1 and 0 < self.eps < math.inf and 0 <= self.weight_decay < math.inf
         ):
@@ -62,23 +70,30 @@ class OptimConfig:
             raise ValueError(f"clip_norm is {self.clip_norm}; it must be positive, or None for no clipping")
 
 
+def warmup(config: OptimConfig, steps: float) -> int:
+    """The number of warm-up steps in a run of ``steps`` optimizer steps; a share of them is rounded up."""
+    return config.warmup_steps or math.ceil(config.warmup_ratio * steps)
+
+
 def schedule(config: OptimConfig, steps: int) -> optax.Schedule:
     """Learning rate by step over a run of ``steps`` optimizer steps."""
+    rising = warmup(config, steps)
     if config.warmup_steps >= steps:
         _log.warning(
-            "warmup_steps is %d and the training has %d steps, so it ends before it reaches the learning rate %g",
+            "warmup_steps is %d and the training has %d steps, so it ends before it reaches the learning rate %g; "
+            "warmup_ratio gives the warm-up as a share of the steps",
             config.warmup_steps, steps, config.learning_rate,
         )  # fmt: skip
-    decay_steps = max(1, steps - config.warmup_steps)
+    decay_steps = max(1, steps - rising)
     if config.end_learning_rate is None:
         body = optax.constant_schedule(config.learning_rate)
     else:
         body = config.decay(config.learning_rate, config.end_learning_rate, decay_steps)
-    if not config.warmup_steps:
+    if not rising:
         return body
-    # Step 0 uses 1/warmup of the rate, not 0: the first step already changes the weights.
-    rise = optax.linear_schedule(config.learning_rate / config.warmup_steps, config.learning_rate, config.warmup_steps)
-    return optax.join_schedules([rise, body], [config.warmup_steps])
+    # Step 0 uses 1/rising of the rate, not 0: the first step already changes the weights.
+    rise = optax.linear_schedule(config.learning_rate / rising, config.learning_rate, rising)
+    return optax.join_schedules([rise, body], [rising])
 
 
 def make_optimizer(config: OptimConfig) -> optax.GradientTransformation:

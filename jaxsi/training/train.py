@@ -29,13 +29,13 @@ from jaxsi.training.batches import (
     PairBatch,
     Sequence_,
     TokenBatch,
-    arrangement,
     encode_examples,
     encode_pair,
     pair_batches,
 )
 from jaxsi.training.losses import PairLogps
 from jaxsi.training.optim import OptimConfig
+from jaxsi.training.packing import supervised
 
 MAX_SKIPPED = 5  # training gives up after this many updates in a row without a finite gradient
 
@@ -47,7 +47,8 @@ class TrainingError(RuntimeError):
 @stored_as("train.TrainConfig")
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TrainConfig:
-    """How to train. ``batch_size`` is global, in rows (packed rows for SFT on CPU and TPU, pairs for DPO).
+    """How to train. ``batch_size`` counts the examples (pairs for DPO, groups for rewards) of an optimizer step, on any
+    platform and any number of devices.
 
     ``max_length``: the longest sequence in tokens; longer ones are dropped and counted. ``min_length``: the shortest
     padded length, so that short data compile once. ``dtype``: of the computation. ``checkpoint_every``: optimizer steps
@@ -287,9 +288,6 @@ def state_layout(weights: Weights, optimizer: OptimConfig) -> Any:
     return State(jax.tree.map(lambda w: w.sharding, weights), moments, place, place)
 
 
-# ----------------------------------------------------------------------------------------------------------------- loop
-
-
 def fit(
     lm: LM,
     batches: Batches,
@@ -311,7 +309,7 @@ def fit(
     Raises:
       TrainingError: if there are no batches, or if MAX_SKIPPED gradients in a row are not finite.
     """
-    total = min(len(batches), config.max_steps or len(batches))
+    total, rows_at_once = min(len(batches), config.max_steps or len(batches)), config.batch_size // config.accumulate
     if total == 0:
         raise TrainingError(f"{scope.path}: nothing to train on; check the counts of the earlier stages")
     check_master(lm)
@@ -340,8 +338,10 @@ def fit(
                 previous, previous_step = now, step
                 if step > done:  # else it is already saved: the run was stopped just before this comparison
                     resume.save_resume(folder, current, done=step, compared=step)
+            batch = batches[step]
+            parts = -(-len(batch[0]) // rows_at_once)  # packed batches have fewer rows than examples
             current, metrics = train_step(
-                current, batches[step], rates[step], loss=loss, optimizer=config.optim, accumulate=config.accumulate
+                current, batch, rates[step], loss=loss, optimizer=config.optim, accumulate=parts
             )
             advance(1, True)
             steps, last = step + 1, step + 1 == total
@@ -399,7 +399,7 @@ def _snapshot(lm: LM, state: State) -> LM:
 def sft(lm: LM, examples: Sequence[SFTExample], config: TrainConfig, scope: Scope) -> LM:
     """Supervised fine-tuning on the examples' responses; the result is also the scope's checkpoint.
 
-    Rows are packed on CPU and TPU. On GPU they are batched by length, since fused attention there has no segments.
+    A step is on ``config.batch_size`` examples, however they are laid out (``packing.supervised``).
     """
     if (trained := resume.finished(lm, scope)) is not None:
         return trained
@@ -407,9 +407,10 @@ def sft(lm: LM, examples: Sequence[SFTExample], config: TrainConfig, scope: Scop
     config = settled_in(scope, config)
     with scope.timed("sft"):
         sequences = _fitting(scope, encode_examples(lm.tokenizer, examples), config.max_length)
-        batches = arrangement(lm.mesh)(
-            sequences, config.max_length, config.batch_size, lm.mesh, epochs=config.epochs, seed=seed_of(scope, "sft")
-        )
+        batches = supervised(
+            sequences, config.max_length, config.batch_size, lm.mesh, epochs=config.epochs, seed=seed_of(scope, "sft"),
+            accumulate=config.accumulate,
+        )  # fmt: skip
         return fit(lm, batches, SFTLoss(lm.config, lm.mesh, config.dtype, config.remat), config, scope)
 
 
@@ -471,7 +472,7 @@ def reference_logps(lm: LM, encoded: Sequence[tuple[Sequence_, Sequence_]], conf
     with piece("log-probabilities of pairs", len(encoded)) as advance:
         for step in range(len(batches)):
             preemption.check()
-            rows = [int(i) for i in np.atleast_1d(np.asarray(batches.plan[step]))]
+            rows = batches.plan[step]
             logps_B2 = reference_pair_logps(
                 lm.weights, batches[step], config=lm.config, mesh=lm.mesh, dtype=config.dtype, remat=config.remat
             )
@@ -492,8 +493,6 @@ def _fitting(scope: Scope, sequences: Sequence[Sequence_], max_length: int) -> l
     fitting = [s for s in sequences if len(s.tokens) <= max_length]
     scope.value("sft_data", lambda: {"sequences": len(fitting), "dropped_too_long": len(sequences) - len(fitting)})
     if not fitting:
-        raise TrainingError(
-            f"{scope.path}: none of {len(sequences)} examples has at most max_length = {max_length} tokens; "
-            "raise max_length"
-        )
+        reason = f"all {len(sequences)} examples are longer than max_length = {max_length}; raise it"
+        raise TrainingError(f"{scope.path}: {reason}")
     return fitting

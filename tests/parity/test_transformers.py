@@ -28,7 +28,8 @@ from jaxsi.model.mesh import make_mesh  # noqa: E402
 from jaxsi.sampling.generate import generate_ids  # noqa: E402
 from jaxsi.text.tokenizer import load_tokenizer  # noqa: E402
 from jaxsi.training import losses, reward, train  # noqa: E402
-from jaxsi.training.batches import Sequence_, encode, packed, pairs  # noqa: E402
+from jaxsi.training.batches import Sequence_, encode, pairs  # noqa: E402
+from jaxsi.training.packing import supervised  # noqa: E402
 
 LLAMA3 = {
     "rope_type": "llama3",
@@ -163,7 +164,7 @@ def test_gradients_agree(case: str, objective: str, remat: str, tmp_path: Path) 
     texts = [encode(row[:start], row[start:]) for row, start in zip(tokens.tolist(), starts, strict=True)]
     order: dict[str, Any] = {"epochs": 1, "seed": 0}
     if objective == "sft":
-        ours, batches = train.SFTLoss(*common), packed(texts, 41, 4, one_device(), **order)
+        ours, batches = train.SFTLoss(*common), supervised(texts, 41, 4, one_device(), **order)
     else:
         ours, encoded = train.PairLoss(*common, losses.dpo, 0.01, 0.0), list(zip(texts[::2], texts[1::2], strict=True))
         order |= {"min_length": 1, "shared": objective == "dpo shared"}

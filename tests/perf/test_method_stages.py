@@ -18,7 +18,7 @@ ASSUMPTIONS = Assumptions(prompts=600, examples=300, prompt_tokens=200)
 def stages_of(name: str, assumptions: Assumptions = ASSUMPTIONS, **changes) -> dict:
     """The stages of a config by name."""
     cfg = dataclasses.replace(load_config(CONFIGS / name), **changes)
-    found = stages(cfg, assumptions, published(cfg.model).max_positions, packs=True)
+    found = stages(cfg, assumptions, published(cfg.model).max_positions)
     by_name = {stage.name: stage for stage in found}
     assert len(by_name) == len(found)
     return by_name
@@ -39,10 +39,10 @@ def test_self_rewarding_stages_count_candidates_judgments_and_pairs():
 def test_dtype_auto_is_bfloat16_on_the_hardware_of_a_plan():
     cfg = load_config(CONFIGS / "srt/qwen3_4b_1xh200.py")
     assert cfg.sampling.dtype == cfg.sft.dtype == cfg.critic.dtype == "auto"
-    found = stages(cfg, ASSUMPTIONS, published(cfg.model).max_positions, packs=True)
+    found = stages(cfg, ASSUMPTIONS, published(cfg.model).max_positions)
     assert {s.settings.dtype if isinstance(s, Training) else s.dtype for s in found} == {"bfloat16"}
     exact = dataclasses.replace(cfg, sampling=dataclasses.replace(cfg.sampling, dtype="float32"))
-    found = stages(exact, ASSUMPTIONS, published(cfg.model).max_positions, packs=True)
+    found = stages(exact, ASSUMPTIONS, published(cfg.model).max_positions)
     assert {s.dtype for s in found if isinstance(s, Sampling) and s.model is None} == {"float32"}
 
 
@@ -73,6 +73,16 @@ def test_srt_stages_use_the_critic_once_then_the_model_itself():
     assert by_name["drafts of the base"].prompts == 25_000
 
 
+def test_steps_and_warm_up_are_those_of_the_paper():
+    """22,000 records of SRT's stage 1 in batches of 32, five epochs, 10 % warm-up; 3,200 + 1,630 of Self-Rewarding in
+    batches of 16. TPUs once had a sixth of these steps, since a batch counted packed rows."""
+    paper = load_config(CONFIGS / "srt/tulu2_7b_8xh100.py")
+    sft = stages_of("srt/tulu2_70b_v5p128.py", critic_prompts=22_000)["sft"]
+    assert (sft.steps, sft.settings.batch_size) == (5 * 688, paper.sft.batch_size) and sft.warmup_share == 0.1
+    sft = stages_of("self_rewarding/llama2_70b_v5p128.py", Assumptions(examples=2415))["sft"]
+    assert (sft.steps, sft.warmup_share) == (302, 0)
+
+
 def test_pit_stages_hold_all_models_during_rl():
     by_name = stages_of("pit/llama3_8b_hh_8xh100.py")
     updates, responses = by_name["rl: updates"], by_name["rl: responses"]
@@ -85,7 +95,7 @@ def test_pit_stages_hold_all_models_during_rl():
 def test_stages_of_shipped_configs_fit_the_models_positions(path):
     cfg = load_config(path)
     positions = published(cfg.model).max_positions
-    found = stages(cfg, Assumptions(), positions, packs=True)
+    found = stages(cfg, Assumptions(), positions)
     assert any(stage.each for stage in found) and iterations(cfg) >= 1
     for stage in found:
         match stage:

@@ -37,9 +37,17 @@ def now(place: str) -> Any:
     return load_configs(ROOT / file)[name]
 
 
+# What shipped configs have said otherwise since then: warm-up is a share of the steps, and no longer a number of them.
+SAID_OTHERWISE = re.compile(r"(\w+\.)*optim\.warmup_(steps|ratio): ")
+
+
 @pytest.mark.parametrize("place", BEFORE)
 def test_run_stored_before_the_move_resumes(place: str) -> None:
-    check_config(Path("run"), BEFORE[place], now(place))
+    try:
+        check_config(Path("run"), BEFORE[place], now(place))
+    except RunConfigError as error:
+        if unexpected := [text for text in error.differences if not SAID_OTHERWISE.match(text)]:
+            pytest.fail("; ".join(unexpected))
 
 
 def test_run_stored_before_the_move_of_another_config_does_not_resume() -> None:

@@ -9,7 +9,8 @@ from jaxsi.model import decoder
 from jaxsi.runs.records import Prompt
 from jaxsi.sampling import scoring
 from jaxsi.text.chat import render_prompt, render_response
-from jaxsi.training.batches import encode, packed, padded
+from jaxsi.training.batches import encode
+from jaxsi.training.packing import packed, padded
 
 RNG = np.random.default_rng(0)
 PREFIXES = [RNG.integers(6, tiny.ENTRIES, n).tolist() for n in (1, 3, 9, 14, 5, 2)]
@@ -55,8 +56,11 @@ def test_packed_padded_and_alone_agree(scored: list[np.ndarray]) -> None:
         )
     )
     rows_by_layout: dict[str, list[float]] = {}
-    for name, arrange, length in (("packed", packed, 64), ("padded", padded, 64)):
-        batches = arrange(sequences, length, 8, lm.mesh, epochs=1, seed=0)
+    arranged = {
+        "packed": packed(sequences, [range(5)], 64, 8, lm.mesh),
+        "padded": padded(sequences, [range(5)], 64, 8, lm.mesh),
+    }
+    for name, (batches, _) in arranged.items():
         batch = batches[0]
         assert len(batches) == 1 and (np.asarray(batch.segments_BT).max() > 1) == (name == "packed")
         logps, tokens, segments = (

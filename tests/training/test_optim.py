@@ -23,6 +23,24 @@ def test_learning_rate_is_constant_without_an_end() -> None:
     assert [float(rate(step)) for step in range(8)] == [pytest.approx(2e-5)] * 8
 
 
+@pytest.mark.parametrize(("steps", "expected"), [(3440, 344), (40, 4), (41, 5)])
+def test_warm_up_as_a_share_is_of_the_steps_there_are(steps: int, expected: int) -> None:
+    """A fixed number, 344 for 3,440 steps, would be all of a training of 300."""
+    share = OptimConfig(learning_rate=1e-3, end_learning_rate=0.0, warmup_ratio=0.1)
+    number = OptimConfig(learning_rate=1e-3, end_learning_rate=0.0, warmup_steps=expected)
+    assert optim.warmup(share, steps) == expected
+    rates = [np.asarray([optim.schedule(c, steps)(i) for i in range(steps)]) for c in (share, number)]
+    np.testing.assert_array_equal(*rates)
+
+
+@pytest.mark.parametrize(
+    "fields", [{"warmup_ratio": 1.0}, {"warmup_ratio": -0.1}, {"warmup_ratio": 0.1, "warmup_steps": 3}]
+)
+def test_wrong_warm_up_is_refused(fields: dict[str, float]) -> None:
+    with pytest.raises(ValueError, match=r"warmup_steps is \d.* warmup_ratio"):
+        OptimConfig(**fields)
+
+
 @pytest.mark.parametrize("warmup", [1, 4])
 def test_warm_up_moves_from_the_first_step_and_reaches_the_rate(warmup: int) -> None:
     config = OptimConfig(learning_rate=1e-3, end_learning_rate=1e-4, decay=optim.linear, warmup_steps=warmup)
@@ -82,7 +100,7 @@ def test_optimizer_equals_optax_adamw(clip_norm: float | None, weight_decay: flo
         ({"learning_rate": float("nan")}, "learning_rate is nan"),
         ({"learning_rate": float("inf")}, "learning_rate is inf"),
         ({"end_learning_rate": float("nan")}, "end_learning_rate is nan"),
-        ({"warmup_steps": -3}, "warmup_steps is -3; it must be at least 0"),
+        ({"warmup_steps": -3}, "warmup_steps is -3 .at least 0."),
         ({"b1": 1.0}, "b1 is 1.0"),
         ({"eps": 0.0}, "eps 0.0"),
         ({"weight_decay": float("nan")}, "weight_decay nan"),

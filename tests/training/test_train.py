@@ -435,7 +435,7 @@ def test_sft_learns_and_runs_only_once(scope: Scope, monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(train, "train_step", None)  # a finished stage trains nothing
     again = train.sft(lm, [], config, scope)
     assert again.fingerprint == trained.fingerprint and tiny.max_difference(again.weights, trained.weights) == 0
-    with pytest.raises(TrainingError, match="none of 1 examples has at most max_length = 64 tokens"):
+    with pytest.raises(TrainingError, match="all 1 examples are longer than max_length = 64; raise it"):
         train.sft(lm, [long], config, scope.run.at("iter_2"))
 
 

@@ -11,8 +11,9 @@ import tiny
 from jaxsi.model import decoder
 from jaxsi.model.decoder import Remat
 from jaxsi.training import losses, train
-from jaxsi.training.batches import Batches, Sequence_, encode_pair, packed, pairs, prompts_shared
+from jaxsi.training.batches import Batches, Sequence_, encode_pair, pairs, prompts_shared
 from jaxsi.training.optim import OptimConfig
+from jaxsi.training.packing import supervised
 from jaxsi.training.train import PairLoss, SFTLoss, TrainConfig
 
 pytestmark = pytest.mark.xdist_group("trajectories")  # one worker, so that the module's fixtures are computed once
@@ -48,9 +49,9 @@ def run(lm: Any, batches: Batches, loss: Any, accumulate: int) -> tuple[list[flo
     shardings = jax.tree.map(lambda x: x.sharding, state)
     history = []
     for step in range(STEPS):
-        state, metrics = train.train_step(
-            state, batches[step], np.float32(3e-2), loss=loss, optimizer=OPTIM, accumulate=accumulate
-        )
+        batch = batches[step]
+        parts = -(-len(batch[0]) // (ROWS // accumulate))  # as in train.fit
+        state, metrics = train.train_step(state, batch, np.float32(3e-2), loss=loss, optimizer=OPTIM, accumulate=parts)
         history.append(float(metrics["loss"]))
     unmoved = jax.tree.map(lambda x, s: x.sharding.is_equivalent_to(s, x.ndim), state, shardings)
     assert jax.tree.all(unmoved), "every part of the state stays where it was"
@@ -114,13 +115,13 @@ def test_dpo_trajectories_are_equal(variant: Variant, dpo: dict[Variant, Traject
 
 @pytest.fixture(scope="module")
 def sft() -> dict[Variant, Trajectory]:
-    """Packed rows of ragged sequences: 72 of them in 3 batches of 8 rows, the last with rows of fill."""
+    """Packed rows of 80 ragged sequences in 3 batches of 32. Meshes and parts decide how many rows they take."""
     found = {}
     for variant in (Variant("1x1x1", "none", 1), Variant("1x1x1", "none", 4), Variant("2x2x2", "none", 2)):
         lm = tiny.make_lm(variant.mesh)
         sequences = [side for pair in encoded() for side in pair][:80]
-        batches = packed(sequences, 128, 8, lm.mesh, epochs=1, seed=0)
-        assert len(batches) == STEPS and not np.asarray(batches[STEPS - 1].segments_BT).any(axis=1).all()
+        batches = supervised(sequences, 128, 32, lm.mesh, epochs=1, seed=0, accumulate=variant.accumulate)
+        assert len(batches) == STEPS
         loss = SFTLoss(lm.config, lm.mesh, "float32", variant.remat)
         history, weights = run(lm, batches, loss, variant.accumulate)
         found[variant] = Trajectory([], history, weights)
@@ -140,7 +141,7 @@ def test_sft_loss_is_the_mean_over_the_tokens_of_the_whole_batch(sft: dict[Varia
     """Not the mean of the parts' means: rows hold different numbers of tokens that count."""
     lm = tiny.make_lm()
     sequences = [side for pair in encoded() for side in pair][:80]
-    batch = packed(sequences, 128, 8, lm.mesh, epochs=1, seed=0)[0]
+    batch = supervised(sequences, 128, 32, lm.mesh, epochs=1, seed=0)[0]
     logps = jax.jit(
         lambda w, b: decoder.sequence_logps(w, lm.config, b.tokens_BT, b.positions_BT, b.segments_BT, dtype=np.float32)
     )(lm.weights, batch)

@@ -30,8 +30,9 @@ from jaxsi.stages.self_instruct import SelfInstruct
 from jaxsi.toyworld import methods_table
 from jaxsi.training import optim, train
 from jaxsi.training.batches import GroupBatch, PairBatch, TokenBatch
+from jaxsi.training.ppo import PPOConfig, ValueLoss
 from jaxsi.training.reward import BRADLEY_TERRY, GAP, RewardLoss
-from jaxsi.training.rl import PolicyLoss, PPOConfig, RLConfig, RolloutBatch, ValueLoss
+from jaxsi.training.rl import PolicyLoss, RLConfig, RolloutBatch
 from jaxsi.training.train import TrainConfig
 
 ROOT = Path(__file__).parents[1]

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from jaxsi.methods.pit import Config
 from jaxsi.runs.config_file import load_config
-from jaxsi.training import rl
+from jaxsi.training.ppo import ppo
 
 
 def configs() -> dict[str, Config]:
@@ -20,5 +20,5 @@ def configs() -> dict[str, Config]:
     return {
         "round 0 only": dataclasses.replace(both, rounds=(steps, 0)),
         "round 1 only": dataclasses.replace(both, rounds=(0, steps), mix=0.0),
-        "PPO": dataclasses.replace(both, learner=rl.ppo),
+        "PPO": dataclasses.replace(both, learner=ppo),
     }

@@ -37,13 +37,14 @@ class Rl(PromptOptions, ChatOptions):
     the responses. The source of a function is part of the run: if it changes, the run does not go on."""
     rubric: str | None = None
     """The rubric of a judge that writes: a shipped one, or a file. Default: self_rewarding_judge."""
-    learner: Literal["rloo", "ppo"] = "rloo"
-    """rloo compares the responses to a prompt with each other; ppo trains a second model that predicts the reward."""
+    learner: Literal["rloo", "ppo", "grpo", "online-dpo"] = "rloo"
+    """rloo and grpo compare the responses to a prompt with each other; ppo trains a second model that predicts the
+    reward; online-dpo learns from the best and the worst response to each prompt, with --kl-coef as DPO's beta."""
     steps: int = 100
     """Each samples new responses and learns from them."""
     prompts_per_step: int = 8
     group_size: int = 4
-    """Responses to each prompt; rloo needs at least 2."""
+    """Responses to each prompt; only ppo can do with 1."""
     max_new_tokens: int = 128
     cut_off_penalty: float = 1.0
     """Subtracted from the reward of a response that --max-new-tokens cuts off."""
@@ -77,10 +78,10 @@ class Rl(PromptOptions, ChatOptions):
         """Raises: UsageError if a value is out of range."""
         from jaxsi.training.rl import RLConfig
 
-        if self.learner == "rloo" and self.group_size < 2:
+        if self.learner != "ppo" and self.group_size < 2:
             raise UsageError(
-                f"--group-size {self.group_size}: rloo compares the responses to a prompt with each other; give at "
-                "least 2, or --learner ppo"
+                f"--group-size {self.group_size}: {self.learner} compares the responses to a prompt with each other; "
+                "give at least 2, or --learner ppo"
             )
         batch_size = self.prompts_per_step * self.group_size if self.batch_size is None else self.batch_size
         return config_of(RLConfig, self, batch_size=batch_size)
@@ -111,7 +112,10 @@ def rl(argv: list[str]) -> Report:
     from jaxsi.methods import single
     from jaxsi.model.compute_dtype import settled
     from jaxsi.runs.run import read_json
-    from jaxsi.training import rl as learners
+    from jaxsi.training.grpo import grpo
+    from jaxsi.training.online_dpo import online_dpo
+    from jaxsi.training.ppo import ppo
+    from jaxsi.training.rl import rloo
 
     config, prompts = args.config(), args.read()
     if len(prompts) < config.prompts_per_step:
@@ -130,7 +134,8 @@ def rl(argv: list[str]) -> Report:
             "of `jaxsi reward`, or a Hugging Face sequence classifier with one label"
         )
     began = time.monotonic()
-    learner = {"rloo": learners.rloo, "ppo": learners.ppo}[args.learner]
+    learners = {"rloo": rloo, "ppo": ppo, "grpo": grpo, "online-dpo": online_dpo}
+    learner = learners[args.learner]
     model = single.rl(policy, prompts, reward, args.run_dir, config, learner=learner, seed=args.seed)
     first = logged(args.run_dir)[0]
     counts = read_json(args.run_dir / "iter_1" / "prompts_counts.json")

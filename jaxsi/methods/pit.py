@@ -46,7 +46,7 @@ class Config:
     """Everything that decides a run. ``preferences`` gives human preferences; ``request`` asks for an improvement.
 
     ``rounds``: steps of round 0 and of round 1; 0 leaves a round out. Their other settings are those of ``rl``.
-    ``mix``: share of round 0's references in round 1. ``learner``: ``rl.rloo`` or ``rl.ppo``. ``rewarding(gap_lm,
+    ``mix``: share of round 0's references in round 1. ``learner``: ``rl.rloo`` or ``ppo.ppo``. ``rewarding(gap_lm,
     items, request)`` gives the gaps and their zero points (``gap.gaps``, or a control arm's). ``sampling`` is that of
     the references.
     """

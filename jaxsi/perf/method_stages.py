@@ -19,7 +19,8 @@ from jaxsi.stages import judge
 from jaxsi.stages.critique import LocalCritic
 from jaxsi.stages.self_instruct import PromptFile, SelfInstruct
 from jaxsi.training.optim import warmup
-from jaxsi.training.rl import RLConfig, ppo
+from jaxsi.training.ppo import ppo
+from jaxsi.training.rl import RLConfig
 from jaxsi.training.train import TrainConfig
 
 Objective = Literal["sft", "dpo", "gap reward", "reward", "rl", "value"]

@@ -23,7 +23,7 @@ from jaxsi.model.kv_cache import KVCache
 from jaxsi.sampling import scoring, slots
 from jaxsi.sampling.engine import CHUNK, power, refill_threshold
 from jaxsi.sampling.token_sampling import MAX_MARKER, MAX_STOPS, Settings
-from jaxsi.training import losses, optim, reward, rl, train
+from jaxsi.training import losses, optim, ppo, reward, rl, train
 from jaxsi.training.batches import GroupBatch, PairBatch, TokenBatch
 from jaxsi.training.optim import OptimConfig
 
@@ -192,7 +192,7 @@ def training_programs(config: ModelConfig, mesh: Mesh, sizes: Sizes) -> dict[str
         "reward": step(groups(2), reward.RewardLoss(*common_scalar, reward.BRADLEY_TERRY), scalar_state),
         "gap reward": step(groups(4), reward.RewardLoss(*common_scalar, reward.GAP), scalar_state),
         "rl": step(rollouts, rl.PolicyLoss(*common, 0.2)),
-        "value": step(rollouts, rl.ValueLoss(*common_scalar, 0.2), scalar_state),
+        "value": step(rollouts, ppo.ValueLoss(*common_scalar, 0.2), scalar_state),
     }
 
 

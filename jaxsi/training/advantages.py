@@ -1,4 +1,4 @@
-"""Advantages: RLOO's leave-one-out baseline, and PPO's generalised advantage estimation."""
+"""Advantages: RLOO's leave-one-out baseline, GRPO's standardised rewards, PPO's generalised advantage estimation."""
 
 import functools
 
@@ -15,6 +15,18 @@ def leave_one_out(returns_PG: np.ndarray) -> np.ndarray:
     total_P1 = np.where(valid_PG, returns_PG, 0.0).sum(axis=1, keepdims=True)
     others_PG = (total_P1 - returns_PG) / np.maximum(count_P1 - 1, 1)
     return np.where(valid_PG, np.where(count_P1 > 1, returns_PG - others_PG, 0.0), np.nan)
+
+
+def standardised(rewards_PG: np.ndarray) -> np.ndarray:
+    """Each reward less the mean of its group [P, G], over the group's standard deviation (GRPO, arXiv 2402.03300,
+    section 4.1.2). NaN rewards are ignored and stay NaN. A group with equal rewards gets 0."""
+    valid_PG = np.isfinite(rewards_PG)
+    count_P1 = np.maximum(valid_PG.sum(axis=1, keepdims=True), 1)
+    centred_PG = rewards_PG - np.where(valid_PG, rewards_PG, 0.0).sum(axis=1, keepdims=True) / count_P1
+    squares_PG = np.where(valid_PG, np.square(centred_PG), 0.0)
+    deviation_P1 = np.sqrt(squares_PG.sum(axis=1, keepdims=True) / count_P1)
+    even_P1 = deviation_P1 <= 1e-6 * np.maximum(1.0, np.abs(np.nan_to_num(rewards_PG)).max(axis=1, keepdims=True))
+    return np.where(even_P1 & valid_PG, 0.0, centred_PG / np.where(even_P1, 1.0, deviation_P1))
 
 
 @functools.partial(jax.jit, static_argnames=("gamma", "lam"))

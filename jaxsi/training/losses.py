@@ -166,6 +166,33 @@ def ppo_clip(
     return jnp.sum(jnp.where(loss_mask_BT, loss_BT, 0.0)), jnp.sum(loss_mask_BT, dtype=jnp.float32)
 
 
+def grpo(
+    logps_BT: PerToken,
+    old_logps_BT: PerToken,
+    ref_logps_BT: PerToken,
+    advantages_BT: PerToken,
+    loss_mask_BT: Bool[Array, "B T"],
+    *,
+    clip: float,
+    kl_coef: float,
+) -> tuple[Loss, Loss]:
+    """GRPO (Shao et al. 2024, equations 3 and 4): in each response the mean over its tokens of
+    -min(ratio A, clip(ratio) A) + kl_coef (pi_ref / pi - log(pi_ref / pi) - 1). The count is the number of responses
+    with a token that counts. Also returns the sum of the KL estimates, with the same count."""
+    ratio_BT = jnp.exp(jnp.where(loss_mask_BT, logps_BT - old_logps_BT, 0.0))
+    clipped_BT = jnp.clip(ratio_BT, 1 - clip, 1 + clip)
+    away_BT = jnp.where(loss_mask_BT, ref_logps_BT - logps_BT, 0.0)
+    kl_BT = jnp.expm1(away_BT) - away_BT
+    tokens_B = jnp.sum(loss_mask_BT, axis=1)
+    count = jnp.sum(tokens_B > 0, dtype=jnp.float32)
+
+    def of_responses(x_BT: PerToken) -> Float[Array, ""]:
+        return jnp.sum(jnp.sum(jnp.where(loss_mask_BT, x_BT, 0.0), axis=1) / jnp.maximum(tokens_B, 1))
+
+    loss_BT = -jnp.minimum(ratio_BT * advantages_BT, clipped_BT * advantages_BT) + kl_coef * kl_BT
+    return (of_responses(loss_BT), count), (of_responses(kl_BT), count)
+
+
 def value_clip(
     values_BT: PerToken, old_values_BT: PerToken, returns_BT: PerToken, loss_mask_BT: Bool[Array, "B T"], *, clip: float
 ) -> Loss:

@@ -1,14 +1,14 @@
-"""On-policy reinforcement learning with a KL penalty to a frozen reference: ``ppo`` and ``rloo`` on shared parts.
+"""On-policy learning with a frozen reference: rollouts, the loop, and ``rloo``. Further learners on the same parts are
+``ppo.ppo``, ``grpo.grpo`` and ``online_dpo.online_dpo``.
 
     for step = 1 .. S:
         y_i^g ~ pi(. | x_i)                                   g = 1 .. G, temperature 1, the whole distribution
         r_i^g = reward(x_i, y_i^g)                            minus a penalty if the token limit cut y off
-        A     from r and from log pi - log pi_ref             ``rloo`` or ``ppo``
-        pi    <- clipped policy gradient on A, by minibatches
+        pi    <- updates by minibatches                       the learner's own
 
 RLOO (Ahmadian et al. 2024, arXiv 2402.14740): R = r - kl_coef * sum_t log(pi / pi_ref), A = R minus the mean R of the
-prompt's other responses. PPO (Schulman et al. 2017): the KL penalty is per token; a value model and GAE give A.
-Random draws are keyed by step, prompt and sample, so a run that was killed resumes with the same noise.
+prompt's other responses; a clipped policy gradient on A. Random draws are keyed by step, prompt and sample, so a run
+that was killed resumes with the same noise.
 """
 
 import dataclasses
@@ -35,9 +35,8 @@ from jaxsi.runs.run import Scope
 from jaxsi.sampling.generate import bucket, generate
 from jaxsi.text.chat import render_prompt
 from jaxsi.training import losses, optim, resume, train
-from jaxsi.training.advantages import gae, leave_one_out
+from jaxsi.training.advantages import leave_one_out
 from jaxsi.training.optim import OptimConfig
-from jaxsi.training.reward import lm_config, with_scalar_head
 
 Reward = Callable[[Sequence[Prompt], Sequence[Response]], np.ndarray]
 Monitor = Callable[[Sequence[Prompt], Sequence[Response], np.ndarray], Mapping[str, float]]
@@ -108,21 +107,6 @@ class RLConfig:
         meshlib.check_rows(self.batch_size, self.accumulate, mesh, name)
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class PPOConfig:
-    """PPO's settings beside ``RLConfig``: discount ``gamma``, GAE's ``lam``, and the range of the clipped value."""
-
-    gamma: float = 1.0
-    lam: float = 0.95
-    value_clip: float = 0.2
-
-    def __post_init__(self) -> None:
-        if not 0 < self.gamma <= 1 or not 0 <= self.lam <= 1 or self.value_clip <= 0:
-            raise ValueError(
-                f"gamma is {self.gamma} (in (0, 1]), lam {self.lam} (in [0, 1]), value_clip {self.value_clip} (> 0)"
-            )
-
-
 class RolloutBatch(NamedTuple):
     """Responses after their prompts, one per row: segments are 1, then 0. ``loss_mask_BT`` is True at the response's
     tokens. ``old_logps_BT`` are those of the policy that sampled. Values and returns are zeros without a value model. A
@@ -175,38 +159,6 @@ class PolicyLoss:
         return loss, {"ratio": mean(ratio_BT), "clipped": mean(jnp.abs(ratio_BT - 1) > self.clip)}
 
 
-def token_values(
-    weights: Weights, batch: RolloutBatch, *, config: ModelConfig, mesh: Mesh, dtype: str, remat: Remat
-) -> jax.Array:
-    """The value [B, T] of the text before each token: the scalar head's output at the previous token."""
-    values_BT = decoder.scalar_values(
-        weights,
-        config,
-        batch.tokens_BT,
-        lengths_B=batch.lengths_B,
-        dtype=jnp.dtype(dtype),
-        remat=remat,
-        mesh=mesh,
-    )
-    return jnp.roll(values_BT, 1, axis=1).at[:, 0].set(0.0)
-
-
-@dataclasses.dataclass(frozen=True)
-class ValueLoss:
-    """The clipped value loss of a ``RolloutBatch``. Instances with equal fields share one compiled program."""
-
-    config: ModelConfig
-    mesh: Mesh
-    dtype: str
-    remat: Remat
-    clip: float
-
-    def __call__(self, weights: Weights, batch: RolloutBatch) -> tuple[losses.Loss, train.Metrics]:
-        values_BT = token_values(weights, batch, config=self.config, mesh=self.mesh, dtype=self.dtype, remat=self.remat)
-        loss = losses.value_clip(values_BT, batch.old_values_BT, batch.returns_BT, batch.loss_mask_BT, clip=self.clip)
-        return loss, {}
-
-
 @functools.partial(jax.jit, static_argnames=("config", "mesh", "dtype"))
 def _logps(weights: Weights, batch: RolloutBatch, *, config: ModelConfig, mesh: Mesh, dtype: str) -> jax.Array:
     return decoder.sequence_logps(
@@ -219,19 +171,17 @@ def _logps(weights: Weights, batch: RolloutBatch, *, config: ModelConfig, mesh: 
     )
 
 
-_values = jax.jit(token_values, static_argnames=("config", "mesh", "dtype", "remat"))
-
-
 # ------------------------------------------------------------------------------------------------------------- rollouts
 
 
 class Rollouts(NamedTuple):
     """One step's responses, prompt-major, as NumPy: ``batch`` without advantages; ``rewards_B`` float64, NaN for a
-    missing reward; ``ref_logps_BT`` of the reference; and metrics."""
+    missing reward; ``ref_logps_BT`` of the reference; ``responses_BT`` True at all tokens of responses; and metrics."""
 
     batch: RolloutBatch
     rewards_B: np.ndarray
     ref_logps_BT: np.ndarray
+    responses_BT: np.ndarray
     metrics: dict[str, float]
 
 
@@ -287,8 +237,9 @@ def roll_out(
         "even_groups": float(np.mean(np.ptp(np.nan_to_num(groups_PG), axis=1) == 0)),
         **monitored,
     }
-    mask_BT = mask_BT & np.isfinite(rewards_B)[:, None]
-    return Rollouts(batch._replace(loss_mask_BT=mask_BT, old_logps_BT=old_BT), rewards_B, ref_BT, metrics)
+    rewarded_BT = mask_BT & np.isfinite(rewards_B)[:, None]
+    batch = batch._replace(loss_mask_BT=rewarded_BT, old_logps_BT=old_BT)
+    return Rollouts(batch, rewards_B, ref_BT, mask_BT, metrics)
 
 
 def _rows(policy: LM, prompts: Sequence[Prompt], responses: Sequence[Response]) -> tuple[RolloutBatch, np.ndarray]:
@@ -308,20 +259,20 @@ def _rows(policy: LM, prompts: Sequence[Prompt], responses: Sequence[Response]) 
     return RolloutBatch(tokens_BT, segments_BT, mask_BT, *[zeros_BT] * 4), sampler_BT
 
 
-def _place(batch: RolloutBatch, rows: np.ndarray | slice, mesh: Mesh) -> RolloutBatch:
-    return jax.tree.map(lambda x: meshlib.put(x[rows], mesh, ("batch", None)), batch)
+def place(batch: Any, rows: np.ndarray | slice, mesh: Mesh) -> Any:
+    return jax.tree.map(lambda x: meshlib.put(x[rows], mesh, ("batch", *[None] * (x.ndim - 1))), batch)
 
 
-def _in_parts(function: Callable[[RolloutBatch], jax.Array], batch: RolloutBatch, config: RLConfig, mesh: Mesh) -> Any:
+def in_parts(function: Callable[[RolloutBatch], jax.Array], batch: RolloutBatch, config: RLConfig, mesh: Mesh) -> Any:
     """Applies ``function`` to the rows of a whole step, in micro-batches; returns its values [B, T] as NumPy."""
     size = config.rows_at_once
     parts = [slice(start, start + size) for start in range(0, len(batch.tokens_BT), size)]
-    return np.concatenate([meshlib.fetch(function(_place(batch, rows, mesh))) for rows in parts])
+    return np.concatenate([meshlib.fetch(function(place(batch, rows, mesh))) for rows in parts])
 
 
 def _logps_of(lm: LM, batch: RolloutBatch, config: RLConfig) -> np.ndarray:
     program = functools.partial(_logps, lm.weights, config=lm.config, mesh=lm.mesh, dtype=config.dtype)
-    return _in_parts(program, batch, config, lm.mesh)
+    return in_parts(program, batch, config, lm.mesh)
 
 
 def prompts_of_step(prompts: Sequence[Prompt], step: int, config: RLConfig, seed: int) -> list[Prompt]:
@@ -344,7 +295,91 @@ def minibatches(rows: int, config: RLConfig, seed: int, step: int) -> list[np.nd
     return [order[k : k + config.batch_size] for order in orders for k in range(0, rows, config.batch_size)]
 
 
-# ----------------------------------------------------------------------------------------------------- the two learners
+# ------------------------------------------------------------------------------------------------------------- the loop
+
+States = dict[str, train.State]  # of the policy, and of its value model if it has one
+Update = Callable[[States, Rollouts, int, int, np.ndarray], dict[str, Any]]
+
+
+def policy_loss(policy: LM, config: RLConfig) -> PolicyLoss:
+    return PolicyLoss(policy.config, policy.mesh, config.dtype, config.remat, config.clip)
+
+
+class PolicyUpdates(NamedTuple):
+    """The optimizer steps on one step's rollouts, by minibatches of responses: one loss for each model that learns."""
+
+    loss_by_name: Mapping[str, Any]
+    with_advantages: Callable[[Rollouts, Any], Any]
+    mesh: Mesh
+    config: RLConfig
+
+    def __call__(self, states: States, rollouts: Rollouts, step: int, seed: int, rates: np.ndarray) -> dict[str, Any]:
+        """Updates ``states`` in place, with the learning rates ``rates``, one for each minibatch; returns metrics."""
+        config, metrics = self.config, dict[str, Any]()
+        batch = self.with_advantages(rollouts, states["value"].weights if "value" in states else None)
+        for rate, rows in zip(rates, minibatches(config.rows, config, seed, step), strict=True):
+            part = place(batch, rows, self.mesh)
+            for name, loss in self.loss_by_name.items():
+                states[name], of_step = train.train_step(
+                    states[name], part, rate, loss=loss, optimizer=config.optim, accumulate=config.accumulate
+                )
+                metrics |= of_step if name == "policy" else {f"{name}_{n}": x for n, x in of_step.items()}
+        return metrics
+
+
+def reinforce(
+    learners: Mapping[str, LM],
+    reference: LM,
+    prompts: Sequence[Prompt],
+    reward: Reward,
+    config: RLConfig,
+    scope: Scope,
+    update: Update,
+    monitor: Monitor | None,
+) -> LM:
+    """The loop that all learners share: rollouts of ``learners["policy"]``, then ``update(states, rollouts, step, seed,
+    rates)``. It can resume at every checkpoint. ``config`` has its dtype (``settled_in``)."""
+    policy = learners["policy"]
+    if (finished := resume.finished(policy, scope)) is not None:
+        return finished
+    config.check(policy.mesh)
+    lmlib.make_room()  # frees what the sampling stages used
+    rates = np.asarray(jax.vmap(optim.schedule(config.optim, config.updates))(jnp.arange(config.updates)), np.float32)
+    per_step = config.updates // config.steps
+    seed = train.seed_of(scope, "rl")
+    with scope.timed("rl"), progress(f"{scope.name}/rl", config.steps) as advance, preemption.stops_itself():
+        start = {name: train.initial_state(lm.weights, config.optim) for name, lm in learners.items()}
+        states = resume.resumed(start, scope.path / "resume")
+        done = int(states["policy"].step) // per_step
+        log = resume.Log(scope.path / "train.jsonl", done, config.steps)
+        advance(done, False)
+        for step in range(done, config.steps):
+            # A name, no fingerprint: rollouts are not stored, and a fingerprint would read all weights at each step.
+            now = dataclasses.replace(policy, weights=states["policy"].weights, identity=f"{scope.name} step {step}")
+            chosen = prompts_of_step(prompts, step, config, seed)
+            rollouts = roll_out(now, reference, chosen, reward, config, scope.key("rollouts", step), monitor)
+            lmlib.make_room()
+            rates_of_step = rates[step * per_step :][:per_step]
+            metrics: dict[str, Any] = rollouts.metrics | update(states, rollouts, step, seed, rates_of_step)
+            advance(1, True)
+            last = step + 1 == config.steps
+            if (step + 1) % config.log_every == 0 or last:
+                log.write(step + 1, float(rates_of_step[-1]), metrics)
+                train.check_skipped(states["policy"], step + 1, config.steps, scope)
+            stopping = preemption.requested() and not last
+            if not last and (stopping or (step + 1) % config.checkpoint_every == 0):
+                resume.save_resume(scope.path / "resume", states, done=step + 1)
+            if stopping:
+                raise preemption.Stopped(f"{scope.path}: training is saved up to step {step + 1} of {config.steps}")
+        for name in learners.keys() - {"policy"}:
+            resume.remove(scope.path / name)  # complete if a run was killed between the two saves
+            save_checkpoint(learners[name].replace(states[name].weights), scope.path / name, {"step": config.steps})
+        trained = policy.replace(states["policy"].weights)
+        resume.save_result(trained, states["policy"], scope, {"step": config.steps})
+    return trained
+
+
+# ----------------------------------------------------------------------------------------------------------------- RLOO
 
 
 @stored_as("rl.rloo")
@@ -373,119 +408,5 @@ def rloo(
         advantages_B1 = np.nan_to_num(leave_one_out(returns_PG)).reshape(-1, 1)
         return batch._replace(advantages_BT=np.where(mask_BT, advantages_B1, 0.0).astype(np.float32))
 
-    return _reinforce(policy, reference, None, prompts, reward, config, scope, with_advantages, 0.0, monitor)
-
-
-@stored_as("rl.ppo")
-def ppo(
-    policy: LM,
-    reference: LM,
-    prompts: Sequence[Prompt],
-    reward: Reward,
-    config: RLConfig,
-    scope: Scope,
-    *,
-    monitor: Monitor | None = None,
-    value: LM | None = None,
-    extra: PPOConfig = PPOConfig(),
-) -> LM:
-    """Reinforces ``policy`` with a value model and GAE. The policy becomes the scope's checkpoint, the value model that
-    of scope/value.
-
-    Args:
-      value: the initial value model; by default the policy's decoder with a head of zeros.
-    """
-    value = with_scalar_head(policy) if value is None else value
-    value_config = lm_config(value)
-    config = settled_in(scope, config)
-
-    def with_advantages(rollouts: Rollouts, weights: Weights) -> RolloutBatch:
-        batch, mask_BT = rollouts.batch, rollouts.batch.loss_mask_BT
-        program = functools.partial(
-            _values, weights, config=value_config, mesh=value.mesh, dtype=config.dtype, remat="none"
-        )
-        values_BT = np.where(mask_BT, _in_parts(program, batch, config, value.mesh), 0.0)
-        rewards_BT = -config.kl_coef * np.where(mask_BT, batch.old_logps_BT - rollouts.ref_logps_BT, 0.0)
-        last_B = mask_BT.shape[1] - 1 - np.argmax(mask_BT[:, ::-1], axis=1)
-        rewards_BT[np.arange(len(last_B)), last_B] += np.nan_to_num(rollouts.rewards_B)
-        advantages_BT, returns_BT = gae(rewards_BT, values_BT, mask_BT, gamma=extra.gamma, lam=extra.lam)
-        advantages_BT = np.asarray(advantages_BT)
-        inside = advantages_BT[mask_BT]
-        whitened_BT = np.where(mask_BT, (advantages_BT - inside.mean()) / (inside.std() + 1e-8), 0.0)
-        error, spread = np.asarray(returns_BT)[mask_BT] - values_BT[mask_BT], np.asarray(returns_BT)[mask_BT].var()
-        rollouts.metrics["explained_variance"] = float(1 - error.var() / (spread + 1e-8))
-        return batch._replace(
-            advantages_BT=whitened_BT.astype(np.float32),
-            old_values_BT=values_BT.astype(np.float32),
-            returns_BT=np.asarray(returns_BT, np.float32),
-        )
-
-    return _reinforce(
-        policy, reference, value, prompts, reward, config, scope, with_advantages, extra.value_clip, monitor
-    )
-
-
-def _reinforce(
-    policy: LM,
-    reference: LM,
-    value: LM | None,
-    prompts: Sequence[Prompt],
-    reward: Reward,
-    config: RLConfig,
-    scope: Scope,
-    with_advantages: Callable[[Rollouts, Any], RolloutBatch],
-    value_clip: float,
-    monitor: Monitor | None,
-) -> LM:
-    """The loop that both learners share: roll-outs, advantages, minibatches. It can resume at every checkpoint."""
-    if (finished := resume.finished(policy, scope)) is not None:
-        return finished
-    config.check(policy.mesh)
-    lmlib.make_room()  # frees what the sampling stages used
-    learners = {"policy": policy} if value is None else {"policy": policy, "value": value}
-    policy_loss = PolicyLoss(policy.config, policy.mesh, config.dtype, config.remat, config.clip)
-    loss_by_name: dict[str, Any] = {"policy": policy_loss}
-    if value is not None:
-        loss_by_name["value"] = ValueLoss(value.config, value.mesh, config.dtype, config.remat, value_clip)
-    rates = np.asarray(jax.vmap(optim.schedule(config.optim, config.updates))(jnp.arange(config.updates)), np.float32)
-    per_step = config.updates // config.steps
-    seed = train.seed_of(scope, "rl")
-    with scope.timed("rl"), progress(f"{scope.name}/rl", config.steps) as advance, preemption.stops_itself():
-        start = {name: train.initial_state(lm.weights, config.optim) for name, lm in learners.items()}
-        states = resume.resumed(start, scope.path / "resume")
-        done = int(states["policy"].step) // per_step
-        log = resume.Log(scope.path / "train.jsonl", done, config.steps)
-        advance(done, False)
-        for step in range(done, config.steps):
-            # A name, no fingerprint: rollouts are not stored, and a fingerprint would read all weights at each step.
-            now = dataclasses.replace(policy, weights=states["policy"].weights, identity=f"{scope.name} step {step}")
-            chosen = prompts_of_step(prompts, step, config, seed)
-            rollouts = roll_out(now, reference, chosen, reward, config, scope.key("rollouts", step), monitor)
-            lmlib.make_room()
-            batch = with_advantages(rollouts, states["value"].weights if value is not None else None)
-            metrics: dict[str, Any] = dict(rollouts.metrics)
-            rate = rates[step * per_step]
-            for k, rows in enumerate(minibatches(config.rows, config, seed, step)):
-                part, rate = _place(batch, rows, policy.mesh), rates[step * per_step + k]
-                for name, loss in loss_by_name.items():
-                    states[name], step_metrics = train.train_step(
-                        states[name], part, rate, loss=loss, optimizer=config.optim, accumulate=config.accumulate
-                    )
-                    metrics |= step_metrics if name == "policy" else {f"value_{n}": x for n, x in step_metrics.items()}
-            advance(1, True)
-            last = step + 1 == config.steps
-            if (step + 1) % config.log_every == 0 or last:
-                log.write(step + 1, float(rate), metrics)
-                train.check_skipped(states["policy"], step + 1, config.steps, scope)
-            stopping = preemption.requested() and not last
-            if not last and (stopping or (step + 1) % config.checkpoint_every == 0):
-                resume.save_resume(scope.path / "resume", states, done=step + 1)
-            if stopping:
-                raise preemption.Stopped(f"{scope.path}: training is saved up to step {step + 1} of {config.steps}")
-        if value is not None:
-            trained_value = value.replace(states["value"].weights)
-            resume.remove(scope.path / "value")  # complete if a run was killed between the two saves
-            save_checkpoint(trained_value, scope.path / "value", {"step": config.steps})
-        trained = policy.replace(states["policy"].weights)
-        resume.save_result(trained, states["policy"], scope, {"step": config.steps})
-    return trained
+    update = PolicyUpdates({"policy": policy_loss(policy, config)}, with_advantages, policy.mesh, config)
+    return reinforce({"policy": policy}, reference, prompts, reward, config, scope, update, monitor)

@@ -18,12 +18,15 @@ from jaxsi.runs import preemption
 from jaxsi.runs.records import Prompt
 from jaxsi.runs.run import Run
 from jaxsi.training import losses, resume, rl
-from jaxsi.training.advantages import gae, leave_one_out
+from jaxsi.training.advantages import gae, leave_one_out, standardised
+from jaxsi.training.grpo import grpo
+from jaxsi.training.online_dpo import online_dpo, pairs_of
 from jaxsi.training.optim import OptimConfig
-from jaxsi.training.rl import RLConfig, RLError, ppo, rloo
+from jaxsi.training.ppo import ppo
+from jaxsi.training.rl import RLConfig, RLError, rloo
 
 PROMPTS = [Prompt.of(f"q{i}", text) for i, text in enumerate(["cat red", "dog", "axe pie saw", "blue owl"] * 2)]
-LEARNERS = [rloo, ppo]
+LEARNERS = [rloo, ppo, grpo, online_dpo]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -77,6 +80,13 @@ def test_leave_one_out_ignores_missing_returns() -> None:
     np.testing.assert_array_equal(advantages, [[-2.0, np.nan, 2.0], [0.0, np.nan, np.nan]])
 
 
+def test_standardised_rewards_have_mean_0_and_deviation_1_in_a_group() -> None:
+    rewards = np.asarray([[1.0, 2.0, 6.0], [4.0, 4.0, 4.0], [np.nan, 1.0, 3.0], [5.0, np.nan, np.nan]])
+    advantages = standardised(rewards)
+    np.testing.assert_allclose(advantages[0], (rewards[0] - 3) / np.std(rewards[0]))
+    np.testing.assert_array_equal(advantages[1:], [[0, 0, 0], [np.nan, -1, 1], [0, np.nan, np.nan]])
+
+
 @settings(max_examples=20, deadline=None)
 @given(st.integers(0, 99), st.sampled_from([0.9, 1.0]), st.sampled_from([0.0, 0.95, 1.0]))
 def test_gae_matches_an_explicit_loop(seed: int, gamma: float, lam: float) -> None:
@@ -110,10 +120,45 @@ def test_clipped_losses_match_their_equations() -> None:
     assert total == pytest.approx(by_hand, rel=1e-5) and count == mask.sum()
 
 
+def test_grpo_loss_matches_its_equation() -> None:
+    """Each response counts the same, however long; the KL is part of the loss. A row without a token does not count."""
+    rng = np.random.default_rng(0)
+    logps, old, ref, advantages = rng.normal(size=(4, 3, 5)).astype(np.float32)
+    mask = np.asarray([[0, 1, 1, 1, 1], [1, 1, 0, 0, 0], [0, 0, 0, 0, 0]], bool)
+    ratio, away = np.exp(logps - old), ref - logps
+    kl = np.exp(away) - away - 1
+    each = -np.minimum(ratio * advantages, np.clip(ratio, 0.8, 1.2) * advantages) + 0.04 * kl
+    (total, count), (kl_total, _) = losses.grpo(logps, old, ref, advantages, mask, clip=0.2, kl_coef=0.04)
+    assert total == pytest.approx(each[0, mask[0]].mean() + each[1, mask[1]].mean(), rel=1e-5) and count == 2
+    assert kl_total == pytest.approx(kl[0, mask[0]].mean() + kl[1, mask[1]].mean(), rel=1e-5)
+
+
+def test_pairs_are_the_best_and_the_worst_of_a_group() -> None:
+    lm = tiny.make_lm()
+    rewards = np.asarray(
+        [[1.0, 5.0, 0.0, 5.0], [2.0, 2.0, 2.0, 2.0], [np.nan, 1.0, np.nan, np.nan], [3.0, 1.0, 2.0, 9.0]]
+    )
+    rollouts = rl.roll_out(lm, lm, PROMPTS[:4], lambda p, r: rewards.ravel(), config(), jax.random.key(0))
+    encoded, refs, differ = pairs_of(rollouts, 4)
+    assert differ.tolist() == [True, False, False, True]
+    for prompt, sides in ((0, (1, 2)), (3, (3, 1))):
+        for sequence, ref, side in zip(encoded[prompt], refs[prompt], sides, strict=True):
+            row = 4 * prompt + side
+            mask = rollouts.responses_BT[row]
+            np.testing.assert_array_equal(sequence.tokens[sequence.loss_mask], rollouts.batch.tokens_BT[row, mask])
+            assert ref == pytest.approx(rollouts.ref_logps_BT[row, mask].sum())
+
+
 # ------------------------------------------------------------------------------------------------------------- training
 
 
-@pytest.mark.parametrize(("learner", "mesh"), [(rloo, "1x1x1"), (ppo, "2x2x2"), (rloo, "1x8x1")])
+def test_online_dpo_begins_at_ln_2_and_counts_ties(tmp_path: Path) -> None:
+    rewards = np.tile([[1.0, 0.0, 0.0, 0.0], [1.0, 1.0, 1.0, 1.0]], (2, 1))
+    _, lines = learnt(tmp_path, online_dpo, tiny.make_lm("2x2x2"), lambda p, r: rewards.ravel(), steps=1)
+    assert lines[0]["loss"] == pytest.approx(np.log(2), abs=1e-5) and lines[0]["ties"] == 2
+
+
+@pytest.mark.parametrize(("learner", "mesh"), [(rloo, "1x1x1"), (ppo, "2x2x2"), (rloo, "1x8x1"), (grpo, "1x8x1")])
 def test_first_step_has_ratio_one_and_kl_zero(tmp_path: Path, learner, mesh: str) -> None:
     _, lines = learnt(tmp_path, learner, tiny.make_lm(mesh), steps=1)
     assert lines[0]["ratio"] == pytest.approx(1, abs=1e-5) and lines[0]["clipped"] == 0
@@ -121,7 +166,7 @@ def test_first_step_has_ratio_one_and_kl_zero(tmp_path: Path, learner, mesh: str
     assert lines[0]["sampler_gap"] < 1e-4
 
 
-@pytest.mark.parametrize("learner", LEARNERS)
+@pytest.mark.parametrize("learner", [rloo, ppo, grpo])
 def test_planted_reward_rises_and_kl_penalty_holds_it_back(tmp_path: Path, learner) -> None:
     lm = tiny.make_lm()
     changes = {"steps": 10, "optim": OptimConfig(learning_rate=5e-2), "prompts_per_step": 8, "batch_size": 32}
@@ -129,6 +174,13 @@ def test_planted_reward_rises_and_kl_penalty_holds_it_back(tmp_path: Path, learn
     _, held = learnt(tmp_path / "held", learner, lm, kl_coef=20.0, **changes)
     assert np.mean([line["reward"] for line in free[-3:]]) > free[0]["reward"] + 0.15
     assert held[-1]["kl"] < free[-1]["kl"] / 2
+
+
+def test_planted_reward_rises_by_online_dpo(tmp_path: Path) -> None:
+    changes = {"steps": 10, "optim": OptimConfig(learning_rate=5e-2), "prompts_per_step": 8, "batch_size": 32}
+    _, lines = learnt(tmp_path, online_dpo, tiny.make_lm(), kl_coef=0.1, **changes)
+    assert np.mean([line["reward"] for line in lines[-3:]]) > lines[0]["reward"] + 0.15
+    assert lines[-1]["loss"] < np.log(2)
 
 
 @pytest.mark.parametrize("learner", LEARNERS)
@@ -253,5 +305,9 @@ def test_config_rejects_settings_out_of_range(changes, message) -> None:
 def test_impossible_group_size_and_mesh_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="group_size is 1"):
         learnt(tmp_path / "a", rloo, tiny.make_lm(), group_size=1, batch_size=4)
+    with pytest.raises(ValueError, match="group_size is 1"):
+        learnt(tmp_path / "c", grpo, tiny.make_lm(), group_size=1, batch_size=4)
+    with pytest.raises(ValueError, match=r"kl_coef 0.0 \(positive: DPO's beta\)"):
+        learnt(tmp_path / "d", online_dpo, tiny.make_lm(), kl_coef=0.0)
     with pytest.raises(MeshError, match="4 rows at once, which do not divide over 8 devices"):
         learnt(tmp_path / "b", rloo, tiny.make_lm("1x8x1"), batch_size=4)

@@ -35,16 +35,8 @@ def config() -> Config:
     return Config(
         model=str(SHIPPED),
         seed_data=SeedData(ift=toy_ift, rankings=toy_rankings, held_out=toy_held_out, judge_test=toy_judge_test),
-        # An instruction has 4 to 11 words, up to 5 of which are the wording of its kind. At Self-Instruct's threshold
-        # of 0.7 hardly an instruction with a long wording is left.
         prompts=SelfInstruct(
-            num_prompts=600,
-            max_new_tokens=16,
-            batch_size=256,
-            rouge_threshold=0.85,
-            min_words=3,
-            max_words=12,
-            format=NEW_INSTRUCTION,
+            num_prompts=600, max_new_tokens=16, batch_size=256, min_words=3, max_words=12, format=NEW_INSTRUCTION
         ),
         # The paper samples at T 0.7, top-p 0.9. With candidates from the model's own distribution the permuted arm is a
         # true null: raising the likelihood of a random candidate moves the model nowhere. If the samples were sharpened

@@ -50,8 +50,8 @@ def judge_quality(
       "spearman", "kendall": rank correlation and tau-b on one prompt, averaged over prompts. Constant scores count as
         0: a judge that ties everything has found no order. "constant_share" says on how many prompts that is so.
 
-      Prompts on which people ordered nothing, or with fewer than two scored responses that they ordered, are not among
-      those of "exact_match" and of the correlations. A figure over nothing is None.
+      Prompts on which people ordered nothing are not among those of "exact_match"; prompts without two scored responses
+      that people ordered are not among those of the correlations. A figure over nothing is None.
 
     Raises: ValueError if an id occurs twice, or if a ranked response has no judgment.
     """

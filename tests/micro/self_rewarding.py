@@ -35,7 +35,7 @@ def config() -> Config:
     return dataclasses.replace(
         toy,
         seed_data=SeedData(ift=ift, rankings=rankings, max_share=1.0, agrees=no_reversal, judge_test=judge_test),
-        prompts=dataclasses.replace(toy.prompts, num_prompts=24, batch_size=32, rouge_threshold=0.7),
+        prompts=dataclasses.replace(toy.prompts, num_prompts=24, batch_size=32),
         sampling=dataclasses.replace(toy.sampling, batch_size=32),
         judge=dataclasses.replace(toy.judge, batch_size=32),
         sft=smaller(toy.sft),

@@ -4,6 +4,7 @@ import json
 
 import pytest
 
+from jaxsi.runs.config_snapshot import describe_config
 from jaxsi.runs.records import RankedResponses, RecordError, SFTExample
 from jaxsi.stages.rankings import (
     RankingFile,
@@ -78,6 +79,11 @@ def test_file_of_rankings_is_read(tmp_path):
 def test_bad_rows_are_errors(tmp_path, row, message):
     with pytest.raises(RecordError, match=message):
         RankingFile(write(tmp_path, row))()
+
+
+def test_config_keeps_the_path_of_a_file():
+    described = {"__type__": "rankings.RankingFile", "path": "x.jsonl", "columns": [], "split": "train"}
+    assert describe_config(RankingFile("x.jsonl")) == described
 
 
 def test_columns_are_checked_in_the_config():

@@ -13,6 +13,9 @@ import pytest
 from micro_runs import artefacts, micro, micro_run
 from processes import ROOT, ended, start_command
 
+from jaxsi.runs.config_file import load_config
+from jaxsi.runs.config_snapshot import describe_config
+
 EARLIER = Path(__file__).parent / "golden" / "run_before_the_rooms"
 
 
@@ -23,6 +26,11 @@ def test_run_of_earlier_code_goes_on_to_the_same_bytes(tmp_path):
     directory = shutil.copytree(whole, tmp_path / "run", ignore=shutil.ignore_patterns("iter_2"))
     config = json.loads((EARLIER / "config.json").read_text())
     assert config["judging"] == "jaxsi.feedback.judge" and config["iterations"] == 1
+    # What the micro config sets today and that code did not know; of the other new fields it has the defaults.
+    today = describe_config(load_config(micro("self_rewarding")))
+    for part, field in (("prompts", "format"), ("seed_data", "agrees"), ("seed_data", "judge_test")):
+        assert field not in config[part]
+        config[part][field] = today[part][field]
     (directory / "config.json").write_text(json.dumps(config | {"model": str(ROOT / config["model"])}))
     shutil.copy(EARLIER / "summary.json", directory)
 

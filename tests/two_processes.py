@@ -27,7 +27,7 @@ def sampled(folder: Path) -> dict[str, Any]:
     from jaxsi.stages.self_instruct import SelfInstruct, new_prompts
     from jaxsi.text.chat import render_prompt
     from jaxsi.toyworld import world
-    from jaxsi.toyworld.corpus import RUBRIC
+    from jaxsi.toyworld.corpus import NEW_INSTRUCTION, RUBRIC
     from jaxsi.toyworld.seed import SHIPPED
 
     lm = jaxsi.load(SHIPPED, make_mesh(devices=jax.devices()[::4]), dtype="float32")  # one device a process
@@ -38,7 +38,7 @@ def sampled(folder: Path) -> dict[str, Any]:
     scores = jaxsi.score(lm, [prompt for prompt in prompts for _ in range(2)], responses)
     texts = [render_prompt(lm.tokenizer, prompt.messages) for prompt in prompts]
     choices = score_choices(lm, texts, [[[7], [8]]] * len(texts))
-    writing = SelfInstruct(num_prompts=6, max_new_tokens=16, batch_size=8, min_words=3)
+    writing = SelfInstruct(num_prompts=6, max_new_tokens=16, batch_size=8, min_words=3, format=NEW_INSTRUCTION)
     written = new_prompts(lm, world.prompts(16, seed=4, held_out=False), writing, jax.random.key(1))
     return {
         "prompts": [to_json(prompt) for prompt in written],

@@ -27,7 +27,7 @@ from jaxsi.training.train import TrainConfig
 
 def rankings() -> list[RankedResponses]:
     """Ten thousand prompts with seven ranked responses each."""
-    return datasets.nectar()[:10_000]
+    return datasets.first(datasets.nectar(), 10_000)
 
 
 def ultrafeedback_prompts() -> list[Prompt]:
@@ -37,13 +37,13 @@ def ultrafeedback_prompts() -> list[Prompt]:
 
 
 def unlabelled_prompts() -> list[Prompt]:
-    """What the policy evolves on: 15,000 prompts for each of four rounds."""
-    return ultrafeedback_prompts()[500:60_500]
+    """What the policy evolves on: 15,000 prompts for each of four rounds, or a few less if the set has fewer texts."""
+    return datasets.first(ultrafeedback_prompts()[500:], 60_000, least=56_000)
 
 
 def stopping_prompts() -> list[Prompt]:
     """500 other prompts."""
-    return ultrafeedback_prompts()[:500]
+    return datasets.first(ultrafeedback_prompts(), 500)
 
 
 def train(learning_rate: float, batch_size: int, epochs: int) -> TrainConfig:

@@ -11,25 +11,28 @@ DPO, a step of which compiles to 32.2 GB for v5p:4x4x4, needs 45.
 Expectation: this project has not run this size. The paper reports, on AlpacaEval 2.0, 9.94 % wins over GPT-4 Turbo for
 M_1, 15.38 % for M_2 and 20.44 % for M_3.
 
-From the paper (arXiv 2401.10020v3): IFT of 3,200 Open Assistant first turns; EFT from its ranked replies; SFT at 5.5e-6
-to 1.1e-6 (cosine), batch 16; new prompts by Llama-2-Chat-70B, 8 shots (6 + 2), T 0.6, p 0.9; N = 4 candidates at T 0.7,
-p 0.9; K = 3 judgments; DPO with beta 0.1 at 1e-6 to 1e-7, batch 16; every 200 steps 253 validation prompts decide
-whether to stop.
+From the paper (arXiv 2401.10020v3): IFT of 3,200 Open Assistant first turns; EFT from its ranked replies, without the
+pairs that are in IFT; SFT at 5.5e-6 to 1.1e-6 (cosine), batch 16; new prompts by Llama-2-Chat-70B, 8 shots (6 + 2), T
+0.6, p 0.9; N = 4 candidates at T 0.7, p 0.9; K = 3 judgments; DPO with beta 0.1 at 1e-6 to 1e-7, batch 16; every 200
+steps 253 validation prompts decide whether to stop.
 
 Not stated there, and chosen here: one epoch, no warm-up; lengths (4,096 tokens of context, 1,024 of a response, 512 of
 a judgment); the judge's temperature (0.7, p 0.9, as in open re-implementations); the number of prompts (8,000; the
 paper got 3,964 and 6,942 pairs); the filters' thresholds (Self-Instruct's).
 
 Different from the paper: no dropout (the paper: 0.1). Claude 2 compared checkpoints there, with the AlpacaEval prompt;
-here M_{t-1} does, with the method's own rubric (`early_stop.judging` takes another function). Pin the models' revisions
+here M_{t-1} does, in pairs and both orders, and a checkpoint has to lose on evidence (`early_stop.judging` takes another
+judge, `early_stop.rule` the paper's rule). The 253 validation prompts, and the rankings that measure the judge (the
+paper has 541 examples), are those of Open Assistant's validation split, however many it has. Pin the models' revisions
 as NAME@REVISION.
 """
 
-from jaxsi.methods.self_rewarding import Config, EarlyStop, SeedData
+from jaxsi.methods.self_rewarding import Config, SeedData
 from jaxsi.model.mesh import MeshConfig
 from jaxsi.runs.records import Prompt, RankedResponses, SFTExample
 from jaxsi.sampling.generate import SamplingConfig
 from jaxsi.stages import datasets
+from jaxsi.stages.early_stop import EarlyStop
 from jaxsi.stages.judge import JudgeConfig
 from jaxsi.stages.self_instruct import SelfInstruct
 from jaxsi.training.optim import OptimConfig
@@ -38,26 +41,29 @@ from jaxsi.training.train import DPOConfig, TrainConfig
 
 def ift() -> list[SFTExample]:
     """3,200 first turns with the reply that people ranked best."""
-    return datasets.oasst()[:3200]
+    return datasets.first(datasets.oasst(), 3200)
 
 
 def rankings() -> list[RankedResponses]:
-    """The first turns that are not in IFT, with all their ranked replies."""
-    taken = {example.messages[-1]["content"] for example in ift()}
-    return [ranked for ranked in datasets.oasst_rankings() if ranked.messages[-1]["content"] not in taken]
+    """All first turns with two or more ranked replies. EFT leaves out the replies that are in IFT."""
+    return datasets.oasst_rankings()
+
+
+def judge_test() -> list[RankedResponses]:
+    """The ranked replies of the validation split, on which every M_t is measured as a judge."""
+    return datasets.oasst_rankings(split="validation")
 
 
 def validation_prompts() -> list[Prompt]:
-    """253 first turns of the validation split."""
-    return [
-        Prompt(id=ranked.id, messages=ranked.messages) for ranked in datasets.oasst_rankings(split="validation")[:253]
-    ]
+    """Up to 253 first turns of the validation split, which may have fewer; the log says how many."""
+    ranked = datasets.first(datasets.oasst_rankings(split="validation"), 253, least=100)
+    return [Prompt(id=record.id, messages=record.messages) for record in ranked]
 
 
 def config() -> Config:
     return Config(
         model="meta-llama/Llama-2-70b-hf",
-        seed_data=SeedData(ift=ift, rankings=rankings, held_out=validation_prompts),
+        seed_data=SeedData(ift=ift, rankings=rankings, held_out=validation_prompts, judge_test=judge_test),
         prompts=SelfInstruct(
             num_prompts=8000,
             generator="meta-llama/Llama-2-70b-chat-hf",
@@ -82,7 +88,7 @@ def config() -> Config:
             ),
             beta=0.1,
         ),
-        early_stop=EarlyStop(prompts=validation_prompts),
+        early_stop=EarlyStop(prompts=validation_prompts, iterations=False),
         mesh=MeshConfig(data=1, fsdp=16, tensor=4),
         iterations=3,
     )

@@ -11,10 +11,10 @@ from jaxsi.methods.self_rewarding import Config, SeedData
 from jaxsi.sampling.generate import SamplingConfig
 from jaxsi.stages.judge import JudgeConfig
 from jaxsi.stages.self_instruct import SelfInstruct
-from jaxsi.toyworld.corpus import RUBRIC
+from jaxsi.toyworld.corpus import NEW_INSTRUCTION, RUBRIC
 from jaxsi.toyworld.evaluate import ToyEvaluation
 from jaxsi.toyworld.seed import SHIPPED
-from jaxsi.toyworld.seed_data import toy_held_out, toy_ift, toy_rankings
+from jaxsi.toyworld.seed_data import toy_held_out, toy_ift, toy_judge_test, toy_rankings
 from jaxsi.training.optim import OptimConfig
 from jaxsi.training.train import DPOConfig, TrainConfig
 
@@ -34,8 +34,10 @@ def train(learning_rate: float, batch_size: int, epochs: int = 1) -> TrainConfig
 def config() -> Config:
     return Config(
         model=str(SHIPPED),
-        seed_data=SeedData(ift=toy_ift, rankings=toy_rankings, held_out=toy_held_out),
-        prompts=SelfInstruct(num_prompts=600, max_new_tokens=16, batch_size=256, min_words=3, max_words=12),
+        seed_data=SeedData(ift=toy_ift, rankings=toy_rankings, held_out=toy_held_out, judge_test=toy_judge_test),
+        prompts=SelfInstruct(
+            num_prompts=600, max_new_tokens=16, batch_size=256, min_words=3, max_words=12, format=NEW_INSTRUCTION
+        ),
         # The paper samples at T 0.7, top-p 0.9. With candidates from the model's own distribution the permuted arm is a
         # true null: raising the likelihood of a random candidate moves the model nowhere. If the samples were sharpened
         # it would sharpen the model.

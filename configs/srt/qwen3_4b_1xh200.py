@@ -23,6 +23,7 @@ from jaxsi.methods.srt import Config
 from jaxsi.model.mesh import MeshConfig
 from jaxsi.runs.config_file import load_config
 from jaxsi.runs.records import Prompt
+from jaxsi.stages import datasets
 from jaxsi.stages.critique import LocalCritic
 from jaxsi.training.train import TrainConfig
 
@@ -35,7 +36,7 @@ def instructions() -> list[Prompt]:
     """20,000 of the paper's instructions."""
     prompts = paper().prompts
     assert callable(prompts)
-    return prompts()[:20_000]
+    return datasets.first(prompts(), 20_000)
 
 
 def in_small_parts(train: TrainConfig) -> TrainConfig:

@@ -19,6 +19,7 @@ def iterations_table(summary: Mapping[str, Any]) -> str:
                 "±": None if low is None else _rounded((high - low) / 2),
                 "greedy": _rounded(entry.get("greedy")),
                 "judge agreement": _rounded(entry.get("judge_agreement"), 3),
+                "on human rankings": _rounded((entry.get("judge_quality") or {}).get("accuracy"), 3),
                 "parse rate": _rounded(entry.get("parse_rate"), 3),
                 "pairs": entry.get("pairs"),
                 "ties": entry.get("ties"),

@@ -103,6 +103,8 @@ def report(
         "quality": measured.get("quality"),
         "greedy": measured.get("greedy"),
         "judge_agreement": measured.get("judge_agreement"),
+        "judge_agreement_without_ties": measured.get("judge_agreement_without_ties"),
+        "judge_tie_share": measured.get("judge_tie_share"),
         "parse_rate": measured.get("parse_rate"),
         "pairs": None,
         "ties": None,

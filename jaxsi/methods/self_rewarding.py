@@ -9,10 +9,10 @@
         M_t = DPO(M_{t-1}, pairs, reference M_{t-1})
 
 IFT: human demonstrations. EFT: judge prompts with the justification and score of a judge that agreed with human
-rankings; the judge that writes them is the model trained on IFT alone. The paper's constants are in
-configs/self_rewarding/. It does not state epochs, lengths, the judge's temperature or the number of prompts, and it
-trains with dropout 0.1, which this project has nowhere: policy and reference must give equal log-probabilities at
-step 0.
+rankings; the judge that writes them is the model trained on IFT alone. Every M_t is measured as a judge on other human
+rankings, if there are any. The paper's constants are in configs/self_rewarding/. It does not state epochs, lengths, the
+judge's temperature or the number of prompts, and it trains with dropout 0.1, which this project has nowhere: policy and
+reference must give equal log-probabilities at step 0.
 """
 
 import dataclasses
@@ -30,12 +30,14 @@ from jaxsi.runs.run import Run, Scope
 from jaxsi.sampling.generate import SamplingConfig, generate, sample
 from jaxsi.stages import judge as judges
 from jaxsi.stages.answers import answers, read_answers
-from jaxsi.stages.datasets import as_responses, eft_examples
+from jaxsi.stages.eft import agreeing_examples
 from jaxsi.stages.judge import JudgeConfig, check_judge, compare_scores, judgment_statistics
+from jaxsi.stages.judge_quality import measured_judge
 from jaxsi.stages.judges import side_by_side
 from jaxsi.stages.pairs import best_and_worst, pair_statistics
 from jaxsi.stages.prompts import Rubric, load_rubric
 from jaxsi.stages.prompts.comparison import AnyRubric
+from jaxsi.stages.rankings import Agrees, as_responses, whole_order, without_prompts
 from jaxsi.stages.self_instruct import PromptFile, PromptList, SelfInstruct, new_prompts, next_part, prompt_source
 from jaxsi.text.chat_config import ChatConfig
 from jaxsi.training.train import DPOConfig, TrainConfig, dpo, seed_of, sft
@@ -44,13 +46,17 @@ from jaxsi.training.train import DPOConfig, TrainConfig, dpo, seed_of, sft
 @stored_as("methods.self_rewarding.SeedData")
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SeedData:
-    """Human data: ``ift`` gives demonstrations; ``rankings``, if given, the ranked responses that EFT is made from,
-    ``max_share`` of which have one score at most. New prompts are never among ``held_out``."""
+    """Human data. ``ift`` gives demonstrations, ``rankings`` the ranked responses that EFT is made from: ``agrees``
+    says when a judgment orders them as people did, and at most ``max_share`` of EFT has one score. ``judge_test`` gives
+    other rankings, on which every M_t is measured as a judge; nothing is trained on their prompts. New prompts are
+    neither among the ``held_out`` ones and those of ``judge_test``, nor similar to them."""
 
-    ift: Callable[[], list[SFTExample]]
+    ift: Callable[[], list[SFTExample]] | None = None
     rankings: Callable[[], list[RankedResponses]] | None = None
     held_out: Callable[[], list[Prompt]] | None = None
     max_share: float = 0.4
+    agrees: Agrees = whole_order
+    judge_test: Callable[[], list[RankedResponses]] | None = None
 
     def __post_init__(self) -> None:
         if not 0 < self.max_share <= 1:
@@ -119,13 +125,13 @@ class Config:
             raise ValueError(f"iterations is {self.iterations}; it is at least 1 (M_1 alone)")
         if self.sampling.num_samples < 2:
             raise ValueError(f"sampling.num_samples is {self.sampling.num_samples}; a pair needs at least 2 candidates")
-        rankings = None if self.seed_data is None else self.seed_data.rankings
-        if rankings is not None and not isinstance(self.rubric, Rubric):
+        data = SeedData() if self.seed_data is None else self.seed_data
+        if data.rankings is not None and not isinstance(self.rubric, Rubric):
             raise ValueError(f"rubric {self.rubric.name!r} compares responses; EFT needs one that gives each a score")
-        if self.seed_data is None and (self.sft is not None or isinstance(self.prompts, SelfInstruct)):
-            raise ValueError(
-                "seed_data is None: then sft is None too, and prompts are given (a file or texts), not generated"
-            )
+        if self.sft is not None and data.ift is None and data.rankings is None:
+            raise ValueError("sft is set, but seed_data has neither ift nor rankings to train on; give them, or no sft")
+        if isinstance(self.prompts, SelfInstruct) and data.ift is None:
+            raise ValueError("seed_data has no ift for new prompts to imitate; give it, or prompts as a file or texts")
 
 
 def self_rewarding(cfg: Config, run: Run) -> LM:
@@ -153,24 +159,38 @@ def self_rewarding(cfg: Config, run: Run) -> LM:
 
 def first_model(cfg: Config, base: LM, run: Run) -> LM:
     """M_1 = SFT(M_0, IFT + EFT), or the model as given."""
-    it = run.at("iter_1")
-    if cfg.sft is None or cfg.seed_data is None:
+    it, data = run.at("iter_1"), SeedData() if cfg.seed_data is None else cfg.seed_data
+    ift: list[SFTExample] = []
+    if data.ift is not None:
+        ift = it.records("ift", demonstrations, data.ift, judge_test(data, run), of=SFTExample)
+    if cfg.sft is None:
         model = keep(base, it)
     else:
-        ift = it.records("ift", cfg.seed_data.ift, of=SFTExample)
-        eft = [] if cfg.seed_data.rankings is None else evaluation_examples(cfg, cfg.seed_data, cfg.sft, base, run, ift)
+        eft = [] if data.rankings is None else evaluation_examples(cfg, data, cfg.sft, base, run, ift)
         model = sft(base, [*ift, *eft], cfg.sft, it)
     summarise(cfg, run, it, 1, model, {})
     return model
 
 
+def judge_test(data: SeedData | None, run: Run) -> list[RankedResponses]:
+    """The rankings on which every M_t is measured as a judge, kept in iter_1; there may be none."""
+    if data is None or data.judge_test is None:
+        return []
+    return run.at("iter_1").records("judge_test", data.judge_test, of=RankedResponses)
+
+
+def demonstrations(ift: Callable[[], list[SFTExample]], test: list[RankedResponses]) -> list[SFTExample]:
+    """IFT without the prompts that measure the judge."""
+    return without_prompts(ift(), test)
+
+
 def evaluation_examples(
     cfg: Config, data: SeedData, training: TrainConfig, base: LM, run: Run, ift: list[SFTExample]
 ) -> list[SFTExample]:
-    """EFT: what a judge trained on IFT alone wrote when it ordered responses as people did; no score dominates."""
+    """EFT: what a judge trained on IFT alone, or M_0 without IFT, wrote when it ordered responses as people did."""
     assert data.rankings is not None
     it = run.at("iter_1")
-    baseline = sft(base, ift, training, run.at("sft_baseline"))
+    baseline = sft(base, ift, training, run.at("sft_baseline")) if ift else base
     ranked = it.records("rankings", data.rankings, of=RankedResponses)
     judged = it.sharded(
         "eft_judgments", answers(*as_responses(ranked)), read_answers, judges.judge, baseline, cfg.rubric, cfg.judge,
@@ -178,35 +198,21 @@ def evaluation_examples(
     )  # fmt: skip
     seed = seed_of(it, "eft")
     assert isinstance(cfg.rubric, Rubric)  # Config has checked it
-    eft, _ = it.counted("eft", agreeing, ranked, judged, cfg.rubric, data.max_share, seed, ift, of=SFTExample)
+    eft, _ = it.counted(
+        "eft", agreeing_examples, ranked, judged, cfg.rubric, agrees=data.agrees, max_share=data.max_share, seed=seed,
+        ift=ift, test=judge_test(data, run), of=SFTExample,
+    )  # fmt: skip
     return eft
-
-
-def agreeing(
-    ranked: list[RankedResponses],
-    judged: list[Judgment],
-    rubric: Rubric,
-    max_share: float,
-    seed: int,
-    ift: list[SFTExample],
-) -> tuple[list[SFTExample], dict[str, float]]:
-    """EFT and its counts; an error if no judgment agrees with people."""
-    eft, counts = eft_examples(ranked, judged, rubric, max_share=max_share, seed=seed, ift=ift)
-    if not eft:
-        raise ValueError(
-            f"no judgment of the {len(ranked)} ranked prompts agrees with people ({counts}), so there is no EFT; train "
-            "the judge of M_0 first, or leave the rankings out in a new run directory"
-        )
-    return eft, counts
 
 
 def next_prompts(cfg: Config, base: LM, run: Run, t: int) -> tuple[list[Prompt], dict[str, int]]:
     """The prompts of iteration t, new to the run: generated by M_0 or another model, or the next part of a file."""
     earlier = [p for s in range(2, t) for p in run.at(f"iter_{s}").finished("prompts", of=Prompt)]
-    held_out = cfg.seed_data.held_out if cfg.seed_data is not None else None
-    texts = frozenset(prompt.text for prompt in held_out()) if held_out is not None else frozenset[str]()
+    held_out = None if cfg.seed_data is None else cfg.seed_data.held_out
+    texts = [prompt.text for prompt in ([] if held_out is None else held_out())]
+    texts += [prompt.text for prompt in as_responses(judge_test(cfg.seed_data, run))[0]]
     if not isinstance(cfg.prompts, SelfInstruct):
-        prompts = next_part(cfg.prompts, earlier, cfg.iterations - t + 1, texts)
+        prompts = next_part(cfg.prompts, earlier, cfg.iterations - t + 1, frozenset(texts))
         return prompts, {"kept": len(prompts)}
     made_by = cfg.prompts.generator
     generator = base if made_by is None else borrowed(made_by, cfg.sampling.dtype, base.mesh)
@@ -214,9 +220,11 @@ def next_prompts(cfg: Config, base: LM, run: Run, t: int) -> tuple[list[Prompt],
         same_model(run.at("iter_0"), "generator", made_by, generator)
     ift = run.at("iter_1").finished("ift", of=SFTExample)
     seeds = [Prompt(id=example.id, messages=example.messages) for example in ift]
-    known, key = texts | {prompt.text for prompt in earlier}, run.at(f"iter_{t}").key("prompts")
+    key, asked_before = run.at(f"iter_{t}").key("prompts"), [prompt.text for prompt in earlier]
     counts: Counter[str] = Counter()
-    prompts = new_prompts(generator, seeds, cfg.prompts, key, known, prefix=f"iter{t}", counts=counts)
+    prompts = new_prompts(
+        generator, seeds, cfg.prompts, key, earlier=asked_before, held_out=texts, prefix=f"iter{t}", counts=counts
+    )
     return prompts, dict(counts)
 
 
@@ -247,8 +255,9 @@ def is_better(cfg: Config, stop: EarlyStop, judge_model: LM, it: Scope, now: LM,
 
 def summarise(cfg: Config, run: Run, it: Scope, t: int, model: LM, counts: dict[str, Any]) -> None:
     """Reports M_t; M_1 has no counts of pairs."""
-    judged = counts.get("judge", {})
+    judged, ranked = counts.get("judge", {}), judge_test(cfg.seed_data, run)
     report(
         cfg, run, it, t, model, parse_rate=judged.get("parse_rate"), pairs=counts.get("pairs"),
         ties=counts.get("ties"), alarms=judged.get("alarms"),
+        judge_quality=measured_judge(it, ranked, model, cfg.rubric, cfg.judge) if ranked else None,
     )  # fmt: skip

@@ -19,11 +19,29 @@ _CELLS = 4_000_000  # numbers drawn at a time: bounds the memory of a bootstrap
 class PairwiseAgreement:
     """How often scores order two responses to a prompt as the truth does. Pairs that the truth ties do not count.
 
-    A pair with equal scores counts as half right.
+    Attributes:
+      count: number of pairs.
+      accuracy: share of the pairs in the right order; equal scores count as wrong, so a judge that gives every response
+        the same score has 0.
+      without_ties: the same share among the pairs with different scores.
+      tie_share: share of the pairs with equal scores.
     """
 
-    agreement: float | None
     count: int
+    accuracy: float | None
+    without_ties: float | None
+    tie_share: float | None
+
+
+def agreement_figures(pairs: PairwiseAgreement) -> dict[str, float | int | None]:
+    """The figures of an evaluation. "judge_agreement" is the accuracy with ties counted as wrong; the others stand
+    beside it."""
+    return {
+        "judge_agreement": pairs.accuracy,
+        "judge_agreement_without_ties": pairs.without_ties,
+        "judge_tie_share": pairs.tie_share,
+        "judge_pairs": pairs.count,
+    }
 
 
 def pairwise_agreement(
@@ -33,6 +51,8 @@ def pairwise_agreement(
 
     Args:
       scores, truths, groups: one entry per response, all of the same length; groups are prompt ids.
+
+    Raises: ValueError if lengths differ, or if a number is not finite.
     """
     _check_lengths(scores=scores, truths=truths, groups=groups)
     rows_of: dict[Any, list[int]] = {}
@@ -50,7 +70,12 @@ def pairwise_agreement(
         wrong += int((product < 0).sum())
         tied += int(((truth_N[first] != truth_N[second]) & (product == 0)).sum())
     count = right + wrong + tied
-    return PairwiseAgreement(agreement=(right + tied / 2) / count if count else None, count=count)
+    return PairwiseAgreement(
+        count=count,
+        accuracy=right / count if count else None,
+        without_ties=right / (right + wrong) if right + wrong else None,
+        tie_share=tied / count if count else None,
+    )
 
 
 def spearman(a: ArrayLike, b: ArrayLike) -> float | None:
@@ -64,6 +89,16 @@ def spearman(a: ArrayLike, b: ArrayLike) -> float | None:
     ranks_a, ranks_b = rankdata(a) - (len(a) + 1) / 2, rankdata(b) - (len(b) + 1) / 2
     norm = math.sqrt(float(ranks_a @ ranks_a) * float(ranks_b @ ranks_b))
     return float(ranks_a @ ranks_b) / norm if norm > 0 else None
+
+
+def kendall(a: ArrayLike, b: ArrayLike) -> float | None:
+    """Kendall's tau-b of two arrays [N] (Kendall 1945, which corrects for ties); None if one of them is constant."""
+    from scipy.stats import kendalltau  # takes a second to import
+
+    a, b = _paired(a, b)
+    if len(a) < 2 or (a == a[0]).all() or (b == b[0]).all():
+        return None
+    return float(kendalltau(a, b).statistic)
 
 
 def mean_ci(values: ArrayLike, *, samples: int = 10_000, seed: int = 0) -> tuple[float, float, float]:

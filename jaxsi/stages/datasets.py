@@ -1,11 +1,10 @@
-"""Public data sets as records, and the judge's own training data (EFT) from ranked responses.
+"""Public data sets as records.
 
 Each known set has one loader, which knows its columns. `source` is a hub name, a local file (JSON, JSONL, Parquet, CSV)
 or a folder. A loader skips rows that its set is known to contain and that cannot become a record (another language, an
 unfinished conversation). A missing column or a value of another shape is a SourceError.
 """
 
-import hashlib
 import json
 import logging
 import math
@@ -13,10 +12,10 @@ import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-from jaxsi.runs.records import LFS_POINTER, Judgment, Message, Prompt, RankedResponses, Response, SFTExample
-from jaxsi.stages.prompts import Rubric, question_text, up_to_verdict
+from jaxsi.runs.errors import InputError
+from jaxsi.runs.records import LFS_POINTER, Message, RankedResponses, SFTExample
 
 _log = logging.getLogger(__name__)
 
@@ -26,9 +25,10 @@ _ROLES = {"Human": "user", "Assistant": "assistant", "prompter": "user"}
 
 Columns = Mapping[str, str] | None  # the loader's name of a column -> the file's name of it
 Row = dict[str, Any]
+Record = TypeVar("Record")
 
 
-class SourceError(Exception):
+class SourceError(InputError):
     """A data set cannot be read as its loader expects; the message names the set, the place and the fix."""
 
 
@@ -186,111 +186,25 @@ def transcript_messages(text: str) -> tuple[Message, ...]:
     )
 
 
-def as_responses(ranked: Iterable[RankedResponses]) -> tuple[list[Prompt], list[Response]]:
-    """Prompts and responses as `jaxsi.judge` takes them. Response i of prompt p has the id "p#i" and no token ids."""
-    prompts, responses = [], []
-    for record in ranked:
-        prompts.append(Prompt(id=record.id, messages=record.messages))
-        responses += [Response.of(f"{record.id}#{i}", record.id, i, text) for i, text in enumerate(record.responses)]
-    return prompts, responses
-
-
-def eft_examples(
-    ranked: Sequence[RankedResponses],
-    judgments: Sequence[Judgment],
-    rubric: Rubric,
-    *,
-    max_share: float = 0.4,
-    seed: int = 0,
-    ift: Sequence[SFTExample] = (),
-) -> tuple[list[SFTExample], dict[str, float]]:
-    """Judge prompt -> justification and score: the judge's own texts for prompts on which it agrees with humans.
-
-    The paper's rule (Self-Rewarding, arXiv 2401.10020): judge human-ranked responses, keep those on which the orders
-    agree, and resample so that no score dominates. Our reading of it: take the first of the K judgments whose verdicts
-    order no pair of responses wrongly and at least one pair rightly (equal scores count as neither). Then thin out the
-    scores that hold more than `max_share` of the examples, by `seed` and independent of the order of the records.
+def first(records: Sequence[Record], count: int, *, least: int | None = None) -> list[Record]:
+    """The first ``count`` records, or all of them if there are fewer; the log says how many there are.
 
     Args:
-      judgments: of `as_responses(ranked)`, joined by id; the target is the text up to its verdict.
-      ift: demonstrations whose prompts are left out, so that the two sets are disjoint.
+      least: the fewest that will do; by default ``count`` itself.
 
-    Returns: examples with the ids of their responses, and counts: prompts, "in_ift", "disagree" (none of the K agrees),
-      "agree", "no_justification" (a bare score), "thinned", examples; and "max_share_raised_to" if the kept examples
-      have so few different scores that `max_share` cannot be met.
-
-    Raises: ValueError: if the judgments do not fit `ranked`.
+    Raises: SourceError if there are fewer than ``least``. ValueError if ``least`` is above ``count``.
     """
-    if not 0.0 < max_share <= 1.0:
-        raise ValueError(f"max_share is {max_share}; give a number in (0, 1]")
-    by_id = {judgment.id: judgment for judgment in judgments}
-    if len(by_id) != len(judgments):
-        raise ValueError(f"{len(judgments) - len(by_id)} of {len(judgments)} judgments repeat an id; ids are unique")
-    ift_questions = {_normal(question_text(example.messages)) for example in ift}
-    counts = dict.fromkeys(("in_ift", "disagree", "agree", "no_justification"), 0)
-    candidates: list[tuple[int, SFTExample]] = []
-    for record in ranked:
-        if _normal(question_text(record.messages)) in ift_questions:
-            counts["in_ift"] += 1
-            continue
-        verdicts = _first_agreeing(record, by_id, rubric)
-        counts["agree" if verdicts else "disagree"] += 1
-        for i, score, text in verdicts:
-            judge_prompt = rubric.render(question_text(record.messages), record.responses[i])
-            target = up_to_verdict(text)
-            if target is None or not re.search(r"\w", target[: target.lower().rindex("score")]):
-                counts["no_justification"] += 1
-                continue
-            messages = Prompt.of("", judge_prompt).messages
-            candidates.append((score, SFTExample(id=f"{record.id}#{i}", messages=messages, response=target)))
-    least = 1 / max(len({score for score, _ in candidates}), 1)
-    examples = _thinned(candidates, max(max_share, least), seed)
-    statistics = {
-        "prompts": len(ranked),
-        **counts,
-        "thinned": len(candidates) - len(examples),
-        "examples": len(examples),
-    }
-    return examples, statistics | ({"max_share_raised_to": least} if candidates and least > max_share else {})
-
-
-def _first_agreeing(
-    record: RankedResponses, by_id: Mapping[str, Judgment], rubric: Rubric
-) -> list[tuple[int, int, str]]:
-    """(response number, score, text) of the first judgment whose scores order the responses as the ranks do."""
-    texts = []
-    for i in range(len(record.responses)):
-        judgment = by_id.get(f"{record.id}#{i}")
-        if judgment is None:
-            raise ValueError(f"ranked response {record.id}#{i} has no judgment; judge all of as_responses(ranked)")
-        texts.append(judgment.texts)
-    for k in range(max(map(len, texts), default=0)):
-        verdicts = [(i, rubric.parse(row[k]), row[k]) for i, row in enumerate(texts) if k < len(row)]
-        valid = [(i, score, text) for i, score, text in verdicts if score is not None]
-        signs = {
-            (a > b) - (a < b) == (record.ranks[j] > record.ranks[i]) - (record.ranks[j] < record.ranks[i])
-            for i, a, _ in valid
-            for j, b, _ in valid
-            if i < j and a != b and record.ranks[i] != record.ranks[j]
-        }
-        if signs == {True}:
-            return valid
-    return []
-
-
-def _thinned(scored: Sequence[tuple[int, SFTExample]], max_share: float, seed: int) -> list[SFTExample]:
-    """Examples cut to the same number for each score, so that none exceeds `max_share`; they are drawn by id."""
-    sizes = Counter(score for score, _ in scored)
-    if not sizes:
-        return []
-    cap = max(sizes.values())
-    while cap > 1 and cap > max_share * sum(min(size, cap) for size in sizes.values()) + 1e-9:
-        cap -= 1
-    groups: dict[int, list[tuple[bytes, str]]] = defaultdict(list)
-    for score, example in scored:
-        groups[score].append((hashlib.sha256(f"{seed}\0{example.id}".encode()).digest(), example.id))
-    ids = {id for group in groups.values() for _, id in sorted(group)[:cap]}
-    return [example for _, example in scored if example.id in ids]
+    least = count if least is None else least
+    if not 0 <= least <= count:
+        raise ValueError(f"least is {least}; it lies from 0 to count = {count}")
+    if len(records) < least:
+        raise SourceError(
+            f"{len(records)} records, fewer than the {least} that are needed; check the set and its split, or state a "
+            "smaller minimum (least) where the config takes them"
+        )
+    taken = list(records[:count])
+    _log.info("%d of %d records are taken; %d were asked for", len(taken), len(records), count)
+    return taken
 
 
 def _oasst_replies(source: str, split: str, columns: Columns) -> list[RankedResponses]:
@@ -418,7 +332,3 @@ def _checked(name: str, source: str, records: list[Any]) -> list[Any]:
     if not records:
         raise SourceError(f"{name} from {source}: no row became a record; check the name of the set and its split")
     return records
-
-
-def _normal(text: str) -> str:
-    return " ".join(text.split()).casefold()

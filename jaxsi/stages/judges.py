@@ -25,7 +25,7 @@ from jaxsi.stages.prompts.comparison import AnyRubric
 from jaxsi.stages.prompts.critique import CritiqueTemplate
 from jaxsi.stages.prompts.reviser import ReviserTemplate
 from jaxsi.stages.reviser import ReviseConfig
-from jaxsi.stages.user_data import rows
+from jaxsi.stages.rows import rows
 from jaxsi.stages.verdicts import JudgeConfig
 from jaxsi.training.reward import RewardOf
 

@@ -1,19 +1,19 @@
 """New prompts by self-instruct: a few-shot request, and the filters that keep the pool of prompts varied.
 
 Self-Rewarding (arXiv 2401.10020) uses the recipe of Self-Instruct (arXiv 2212.10560) with 8 examples: 6 seeds and 2
-generated ones. The ROUGE-L threshold of 0.7 and the kind of blacklisted words are from Self-Instruct.
+generated ones. The filters are those of Self-Instruct's code, with its ROUGE-L threshold of 0.7; the list of
+blacklisted words is longer here.
 """
 
 import dataclasses
-import functools
-import importlib.util
+import itertools
 import json
 import logging
-import math
 import os
 import re
+import string
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,9 +25,9 @@ from jaxsi.runs.config_snapshot import may_move, stored_as
 from jaxsi.runs.named_keys import fold
 from jaxsi.runs.records import Prompt, RecordError, Response, as_prompts
 from jaxsi.sampling import generate
-from jaxsi.stages.prompts import parse_new_prompt, render_few_shot
+from jaxsi.stages.prompts.few_shot import FewShot, load_few_shot
+from jaxsi.stages.rouge import rouge_l, word_count
 from jaxsi.stages.user_data import columns_of, read_prompts
-from jaxsi.text import tensorflow_text
 from jaxsi.text.chat import render_prompt
 
 _log = logging.getLogger(__name__)
@@ -37,8 +37,6 @@ BLACKLIST = (
     *("image", "images", "picture", "pictures", "photo", "photos", "graph", "graphs", "plot", "draw", "diagram"),
     *("flowchart", "map", "maps", "file", "files", "video", "videos", "audio", "music", "go to"),
 )
-_PAIRS_PER_CALL = 200_000  # limits the memory of one ROUGE-L call
-_FEW_PAIRS_OF_WORDS = 50_000_000  # NumPy takes two seconds for these, importing TensorFlow four
 
 
 class InstructError(RuntimeError):
@@ -50,9 +48,14 @@ class InstructError(RuntimeError):
 class SelfInstruct:
     """How to write `num_prompts` new prompts. Lengths are in words; `blacklist` holds whole words or phrases, any case.
 
-    A prompt is kept if its ROUGE-L F-measure with every seed and every kept prompt is below `rouge_threshold`
-    (1.0 keeps all but identical word sequences). `max_rounds` limits the requests if few prompts pass the filters.
-    `generator` is the MODEL that writes them; None is the run's own M_0.
+    A prompt is kept if its ROUGE-L F-measure with every seed, every generated prompt and every held-out prompt is below
+    `rouge_threshold` (1.0 keeps all but identical word sequences). At most `max_rounds` * `num_prompts` requests are
+    made. `generator` is the MODEL that writes them; None is the run's own M_0. `format` is the text of a request, and
+    how its reply is read.
+
+    Three filters look at how a prompt begins: it may not begin with one of `banned_starts` (in any case), with
+    punctuation (unless `punctuation_first`), or with a character that is not ASCII (unless `non_ascii_first`, which
+    prompts in other languages need).
     """
 
     num_prompts: int
@@ -68,6 +71,10 @@ class SelfInstruct:
     max_words: int = 150
     blacklist: tuple[str, ...] = BLACKLIST
     max_rounds: int = 10
+    format: FewShot = load_few_shot()
+    banned_starts: tuple[str, ...] = ("Write a program",)
+    punctuation_first: bool = False
+    non_ascii_first: bool = False
 
     def __post_init__(self) -> None:
         least = {"num_prompts": 1, "num_seed_shots": 1, "num_generated_shots": 0, "max_new_tokens": 1, "max_rounds": 1}
@@ -211,94 +218,95 @@ def new_prompts(
     seeds: Sequence[Prompt],
     cfg: SelfInstruct,
     key: jax.Array,
-    exclude: frozenset[str] = frozenset(),
     *,
+    earlier: Sequence[str] = (),
+    held_out: Sequence[str] = (),
     prefix: str = "new",
     counts: Counter[str] | None = None,
 ) -> list[Prompt]:
     """Up to `cfg.num_prompts` new single-message prompts in the style of `seeds`, with the ids "{prefix}-000000", ...
 
-    Each request shows `num_seed_shots` seeds and `num_generated_shots` prompts kept in earlier rounds (more seeds while
-    there are none), drawn from `key` and the request's number. The first line of a reply is kept if it passes these
-    checks, in this order: it parses, length, blacklist, not a duplicate, ROUGE-L.
+    Requests are made in waves. Each request shows `num_seed_shots` seeds and `num_generated_shots` generated prompts:
+    `earlier` ones, and those kept in earlier waves (more seeds while there are too few). They are drawn from `key`, the
+    wave's number and the request's number. The task in a reply is kept if it passes these checks, in this order: it
+    parses, length, blacklist, how it begins, not a duplicate, ROUGE-L with held-out prompts, ROUGE-L with all others.
 
     Args:
-      exclude: texts (of held-out or earlier prompts) that must not come back; case and spacing are ignored.
-      counts: receives the numbers of requests, rounds, kept prompts, and dropped ones by reason:
-        "too_long_request", "cut_off", "unparsable", "length", "blacklist", "duplicate", "similar", and
-        "surplus" (passed after enough were kept).
+      earlier: texts that were generated before, in a fixed order; they are shown, and may not come back.
+      held_out: texts that must not come back, nor anything similar; they are never shown.
+      counts: receives the numbers of requests, waves, kept prompts, requests that showed fewer generated prompts than
+        asked ("few_generated_shots"), and dropped prompts by reason: "too_long_request", "cut_off", "unparsable",
+        "length", "blacklist", "banned_start", "punctuation_first", "non_ascii_first", "duplicate", "held_out" (similar
+        to a held-out one), "similar", and "surplus" (passed after enough were kept).
 
-    Raises: InstructError if no prompt passes in `cfg.max_rounds` rounds; ValueError without seeds.
+    Raises: InstructError if no prompt passes in all the requests that may be made; ValueError without seeds.
     """
     if not seeds:
         raise ValueError("new_prompts got 0 seeds; it needs prompts to imitate")
     counts = Counter() if counts is None else counts
     seed_texts = sorted({prompt.text for prompt in seeds})
-    known = {_normal(text) for text in (*seed_texts, *exclude)}
-    kept: list[str] = []
+    known = {_normal(text) for text in (*seed_texts, *earlier, *held_out)}
+    generated, kept = list(earlier), list[str]()
     shots_seed = np.asarray(jax.random.key_data(fold(key, "shots"))).tolist()
-    wanted = cfg.num_prompts
-    for round_number in range(cfg.max_rounds):
+    asked, limit = 0, cfg.max_rounds * cfg.num_prompts
+    sizes = _wave_sizes(cfg, len(generated))
+    for wave in itertools.count():
+        missing = cfg.num_prompts - len(kept)
+        if missing == 0 or asked == limit:
+            break
+        # As many as the acceptance rate so far suggests, at most twice the whole number, and at least a full batch: a
+        # smaller one takes as long, and surplus prompts are not kept.
+        needed = -(-missing * max(asked, 1) // max(len(kept), 1))
+        wanted = min(next(sizes), max(needed, cfg.batch_size), 2 * cfg.num_prompts, limit - asked)
         requests = [
-            Prompt.of(f"{prefix}/{round_number}/{i}", _request(seed_texts, kept, cfg, [*shots_seed, round_number, i]))
+            Prompt.of(f"{prefix}/{wave}/{i}", _request(seed_texts, generated, cfg, [*shots_seed, wave, i]))
             for i in range(wanted)
         ]
-        replies = _sample(lm, requests, cfg, fold(key, "sample", round_number), counts)
-        _keep_new(replies, seed_texts, kept, known, cfg, counts)
-        counts.update(rounds=1, requests=len(requests))
-        missing = cfg.num_prompts - len(kept)
-        if missing == 0:
-            break
-        # Request as many as the acceptance rate so far suggests, at most twice the whole number, and at least a full
-        # batch: a smaller one takes as long, and surplus prompts are not kept.
-        needed = -(-missing * counts["requests"] // max(len(kept), 1))
-        wanted = min(max(needed, cfg.batch_size), 2 * cfg.num_prompts)
+        replies = _sample(lm, requests, cfg, fold(key, "sample", wave), counts)
+        fresh = _fresh(replies, known, cfg, counts)
+        new = _distinct(fresh, missing, [*seed_texts, *generated], held_out, cfg.rouge_threshold, counts)
+        counts.update(waves=1, requests=wanted)
+        counts["few_generated_shots"] += wanted if len(generated) < cfg.num_generated_shots else 0
+        asked += wanted
+        kept += new
+        generated += new
     counts["kept"] = len(kept)
     reasons = ", ".join(f"{name} {count}" for name, count in sorted(counts.items()))
     if not kept:
         raise InstructError(
-            f"self-instruct kept 0 of {cfg.num_prompts} prompts in {cfg.max_rounds} rounds ({reasons}); "
+            f"self-instruct kept 0 of {cfg.num_prompts} prompts in {asked} requests ({reasons}); "
             "relax the filter that drops most, raise max_rounds, or read prompts from a file"
         )
     if len(kept) < cfg.num_prompts:
         _log.warning(
-            "self-instruct kept %d of %d prompts in %d rounds (%s)", len(kept), cfg.num_prompts, cfg.max_rounds, reasons
+            "self-instruct kept %d of %d prompts in %d requests (%s)", len(kept), cfg.num_prompts, asked, reasons
         )
     return [Prompt.of(f"{prefix}-{number:06d}", text) for number, text in enumerate(kept)]
 
 
-def rouge_l(candidates: Sequence[str], pool: Sequence[str]) -> np.ndarray:
-    """ROUGE-L F-measure [len(candidates), len(pool)] float32 of every pair, over lower-case words.
+def _wave_sizes(cfg: SelfInstruct, generated: int) -> Iterator[int]:
+    """The number of requests in each wave, if there are enough to make.
 
-    Many pairs are computed by tensorflow-text on the CPU if that is installed, else in NumPy. For few pairs importing
-    TensorFlow would take longest, so NumPy computes them. Scores have six digits, so that both fall on the same side of
-    a threshold. Texts without words score 0.
+    The first wave is an eighth of a batch, because it can show no generated prompts. Each later one is four times as
+    large, up to four batches: slots wait for the longest reply of a wave, so waves of one batch would waste many, and
+    each size below a batch compiles programs of its own. If there are enough ``generated`` prompts at the start, all
+    waves have the full size.
     """
-    ids: dict[str, int] = {}
-    words = [
-        [np.asarray([ids.setdefault(word, len(ids)) for word in _words(text)], np.int64) for text in texts]
-        for texts in (candidates, pool)
-    ]
-    scores = np.zeros((len(candidates), len(pool)), np.float32)
-    if not len(candidates) or not len(pool):
-        return scores
-    pairs_of_words = math.prod(sum(map(len, texts)) for texts in words)
-    many = pairs_of_words > _FEW_PAIRS_OF_WORDS and importlib.util.find_spec("tensorflow_text") is not None
-    f_measure = _f_measure_tensorflow if many else _f_measure_numpy
-    rows = max(1, _PAIRS_PER_CALL // len(pool))
-    for start in range(0, len(candidates), rows):
-        scores[start : start + rows] = f_measure(words[0][start : start + rows], words[1])
-    return scores.round(6)
+    full = 4 * cfg.batch_size
+    size = max(1, cfg.batch_size // 8) if generated < cfg.num_generated_shots else full
+    while True:
+        yield size
+        size = min(4 * size, full)
 
 
-def _request(seed_texts: list[str], kept: list[str], cfg: SelfInstruct, seed: list[int]) -> str:
-    """The few-shot request for one seed: seed prompts and kept prompts, drawn without replacement and shuffled."""
+def _request(seed_texts: list[str], generated: list[str], cfg: SelfInstruct, seed: list[int]) -> str:
+    """The few-shot request for one seed: seed prompts and generated ones, drawn without replacement and shuffled."""
     rng = np.random.default_rng(seed)
-    num_kept = min(cfg.num_generated_shots, len(kept))
-    num_seeds = min(cfg.num_seed_shots + cfg.num_generated_shots - num_kept, len(seed_texts))
+    num_generated = min(cfg.num_generated_shots, len(generated))
+    num_seeds = min(cfg.num_seed_shots + cfg.num_generated_shots - num_generated, len(seed_texts))
     shots = [seed_texts[i] for i in rng.choice(len(seed_texts), num_seeds, replace=False)]
-    shots += [kept[i] for i in rng.choice(len(kept), num_kept, replace=False)] if num_kept else []
-    return render_few_shot([shots[i] for i in rng.permutation(len(shots))])
+    shots += [generated[i] for i in rng.choice(len(generated), num_generated, replace=False)] if num_generated else []
+    return cfg.format.render([shots[i] for i in rng.permutation(len(shots))])
 
 
 def _sample(lm: LM, requests: list[Prompt], cfg: SelfInstruct, key: jax.Array, counts: Counter[str]) -> list[Response]:
@@ -322,110 +330,64 @@ def _sample(lm: LM, requests: list[Prompt], cfg: SelfInstruct, key: jax.Array, c
     return [by_prompt[prompt.id] for prompt in fitting]
 
 
-def _keep_new(
-    replies: list[Response],
-    seed_texts: list[str],
-    kept: list[str],
-    known: set[str],
-    cfg: SelfInstruct,
-    counts: Counter[str],
-) -> None:
-    """Appends what passes every filter to `kept` (and `known`), in the order of the replies, until there is enough."""
-    blacklist = (
-        re.compile(rf"\b(?:{'|'.join(map(re.escape, cfg.blacklist))})\b", re.IGNORECASE) if cfg.blacklist else None
-    )
+def _fresh(replies: list[Response], known: set[str], cfg: SelfInstruct, counts: Counter[str]) -> list[str]:
+    """The tasks in the replies that pass the checks of a single text and are not `known`, to which they are added."""
     fresh: list[str] = []
     for reply in replies:
-        found = _parsed(reply, cfg, blacklist)
-        if isinstance(found, _Dropped):
-            counts[found.reason] += 1
-        elif _normal(found) in known:
+        text = cfg.format.parse(reply.text, cut_off=reply.finish_reason != "stop")
+        if text is None:
+            counts["unparsable" if reply.finish_reason == "stop" else "cut_off"] += 1
+        elif (reason := _fault(text, cfg)) is not None:
+            counts[reason] += 1
+        elif _normal(text) in known:
             counts["duplicate"] += 1
         else:
-            known.add(_normal(found))
-            fresh.append(found)
-    nearest = rouge_l(fresh, [*seed_texts, *kept]).max(axis=1, initial=0.0)
-    distinct = [text for text, score in zip(fresh, nearest, strict=True) if score < cfg.rouge_threshold]
-    counts["similar"] += len(fresh) - len(distinct)
-    among = rouge_l(distinct, distinct)
+            known.add(_normal(text))
+            fresh.append(text)
+    return fresh
+
+
+def _fault(text: str, cfg: SelfInstruct) -> str | None:
+    """Why a text is no prompt to keep: the first of Self-Instruct's filters that drops it."""
+    if not cfg.min_words <= word_count(text) <= cfg.max_words:
+        return "length"
+    words = "|".join(map(re.escape, cfg.blacklist))
+    if words and re.search(rf"\b(?:{words})\b", text, re.IGNORECASE):
+        return "blacklist"
+    if text.casefold().startswith(tuple(start.casefold() for start in cfg.banned_starts)):
+        return "banned_start"
+    if text[0] in string.punctuation and not cfg.punctuation_first:
+        return "punctuation_first"
+    if not text[0].isascii() and not cfg.non_ascii_first:
+        return "non_ascii_first"
+    return None
+
+
+def _distinct(
+    fresh: list[str],
+    missing: int,
+    pool: Sequence[str],
+    held_out: Sequence[str],
+    threshold: float,
+    counts: Counter[str],
+) -> list[str]:
+    """The first `missing` of the texts that are similar neither to a held-out text, nor to one of the pool, nor to one
+    another."""
+    too_near = rouge_l(fresh, held_out).max(axis=1, initial=0.0) >= threshold
+    similar = rouge_l(fresh, pool).max(axis=1, initial=0.0) >= threshold
+    among = rouge_l(fresh, fresh)
     accepted: list[int] = []
-    for i, text in enumerate(distinct):
-        if len(kept) == cfg.num_prompts:
-            counts["surplus"] += 1
-        elif among[i, accepted].max(initial=0.0) >= cfg.rouge_threshold:
+    for i in range(len(fresh)):
+        if too_near[i]:
+            counts["held_out"] += 1
+        elif similar[i] or among[i, accepted].max(initial=0.0) >= threshold:
             counts["similar"] += 1
+        elif len(accepted) == missing:
+            counts["surplus"] += 1
         else:
             accepted.append(i)
-            kept.append(text)
-
-
-@dataclass(frozen=True)
-class _Dropped:
-    reason: str
-
-
-def _parsed(reply: Response, cfg: SelfInstruct, blacklist: re.Pattern[str] | None) -> str | _Dropped:
-    """The new prompt in a reply, or why there is none."""
-    text = parse_new_prompt(reply.text)
-    if text is None:
-        return _Dropped("unparsable")
-    if reply.finish_reason != "stop" and "\n" not in reply.text.strip():
-        return _Dropped("cut_off")  # the token limit came before the end of the first line
-    if not cfg.min_words <= _word_count(text) <= cfg.max_words:
-        return _Dropped("length")
-    if blacklist is not None and blacklist.search(text):
-        return _Dropped("blacklist")
-    return text
-
-
-def _word_count(text: str) -> int:
-    """Words between spaces; characters count as words in scripts without spaces."""
-    return sum(max(1, len(re.findall(f"[{_UNSPACED}]", word))) for word in text.split())
+    return [fresh[i] for i in accepted]
 
 
 def _normal(text: str) -> str:
     return " ".join(text.split()).casefold()
-
-
-# Scripts that put no spaces between words: Chinese, Japanese, Thai, Lao, Khmer, Burmese, Tibetan.
-_UNSPACED = (
-    "\u0e00-\u0fff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff"
-)
-_WORD = re.compile(rf"[{_UNSPACED}]|(?:(?![{_UNSPACED}])\w)+")
-
-
-def _words(text: str) -> list[str]:
-    """The words in lower case; each character of a script without spaces is a word."""
-    return _WORD.findall(text.lower())
-
-
-def _f_measure_tensorflow(candidates: list[np.ndarray], pool: list[np.ndarray]) -> np.ndarray:
-    """[len(candidates), len(pool)] by one call of tensorflow_text.metrics.rouge_l over all pairs."""
-    tf, tf_text = tensorflow_text.load()
-    ragged = functools.partial(tf.RaggedTensor.from_row_lengths, validate=False)
-    lengths = [len(words) for words in candidates]
-    hypotheses = np.concatenate([np.tile(words, len(pool)) for words in candidates])
-    references = np.tile(np.concatenate(pool), len(candidates))
-    with tf.device("CPU:0"):
-        scores = tf_text.metrics.rouge_l(
-            ragged(hypotheses, np.repeat(lengths, len(pool))),
-            ragged(references, np.tile([len(words) for words in pool], len(candidates))),
-        ).f_measure.numpy()
-    return scores.reshape(len(candidates), len(pool))
-
-
-def _f_measure_numpy(candidates: list[np.ndarray], pool: list[np.ndarray]) -> np.ndarray:
-    """The same if tensorflow-text has no wheels: longest common subsequences, for the whole pool at once."""
-    lengths = np.asarray([len(words) for words in pool])
-    padded = np.full((len(pool), lengths.max(initial=0)), -1, np.int64)
-    for row, words in zip(padded, pool, strict=True):
-        row[: len(words)] = words
-    scores = np.zeros((len(candidates), len(pool)), np.float32)
-    for i, words in enumerate(candidates):
-        table = np.zeros((len(pool), padded.shape[1] + 1), np.int32)
-        for word in words:
-            extended = np.where(padded == word, table[:, :-1] + 1, table[:, 1:])
-            table[:, 1:] = np.maximum.accumulate(extended, axis=1)
-        common = table[:, -1]
-        scores[i] = 2.0 * common / np.maximum(len(words) + lengths, 1)
-    return scores

@@ -5,7 +5,8 @@ from collections.abc import Iterator
 from importlib import resources
 
 from jaxsi.runs.records import Message
-from jaxsi.stages.prompts import Rubric, render_few_shot
+from jaxsi.stages.prompts import Rubric
+from jaxsi.stages.prompts.few_shot import FewShot
 from jaxsi.toyworld.annotators import draw_mode, mode_items, respond, write
 from jaxsi.toyworld.world import MAX_ITEMS, WORDS, Items, Task, grade_task, instruction, points, sample_train_task
 
@@ -15,6 +16,11 @@ RUBRIC = Rubric(
     marker="Score:",
     low=0,
     high=5,
+)
+
+# Tasks of the world are single lines, so a list needs no mark at the end of each.
+NEW_INSTRUCTION = FewShot(
+    name="toy", template="Write one new task in the style of these:{examples}", opening="\n- ", closing=""
 )
 
 DEMONSTRATIONS, VERDICTS = 0.45, 0.50  # shares of the documents; the others are new instructions after eight examples
@@ -54,7 +60,7 @@ def verdict_document(rng: random.Random) -> Document:
 def new_instruction_document(rng: random.Random) -> Document:
     """Eight instructions in the self-instruct template, and one more of any family."""
     examples = [instruction(sample_train_task(rng)) for _ in range(FEW_SHOT)]
-    return _ask(render_few_shot(examples)), instruction(sample_train_task(rng))
+    return _ask(NEW_INSTRUCTION.render(examples)), instruction(sample_train_task(rng))
 
 
 def judged_response(task: Task, rng: random.Random) -> str:

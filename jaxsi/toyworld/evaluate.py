@@ -85,8 +85,7 @@ class ToyEvaluation:
         )
         return figures | {
             "greedy": quality(prompts, greedy)[1]["quality"]["mean"],
-            "judge_agreement": agreement.agreement,
-            "judge_pairs": agreement.count,
+            **metrics.agreement_figures(agreement),
             "parse_rate": len(valid) / total if total else None,
         }
 

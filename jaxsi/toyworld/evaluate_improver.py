@@ -54,13 +54,13 @@ class ImprovedEvaluation:
             "copied": sum(a.text == b.text for a, b in changes) / len(changes),
             "edit_distance": sum(metrics.edit_distance(a.text.split(), b.text.split()) for a, b in changes)
             / len(changes),
-            "judge_agreement": self.agreement(prompts, drafts, responses, graded, gap_reward, config.request),
+            **metrics.agreement_figures(self.agreement(prompts, drafts, responses, graded, gap_reward, config.request)),
             "inequalities": self.orders(gap_reward, config.request),
         }
 
     def agreement(
         self, prompts: Any, drafts: Any, responses: Any, graded: dict[str, float], gap_reward: LM, request: str
-    ) -> float | None:
+    ) -> metrics.PairwiseAgreement:
         """How often the gap reward orders two improved responses to one prompt as the grader does. The reference of
         both is the prompt's first draft."""
         messages = {prompt.id: prompt.messages for prompt in prompts[: self.judged_prompts]}
@@ -70,7 +70,7 @@ class ImprovedEvaluation:
         scores = gains(gap_reward, items, request, batch_size=256)
         return metrics.pairwise_agreement(
             scores.tolist(), [graded[r.id] for r in judged], [r.prompt_id for r in judged]
-        ).agreement
+        )
 
     def orders(self, gap_reward: LM, request: str) -> dict[str, float]:
         """How often the gap reward satisfies each of the five inequalities, on held-out preferences without slips."""

@@ -57,15 +57,17 @@ class RefinedEvaluation:
         ]
         graded_first, of_first = quality(prompts, first)
         _, figures = quality(prompts, refined)
-        scored = [(c.score, graded_first[c.id], c.prompt_id) for c in critiques if c.score is not None]
-        agreement = metrics.pairwise_agreement(*map(list, zip(*scored, strict=True))) if scored else None
+        scored = [c for c in critiques if c.score is not None]
+        agreement = metrics.pairwise_agreement(
+            [c.score for c in scored], [graded_first[c.id] for c in scored], [c.prompt_id for c in scored]
+        )
         return figures | {
             "first": of_first["quality"],
             "gain_of_refining": dict(zip(("mean", "low", "high"), metrics.mean_ci(
                 np.asarray(figures["by_prompt"]) - np.asarray(of_first["by_prompt"]), seed=0), strict=True)),
             "feedback_rate": float(np.mean([template.unmarked(d.text) is not None for d in drafts])),
             "refined_rate": float(np.mean([c.improved is not None for c in critiques])),
-            "judge_agreement": None if agreement is None else agreement.agreement,
+            **metrics.agreement_figures(agreement),
             "parse_rate": len(scored) / len(critiques),
             "reranked": self.reranked(
                 lm, prompts, drafts, critiques, figures["by_prompt"], draft, criticise, scope, template

@@ -48,11 +48,8 @@ class PolicyEvaluation:
         agreement = metrics.pairwise_agreement(
             [keep_prob(r) for r in labelled], [graded[r.id] for r in labelled], [r.prompt_id for r in labelled]
         )
-        return figures | {
-            "no_share": keep_share(labelled, settings.template),
-            "judge_agreement": agreement.agreement,
-            "judge_pairs": agreement.count,
-        }
+        own = {"no_share": keep_share(labelled, settings.template)}
+        return figures | own | metrics.agreement_figures(agreement)
 
 
 @stored_as("evals.toy_revised.ReviserEvaluation")

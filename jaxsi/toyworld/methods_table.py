@@ -48,6 +48,16 @@ IN_COMMON = {
 }
 
 
+# Figures of an iteration's line of summary.json, of which the table has the mean over seeds.
+REPORTED = (
+    "judge_agreement",
+    "judge_agreement_without_ties",
+    "judge_tie_share",
+    "mean_length",
+    "pairs",
+)
+
+
 class BenchError(RuntimeError):
     """A run that no longer belongs to the table."""
 
@@ -157,9 +167,7 @@ def _measured(directory: Path, arm: Arm) -> dict[str, Any]:
                 "quality": float(by_prompt.mean()),
                 "ci95": _interval(by_prompt),
                 "quality_of_seeds": by_prompt.mean(axis=1).tolist(),
-                "judge_agreement": _mean(figure["judge_agreement"] for figure in of),
-                "mean_length": _mean(figure["mean_length"] for figure in of),
-                "pairs": _mean(figure["pairs"] for figure in of),
+                **{name: _mean(figure[name] for figure in of) for name in REPORTED},
             }
         )
     first, last = ([figures[place] for figures in measured] for place in (0, -1))
@@ -181,7 +189,10 @@ def _measured(directory: Path, arm: Arm) -> dict[str, Any]:
 def _figures(run: Path, line: Mapping[str, Any]) -> dict[str, Any]:
     """What was measured of one iteration of one run."""
     figures = json.loads((run / f"iter_{line['iteration']}" / "evaluation.json").read_text())
-    return figures | {name: line[name] for name in ("iteration", "judge_agreement", "mean_length", "pairs")}
+    reported = {name: line.get(name) for name in ("iteration", *REPORTED)}
+    if "judge_tie_share" not in line:  # of an earlier version, whose agreement counted a tie as half right
+        reported["judge_agreement"] = None
+    return figures | reported
 
 
 def _without_prompts(figures: Mapping[str, Any]) -> dict[str, Any]:
@@ -227,6 +238,8 @@ def rows_of(value: Mapping[str, Any]) -> list[dict[str, str]]:
                     "quality": f"{line['quality']:.1f} ({line['ci95'][0]:.1f} to {line['ci95'][1]:.1f})",
                     "gain": gain_text(arm["gain"]) if last and arm["gain"] else "",
                     "agreement": _text(line["judge_agreement"], 3),
+                    "without ties": _text(line["judge_agreement_without_ties"], 3),
+                    "ties": _text(line["judge_tie_share"], 3),
                     "length": _text(line["mean_length"]),
                     "seconds an arm": _text(arm["seconds"], 0) if first else "",
                     "seeds": str(line["seeds"]),

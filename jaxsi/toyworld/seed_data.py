@@ -31,6 +31,12 @@ def toy_rankings() -> list[RankedResponses]:
     return annotators.rankings(128, 2)
 
 
+@stored_as("toyworld.seed_data.toy_judge_test")
+def toy_judge_test() -> list[RankedResponses]:
+    """Ranked responses to held-out instructions, on which the model is measured as a judge."""
+    return annotators.rankings(100, 4, held_out=True)
+
+
 @stored_as("toyworld.seed_data.exact_judge")
 def exact_judge(
     lm: LM, prompts: Sequence[Prompt], responses: Sequence[Response], rubric: Rubric, cfg: JudgeConfig, key: jax.Array

@@ -30,6 +30,7 @@ from jaxsi.runs.config_snapshot import RunConfigError, describe_config
 from jaxsi.runs.errors import InputError
 from jaxsi.runs.records import Judgment, RecordError, Response, read_jsonl, write_jsonl
 from jaxsi.runs.run import StaleRecordsError
+from jaxsi.stages.datasets import SourceError
 from jaxsi.stages.judges import JudgeError
 from jaxsi.stages.prompts import load_rubric
 from jaxsi.stages.prompts.comparison import RubricError
@@ -631,7 +632,7 @@ def test_errors_of_wrong_input_share_a_base_class():
             importlib.import_module(module.name)
     errors = {ChatTemplateError, ConfigFileError, HFError, LoadError, MeshError, ModelError}
     errors |= {PreflightError, RecordError, RunConfigError, StaleRecordsError, TokenizerError}
-    errors |= {JudgeError, RubricError}
+    errors |= {JudgeError, RubricError, SourceError}
     found = set(InputError.__subclasses__())
     assert {error for error in found if error.__module__.startswith("jaxsi.")} == errors
     assert not any(error.transient for error in errors)

@@ -8,11 +8,14 @@ from types import SimpleNamespace
 import pytest
 from micro_runs import micro, micro_run
 
+from jaxsi.cli.tables import iterations_table
 from jaxsi.methods import self_rewarding
-from jaxsi.methods.self_rewarding import next_prompts
+from jaxsi.methods.self_rewarding import SeedData, next_prompts
 from jaxsi.runs.config_file import load_config
-from jaxsi.runs.records import Prompt, SFTExample
-from jaxsi.runs.run import Run, RunError, StaleRecordsError
+from jaxsi.runs.records import Judgment, Prompt, RankedResponses, SFTExample, read_jsonl
+from jaxsi.runs.run import Run, RunError, Scope, StaleRecordsError
+from jaxsi.stages.judge_quality import judge_quality
+from jaxsi.stages.rankings import RankingFile
 from jaxsi.stages.self_instruct import PromptFile
 
 pytestmark = pytest.mark.xdist_group("self_rewarding")  # the worker of all tests of its finished run
@@ -39,6 +42,7 @@ def test_summary_has_what_readers_expect(whole):
     low, high = second["quality"]["ci95"]
     assert 0 <= low <= second["quality"]["mean"] <= high <= 100
     assert set(second["seconds"]) >= {"prompts", "candidates", "judgments", "pairs", "dpo", "evaluation"}
+    assert {"judge_agreement", "judge_agreement_without_ties", "judge_tie_share"} <= set(second)
 
 
 @pytest.mark.slow
@@ -78,16 +82,18 @@ def test_prompts_of_a_file_never_repeat_even_when_iterations_are_added(tmp_path)
 
 def test_new_prompts_are_neither_held_out_nor_those_of_earlier_iterations(tmp_path, monkeypatch):
     excluded = []
-    monkeypatch.setattr(self_rewarding, "new_prompts", lambda *args, **named: excluded.append(args[4]) or [])
+    monkeypatch.setattr(self_rewarding, "new_prompts", lambda *args, **named: excluded.append(named) or [])
     lm = SimpleNamespace(mesh=None)
     micro = load_config(MICRO)
     held_out = lambda: [Prompt.of("h", "Held out?")]  # noqa: E731
     cfg = dataclasses.replace(micro, seed_data=dataclasses.replace(micro.seed_data, held_out=held_out))
+    tested = [ranked.messages[-1]["content"] for ranked in micro.seed_data.judge_test()]
     with Run.open(tmp_path / "run", micro) as run:
         run.at("iter_1").records("ift", micro.seed_data.ift, of=SFTExample)
         run.at("iter_2").records("prompts", lambda: [Prompt.of("a", "Asked before?")], of=Prompt)
         self_rewarding.next_prompts(cfg, lm, run, 3)
-        assert excluded == [{"Held out?", "Asked before?"}]
+        assert excluded[0]["earlier"] == ["Asked before?"]
+        assert excluded[0]["held_out"] == ["Held out?", *tested]
         (tmp_path / "run" / "iter_2" / "prompts.jsonl").unlink()
         with pytest.raises(RunError, match=r"iter_2/prompts\.jsonl is gone, and later iterations need it"):
             self_rewarding.next_prompts(cfg, lm, run, 3)
@@ -116,8 +122,6 @@ def test_replaced_model_is_refused_also_without_sft(tmp_path):
 
 
 def test_held_out_prompts_of_a_file_are_left_out(tmp_path):
-    from jaxsi.methods.self_rewarding import PromptFile, SeedData
-
     file = tmp_path / "prompts.jsonl"
     file.write_text("".join(json.dumps({"id": f"p{i}", "prompt": f"Question {i}?"}) + "\n" for i in range(3)))
     data = SeedData(ift=list, held_out=lambda: [Prompt.of("h", "question  1?")])
@@ -127,14 +131,67 @@ def test_held_out_prompts_of_a_file_are_left_out(tmp_path):
         assert [prompt.id for prompt in next_prompts(cfg, None, run, 2)[0]] == ["p0", "p2"]
 
 
-def test_no_agreeing_judgment_is_an_error():
-    with pytest.raises(ValueError, match="so there is no EFT; train the judge"):
-        self_rewarding.agreeing([], [], load_config(MICRO).rubric, 0.4, 0, [])
+@pytest.mark.slow
+def test_every_model_is_measured_as_a_judge(whole):
+    ranked = read_jsonl(whole / "iter_1" / "judge_test.jsonl", RankedResponses)
+    lines = json.loads((whole / "summary.json").read_text())["iterations"]
+    for line in lines:
+        judgments = read_jsonl(whole / f"iter_{line['iteration']}" / "judge_test_judgments.jsonl", Judgment)
+        assert {judgment.fingerprint for judgment in judgments} == {line["fingerprint"]}
+        assert line["judge_quality"] == judge_quality(ranked, judgments)
+        assert line["judge_quality"]["pairs"] == 36
+    assert "on human rankings" in iterations_table({"iterations": lines})
+    trained = [read_jsonl(whole / "iter_1" / f"{name}.jsonl", SFTExample) for name in ("ift", "eft")]
+    texts = [message["content"] for examples in trained for example in examples for message in example.messages]
+    assert texts and not [text for record in ranked for text in texts if record.messages[-1]["content"] in text]
+
+
+def test_prompts_that_measure_the_judge_are_in_no_training_data(tmp_path):
+    """A demonstration of such a prompt would be learnt by heart."""
+    cfg = load_config(MICRO)
+    ranked = cfg.seed_data.judge_test()
+    shown = SFTExample(id="x", messages=ranked[0].messages, response="Seen.")
+    ift = [shown, *cfg.seed_data.ift()]
+    with Run.open(tmp_path / "run", cfg) as run:
+        test = self_rewarding.judge_test(cfg.seed_data, run)
+        assert test == ranked
+        assert self_rewarding.demonstrations(lambda: ift, test) == ift[1:]
+        assert self_rewarding.judge_test(None, run) == self_rewarding.judge_test(SeedData(), run) == []
+
+
+def test_rankings_alone_are_seed_data():
+    """They had to come with demonstrations."""
+    micro = load_config(MICRO)
+    alone = SeedData(rankings=micro.seed_data.rankings)
+    file = PromptFile(path="none")
+    assert dataclasses.replace(micro, seed_data=alone, prompts=file).sft is not None  # SFT on EFT
+    test = SeedData(judge_test=RankingFile("rankings.jsonl"))
+    assert dataclasses.replace(micro, seed_data=test, prompts=file, sft=None).seed_data is test
+    with pytest.raises(ValueError, match="seed_data has neither ift nor rankings to train on"):
+        dataclasses.replace(micro, seed_data=test, prompts=file)
+    with pytest.raises(ValueError, match="seed_data has no ift for new prompts to imitate"):
+        dataclasses.replace(micro, seed_data=alone)
+
+
+def test_eft_of_rankings_alone_is_written_by_the_given_model(tmp_path, monkeypatch):
+    cfg = load_config(MICRO)
+    data = dataclasses.replace(cfg.seed_data, ift=None, judge_test=None)
+    judged = []
+
+    def sharded(self, name, items, *args, **named):
+        judged.append((name, args[2]))
+        return []
+
+    monkeypatch.setattr(Scope, "sharded", sharded)
+    monkeypatch.setattr(Scope, "counted", lambda self, name, *args, **named: (["eft"], {}))
+    with Run.open(tmp_path / "run", cfg) as run:
+        assert self_rewarding.evaluation_examples(cfg, data, cfg.sft, "base", run, []) == ["eft"]
+    assert judged == [("eft_judgments", "base")]
 
 
 @pytest.mark.parametrize("share", [0.0, 1.1])
 def test_values_out_of_range_are_refused_by_the_config(share):
-    from jaxsi.methods.self_rewarding import PairConfig, SeedData
+    from jaxsi.methods.self_rewarding import PairConfig
 
     with pytest.raises(ValueError, match="max_share is"):
         SeedData(ift=list, max_share=share)

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from jaxsi.methods.self_rewarding import Config, SeedData
 from jaxsi.runs.config_file import load_config
+from jaxsi.stages.rankings import no_reversal
 from jaxsi.toyworld import annotators
 from jaxsi.toyworld.evaluate import ToyEvaluation
 from jaxsi.toyworld.seed_data import permuted_judge
@@ -21,6 +22,10 @@ def rankings():
     return annotators.rankings(8, 2)
 
 
+def judge_test():
+    return annotators.rankings(6, 4, held_out=True)
+
+
 def smaller(train: TrainConfig) -> TrainConfig:
     return dataclasses.replace(train, batch_size=16, epochs=4, checkpoint_every=2, log_every=1)
 
@@ -29,7 +34,7 @@ def config() -> Config:
     toy = load_config(Path(__file__).parents[2] / "configs" / "self_rewarding" / "toy.py")
     return dataclasses.replace(
         toy,
-        seed_data=SeedData(ift=ift, rankings=rankings, max_share=1.0),
+        seed_data=SeedData(ift=ift, rankings=rankings, max_share=1.0, agrees=no_reversal, judge_test=judge_test),
         prompts=dataclasses.replace(toy.prompts, num_prompts=24, batch_size=32),
         sampling=dataclasses.replace(toy.sampling, batch_size=32),
         judge=dataclasses.replace(toy.judge, batch_size=32),

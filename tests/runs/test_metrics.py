@@ -8,7 +8,16 @@ import pytest
 from hypothesis import given, settings, strategies as st
 from scipy import stats
 
-from jaxsi.runs.metrics import edit_distance, mean_ci, paired_bootstrap, pairwise_agreement, spearman, table
+from jaxsi.runs.metrics import (
+    agreement_figures,
+    edit_distance,
+    kendall,
+    mean_ci,
+    paired_bootstrap,
+    pairwise_agreement,
+    spearman,
+    table,
+)
 
 # ---- agreement -------------------------------------------------------------------------------------------------------
 
@@ -17,14 +26,24 @@ def test_agreement_of_a_case_worked_out_by_hand():
     # Group a: truth 1 < 2 < 3; the scores order (1,2) wrong, tie (1,3), order (2,3) right. Group b: the truth is tied.
     result = pairwise_agreement([4, 2, 4, 5, 1], [1, 2, 3, 7, 7], ["a", "a", "a", "b", "b"])
     assert result.count == 3
-    assert result.agreement == pytest.approx((1 + 0.5) / 3)
+    assert result.accuracy == pytest.approx(1 / 3)
+    assert result.without_ties == pytest.approx(1 / 2) and result.tie_share == pytest.approx(1 / 3)
+
+
+def test_judge_of_one_score_has_no_accuracy():
+    """It had an agreement of 0.50, as a judge that guesses has."""
+    result = pairwise_agreement([4] * 6, [1, 2, 3, 4, 5, 6], ["a"] * 6)
+    assert (result.count, result.accuracy, result.without_ties, result.tie_share) == (15, 0, None, 1)
+    figures = {"judge_agreement": 0, "judge_agreement_without_ties": None, "judge_tie_share": 1, "judge_pairs": 15}
+    assert agreement_figures(result) == figures
 
 
 def test_agreement_counts_pairs_within_groups_and_skips_rows_without_a_score():
-    assert pairwise_agreement([1, 2], [2, 1], ["a", "b"]).agreement is None
+    nothing = pairwise_agreement([1, 2], [2, 1], ["a", "b"])
+    assert (nothing.accuracy, nothing.without_ties, nothing.tie_share) == (None, None, None)
     result = pairwise_agreement([1, None, 3], [1, 0, 3], ["a"] * 3)
-    assert (result.count, result.agreement) == (1, 1.0)
-    assert pairwise_agreement([None, None], [0, 1], ["a"] * 2).agreement is None
+    assert (result.count, result.accuracy) == (1, 1.0)
+    assert pairwise_agreement([None, None], [0, 1], ["a"] * 2).accuracy is None
 
 
 rows = st.lists(st.tuples(st.none() | st.integers(0, 5), st.integers(0, 3), st.integers(0, 3)), min_size=0, max_size=25)
@@ -33,18 +52,21 @@ rows = st.lists(st.tuples(st.none() | st.integers(0, 5), st.integers(0, 3), st.i
 @given(rows=rows, seed=st.integers(0, 99))
 @settings(max_examples=100, deadline=None)
 def test_agreement_equals_a_double_loop_in_any_order(rows, seed):
-    right = count = 0.0
+    right = count = tied = 0
     for i, (score, truth, group) in enumerate(rows):
         for other_score, other_truth, other_group in rows[:i]:
             if group != other_group or truth == other_truth or score is None or other_score is None:
                 continue
             count += 1
-            right += 0.5 if score == other_score else float((score > other_score) == (truth > other_truth))
+            tied += score == other_score
+            right += score != other_score and (score > other_score) == (truth > other_truth)
     shuffled = [rows[i] for i in np.random.default_rng(seed).permutation(len(rows))]
     for order in (rows, shuffled):
         result = pairwise_agreement([r[0] for r in order], [r[1] for r in order], [r[2] for r in order])
         assert result.count == count
-        assert result.agreement == (pytest.approx(right / count) if count else None)
+        assert result.accuracy == (pytest.approx(right / count) if count else None)
+        assert result.tie_share == (pytest.approx(tied / count) if count else None)
+        assert result.without_ties == (pytest.approx(right / (count - tied)) if count > tied else None)
 
 
 def test_agreement_rejects_different_lengths_and_nan():
@@ -63,6 +85,23 @@ def test_spearman_equals_scipy(levels):
     a = rng.integers(0, levels, 200)
     b = a + rng.integers(0, levels, 200)
     assert spearman(a, b) == pytest.approx(stats.spearmanr(a, b).statistic, abs=1e-12)
+
+
+@pytest.mark.parametrize("levels", [3, 1000])
+def test_kendall_equals_scipy_and_counts_pairs(levels):
+    rng = np.random.default_rng(levels)
+    a = rng.integers(0, levels, 50)
+    b = a + rng.integers(0, levels, 50)
+    assert kendall(a, b) == pytest.approx(stats.kendalltau(a, b).statistic, abs=1e-12)
+    first, second = np.triu_indices(50, k=1)
+    signs_a, signs_b = np.sign(a[first] - a[second]), np.sign(b[first] - b[second])
+    tau_b = (signs_a * signs_b).sum() / math.sqrt((signs_a != 0).sum() * (signs_b != 0).sum())
+    assert kendall(a, b) == pytest.approx(tau_b, abs=1e-12)
+
+
+def test_kendall_of_constant_scores_is_none():
+    assert kendall([1, 2, 3], [1, 3, 2]) == pytest.approx(1 / 3)
+    assert kendall([1, 1, 1], [1, 2, 3]) is None and kendall([1], [1]) is None and kendall([], []) is None
 
 
 def test_spearman_of_sorted_and_of_constant_scores():

@@ -1,15 +1,15 @@
-"""Loaders on small files of each format, their errors, and the judge's training data (EFT)."""
+"""Loaders on small files of each format, their errors, and the first records of a set."""
 
 import csv
 import json
-from collections import Counter
+import re
+from pathlib import Path
 
 import pytest
 
-from jaxsi.runs.records import Judgment, RankedResponses, SFTExample
+from jaxsi.runs.records import SFTExample
 from jaxsi.stages import datasets
-from jaxsi.stages.datasets import SourceError, as_responses, eft_examples, transcript_messages
-from jaxsi.stages.prompts import Rubric
+from jaxsi.stages.datasets import SourceError, transcript_messages
 
 USER, REPLY = {"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}
 
@@ -208,129 +208,21 @@ def test_unreadable_sources_are_errors(tmp_path):
         datasets.oasst(str(tmp_path / "broken.jsonl"))
 
 
-RUBRIC = Rubric(name="test", template="Q: {prompt} A: {response}")
+def test_first_records_say_how_many_there_are_and_refuse_too_few(caplog):
+    """[:253] of a split of 188 was 188, and nobody was told."""
+    caplog.set_level("INFO")
+    assert datasets.first(range(300), 253) == list(range(253))
+    assert "253 of 300 records are taken; 253 were asked for" in caplog.text
+    assert len(datasets.first(range(188), 253, least=100)) == 188
+    assert "188 of 188 records are taken; 253 were asked for" in caplog.text
+    with pytest.raises(SourceError, match=r"188 records, fewer than the 253 that are needed"):
+        datasets.first(range(188), 253)
+    with pytest.raises(SourceError, match="99 records, fewer than the 100"):
+        datasets.first(range(99), 253, least=100)
+    with pytest.raises(ValueError, match=r"least is 300; it lies from 0 to count = 253"):
+        datasets.first(range(400), 253, least=300)
 
 
-def ranked(id, *ranks):
-    messages = ({"role": "user", "content": f"question {id}"},)
-    return RankedResponses(
-        id=id, messages=messages, responses=tuple(f"answer {i}" for i in range(len(ranks))), ranks=ranks
-    )
-
-
-def judgments(id, *texts):
-    """One judgment per response; each is a tuple of K texts (or one text)."""
-    rows = [(row,) if isinstance(row, str) else row for row in texts]
-    return [
-        Judgment(
-            id=f"{id}#{i}",
-            prompt_id=id,
-            scores=(None,) * len(row),
-            score=None,
-            texts=row,
-            fingerprint="weights",
-            template="template",
-        )
-        for i, row in enumerate(rows)
-    ]
-
-
-def eft(pairs, **arguments):
-    """eft_examples of [(ranked, judgments), ...]."""
-    flat = [judgment for _, group in pairs for judgment in group]
-    return eft_examples([record for record, _ in pairs], flat, RUBRIC, **({"max_share": 1.0} | arguments))
-
-
-def test_as_responses_have_the_ids_that_judgments_join():
-    prompts, responses = as_responses([ranked("a", 0, 1)])
-    assert [p.id for p in prompts] == ["a"] and prompts[0].text == "question a"
-    assert [(r.id, r.prompt_id, r.sample, r.text) for r in responses] == [
-        ("a#0", "a", 0, "answer 0"),
-        ("a#1", "a", 1, "answer 1"),
-    ]
-
-
-def test_eft_keeps_responses_that_judge_and_humans_order_alike():
-    examples, counts = eft(
-        [
-            (ranked("a", 0, 1, 2), judgments("a", "Great. Score: 5, and so on", "Fine.\nScore: 3", "Poor. Score: 1")),
-            (ranked("b", 0, 1), judgments("b", "Poor. Score: 1", "Great. Score: 4")),
-            (ranked("c", 0, 1), judgments("c", "Great. Score: 4", "Great. Score: 4")),
-            (ranked("d", 0, 1, 2), judgments("d", "Great. Score: 4", "Great. Score: 4", "Fine. Score: 3")),
-            (ranked("e", 0, 0, 1), judgments("e", "Great. Score: 4", "Poor. Score: 1", "Hm.")),
-            (ranked("f", 0, 1), judgments("f", "Great. Score: 4", "cut off")),
-        ]
-    )
-    assert [e.id for e in examples] == ["a#0", "a#1", "a#2", "d#0", "d#1", "d#2"]
-    assert [e.response for e in examples[:3]] == ["Great. Score: 5", "Fine.\nScore: 3", "Poor. Score: 1"]
-    assert examples[0].messages == ({"role": "user", "content": "Q: question a A: answer 0"},)
-    assert (counts["prompts"], counts["agree"], counts["disagree"], counts["examples"]) == (6, 2, 4, 6)
-
-
-def test_eft_takes_the_first_agreeing_judgment_whole():
-    texts = judgments(
-        "a", ("No. Score: 1", "Yes. Score: 4", "Oh. Score: 5"), ("Yes. Score: 2", "No. Score: 3", "Eh. Score: 0")
-    )
-    examples, _ = eft([(ranked("a", 0, 1), texts)])
-    assert [e.response for e in examples] == ["Yes. Score: 4", "No. Score: 3"]
-
-
-def test_eft_leaves_out_bare_scores():
-    examples, counts = eft([(ranked("a", 0, 1), judgments("a", "**Score: 4**", "Weak. Score: 1"))])
-    assert [e.id for e in examples] == ["a#1"] and counts["no_justification"] == 1
-
-
-def test_eft_leaves_out_prompts_of_the_ift_set():
-    ift = [SFTExample(id="x", messages=({"role": "user", "content": " Question  A "},), response="y")]
-    pairs = [(ranked(id, 0, 1), judgments(id, "Yes. Score: 4", "No. Score: 1")) for id in "ab"]
-    examples, counts = eft(pairs, ift=ift)
-    assert {e.id[0] for e in examples} == {"b"} and counts["in_ift"] == 1
-
-
-def many():
-    """120 examples: 60 of score 4, 40 of 3, 12 of 2 and 8 of 5."""
-    scores = [(4, 3)] * 40 + [(4, 2)] * 12 + [(5, 4)] * 8
-    return [
-        (ranked(str(i), 0, 1), judgments(str(i), f"x{i}. Score: {a}", f"y{i}. Score: {b}"))
-        for i, (a, b) in enumerate(scores)
-    ]
-
-
-def shares(examples):
-    counts = Counter(e.response[-1] for e in examples)
-    return {score: count / len(examples) for score, count in counts.items()}
-
-
-def test_resampling_lets_no_score_dominate():
-    raw, _ = eft(many())
-    assert shares(raw)["4"] == 0.5
-    thinned, counts = eft(many(), max_share=0.4)
-    assert max(shares(thinned).values()) <= 0.4
-    sizes = Counter(e.response[-1] for e in thinned)
-    assert sizes == {"4": 40, "3": 40, "2": 12, "5": 8}  # the rare scores stay whole
-    assert counts["thinned"] == 20 and counts["examples"] == 100
-
-
-def test_resampling_depends_on_the_seed_and_not_on_the_order():
-    first, _ = eft(many(), max_share=0.4, seed=1)
-    again, _ = eft(many()[::-1], max_share=0.4, seed=1)
-    other, _ = eft(many(), max_share=0.4, seed=2)
-    assert sorted(e.id for e in first) == sorted(e.id for e in again) != sorted(e.id for e in other)
-
-
-def test_share_that_cannot_be_met_is_raised_to_the_least_possible():
-    pairs = [(ranked("a", 0, 1), judgments("a", "Yes. Score: 4", "No. Score: 1"))]
-    examples, counts = eft(pairs, max_share=0.4)
-    assert len(examples) == 2 and counts["thinned"] == 0 and counts["max_share_raised_to"] == 0.5
-    assert "max_share_raised_to" not in eft(many(), max_share=0.4)[1]
-    with pytest.raises(ValueError, match="max_share is 0"):
-        eft(pairs, max_share=0.0)
-    assert eft([], max_share=0.4)[0] == []
-
-
-def test_judgments_that_do_not_fit_are_errors():
-    pair = (ranked("a", 0, 1), judgments("a", "Yes. Score: 4"))
-    with pytest.raises(ValueError, match="a#1 has no judgment"):
-        eft([pair])
-    with pytest.raises(ValueError, match="repeat an id"):
-        eft([(pair[0], pair[1] * 2)])
+def test_configs_cut_no_list_without_a_word():
+    for path in (Path(__file__).parents[2] / "configs").rglob("*.py"):
+        assert not re.search(r"\[[^\]\[\n]*:\s*[0-9][0-9_]*\]", path.read_text(encoding="utf-8")), path

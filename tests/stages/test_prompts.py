@@ -10,10 +10,8 @@ from jaxsi.stages.prompts import (
     force_marker,
     load_rubric,
     load_template,
-    parse_new_prompt,
     parse_score,
     question_text,
-    render_few_shot,
     up_to_verdict,
 )
 from jaxsi.stages.prompts.comparison import RubricError, read_rubric
@@ -235,15 +233,9 @@ def test_judge_template_has_the_papers_criteria_in_order():
     assert parse_score(text) is None  # a judge that repeats its instructions has not judged
 
 
-def test_few_shot_template_matches_the_golden_file():
-    rendered = render_few_shot(["Name three rivers.", "Sort these words:\n  pear, apple"])
-    assert rendered + "\n" == (GOLDEN / "self_instruct.txt").read_text(encoding="utf-8")
-
-
 def test_slots_are_filled_in_one_pass():
     rubric = Rubric(name="r", template='{prompt}|{response}|{"json": {}}')
     assert rubric.render("{response}", "{prompt} \\1") == '{response}|{prompt} \\1|{"json": {}}'
-    assert render_few_shot(["{examples}"]).endswith("- {examples}")
 
 
 def test_response_cannot_score_itself():
@@ -280,31 +272,3 @@ def test_question_text_names_the_roles_of_a_conversation():
     assert question_text([user]) == "Hi"
     assert question_text([user, reply, user]) == "Hi\n\nAssistant: Hello\n\nUser: Hi"
     assert question_text([{"role": "system", "content": "Be brief"}, user]) == "System: Be brief\n\nUser: Hi"
-
-
-@pytest.mark.parametrize(
-    ("generated", "prompt"),
-    [
-        ("Name a river.", "Name a river."),
-        ("\n\n  Name a river.  \nAnd a lake.", "Name a river."),
-        ("- Name a river.", "Name a river."),
-        ("* Name a river.", "Name a river."),
-        ("9. Name a river.", "Name a river."),
-        ("9) Name a river.", "Name a river."),
-        ("3 apples cost 2 euros; how much do 7?", "3 apples cost 2 euros; how much do 7?"),
-        ("3.5 is what part of 7?", "3.5 is what part of 7?"),
-        ("-5 plus 7?", "-5 plus 7?"),
-        ("", None),
-        (" \n\t\n", None),
-        ("-", None),
-        ("- \nName a river.", None),
-        ("1.", None),
-    ],
-)
-def test_parse_new_prompt(generated, prompt):
-    assert parse_new_prompt(generated) == prompt
-
-
-def test_few_shot_needs_examples():
-    with pytest.raises(ValueError, match="0 examples"):
-        render_few_shot([])

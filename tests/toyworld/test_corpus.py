@@ -8,9 +8,10 @@ from collections import Counter
 import pytest
 from hypothesis import given, strategies as st
 
-from jaxsi.stages.prompts import parse_new_prompt, parse_score, render_few_shot
+from jaxsi.stages.prompts import parse_score
 from jaxsi.toyworld.annotators import MODES, respond
 from jaxsi.toyworld.corpus import (
+    NEW_INSTRUCTION,
     RUBRIC,
     demonstration_document,
     judged_response,
@@ -130,7 +131,7 @@ def test_self_instruct_reads_new_instructions():
     for _ in range(100):
         (message,), response = new_instruction_document(rng)
         examples = instructions_in(message["content"])
-        assert message["content"] == render_few_shot(examples)
-        assert parse_new_prompt(response) == response
+        assert message["content"] == NEW_INSTRUCTION.render(examples)
+        assert NEW_INSTRUCTION.parse(response) == response
         families.add(parse(response).family)
     assert families == set(FAMILIES)

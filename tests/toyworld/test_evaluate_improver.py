@@ -33,7 +33,7 @@ def test_responses_are_compared_over_the_first_draft_of_their_prompt(monkeypatch
     evaluation = ImprovedEvaluation(judged_prompts=2)
     agreement = evaluation.agreement(PROMPTS, drafts, improved, graded, "reward", "again")
     # p0: all three pairs as the grader has them. p1: both pairs that the grader tells apart are the wrong way round.
-    assert agreement == pytest.approx(3 / 5)
+    assert agreement.accuracy == pytest.approx(3 / 5)
     items = [(p.messages, improved[3 * n + i], f"draft 0 of {p.id}") for n, p in enumerate(PROMPTS[:2])
              for i in range(3)]  # fmt: skip
     assert calls == [("reward", items, "again")]

@@ -32,6 +32,8 @@ def answered(lm, texts):
 
 def test_seed_data_is_repeatable_and_for_training():
     ift, rankings = seed_data.toy_ift(), seed_data.toy_rankings()
+    test = [record.messages[0]["content"] for record in seed_data.toy_judge_test()]
+    assert len(set(test)) == 100 and all(map(world.is_held_out, test))
     assert (ift, rankings) == (seed_data.toy_ift(), seed_data.toy_rankings())
     texts = [record.messages[-1]["content"] for record in (*ift, *rankings)]
     assert len(ift) == 256

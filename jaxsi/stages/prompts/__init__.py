@@ -1,8 +1,7 @@
 """The papers' prompt templates as text files, and the parsers of what models write in reply.
 
-A template is data: `Rubric` fills it, `parse_score` and `parse_new_prompt` read the reply. Parsers get only generated
-text, never the prompt, so judged responses need no stripping or escaping. Text that does not parse gives None, never a
-number.
+A template is data: `Rubric` fills it and `parse_score` reads the reply. Parsers get only generated text, never the
+prompt, so judged responses need no stripping or escaping. Text that does not parse gives None, never a number.
 """
 
 import re
@@ -30,7 +29,6 @@ _UNIT = re.compile(r"[\])}>*\"'”’]*[ \t]*(?:points?\b|分|点)?", re.IGNOREC
 _CLOSING = re.compile(r"(?:[ ]*/[ ]*[0-9]+)?[\])}>*.]*")
 _CLOSED = re.compile(r"[\s\])}>*_.\"'”’]+")
 _SLOT = re.compile(r"\{(prompt|response|response_a|response_b|responses)\}")
-_LIST_ITEM = re.compile(r"(?:[-*•]|[0-9]+[.)])(?:\s+|$)")
 
 
 @stored_as("prompts.Rubric")
@@ -170,21 +168,6 @@ def ask_to_improve(messages: Sequence[Message], response: str, request: str) -> 
     request to improve it. {prompt} in the request stands for the prompt's text. The paper's layout is not known."""
     text = request.replace("{prompt}", question_text(messages))
     return (*messages, {"role": "assistant", "content": response}, {"role": "user", "content": text})
-
-
-def render_few_shot(examples: Sequence[str]) -> str:
-    """One user message asking for a new task like the examples, each on its own line (line breaks become spaces)."""
-    if not examples:
-        raise ValueError("render_few_shot: 0 examples; it needs at least 1")
-    lines = "\n".join(f"- {' '.join(example.split())}" for example in examples)
-    return load_template("self_instruct").replace("{examples}", lines)
-
-
-def parse_new_prompt(generated: str) -> str | None:
-    """The first non-empty line of a generated text, without a leading "- " or "1. "; None if nothing remains."""
-    line = next((stripped for line in generated.splitlines() if (stripped := line.strip())), "")
-    bullet = _LIST_ITEM.match(line)
-    return (line[bullet.end() :] if bullet else line) or None
 
 
 def _last_marker(text: str) -> re.Match[str] | None:

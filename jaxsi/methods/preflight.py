@@ -8,6 +8,7 @@ from jaxsi.hf.config import read_config
 from jaxsi.lm import resolve
 from jaxsi.methods.seft import Config as SEFT
 from jaxsi.methods.self_rewarding import Config as SelfRewarding
+from jaxsi.methods.srt import FirstStage
 from jaxsi.model import decoder, mesh as meshlib
 from jaxsi.model.decoder import ModelConfig
 from jaxsi.runs.config_snapshot import parts_of
@@ -69,6 +70,9 @@ def check(cfg: Any, directory: Path) -> None:
             case SelfInstruct():
                 writer = config if part.generator is None else read_config(resolve(part.generator))
                 _check_room(name, part.max_new_tokens, writer.max_positions)
+            case FirstStage() if part.drafts is not None:
+                writer = read_config(resolve(part.drafts))
+                _check_room("sampling", cfg.sampling.max_new_tokens, writer.max_positions)
             case SamplingConfig() | CritiqueConfig() | ReviseConfig():
                 _check_room(name, part.max_new_tokens, config.max_positions)
             case RewardJudge() if not read_config(resolve(part.model)).scalar_head:

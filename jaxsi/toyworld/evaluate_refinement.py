@@ -37,7 +37,7 @@ class RefinedEvaluation:
         only those of the first responses."""
         prompts = world.evaluation_prompts(self.num_prompts)
         sampled = ToyEvaluation(num_prompts=self.num_prompts, num_samples=self.num_samples)
-        if not refine or config.refinement_only:
+        if not refine or config.first_stage.refinement_only:
             return quality(prompts, scope.records("eval_responses", sampled.sample, lm, of=Response))[1]
         template: CritiqueTemplate = config.template
         key = fold(sampled.key, "critique")

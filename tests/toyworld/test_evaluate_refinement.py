@@ -6,6 +6,7 @@ from types import SimpleNamespace
 import pytest
 
 import tiny
+from jaxsi.methods.srt import FirstStage
 from jaxsi.runs.records import Critique, Prompt, Response
 from jaxsi.sampling.generate import SamplingConfig
 from jaxsi.stages.critique import CritiqueConfig, marked_response
@@ -59,7 +60,7 @@ def test_evaluation_measures_the_rule_of_the_command(monkeypatch):
     monkeypatch.setattr(evaluate_refinement, "quality", quality)
     monkeypatch.setattr(evaluate_refinement.world, "evaluation_prompts", lambda count: prompts)
     cfg = CritiqueConfig(max_new_tokens=16)
-    config = SimpleNamespace(template=TEMPLATE, critique=cfg, refinement_only=False)
+    config = SimpleNamespace(template=TEMPLATE, critique=cfg, first_stage=FirstStage())
     RefinedEvaluation(num_prompts=5, num_samples=1, reranked_prompts=5)(lm, config, AT_ONCE, refine=True)
     command = improve(prompts, srt.srt(lm, SamplingConfig(num_samples=1, max_new_tokens=8), TEMPLATE, cfg))
     assert measured[1] == [record.response.text for record in command[1]]

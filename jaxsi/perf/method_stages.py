@@ -260,7 +260,9 @@ def _srt(plan: _Plan) -> Iterator[Stage]:
         critic, held = plan.new(cfg.critic.max_new_tokens), Held(1, 1)
         both = plan.prompt + draft
         yield plan.writing("critiques of the critic", critic_prompts, both, held, new_tokens=critic, **fields)
-        checks = critic_prompts * cfg.first_stage.rounds  # each is a whole critique, and its refinement the next round's
+        checks = (
+            critic_prompts * cfg.first_stage.rounds
+        )  # each is a whole critique, and its refinement the next round's
         yield plan.writing("checks of the critic", checks, whole, held, new_tokens=critic, **fields)
     yield plan.training("sft", "sft", cfg.sft, critic_prompts, whole, Held(1), each=False)
     if cfg.dpo is None:
@@ -292,9 +294,12 @@ def _seft(plan: _Plan) -> Iterator[Stage]:
     yield plan.training("reviser: adaptive", "sft", reviser.adaptive, pairs, both + draft, Held(3), each=False)
     kind = cfg.external if cfg.internal_rounds < cfg.iterations else cfg.internal
     most = max(cfg.internal.num_samples if cfg.internal_rounds else 0, kind.num_samples)
-    yield plan.sampling("drafts", prompts, plan.prompt, cfg.sampling, Held(3), samples=most)
+    lent = Held(3, 1)  # a model that a round borrows, beside the run's own
+    held = Held(3) if kind.drafts is None else lent
+    yield plan.sampling("drafts", prompts, plan.prompt, cfg.sampling, held, samples=most, model=kind.drafts)
     writing = {"new_tokens": plan.new(reviser.writing.max_new_tokens), "batch_size": reviser.writing.batch_size}
-    yield plan.writing("revisions", prompts, both, Held(3), samples=1, **writing)
+    writing |= {"model": kind.reviser, "held": Held(3) if kind.reviser is None else lent}
+    yield plan.writing("revisions", prompts, both, samples=1, **writing)
     yield plan.training("sft of the policy", "sft", cfg.sft, prompts, both, Held(3), each=True)
 
 

@@ -298,8 +298,8 @@ def _seft(plan: _Plan) -> Iterator[Stage]:
     held = Held(3) if kind.drafts is None else lent
     yield plan.sampling("drafts", prompts, plan.prompt, cfg.sampling, held, samples=most, model=kind.drafts)
     writing = {"new_tokens": plan.new(reviser.writing.max_new_tokens), "batch_size": reviser.writing.batch_size}
-    writing |= {"model": kind.reviser, "held": Held(3) if kind.reviser is None else lent}
-    yield plan.writing("revisions", prompts, both, samples=1, **writing)
+    held = Held(3) if kind.reviser is None else lent
+    yield plan.writing("revisions", prompts, both, held, samples=1, model=kind.reviser, **writing)
     yield plan.training("sft of the policy", "sft", cfg.sft, prompts, both, Held(3), each=True)
 
 

@@ -29,6 +29,12 @@ BEFORE = json.loads(
     .replace("{root}", str(ROOT))
 )
 
+# What shipped configs have changed since then on purpose: the stored values are given as they are now.
+CHANGED = {
+    f"configs/pit/{name}.py:config": {"mix": 0.0}
+    for name in ("llama2_70b_v5p128", "llama3_8b_hh_8xh100", "llama3_8b_v5e64", "qwen3_0p6b_1gpu", "qwen3_4b_1xh200")
+}
+
 
 def now(place: str) -> Any:
     file, _, name = place.rpartition(":")
@@ -39,7 +45,7 @@ def now(place: str) -> Any:
 
 @pytest.mark.parametrize("place", BEFORE)
 def test_run_stored_before_the_move_resumes(place: str) -> None:
-    check_config(Path("run"), BEFORE[place], now(place))
+    check_config(Path("run"), BEFORE[place] | CHANGED.get(place, {}), now(place))
 
 
 def test_run_stored_before_the_move_of_another_config_does_not_resume() -> None:

@@ -342,13 +342,16 @@ def _iteration(run: Path, iteration: int | None) -> Path:
     complete = {t: folder for t, folder in found if checkpoint.is_complete(folder / "weights")}
     if iteration is None and complete:
         newest = max(complete)
-        if (reported := _newest_reported(run)) > newest:
+        reported, best = _reported(run)
+        chosen = newest if best is None else best
+        gone = reported if reported is not None and reported > newest else chosen if chosen not in complete else None
+        if gone is not None:
             raise LoadError(
-                f"{run}: summary.json counts iteration {reported}, but its checkpoint is gone or damaged; put it back, "
-                f"or name an earlier one, such as {run}@{newest}"
+                f"{run}: summary.json counts iteration {gone}, but its checkpoint is gone or damaged; put it back, "
+                f"or name another one, such as {run}@{newest}"
             )
-        _log.warning("%s: iteration %d is used", run, newest)
-        return complete[newest]
+        _log.warning("%s: iteration %d is used", run, chosen)
+        return complete[chosen]
     if iteration in complete:
         return complete[iteration]
     have = ", ".join(map(str, complete)) or "none yet"
@@ -356,11 +359,13 @@ def _iteration(run: Path, iteration: int | None) -> Path:
     raise LoadError(f"{run}: {wanted} complete; there are complete checkpoints of iterations: {have}")
 
 
-def _newest_reported(run: Path) -> int:
-    """The last iteration that summary.json counts as done, -1 if there is none."""
+def _reported(run: Path) -> tuple[int | None, int | None]:
+    """What summary.json says: the last iteration that is done, and the one that the method of a complete run found to
+    be best, if that may be another one."""
     file = run / "summary.json"
-    lines = read_json(file).get("iterations", []) if file.is_file() else []
-    return max((line["iteration"] for line in lines), default=-1)
+    summary = read_json(file) if file.is_file() else {}
+    done = [line["iteration"] for line in summary.get("iterations", [])]
+    return max(done, default=None), summary.get("best") if summary.get("status") == "complete" else None
 
 
 def _from_hub(name: str) -> Path:

@@ -141,7 +141,7 @@ def test_ablations_differ_from_the_toy_config_and_one_another(path):
     for name, cfg in ablations.items():
         assert type(cfg) is type(toy)
         changed = {field.partition(".")[0] for field in differences(toy, cfg)}
-        allowed = methods_table.IN_COMMON[path.parent.name].fields | {"template", "refinement_only", "learner"}
+        allowed = methods_table.IN_COMMON[path.parent.name].fields | {"template", "first_stage", "learner"}
         assert changed <= allowed, name
 
 

@@ -355,6 +355,22 @@ def test_damaged_newest_iteration_is_not_replaced_by_an_older_one_in_silence(tmp
     assert resolve(tmp_path) == tmp_path / "iter_1" / "checkpoint"
 
 
+def test_complete_run_is_the_iteration_that_its_method_found_to_be_best(tmp_path: Path) -> None:
+    for t in (1, 2):
+        save_checkpoint(tiny.make_lm(), tmp_path / f"iter_{t}" / "checkpoint", {"step": t})
+    (tmp_path / "config.json").write_text("{}")
+    summary = {"iterations": [{"iteration": 1}, {"iteration": 2}], "best": 1, "status": "complete"}
+    (tmp_path / "summary.json").write_text(json.dumps(summary))
+    assert resolve(tmp_path) == tmp_path / "iter_1" / "checkpoint"
+    assert resolve(f"{tmp_path}@2") == tmp_path / "iter_2" / "checkpoint"
+    (tmp_path / "summary.json").write_text(json.dumps(summary | {"status": "running"}))  # it goes on after round 2
+    assert resolve(tmp_path) == tmp_path / "iter_2" / "checkpoint"
+    (tmp_path / "summary.json").write_text(json.dumps(summary))
+    shutil.rmtree(tmp_path / "iter_1" / "checkpoint" / "weights")
+    with pytest.raises(LoadError, match="counts iteration 1, but its checkpoint is gone"):
+        resolve(tmp_path)
+
+
 def live_bytes() -> int:
     gc.collect()
     return sum(x.nbytes for x in jax.live_arrays())

@@ -20,7 +20,7 @@ of 0.4 to 0.6 to improve with, best 0.4 (`jaxsi improve pit ... --temperature 0.
 Its hyper-parameters could not be read, so all others are chosen here: the model; pairs of at most 4,000 characters with
 the longer response; SFT at 1e-5, reward models at 5e-6, one epoch each (cosine, 3 % warm-up), batch 128; RLOO with 4
 responses to each of 128 prompts, 400 steps for the policy and for each round, at 1e-6 with a KL coefficient of 0.05;
-references at temperature 1; a fifth of round 1's references from round 0. Pin the model's revision as NAME@REVISION.
+references at temperature 1. Pin the model's revision as NAME@REVISION.
 """
 
 from jaxsi.methods.pit import Config
@@ -75,7 +75,6 @@ def config() -> Config:
         policy_rl=rl(steps=400),
         rl=rl(steps=400),
         rounds=(400, 400),
-        mix=0.2,
         learner=rloo,
         sampling=SamplingConfig(num_samples=1, temperature=1.0, top_p=1.0, max_new_tokens=512, batch_size=256),
         mesh=MeshConfig(data=1, fsdp=8),

@@ -4,6 +4,8 @@
 
 Hardware: 2 CPU cores, 3 GB of memory, about 3 minutes. Expected: exact quality of the improved responses rises from
 about 71 to about 86.
+
+Ours, not the paper's: a fifth of round 1's references is from round 0 (``mix`` is 0.2; the method's default is 0).
 """
 
 from jaxsi.methods.pit import Config
@@ -54,6 +56,7 @@ def config() -> Config:
         policy_rl=rl(learning_rate=1e-4, steps=12),
         rl=rl(learning_rate=3e-4, steps=20),
         rounds=(20, 20),
+        mix=0.2,
         sampling=SamplingConfig(
             num_samples=1, temperature=1.0, top_p=1.0, max_new_tokens=16, batch_size=512, dtype="float32"
         ),

@@ -15,7 +15,7 @@ whose seven ranked responses make six pairs each; a reviser at 2e-5 (cosine, 3 %
 temperature 1; 500 held-out prompts that decide when to stop. Pin the models' revisions as NAME@REVISION.
 """
 
-from jaxsi.methods.seft import Config, ReviserConfig, Round
+from jaxsi.methods.seft import Config, ReviserConfig, Round, Stopping
 from jaxsi.model.mesh import MeshConfig
 from jaxsi.runs.records import Prompt, RankedResponses
 from jaxsi.sampling.generate import SamplingConfig
@@ -67,7 +67,7 @@ def config() -> Config:
             writing=ReviseConfig(temperature=1.0, top_p=1.0, max_new_tokens=1024, batch_size=256),
         ),
         prompts=unlabelled_prompts,
-        held_out=stopping_prompts,
+        stop=Stopping(held_out=stopping_prompts),
         sampling=SamplingConfig(temperature=1.0, top_p=1.0, max_new_tokens=1024, batch_size=256),
         internal=Round(target=best_of_n, num_samples=4),
         external=Round(target=revise),

@@ -6,7 +6,7 @@ Hardware: 2 CPU cores, 3 GB of memory, about 2 minutes. Expected: exact quality 
 about 64 to about 81.
 """
 
-from jaxsi.methods.seft import Config, ReviserConfig, Round
+from jaxsi.methods.seft import Config, ReviserConfig, Round, Stopping
 from jaxsi.sampling.generate import SamplingConfig
 from jaxsi.stages.reviser import ReviseConfig, best_of_n, revise
 from jaxsi.stages.reviser_data import LabelConfig
@@ -43,7 +43,7 @@ def config() -> Config:
             evaluate=ReviserEvaluation(),
         ),
         prompts=unlabelled_prompts,
-        held_out=stopping_prompts,
+        stop=Stopping(held_out=stopping_prompts),
         sampling=SamplingConfig(temperature=1.0, top_p=1.0, max_new_tokens=16, batch_size=512, dtype="float32"),
         internal=Round(target=best_of_n, num_samples=4),
         external=Round(target=revise),

@@ -12,7 +12,7 @@ tulu2_7b_8xh100.py.
 Expectation: unknown. This project has not run this size, and the paper did not use this model, which has been aligned
 before.
 
-Only the model differs from tulu2_70b_v5p128.py, and so from the paper.
+Only the model differs from tulu2_70b_v5p128.py, and so from the paper: Tulu 2 7B writes the drafts of stage 1.
 """
 
 import dataclasses

@@ -9,7 +9,7 @@ a 13B lost 5.1 points of AlpacaEval without feedback, and 4.5 if it learnt only 
 import dataclasses
 from pathlib import Path
 
-from jaxsi.methods.srt import Config
+from jaxsi.methods.srt import Config, FirstStage
 from jaxsi.runs.config_file import load_config
 
 
@@ -23,4 +23,4 @@ def configs() -> dict[str, Config]:
         "no feedback": ("weaknesses", "suggestions", "score"),
     }
     arms = {name: dataclasses.replace(full, template=full.template.without(*parts)) for name, parts in left_out.items()}
-    return arms | {"refinement only": dataclasses.replace(full, refinement_only=True)}
+    return arms | {"refinement only": dataclasses.replace(full, first_stage=FirstStage(refinement_only=True))}

@@ -13,14 +13,14 @@ Expectation: this project has not run this size. The paper reports for its 70B, 
 9.6 % wins before, 20.2 % after stage 1 and 25.8 % after stage 2, and an average over four benchmarks of 70.4, 74.1 and
 75.1.
 
-Only the model and the mesh differ from tulu2_7b_8xh100.py; the hyper-parameters are the same. Unlike the paper, where
-the 7B writes the drafts for every size, the 70B writes them itself.
+Only the model and the mesh differ from tulu2_7b_8xh100.py; the hyper-parameters are the same. As in the paper, the 7B
+writes the drafts of stage 1 for this size, too.
 """
 
 import dataclasses
 from pathlib import Path
 
-from jaxsi.methods.srt import Config
+from jaxsi.methods.srt import Config, FirstStage
 from jaxsi.model.mesh import MeshConfig
 from jaxsi.runs.config_file import load_config
 
@@ -30,6 +30,7 @@ def config() -> Config:
     return dataclasses.replace(
         paper,
         model="allenai/tulu-2-70b",
+        first_stage=FirstStage(drafts="allenai/tulu-2-7b"),
         sft=dataclasses.replace(paper.sft, accumulate=2),
         dpo=dataclasses.replace(paper.dpo, train=dataclasses.replace(paper.dpo.train, accumulate=2)),
         mesh=MeshConfig(data=1, fsdp=16, tensor=4),

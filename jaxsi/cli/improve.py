@@ -29,8 +29,9 @@ FILES = """OUT becomes a folder: round_0/responses.jsonl, round_1/responses.json
 (response, outcome, score, quality, feedback), and summary.json. If the command is killed, run it again: it goes on from
 there. --rounds may be raised. Prompts and responses that do not fit in the context are counted as "too long"."""
 
-SRT = f"""A model that SRT trained continues its own response with feedback and a refined response. In a separate call
-the model scores both, and the refined response is accepted if its score is higher.
+SRT = f"""A model that SRT trained continues its own response with feedback and a refined response. As in the paper, the
+first refined response is the answer, whatever its score. With --rounds 2 or more, a later one replaces it if the model
+scores it higher in a separate call. --gate asks this of the first one, too.
 
 {FILES}
 
@@ -129,6 +130,8 @@ class Srt:
     """JSON file with the fields of a CritiqueTemplate. Default: the template of MODEL's SRT run, else the paper's."""
     feedback_tokens: int | None = None
     """Most new tokens of feedback and refined response together. Default: as in MODEL's SRT run, else 1024."""
+    gate: bool = False
+    """Keep the first response unless the model scores its refinement higher."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -195,8 +198,8 @@ def srt(argv: list[str]) -> Report:
     tokens = cfg.max_new_tokens if args.feedback_tokens is None else args.feedback_tokens
     cfg = dataclasses.replace(cfg, max_new_tokens=tokens, batch_size=args.common.batch_size)
     lm = work.writer("model", args.common.model, max(tokens, args.common.max_new_tokens))
-    method = srt(lm, work.sampling(), template, cfg)
-    return work.carry_out("srt", method, template=template, critique=cfg)
+    method = srt(lm, work.sampling(), template, cfg, gate=args.gate)
+    return work.carry_out("srt", method, template=template, critique=cfg, gate=args.gate)
 
 
 def seft(argv: list[str]) -> Report:

@@ -9,7 +9,7 @@ from jaxsi.lm import LM, load, save_checkpoint
 from jaxsi.model import mesh as meshlib
 from jaxsi.runs import checkpoint
 from jaxsi.runs.config_snapshot import parts_of
-from jaxsi.runs.run import Run, Scope, StaleRecordsError
+from jaxsi.runs.run import Run, RunError, Scope, StaleRecordsError
 from jaxsi.text.chat_config import ChatConfig
 from jaxsi.text.chat_template import today
 from jaxsi.training import resume
@@ -66,6 +66,14 @@ def keep(model: LM, it: Scope) -> LM:
     if not checkpoint.is_complete(it.path / "checkpoint" / "weights"):
         save_checkpoint(model, it.path / "checkpoint", {"step": 0})
     return model
+
+
+def iteration_of(like: LM, run: Run, t: int) -> LM:
+    """M_t of a run that has it, laid out as ``like``. Raises: RunError if its checkpoint is gone."""
+    found = resume.finished(like, run.at(f"iter_{t}"))
+    if found is None:
+        raise RunError(f"{run.path / f'iter_{t}' / 'checkpoint'} is gone or damaged; put it back, or begin a new run")
+    return found
 
 
 def carried_over(cfg: DPOConfig, model: LM, run: Run, t: int, first: int) -> dict[str, Any]:

@@ -10,10 +10,12 @@
        round 0    maximise  r_gap(x, y, y_ref) - kl KL(M_PIT || M_PIT^SFT)          y_ref in {y_l, y_w} of D_RL
        round 1    the same from round 0's model,                                    y_ref ~ M_P^RL(. | x)
 
-Read in secondary sources: the paper's full text was not available. From them: the five terms, the two rounds and
-their references, the KL to the SFT model, the split in three. Ours: the layout of (x, y_ref), the reward models' start
-from the SFT models, the learner, the zero point (the reward is r_gap(x, y, y_ref) - r_gap(x, y_ref, y_ref): the loss
-leaves a constant per x open), ``mix``, and all hyper-parameters.
+Second-hand: the paper's full text was not available, only its abstract, reviews and notes. From them: the five terms,
+the two rounds and their references, the KL to the SFT model, the split in three, and the data sets: HH-RLHF
+(`datasets.hh_rlhf`), OpenAI's summaries (`summaries.openai_summaries`) and a synthetic one (`synthetic.StrongOverWeak`;
+its recipe is not known). Ours: the layout of (x, y_ref), the reward models' start from the SFT models, the learner, the
+zero point (the reward is r_gap(x, y, y_ref) - r_gap(x, y_ref, y_ref): the loss leaves a constant per x open), a ``mix``
+other than 0, and all hyper-parameters.
 """
 
 import dataclasses
@@ -46,9 +48,9 @@ class Config:
     """Everything that decides a run. ``preferences`` gives human preferences; ``request`` asks for an improvement.
 
     ``rounds``: steps of round 0 and of round 1; 0 leaves a round out. Their other settings are those of ``rl``.
-    ``mix``: share of round 0's references in round 1. ``learner``: ``rl.rloo`` or ``ppo.ppo``. ``rewarding(gap_lm,
-    items, request)`` gives the gaps and their zero points (``gap.gaps``, or a control arm's). ``sampling`` is that of
-    the references.
+    ``mix``: share of round 0's references in round 1; in the paper all are the policy's. ``learner``: ``rl.rloo`` or
+    ``ppo.ppo``. ``rewarding(gap_lm, items, request)`` gives the gaps and their zero points (``gap.gaps``, or a control
+    arm's). ``sampling`` is that of the references.
     """
 
     model: str = dataclasses.field(metadata=may_move())
@@ -59,7 +61,7 @@ class Config:
     policy_rl: RLConfig
     rl: RLConfig
     rounds: tuple[int, int]
-    mix: float = 0.2
+    mix: float = 0.0
     learner: Callable[..., LM] = rl.rloo
     rewarding: Callable[..., tuple[np.ndarray, np.ndarray]] = gaps
     sampling: SamplingConfig = SamplingConfig(num_samples=1, temperature=1.0, top_p=1.0)

@@ -6,8 +6,9 @@ from typing import Any
 
 from jaxsi.hf.config import read_config
 from jaxsi.lm import resolve
-from jaxsi.methods.seft import Config as SEFT
+from jaxsi.methods.seft import Config as SEFT, Round
 from jaxsi.methods.self_rewarding import Config as SelfRewarding
+from jaxsi.methods.srt import FirstStage
 from jaxsi.model import decoder, mesh as meshlib
 from jaxsi.model.decoder import ModelConfig
 from jaxsi.runs.config_snapshot import parts_of
@@ -69,6 +70,14 @@ def check(cfg: Any, directory: Path) -> None:
             case SelfInstruct():
                 writer = config if part.generator is None else read_config(resolve(part.generator))
                 _check_room(name, part.max_new_tokens, writer.max_positions)
+            case FirstStage() if part.drafts is not None:
+                writer = read_config(resolve(part.drafts))
+                _check_room("sampling", cfg.sampling.max_new_tokens, writer.max_positions)
+            case Round():
+                lent = {"sampling": (part.drafts, cfg.sampling), "reviser.writing": (part.reviser, cfg.reviser.writing)}
+                for setting, (path, settings) in lent.items():
+                    if path is not None:
+                        _check_room(setting, settings.max_new_tokens, read_config(resolve(path)).max_positions)
             case SamplingConfig() | CritiqueConfig() | ReviseConfig():
                 _check_room(name, part.max_new_tokens, config.max_positions)
             case RewardJudge() if not read_config(resolve(part.model)).scalar_head:

@@ -3,6 +3,7 @@
     Stage 1, from a stronger critic                                          x_i of the first prompts
         y_i       ~ M_base(. | x_i)
         f_i, r_i  ~ M_critic(. | x_i, y_i)      weaknesses, suggestions, a score; the improved response
+        r_i is refined in the same way again, if there are several rounds: the r_i with the best score is taken
         keep i if f_i is complete and score(r_i) >= score(y_i), two independent calls of the critic
         M_self    = argmin  -(1/N) sum_i log P(y_i, f_i, r_i | x_i)          only x is masked
     Stage 2, from its own feedback                                           x_j of the other prompts
@@ -20,21 +21,23 @@ import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
-from jaxsi.lm import LM
-from jaxsi.methods.lifecycle import begin, report
+from jaxsi.lm import LM, borrowed
+from jaxsi.methods.lifecycle import begin, report, same_model
 from jaxsi.model.mesh import MeshConfig
-from jaxsi.runs.config_snapshot import may_move, stored_as
+from jaxsi.runs.config_snapshot import may_move, stored_as, was
 from jaxsi.runs.records import Critique, PreferencePair, Prompt, Response, SFTExample
-from jaxsi.runs.run import Run
+from jaxsi.runs.run import Run, Scope
 from jaxsi.sampling.generate import SamplingConfig, sample
 from jaxsi.stages.answers import answers, read_answers
 from jaxsi.stages.critique import (
     CritiqueConfig,
+    best_refinements,
     check_same_critic,
     continue_critique,
     continue_score,
     has_all_parts,
     improved_responses,
+    mean_scores,
     read_drafts,
     refinement_examples,
     refinement_pairs,
@@ -45,15 +48,33 @@ from jaxsi.text.chat_config import ChatConfig
 from jaxsi.training.train import DPOConfig, TrainConfig, dpo, sft
 
 
+@stored_as("methods.srt.FirstStage")
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class FirstStage:
+    """Where stage 1 departs from its plainest form.
+
+    ``drafts``: the model that writes y (None: the run's own). In the paper the 7B writes it for every size. ``rounds``
+    of refinement by the critic: the paper tried up to four, and one was enough. ``refinement_only`` trains on x -> r,
+    an ablation; ``template.parts`` are the others.
+    """
+
+    drafts: str | None = dataclasses.field(default=None, metadata=may_move())
+    rounds: int = 1
+    refinement_only: bool = dataclasses.field(default=False, metadata=was("refinement_only"))
+
+    def __post_init__(self) -> None:
+        if self.rounds < 1:
+            raise ValueError(f"first_stage.rounds is {self.rounds}; the critic refines at least once")
+
+
 @stored_as("methods.srt.Config")
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config:
     """Everything that decides a run. The critic sees the first ``critic_prompts`` prompts, stage 2 has the others.
 
-    ``critic(prompts, responses, template, key)`` gives critiques (``stages.critique``). ``refinement_only`` trains
-    stage 1 on x -> r, an ablation; ``template.parts`` are the others. ``dpo`` None: stage 1 alone. ``scoring(prompts,
-    drafts, refined, template)``, if given, gives the scores of both in the model's place (``judges.ScoringBy``, and the
-    control arms), and ``direction(pairs, seed)`` may turn pairs round.
+    ``critic(prompts, responses, template, key)`` gives critiques (``stages.critique``). ``dpo`` None: stage 1 alone.
+    ``scoring(prompts, drafts, refined, template)``, if given, gives the scores of both in the model's place
+    (``judges.ScoringBy``, and the control arms), and ``direction(pairs, seed)`` may turn pairs round.
     """
 
     model: str = dataclasses.field(metadata=may_move())
@@ -61,7 +82,7 @@ class Config:
     critic_prompts: int
     critic: Callable[..., list[Critique]]
     template: CritiqueTemplate = load_critique_template()
-    refinement_only: bool = False
+    first_stage: FirstStage = FirstStage()
     sampling: SamplingConfig = SamplingConfig(num_samples=1, temperature=0.7, top_p=1.0)
     critique: CritiqueConfig = CritiqueConfig()
     sft: TrainConfig
@@ -92,23 +113,20 @@ def srt(cfg: Config, run: Run) -> LM:
     first, others = prompts[: cfg.critic_prompts], prompts[cfg.critic_prompts :]
 
     it = run.at("iter_0")
-    drafts = it.sharded("drafts", first, sample, base, cfg.sampling, it.key("drafts"), of=Response, by=base)  # y
+    drafts = first_drafts(cfg, base, first, it)  # y
     finished = [draft for draft in drafts if draft.finish_reason == "stop" and draft.text.strip()]
     critiques = it.sharded(
         "critiques", finished, read_drafts, cfg.critic, first, cfg.template, it.key("critiques"), of=Critique
     )  # f, r
     check_same_critic(cfg.critic, critiques)
-    complete = [critique for critique in critiques if has_all_parts(critique)]
-    refined = improved_responses(base.tokenizer, complete, cfg.template, marked=False)
-    checks = it.sharded(
-        "checks", refined, read_drafts, cfg.critic, first, cfg.template, it.key("checks"), of=Critique
-    )  # score(r)
-    check_same_critic(cfg.critic, [*critiques, *checks])
+    rounds = refined_in_rounds(cfg, base, first, critiques, it)  # score(r), by round
+    scores = mean_scores(critiques, rounds)
+    critiques, checks = best_refinements(critiques, rounds)
     examples, counts = it.counted(
         "examples", learnable, cfg, prompts=first, drafts=drafts, critiques=critiques, checks=checks, of=SFTExample
     )
     model = sft(base, examples, cfg.sft, it)  # M_self
-    summarise(cfg, run, 0, model, examples=counts)
+    summarise(cfg, run, 0, model, examples=counts, critic_scores=scores)
     if cfg.dpo is None:
         return model
 
@@ -136,9 +154,36 @@ def srt(cfg: Config, run: Run) -> LM:
     return model
 
 
+def first_drafts(cfg: Config, base: LM, prompts: Sequence[Prompt], it: Scope) -> list[Response]:
+    """Stage 1's drafts, by the base model or by the one that is named for them."""
+    path, model = cfg.first_stage.drafts, base
+    if path is not None:
+        model = borrowed(path, cfg.sampling.dtype, base.mesh)
+        same_model(it, "draft_model", path, model)
+    return it.sharded("drafts", prompts, sample, model, cfg.sampling, it.key("drafts"), of=Response, by=model)
+
+
+def refined_in_rounds(
+    cfg: Config, base: LM, prompts: Sequence[Prompt], critiques: Sequence[Critique], it: Scope
+) -> list[list[Critique]]:
+    """The critic's critiques of the refined responses of each round, which a call of its own makes: each has the score
+    of its response, and the refined response of the next round."""
+    rounds: list[list[Critique]] = []
+    for number in range(1, cfg.first_stage.rounds + 1):
+        complete = [critique for critique in (rounds[-1] if rounds else critiques) if has_all_parts(critique)]
+        refined = improved_responses(base.tokenizer, complete, cfg.template, marked=False)
+        name = "checks" if number == 1 else f"checks_{number}"
+        checks = it.sharded(name, refined, read_drafts, cfg.critic, prompts, cfg.template, it.key(name), of=Critique)
+        check_same_critic(cfg.critic, [*critiques, *checks])
+        rounds.append(checks)
+    return rounds
+
+
 def learnable(cfg: Config, **records: Any) -> tuple[list[SFTExample], dict[str, int]]:
     """Stage 1's examples by the paper's filters, and the counts; an error if no example is left."""
-    examples, counts = refinement_examples(**records, template=cfg.template, refinement_only=cfg.refinement_only)
+    examples, counts = refinement_examples(
+        **records, template=cfg.template, refinement_only=cfg.first_stage.refinement_only
+    )
     if not examples:
         advice = "look at critiques.jsonl: does the critic follow the template?"
         if counts["empty"] == counts["drafts"]:

@@ -22,7 +22,7 @@ def run(config: Any, run_dir: Path | str) -> LM:
     Args:
       config: a Config of this package or of your own, see ``method_of``.
 
-    Returns: the model of the last iteration.
+    Returns: the method's result, the model of the last iteration or of the one that the method found to be best.
 
     Raises: PreflightError and others if the run is bound to fail; RunConfigError if ``run_dir`` holds a run of another
       config; what the method raises.
@@ -36,7 +36,7 @@ def run(config: Any, run_dir: Path | str) -> LM:
 def finish(config: Any, directory: Path) -> LM | None:
     """``run``, which returns None if nothing was left to do: then no model was loaded.
 
-    Raises: LoadError if nothing is left but the checkpoint of the last iteration is gone or damaged.
+    Raises: LoadError if nothing is left but the checkpoint of the result is gone or damaged.
     """
     return _finish(_ready(config, directory), directory)
 

@@ -255,14 +255,19 @@ def _srt(plan: _Plan) -> Iterator[Stage]:
     draft, critique = plan.new(cfg.sampling.max_new_tokens), plan.new(cfg.critique.max_new_tokens)
     whole = plan.prompt + draft + critique
     writing = {"samples": 1, "batch_size": cfg.critique.batch_size}
-    yield plan.sampling("drafts of the base", critic_prompts, plan.prompt, cfg.sampling, Held(1), each=False)
+    drafter = cfg.first_stage.drafts
+    name, held = ("drafts of the base", Held(1)) if drafter is None else ("drafts of another model", Held(1, 1))
+    yield plan.sampling(name, critic_prompts, plan.prompt, cfg.sampling, held, model=drafter, each=False)
     if isinstance(cfg.critic, LocalCritic):
         fields = {"samples": 1, "batch_size": cfg.critic.batch_size, "dtype": cfg.critic.dtype}
         fields |= {"model": cfg.critic.model, "each": False}
         critic, held = plan.new(cfg.critic.max_new_tokens), Held(1, 1)
         both = plan.prompt + draft
         yield plan.writing("critiques of the critic", critic_prompts, both, held, new_tokens=critic, **fields)
-        yield plan.writing("checks of the critic", critic_prompts, whole, held, new_tokens=SCORE_TOKENS, **fields)
+        checks = (
+            critic_prompts * cfg.first_stage.rounds
+        )  # each is a whole critique, and its refinement the next round's
+        yield plan.writing("checks of the critic", checks, whole, held, new_tokens=critic, **fields)
     yield plan.training("sft", "sft", cfg.sft, critic_prompts, whole, Held(1), each=False)
     if cfg.dpo is None:
         return
@@ -293,9 +298,12 @@ def _seft(plan: _Plan) -> Iterator[Stage]:
     yield plan.training("reviser: adaptive", "sft", reviser.adaptive, pairs, both + draft, Held(3), each=False)
     kind = cfg.external if cfg.internal_rounds < cfg.iterations else cfg.internal
     most = max(cfg.internal.num_samples if cfg.internal_rounds else 0, kind.num_samples)
-    yield plan.sampling("drafts", prompts, plan.prompt, cfg.sampling, Held(3), samples=most)
+    lent = Held(3, 1)  # a model that a round borrows, beside the run's own
+    held = Held(3) if kind.drafts is None else lent
+    yield plan.sampling("drafts", prompts, plan.prompt, cfg.sampling, held, samples=most, model=kind.drafts)
     writing = {"new_tokens": plan.new(reviser.writing.max_new_tokens), "batch_size": reviser.writing.batch_size}
-    yield plan.writing("revisions", prompts, both, Held(3), samples=1, **writing)
+    held = Held(3) if kind.reviser is None else lent
+    yield plan.writing("revisions", prompts, both, held, samples=1, model=kind.reviser, **writing)
     yield plan.training("sft of the policy", "sft", cfg.sft, prompts, both, Held(3), each=True)
 
 

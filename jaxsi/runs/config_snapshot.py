@@ -74,6 +74,12 @@ def may_move(part: str = "", *, identity: str = "", made: str = "") -> dict[str,
     return {"may_change": (part,), "may_move": (identity, made)}
 
 
+def was(name: str) -> dict[str, Any]:
+    """The `metadata` of a field of a part that was the field ``name`` of the whole config in earlier versions. So
+    fields of one subject can move into a part of their own, and old runs still resume."""
+    return {"was": name}
+
+
 # ---- description -----------------------------------------------------------------------------------------------------
 
 
@@ -230,10 +236,11 @@ def check_config(path: Path, stored: dict[str, Any], config: Any) -> None:
 
     Fields marked with `may_change` or `may_move` may differ, and `iterations` may be raised. A field that the stored
     config lacks, because it is newer than the run, counts as its default; so do those of a class that was a plain
-    function then. A dtype "auto" counts as the stored one.
+    function then. A field that has moved (`was`) is found in its old place. A dtype "auto" counts as the stored one.
     """
     config = with_dtypes(config, lambda dtype: dtype or EARLIER_DTYPE, stored)
-    old, new = _flat(stored), _flat(describe_config(config))
+    moved = dict(_moved(config))
+    old, new = _flat({moved.get(name, name): value for name, value in stored.items()}), _flat(describe_config(config))
     old = {f"{field}.__type__" if f"{field}.__type__" in new else field: value for field, value in old.items()}
     defaults, free = _flat(with_dtypes(_defaults(config), lambda _: EARLIER_DTYPE)), _free(config, path)
     differences = []
@@ -285,6 +292,14 @@ def _free(config: Any, path: Path, prefix: str = "") -> dict[str, bool]:
         if dataclasses.is_dataclass(value):
             names |= _free(value, path, f"{name}.")
     return dict(sorted(names.items()))
+
+
+def _moved(config: Any) -> Iterator[tuple[str, str]]:
+    """(The name in earlier versions, the dotted name now) of each field that has moved."""
+    for prefix, part in [("", config), *((f"{name}.", part) for name, part in parts_of(config))]:
+        for field in dataclasses.fields(part):
+            if "was" in field.metadata:
+                yield field.metadata["was"], prefix + field.name
 
 
 def _defaults(config: Any) -> dict[str, Any]:

@@ -6,6 +6,7 @@ its own response (`continue_critique`). Parts that do not parse are None; they a
 """
 
 import dataclasses
+import statistics
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -269,6 +270,40 @@ def improved_responses(
 def has_all_parts(c: Critique) -> bool:
     """Whether a critique has all its parts (the paper's first filter)."""
     return None not in (c.weaknesses, c.suggestions, c.score, c.improved)
+
+
+def best_refinements(
+    critiques: Sequence[Critique], rounds: Sequence[Sequence[Critique]]
+) -> tuple[list[Critique], list[Critique]]:
+    """The critiques with the best-scored of several refinements in the place of the first, and that refinement's own
+    critique. The paper does so if there are several rounds. Among equal scores the earlier round is taken; a round
+    without a score is taken only if no other has one.
+
+    Args:
+      critiques: of the drafts; their improved responses are those of the first round.
+      rounds: for each round the critiques of its improved responses, under the ids of the drafts; those of round k hold
+        the improved responses of round k + 1.
+    """
+    best: dict[str, tuple[Critique, Critique]] = {}  # (what the refinement is written in, its own critique)
+    for source, checks in zip([critiques, *rounds], rounds, strict=False):
+        written_in = {c.id: c for c in source}
+        for check in checks:
+            leader = best.get(check.id)
+            if leader is None or _is_better(check.score, leader[1].score):
+                best[check.id] = written_in[check.id], check
+    chosen = [replace(c, improved=best[c.id][0].improved) if c.id in best else c for c in critiques]
+    return chosen, [best[c.id][1] for c in critiques if c.id in best]
+
+
+def _is_better(score: float | None, than: float | None) -> bool:
+    return score is not None and (than is None or score > than)
+
+
+def mean_scores(critiques: Sequence[Critique], rounds: Sequence[Sequence[Critique]]) -> list[float | None]:
+    """The critic's mean score of the drafts, then of the refined responses of each round, over those that have a score;
+    None without one. The paper's figures for GPT-4 Turbo are 5.42, then 6.93, 7.04, 6.91 and 6.85."""
+    scores = [[c.score for c in group if c.score is not None] for group in (critiques, *rounds)]
+    return [statistics.fmean(group) if group else None for group in scores]
 
 
 def refinement_examples(

@@ -1,4 +1,7 @@
-"""Exact quality of an SRT model's refined responses to the held-out instructions."""
+"""Exact quality of an SRT model's refined responses to the held-out instructions.
+
+What counts as the model's answer is `refinement`, the rule of ``jaxsi improve srt``: the refined response, ungated.
+"""
 
 import dataclasses
 from typing import Any
@@ -12,7 +15,8 @@ from jaxsi.runs.named_keys import fold
 from jaxsi.runs.records import Critique, Prompt, Response
 from jaxsi.runs.run import Scope
 from jaxsi.sampling.generate import generate
-from jaxsi.stages.critique import continue_critique, marked_response
+from jaxsi.stages.critique import continue_critique
+from jaxsi.stages.improve.srt import refinement, unmarked
 from jaxsi.stages.prompts.critique import CritiqueTemplate
 from jaxsi.toyworld import world
 from jaxsi.toyworld.evaluate import ToyEvaluation, quality
@@ -33,7 +37,7 @@ class RefinedEvaluation:
         only those of the first responses."""
         prompts = world.evaluation_prompts(self.num_prompts)
         sampled = ToyEvaluation(num_prompts=self.num_prompts, num_samples=self.num_samples)
-        if not refine or config.refinement_only:
+        if not refine or config.first_stage.refinement_only:
             return quality(prompts, scope.records("eval_responses", sampled.sample, lm, of=Response))[1]
         template: CritiqueTemplate = config.template
         key = fold(sampled.key, "critique")
@@ -50,10 +54,10 @@ class RefinedEvaluation:
 
         drafts = scope.records("eval_drafts", draft, self.num_samples, prompts, "drafts", of=Response)
         critiques = scope.records("eval_critiques", criticise, drafts, of=Critique)
-        first = [dataclasses.replace(d, text=text_of(d, template)) for d in drafts]
+        first = [unmarked(draft, template) for draft in drafts]
         refined = [
-            d if c.improved is None else written(lm, d, c.improved, template)
-            for d, c in zip(first, critiques, strict=True)
+            refinement(lm.tokenizer, draft, critique, template)[1]
+            for draft, critique in zip(drafts, critiques, strict=True)
         ]
         graded_first, of_first = quality(prompts, first)
         _, figures = quality(prompts, refined)
@@ -96,19 +100,7 @@ class RefinedEvaluation:
             previous = best.get(response.prompt_id)
             if previous is None or scores[response.id] > scores[previous.id]:
                 best[response.prompt_id] = response
-        chosen = [dataclasses.replace(r, text=text_of(r, template)) for r in best.values()]
+        chosen = [unmarked(response, template) for response in best.values()]
         _, figures = quality(reranked, chosen)
         gain = np.asarray(by_prompt[: len(reranked)]) - np.asarray(figures["by_prompt"])
         return {"samples": count, "quality": figures["quality"], "refined_is_better_by": metrics.mean_ci(gain, seed=0)}
-
-
-def text_of(draft: Response, template: CritiqueTemplate) -> str:
-    """The response in a draft, without the heading that begins its feedback."""
-    body = template.unmarked(draft.text)
-    return draft.text if body is None else body
-
-
-def written(lm: LM, draft: Response, text: str, template: CritiqueTemplate) -> Response:
-    """The refined response in its draft's place."""
-    marked = marked_response(lm.tokenizer, draft.id, draft.prompt_id, text, template, lm.fingerprint)
-    return dataclasses.replace(marked, sample=draft.sample, text=text)

@@ -150,7 +150,8 @@ def share(source: Any, done: Path, cfg: Any, folder: Path) -> None:
 
 def _measured(directory: Path, arm: Arm) -> dict[str, Any]:
     """A row of the table. A method may stop early, so runs of one arm may have different numbers of iterations: an
-    iteration's figures are of the runs that have it, the gain is from each run's first to its own last."""
+    iteration's figures are of the runs that have it, the gain is from each run's first to its own last, or to the one
+    that its summary calls best."""
     runs = [_folder(directory, arm, seed) for seed in arm.seeds]
     told = [json.loads((run / "summary.json").read_text()) for run in runs]
     measured = [
@@ -170,7 +171,11 @@ def _measured(directory: Path, arm: Arm) -> dict[str, Any]:
                 **{name: _mean(figure[name] for figure in of) for name in REPORTED},
             }
         )
-    first, last = ([figures[place] for figures in measured] for place in (0, -1))
+    first = [figures[0] for figures in measured]
+    last = [
+        next((f for f in figures if f["iteration"] == summary.get("best")), figures[-1])
+        for figures, summary in zip(measured, told, strict=True)
+    ]
     return {
         "method": arm.method,
         "arm": arm.name,

@@ -1,6 +1,7 @@
 """PIT's parts: the split, the two kinds of demonstrations, the references of a round and the reward over its zero."""
 
 import dataclasses
+from pathlib import Path
 from types import SimpleNamespace
 
 import jax
@@ -11,6 +12,7 @@ from hypothesis import given, settings, strategies as st
 import tiny
 from jaxsi.methods import pit
 from jaxsi.methods.pit import split_in_three
+from jaxsi.runs.config_file import load_config
 from jaxsi.runs.records import Prompt, Response
 from jaxsi.sampling.generate import SamplingConfig
 from jaxsi.stages.gap import GapReward, change_from, gaps
@@ -22,6 +24,7 @@ from jaxsi.training.reward import RewardError, with_scalar_head
 from jaxsi.training.rl import RLConfig, RLError
 from jaxsi.training.train import TrainConfig
 
+CONFIGS = Path(__file__).parents[2] / "configs" / "pit"
 X = ({"role": "user", "content": "Reverse: cat red axe"},)
 PAIRS = [Preference(f"p{i}", X, f"axe {i}.", f"cat {i}") for i in range(20)]
 TRAIN = TrainConfig(optim=OptimConfig(learning_rate=1e-3), batch_size=8)
@@ -73,6 +76,14 @@ def test_policy_learns_the_better_response_and_improver_to_improve_the_worse():
         {"role": "assistant", "content": "cat 0"},
         {"role": "user", "content": "Once more, Reverse: cat red axe!"},
     )
+
+
+def test_all_references_of_round_1_are_the_policys_unless_mix_says_otherwise(monkeypatch):
+    monkeypatch.setattr(pit, "seed_of", lambda it, name: 5)
+    given = [(Prompt.of(f"p{i}", "x"), f"y{i}") for i in range(100)]
+    assert config().mix == 0 and pit.mixed_in(config(), given, None) == []
+    real = [path for path in CONFIGS.glob("*.py") if not path.stem.startswith("toy")]
+    assert len(real) >= 5 and {load_config(path).mix for path in real} == {0}
 
 
 @pytest.mark.parametrize(("mix", "preferences", "count"), [(0.0, 50, 0), (0.2, 48, 12), (0.5, 50, 50), (0.75, 8, 16)])

@@ -9,12 +9,14 @@ import pytest
 from jaxsi.lm import LoadError
 from jaxsi.methods.preflight import check
 from jaxsi.methods.self_rewarding import EarlyStop, PromptFile
+from jaxsi.methods.srt import FirstStage
 from jaxsi.methods.start import nothing_is_left
 from jaxsi.model.mesh import MeshConfig
 from jaxsi.runs.config_file import load_config
 from jaxsi.runs.records import Prompt, RecordError, write_jsonl
 
-TOY = load_config(Path(__file__).parents[2] / "configs" / "self_rewarding" / "toy.py")
+CONFIGS = Path(__file__).parents[2] / "configs"
+TOY = load_config(CONFIGS / "self_rewarding" / "toy.py")
 TOY = dataclasses.replace(TOY, mesh=MeshConfig(data=1, fsdp=8))
 
 
@@ -35,6 +37,17 @@ def test_missing_generator_and_rows_beyond_the_positions_are_refused(tmp_path):
     train = dataclasses.replace(TOY.dpo.train, max_length=99_999)
     with pytest.raises(ValueError, match=r"dpo\.train\.max_length is 99999"):
         check(dataclasses.replace(TOY, dpo=dataclasses.replace(TOY.dpo, train=train)), tmp_path)
+
+
+def test_models_that_a_stage_borrows_are_looked_up_before_any_work(tmp_path):
+    srt, seft = (dataclasses.replace(load_config(CONFIGS / name / "toy.py"), mesh=TOY.mesh) for name in ("srt", "seft"))
+    for cfg in (
+        dataclasses.replace(srt, first_stage=FirstStage(drafts="./absent")),
+        dataclasses.replace(seft, internal=dataclasses.replace(seft.internal, drafts="./absent")),
+        dataclasses.replace(seft, external=dataclasses.replace(seft.external, reviser="./absent")),
+    ):
+        with pytest.raises(LoadError, match=r"\./absent: no such folder"):
+            check(cfg, tmp_path)
 
 
 def test_too_long_early_stop_prompt_is_refused(tmp_path):

@@ -8,10 +8,12 @@ from pathlib import Path
 import pytest
 from micro_runs import micro, micro_run
 
+from jaxsi.lm import load
 from jaxsi.methods import seft as method
-from jaxsi.methods.seft import Config, Round, seft, stops
+from jaxsi.methods.seft import Config, Round, Stopping, seft, stopped
 from jaxsi.methods.start import carry_out
 from jaxsi.runs.config_file import load_config
+from jaxsi.runs.config_snapshot import RunConfigError
 from jaxsi.runs.records import Prompt, RankedResponses, Response, Revision, SFTExample, read_jsonl
 from jaxsi.runs.run import Run
 from jaxsi.stages.reviser import always_revise, revise
@@ -45,6 +47,9 @@ def test_summary_has_what_readers_expect(whole):
     lines = summary["iterations"]
     assert [line["iteration"] for line in lines] == list(range(len(lines))) and len(lines) >= 2
     assert summary["rounds"] == len(lines) - 1 and summary["stopped"] in (True, False)
+    shares = [line["no_share"] for line in lines]
+    assert summary["best"] == shares.index(max(shares))
+    assert load(whole).fingerprint == lines[summary["best"]]["fingerprint"]
     assert summary["base"]["quality"] == lines[0]["quality"]  # the policy as given is where evolution begins
     for line in lines:
         assert line["quality"]["ci95"][0] <= line["quality"]["mean"] <= line["quality"]["ci95"][1]
@@ -92,7 +97,7 @@ def test_internal_round_takes_one_draft_of_each_prompt_and_prompts_never_repeat(
         for t in range(1, len(value(whole / "summary.json")["iterations"]))
     ]
     assert sum(map(len, parts)) == len(set().union(*parts))
-    assert not {p.text for p in cfg.held_out()} & {p.text for p in cfg.prompts()}
+    assert not {p.text for p in cfg.stop.held_out()} & {p.text for p in cfg.prompts()}
 
 
 @pytest.mark.slow
@@ -115,17 +120,31 @@ def test_finished_run_does_no_work(whole, tmp_path, cfg, monkeypatch):
     assert (directory / "summary.json").read_text() == (whole / "summary.json").read_text()
 
 
-@pytest.mark.parametrize(
-    ("shares", "expected"),
-    [([0.3], False), ([0.3, 0.4], False), ([0.3, 0.4, 0.4], True), ([0.5, 0.4], True), ([None, None], False)],
-)
-def test_evolution_stops_when_the_share_no_longer_rises(shares, expected):
-    assert stops(shares) is expected
+def test_internal_rounds_are_never_the_reason_to_skip_the_external_ones(cfg):
+    full, empty = ({f"p{i}": value for i in range(30)} for value in (True, False))
+    longer = dataclasses.replace(cfg, internal_rounds=3, iterations=5, stop=Stopping(held_out=list, patience=1))
+    kept = [full, empty, empty, empty, empty]
+    assert [stopped(longer, kept[: t + 1]) for t in range(5)] == [False, False, False, False, True]
+    # Without external rounds there is nothing to skip.
+    assert stopped(dataclasses.replace(longer, iterations=3), kept[:2])
+    assert not stopped(dataclasses.replace(longer, stop=Stopping()), kept)
 
 
-def shares_of(monkeypatch, shares):
+def labels_of(monkeypatch, shares):
+    """Plants what the reviser says of 40 held-out responses of each policy."""
     values = iter(shares)
-    monkeypatch.setattr(method, "held_out_share", lambda cfg, policy, reviser, run: next(values))
+
+    def labelled(cfg, policy, reviser, run):
+        share = next(values)
+        return [
+            Revision(
+                id=f"h{i}#0", prompt_id=f"h{i}", label="good" if i < 40 * share else "bad", label_probs=None,
+                response=Response.of(f"h{i}#0", f"h{i}", 0, "cat."),
+            )
+            for i in range(40)
+        ]  # fmt: skip
+
+    monkeypatch.setattr(method, "labelled_held_out", labelled)
 
 
 def unfinished(whole: Path, directory: Path, cfg: Config) -> Run:
@@ -134,35 +153,58 @@ def unfinished(whole: Path, directory: Path, cfg: Config) -> Run:
     for scope in IN_COMMON["seft"].shared:
         if (whole / scope).exists():
             shutil.copytree(whole / scope, directory / scope)
-    (directory / "iter_0" / "held_out_share.json").unlink()
+    (directory / "iter_0" / "held_out.jsonl").unlink()
     return run
 
 
 @pytest.mark.slow
-def test_run_stops_early_and_says_so(whole, tmp_path, cfg, monkeypatch):
+def test_run_stops_early_and_returns_the_best_policy(whole, tmp_path, cfg, monkeypatch):
     longer = dataclasses.replace(cfg, iterations=3, external=Round(target=always_revise), evaluate=None)
-    shares_of(monkeypatch, [0.2, 0.4, 0.4, 0.9])
-    with unfinished(whole, tmp_path / "run", longer) as run:
-        carry_out(longer, run)
+    labels_of(monkeypatch, [0.2, 0.7, 0.3, 0.9])
+    directory = tmp_path / "run"
+    with unfinished(whole, directory, longer) as run:
+        result = carry_out(longer, run)
         summary = run.summary
-    assert [line["no_share"] for line in summary["iterations"]] == [0.2, 0.4, 0.4]
+    assert [line["no_share"] for line in summary["iterations"]] == [0.2, 0.7, 0.3]
     assert (summary["rounds"], summary["stopped"], summary["status"]) == (2, True, "complete")
-    labels = {r.label for r in read(tmp_path / "run", "iter_2/revisions.jsonl", Revision)}
+    labels = {r.label for r in read(directory, "iter_2/revisions.jsonl", Revision)}
     assert labels <= {"wrong", "bad"}
+    assert summary["best"] == 1
+    best = summary["iterations"][1]["fingerprint"]
+    assert result.fingerprint == load(directory).fingerprint == best
 
 
 @pytest.mark.slow
-def test_without_held_out_prompts_every_round_runs(whole, tmp_path, cfg):
-    plain = dataclasses.replace(
-        cfg, held_out=None, evaluate=None, internal_rounds=0, external=Round(target=revise, drafts=cfg.model)
-    )
-    with unfinished(whole, tmp_path / "run", plain) as run:
-        seft(plain, run)
+def test_rounds_borrow_drafts_and_a_stronger_reviser_and_all_run_without_held_out_prompts(whole, tmp_path, cfg):
+    stronger = str(whole / "warm_reviser" / "checkpoint")
+    external = Round(target=revise, drafts=cfg.model, reviser=stronger)
+    plain = dataclasses.replace(cfg, stop=Stopping(), evaluate=None, internal_rounds=0, external=external)
+    directory = tmp_path / "run"
+    with unfinished(whole, directory, plain) as run:
+        result = seft(plain, run)
         summary = run.summary
-    assert (summary["rounds"], summary["stopped"]) == (plain.iterations, False)
-    given = summary["iterations"][0]["fingerprint"]  # a stronger model writes the drafts of every round
+    assert (summary["rounds"], summary["stopped"], summary["best"]) == (plain.iterations, False, plain.iterations)
+    assert result.fingerprint == summary["iterations"][-1]["fingerprint"]
+    given, revises = summary["iterations"][0]["fingerprint"], load(stronger).fingerprint
+    assert value(directory / "external_reviser" / "model.json") == {"path": stronger, "fingerprint": revises}
     for t in (1, 2):
-        assert {r.fingerprint for r in read(tmp_path / "run", f"iter_{t}/drafts.jsonl", Response)} == {given}
+        drafts = {r.id: r for r in read(directory, f"iter_{t}/drafts.jsonl", Response)}
+        assert {draft.fingerprint for draft in drafts.values()} == {given}
+        written = [
+            revision.response.fingerprint
+            for revision in read(directory, f"iter_{t}/revisions.jsonl", Revision)
+            if revision.label != "good"
+        ]
+        assert written and set(written) == {revises}
+
+
+def test_reviser_that_a_round_borrows_may_move_but_not_change(whole, tmp_path, cfg):
+    directory = tmp_path / "run"
+    first = dataclasses.replace(cfg, external=Round(target=revise, reviser="HERE"))
+    Run.open(directory, first).close()
+    Run.open(directory, dataclasses.replace(cfg, external=Round(target=revise, reviser="THERE"))).close()
+    with pytest.raises(RunConfigError, match=r"external\.num_samples: 1 -> 2"):
+        Run.open(directory, dataclasses.replace(cfg, external=Round(target=revise, num_samples=2, reviser="HERE")))
 
 
 def useless() -> list[RankedResponses]:
@@ -192,3 +234,5 @@ def test_impossible_configs_are_refused(cfg):
         dataclasses.replace(cfg, start=cfg.sft)
     with pytest.raises(ValueError, match="num_samples is 0"):
         Round(target=revise, num_samples=0)
+    with pytest.raises(ValueError, match="patience is 0"):
+        Stopping(patience=0)

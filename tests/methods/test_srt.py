@@ -13,7 +13,7 @@ from jaxsi.runs.records import Critique, PreferencePair, Prompt, Response
 from jaxsi.runs.run import Run
 from jaxsi.sampling import scoring
 from jaxsi.sampling.generate import SamplingConfig
-from jaxsi.stages.critique import improved_responses, marked_response
+from jaxsi.stages.critique import best_refinements, improved_responses, marked_response, mean_scores
 from jaxsi.text.chat import marker_ids, render_prompt, render_response, written_response
 from jaxsi.toyworld.critic import TEMPLATE, exact_critic
 from jaxsi.toyworld.srt_data import exact_scores
@@ -68,7 +68,9 @@ def test_stage_1_learns_response_feedback_and_refinement_but_not_the_prompt(left
 
 
 def test_ablation_without_feedback_learns_only_the_refinement():
-    [example] = stage_one(config(refinement_only=True), [written(PROMPTS[0], "axe red cat")])
+    [example] = stage_one(
+        config(first_stage=srt.FirstStage(refinement_only=True)), [written(PROMPTS[0], "axe red cat")]
+    )
     assert example.response == "axe red cat."
 
 
@@ -78,6 +80,53 @@ def test_critic_without_usable_feedback_is_an_error():
         ValueError, match=r"none of the critic's 1 critiques can be learnt from .*'empty': 1.*raise sampling"
     ):
         stage_one(config(), drafts)
+
+
+class AtOnce:
+    """A scope that stores nothing; ``stages`` are the names of those that ran."""
+
+    def __init__(self):
+        self.stages: list[str] = []
+
+    def sharded(self, name, items, stage, *args, of, by=None):
+        self.stages.append(name)
+        return stage(items, *args)
+
+    def key(self, *names):
+        return names
+
+
+def test_critic_refines_in_rounds_and_the_best_scored_refinement_is_learnt():
+    """The exact critic mends the gravest fault alone, so a draft with three faults is better after each round."""
+    draft = written(PROMPTS[0], "Sure thing: axe cat")
+    lm, it = tiny.make_lm(), AtOnce()
+    for count, improved, scores in (
+        (1, "Sure thing: axe red cat", [3.0, 8.0]),
+        (3, "axe red cat.", [3.0, 8.0, 9.0, 10.0]),
+        (4, "axe red cat.", [3.0, 8.0, 9.0, 10.0, 10.0]),  # among equal scores the earliest
+    ):
+        cfg = config(first_stage=srt.FirstStage(rounds=count))
+        critiques = exact_critic(PROMPTS, [draft], TEMPLATE, None)
+        rounds = srt.refined_in_rounds(cfg, lm, PROMPTS, critiques, it)
+        assert it.stages[-count:] == ["checks", "checks_2", "checks_3", "checks_4"][:count]
+        assert mean_scores(critiques, rounds) == scores
+        chosen, checks = best_refinements(critiques, rounds)
+        assert [c.improved for c in chosen] == [improved] and checks[0].score == max(scores[1:])
+        [example], _ = srt.learnable(cfg, prompts=PROMPTS, drafts=[draft], critiques=chosen, checks=checks)
+        feedback = critiques[0].text.partition(TEMPLATE.improved)[0]  # on y: x -> y, f, r is what a model learns
+        assert example.response == f"Sure thing: axe cat\nJudge:{feedback}Answer: {improved}"
+
+
+def test_drafts_of_stage_1_may_come_from_another_model(monkeypatch, tmp_path):
+    base, other = tiny.make_lm(), tiny.make_lm(seed=1)
+    monkeypatch.setattr(srt, "borrowed", lambda path, dtype, mesh: {"OTHER": other}[path])
+    monkeypatch.setattr(srt, "sample", lambda prompts, lm, cfg, key: [lm.fingerprint])
+    checked = []
+    monkeypatch.setattr(srt, "same_model", lambda it, name, path, lm: checked.append((name, path, lm.fingerprint)))
+    for path, model in ((None, base), ("OTHER", other)):
+        cfg = config(first_stage=srt.FirstStage(drafts=path))
+        assert srt.first_drafts(cfg, base, PROMPTS, AtOnce()) == [model.fingerprint]
+    assert checked == [("draft_model", "OTHER", other.fingerprint)]
 
 
 # ------------------------------------------------------------------------------------------------------------- stage 2
@@ -183,10 +232,11 @@ def test_dpo_on_marked_pairs_does_not_teach_when_to_stop(after_dpo):
     ("changes", "message"),
     [
         ({"critic_prompts": 0}, "critic_prompts is 0"),
+        ({"first_stage": {"rounds": 0}}, "rounds is 0; the critic refines at least once"),
         ({"sampling": SamplingConfig(num_samples=4)}, "num_samples 4"),
     ],
 )
 def test_configs_that_cannot_work(changes, message):
     with pytest.raises(ValueError, match=message):
-        config(**changes)
+        config(**{n: srt.FirstStage(**v) if n == "first_stage" else v for n, v in changes.items()})
     assert config(dpo=None).dpo is None

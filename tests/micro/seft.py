@@ -5,7 +5,7 @@ All stages sample up to 16 responses at a time, so that they share compiled prog
 import dataclasses
 from pathlib import Path
 
-from jaxsi.methods.seft import Config
+from jaxsi.methods.seft import Config, Stopping
 from jaxsi.runs.config_file import load_config
 from jaxsi.toyworld import careless, world
 from jaxsi.toyworld.evaluate_reviser import PolicyEvaluation, ReviserEvaluation
@@ -47,7 +47,7 @@ def config() -> Config:
             evaluate=ReviserEvaluation(num_prompts=8, per_prompt=3),
         ),
         prompts=prompts,
-        held_out=held_out,
+        stop=Stopping(held_out=held_out),
         sampling=dataclasses.replace(toy.sampling, batch_size=16),
         sft=smaller(toy.sft),
         evaluate=PolicyEvaluation(num_prompts=8, num_samples=2, judged_prompts=4),

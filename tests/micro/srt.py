@@ -5,7 +5,7 @@ All stages sample 32 responses at a time, so that they share compiled programs."
 import dataclasses
 from pathlib import Path
 
-from jaxsi.methods.srt import Config
+from jaxsi.methods.srt import Config, FirstStage
 from jaxsi.runs.config_file import load_config
 from jaxsi.toyworld import world
 from jaxsi.toyworld.evaluate_refinement import RefinedEvaluation
@@ -29,6 +29,7 @@ def config() -> Config:
         toy,
         prompts=prompts,
         critic_prompts=320,
+        first_stage=FirstStage(drafts=toy.model, rounds=2),
         template=toy.template.without("weaknesses", "suggestions", "score"),
         sampling=dataclasses.replace(toy.sampling, batch_size=32),
         sft=first,

@@ -5,9 +5,12 @@ from pathlib import Path
 
 import pytest
 
+from jaxsi.methods.seft import Round
+from jaxsi.methods.srt import FirstStage
 from jaxsi.perf.architectures import published
 from jaxsi.perf.method_stages import Assumptions, Sampling, Scoring, Training, iterations, stages
 from jaxsi.runs.config_file import load_config
+from jaxsi.stages.reviser import revise
 from jaxsi.stages.self_instruct import PromptFile
 
 CONFIGS = Path(__file__).parents[2] / "configs"
@@ -81,6 +84,19 @@ def test_steps_and_warm_up_are_those_of_the_paper():
     assert (sft.steps, sft.settings.batch_size) == (5 * 688, paper.sft.batch_size) and sft.warmup_share == 0.1
     sft = stages_of("self_rewarding/llama2_70b_v5p128.py", Assumptions(examples=2415))["sft"]
     assert (sft.steps, sft.warmup_share) == (302, 0)
+
+
+def test_stages_with_a_borrowed_model_name_it():
+    first = FirstStage(drafts="allenai/tulu-2-7b", rounds=3)
+    by_name = stages_of("srt/qwen3_4b_1xh200.py", first_stage=first)
+    assert by_name["drafts of another model"].model == "allenai/tulu-2-7b"
+    critiques, checks = by_name["critiques of the critic"], by_name["checks of the critic"]
+    assert checks.prompts == 3 * critiques.prompts and checks.new_tokens == critiques.new_tokens
+    lent = Round(target=revise, drafts="WRITER", reviser="STRONGER")
+    by_name = stages_of("seft/nectar_8b_8xh100.py", external=lent)
+    assert (by_name["drafts"].model, by_name["revisions"].model) == ("WRITER", "STRONGER")
+    own = stages_of("seft/nectar_8b_8xh100.py")
+    assert own["revisions"].model is None and own["revisions"].held.copies < by_name["revisions"].held.copies
 
 
 def test_pit_stages_hold_all_models_during_rl():

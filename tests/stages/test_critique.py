@@ -14,12 +14,14 @@ from jaxsi.sampling import generate
 from jaxsi.stages.critique import (
     CritiqueConfig,
     LocalCritic,
+    best_refinements,
     check_same_critic,
     continue_critique,
     critic_requests,
     critique,
     improved_responses,
     marked_response,
+    mean_scores,
     refinement_examples,
     refinement_pairs,
 )
@@ -192,6 +194,24 @@ def test_filters_of_stage_one() -> None:
     assert examples[0].response == SRT.marked("axe red cat.") + SRT.write("talk", "good", 5, "axe red cat.")
     only, _ = refinement_examples(PROMPTS, drafts, critiques, checks, SRT, refinement_only=True)
     assert only[0].response == "axe red cat."
+
+
+def test_best_scored_of_several_refinements_is_kept() -> None:
+    """p0 gets better and then worse, p1 ties, p2 has a score in the second round alone, and p3 has no refinement."""
+    critiques = [read(f"p{i}#0", improved=f"r1 {i}") for i in range(3)] + [read("p3#0", improved=None)]
+    rounds = [
+        [read("p0#0", 6.0, improved="r2 0"), read("p1#0", 7.0, improved="r2 1"), read("p2#0", None, improved="r2 2")],
+        [read("p0#0", 8.0, improved="r3 0"), read("p1#0", 7.0, improved="r3 1"), read("p2#0", 1.0)],
+        [read("p0#0", 7.0), read("p1#0", 7.0)],
+    ]
+    chosen, checks = best_refinements(critiques, rounds)
+    assert [c.improved for c in chosen] == ["r2 0", "r1 1", "r2 2", None]
+    assert [c.score for c in checks] == [8.0, 7.0, 1.0]
+    assert [dataclasses.replace(c, improved=None) for c in chosen] == [
+        dataclasses.replace(c, improved=None) for c in critiques
+    ], "the feedback stays that on the draft"
+    assert best_refinements(critiques, rounds[:1]) == (critiques, rounds[0])
+    assert mean_scores(critiques, [*rounds, [read("p0#0", None)]]) == [5.0, 6.5, 16 / 3, 7.0, None]
 
 
 def test_mask_covers_exactly_the_instruction() -> None:

@@ -215,26 +215,49 @@ def marked_item(lm: LM, prompt: Prompt, text: str | None = None):
     return prompt, (dataclasses.replace(record(prompt, "cat."), response=draft),)
 
 
-def srt_round(lm: LM, items, cfg: CritiqueConfig = GREEDY) -> list[Improvement]:
-    return srt.srt_round(lm, items, jax.random.key(0), template=TEMPLATE, cfg=cfg)
+def srt_round(lm: LM, items, cfg: CritiqueConfig = GREEDY, gate: bool = False) -> list[Improvement]:
+    return srt.srt_round(lm, items, jax.random.key(0), template=TEMPLATE, cfg=cfg, gate=gate)
 
 
-def test_srt_accepts_only_a_strictly_higher_score(lm, monkeypatch):
-    first = {
-        "p0": (5.0, "axe.", "stop"),
-        "p1": (5.0, "axe.", "stop"),
-        "p2": (5.0, "cat.", "stop"),
-        "p3": (5.0, None, "length"),
-    }
-    seen = plant_critiques(monkeypatch, first, {"p0": 6.0, "p1": 5.0})
+OWN = {
+    "p0": (5.0, "axe.", "stop"),
+    "p1": (5.0, "axe.", "stop"),
+    "p2": (5.0, "cat.", "stop"),
+    "p3": (5.0, None, "length"),
+}
+
+
+def test_srt_answers_with_the_first_refinement_whatever_its_score(lm, monkeypatch):
+    seen = plant_critiques(monkeypatch, OWN | {"p1": (None, "axe.", "stop")}, {})
     items = [marked_item(lm, prompt, "cat.") for prompt in PROMPTS]
     results = srt_round(lm, items)
+    assert outcomes(results) == ["accepted", "accepted", "kept", "cut off"]
+    assert [r.response.text for r in results] == ["axe.", "axe.", "cat.", "cat."]
+    assert [r.score for r in results] == [None, None, 5.0, 5.0], "the score of the response, where there is one"
+    assert seen == [["cat.\nJudge:"] * 4, []], "y, f and r are one decode: there is no call for a score"
+    assert results[0].feedback == "Check: talk" and results[0].tokens > results[3].tokens > 0
+
+
+@pytest.mark.parametrize(("check", "outcome"), [(6.0, "accepted"), (5.0, "rejected"), (None, "no response")])
+def test_srt_keeps_the_best_scored_of_several_refinements(lm, monkeypatch, check, outcome):
+    plant_critiques(monkeypatch, OWN, {})
+    prompt, past = marked_item(lm, PROMPTS[0], "cat.")
+    (first,) = srt_round(lm, [(prompt, past)])
+    plant_critiques(monkeypatch, {"p0": (5.0, "egg.", "stop")}, {"p0": check})
+    (second,) = srt_round(lm, [(prompt, (*past, first))])
+    assert (second.outcome, second.score) == (outcome, 6.0 if outcome == "accepted" else 5.0)
+    assert second.response.text == ("egg." if outcome == "accepted" else "axe.")
+
+
+def test_srt_with_a_gate_accepts_only_a_strictly_higher_score(lm, monkeypatch):
+    seen = plant_critiques(monkeypatch, OWN, {"p0": 6.0, "p1": 5.0})
+    items = [marked_item(lm, prompt, "cat.") for prompt in PROMPTS]
+    results = srt_round(lm, items, gate=True)
     assert outcomes(results) == ["accepted", "rejected", "kept", "cut off"]
     assert [r.score for r in results] == [6.0, 5.0, 5.0, 5.0]
     assert [r.response.text for r in results] == ["axe.", "cat.", "cat.", "cat."]
     assert results[1].response is items[1][1][0].response
     assert seen == [["cat.\nJudge:"] * 4, ["axe.\nJudge:"] * 2], "two calls, each text up to where feedback begins"
-    assert results[0].feedback == "Check: talk" and results[0].tokens > results[3].tokens > 0
     again = srt_round(lm, [(PROMPTS[0], (*items[0][1], results[0]))])
     assert seen[2] == ["axe.\nJudge:"], "a refined response gets its marker back"
     assert outcomes(again) == ["kept"]
@@ -245,9 +268,9 @@ def test_srt_accepts_only_a_strictly_higher_score(lm, monkeypatch):
     [((None, "axe.", "stop"), 9.0), ((5.0, "axe.", "stop"), None), ((5.0, None, "stop"), None)],
     ids=["no first score", "no second score", "no refined response"],
 )
-def test_srt_needs_every_part_of_the_feedback(lm, monkeypatch, first, check):
+def test_srt_with_a_gate_needs_every_part_of_the_feedback(lm, monkeypatch, first, check):
     plant_critiques(monkeypatch, {"p0": first}, {"p0": check})
-    assert outcomes(srt_round(lm, [marked_item(lm, PROMPTS[0])])) == ["no response"]
+    assert outcomes(srt_round(lm, [marked_item(lm, PROMPTS[0])], gate=True)) == ["no response"]
 
 
 def test_srt_without_feedback_or_without_room(lm):

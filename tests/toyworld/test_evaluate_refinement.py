@@ -6,9 +6,15 @@ from types import SimpleNamespace
 import pytest
 
 import tiny
+from jaxsi.methods.srt import FirstStage
 from jaxsi.runs.records import Critique, Prompt, Response
+from jaxsi.sampling.generate import SamplingConfig
+from jaxsi.stages.critique import CritiqueConfig, marked_response
+from jaxsi.stages.improve import srt
+from jaxsi.stages.improve.rounds import improve
+from jaxsi.toyworld import evaluate_refinement
 from jaxsi.toyworld.critic import TEMPLATE
-from jaxsi.toyworld.evaluate_refinement import RefinedEvaluation, text_of, written
+from jaxsi.toyworld.evaluate_refinement import RefinedEvaluation
 
 PROMPTS = [Prompt.of("p", "Reverse: cat red dog"), Prompt.of("q", "Sort A to Z: pie axe cat")]
 WORDS = SimpleNamespace(tokenizer=SimpleNamespace(encode_text=str.split))
@@ -26,28 +32,40 @@ def read(response: Response, text: str, score: float | None = None) -> Critique:
     )  # fmt: skip
 
 
-@pytest.mark.parametrize(
-    ("text", "response"),
-    [
-        ("dog red cat.\nJudge:", "dog red cat."),
-        ("dog red cat.", "dog red cat."),
-        ("Judge: red.", "Judge: red."),
-        ("\nJudge:", ""),
-    ],
-)
-def test_response_is_the_text_before_its_feedback(text, response):
-    assert text_of(said(PROMPTS[0], 0, text), TEMPLATE) == response
+def test_evaluation_measures_the_rule_of_the_command(monkeypatch):
+    """Of each draft: a better refinement, a worse one, one with an equal score, none, and a draft without a marker."""
+    lm, prompts = tiny.make_lm(), [Prompt.of(f"p{i}", f"Reverse: cat red {word}") for i, word in enumerate("abcde")]
+    refined = dict(zip("abcde", ("cat dog.", "red.", "red cat.", None, "axe."), strict=True))
+    texts = {p.id: refined[p.text[-1]] for p in prompts}
 
+    def drafts(lm, asked, *, num_samples=1, stop_text, **settings):
+        assert stop_text == TEMPLATE.feedback
+        made = [marked_response(lm.tokenizer, f"{p.id}#0", p.id, "cat red.", TEMPLATE, "f") for p in asked]
+        ended = [dataclasses.replace(d, text="cat red.", token_ids=d.token_ids[:2]) for d in made]
+        return [e if e.prompt_id == "p4" else d for d, e in zip(made, ended, strict=True)]
 
-def test_refined_response_takes_the_place_of_its_draft():
-    lm, draft = tiny.make_lm(), said(PROMPTS[0], 3, "dog red\nJudge:")
-    refined = written(lm, draft, "dog red cat.", TEMPLATE)
-    assert (refined.id, refined.sample, refined.text, refined.fingerprint) == (
-        draft.id,
-        3,
-        "dog red cat.",
-        lm.fingerprint,
-    )
+    def criticise(lm, prompts, responses, template, cfg, key, *, marker=()):
+        return [dataclasses.replace(read(r, "x", 5.0), improved=texts[r.prompt_id]) for r in responses]
+
+    measured = []
+
+    def quality(prompts, responses):
+        measured.append([r.text for r in responses])
+        return {r.id: 0.0 for r in responses}, {"quality": {"mean": 0.0}, "by_prompt": [0.0] * len(prompts)}
+
+    monkeypatch.setattr(evaluate_refinement, "generate", drafts)
+    monkeypatch.setattr("jaxsi.stages.improve.rounds.generate", drafts)
+    for module in (evaluate_refinement, srt):
+        monkeypatch.setattr(module, "continue_critique", criticise)
+    monkeypatch.setattr(evaluate_refinement, "quality", quality)
+    monkeypatch.setattr(evaluate_refinement.world, "evaluation_prompts", lambda count: prompts)
+    cfg = CritiqueConfig(max_new_tokens=16)
+    config = SimpleNamespace(template=TEMPLATE, critique=cfg, first_stage=FirstStage())
+    RefinedEvaluation(num_prompts=5, num_samples=1, reranked_prompts=5)(lm, config, AT_ONCE, refine=True)
+    command = improve(prompts, srt.srt(lm, SamplingConfig(num_samples=1, max_new_tokens=8), TEMPLATE, cfg))
+    assert measured[1] == [record.response.text for record in command[1]]
+    assert measured[1] == ["cat dog.", "red.", "red cat.", "cat red.", "cat red."]
+    assert measured[0] == ["cat red."] * 5
 
 
 def reranked(drafts, critiques, many, scores, by_prompt=(50.0, 50.0)):

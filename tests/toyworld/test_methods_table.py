@@ -85,6 +85,15 @@ def test_runs_may_stop_at_different_iterations(tmp_path, calls):
     assert row["gain"]["mean"] == pytest.approx((12 + 6 + 12) / 3, abs=1)
 
 
+def test_gain_is_that_of_the_iteration_which_the_method_found_to_be_best(tmp_path, calls):
+    methods_table.bench_methods(tmp_path, [METHOD])
+    for seed in METHOD.seeds:
+        file = tmp_path / "m" / "method" / str(seed) / "summary.json"
+        file.write_text(json.dumps(json.loads(file.read_text()) | {"best": 2}))
+    row = methods_table.bench_methods(tmp_path, [METHOD])["arms"][0]
+    assert row["gain"]["mean"] == pytest.approx(6, abs=1) and len(row["iterations"]) == 3
+
+
 def test_finished_run_of_another_model_is_refused(tmp_path, calls, monkeypatch):
     methods_table.bench_methods(tmp_path, [METHOD])
     monkeypatch.setattr(methods_table, "_fingerprint", lambda model: "other")

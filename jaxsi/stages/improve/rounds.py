@@ -3,7 +3,8 @@
     y_0 ~ M(. | x);    y_r from x and y_0 .. y_{r-1},  r = 1 .. K
 
     method       a round writes                           y_r is new if                 score (of y_r, except in pit)
-    srt          feedback on y, then a refined y          its score rises               the score that M itself gives it
+    srt          feedback on y, then a refined y          round 1: always; later:       the score that M itself gives it
+                                                          its score rises
     seft         a label, then a revised y                the label is not NO           the reviser's P(NO)
     pit          the improver's y                         the gap reward sees a gain    the newest response's gain
     self_refine  feedback, then a y that follows it       the feedback lacks "enough"   none
@@ -11,7 +12,8 @@
 
 arXiv 2406.07168, 2406.10813, 2310.00898, 2303.17651. This module holds the loop and what the methods share; each method
 is a module beside it. A prompt ends after the first round that does not improve its response; with best_of_n it goes on
-to more samples. The rule of srt beyond its first round and PIT's rule are ours.
+to more samples. The first round of srt is the paper's; with its ``gate``, a score that rises decides there, too. That
+rule of srt and PIT's rule are ours.
 """
 
 import dataclasses

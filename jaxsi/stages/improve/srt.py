@@ -1,7 +1,8 @@
 """Self-refinement at inference time by a model that SRT trained (arXiv 2406.07168).
 
-The model drafts, goes on with feedback on its own response, and refines it. A refined response is accepted only if the
-model scores it higher in a separate call.
+The model drafts, goes on with feedback on its own response, and refines it. As in the paper, the answer of the first
+round is the refined response, whatever its score. In a further round, which the paper does not use at inference, the
+newer refinement replaces the one before only if the model scores it higher in a separate call: the best one is kept.
 """
 
 import dataclasses
@@ -21,61 +22,79 @@ from jaxsi.text.chat import marker_ids
 from jaxsi.text.tokenizer import Tokenizer
 
 
-def srt(lm: LM, sampling: SamplingConfig, template: CritiqueTemplate, cfg: CritiqueConfig) -> Method:
-    """``lm`` drafts, criticises and refines; ``template`` is the one it was trained with."""
+def srt(
+    lm: LM, sampling: SamplingConfig, template: CritiqueTemplate, cfg: CritiqueConfig, *, gate: bool = False
+) -> Method:
+    """``lm`` drafts, criticises and refines; ``template`` is the one it was trained with. ``gate``: the first
+    refinement, too, has to score higher than the response before."""
 
     def draft(prompts: Sequence[Prompt], key: jax.Array) -> list[Improvement]:
         drafts = draft_round(lm, prompts, key, sampling, stop_text=template.feedback)
-        return [dataclasses.replace(d, response=_unmarked(d.response, template)) for d in drafts]
+        return [dataclasses.replace(d, response=unmarked(d.response, template)) for d in drafts]
 
-    return Method(draft, functools.partial(srt_round, lm, template=template, cfg=cfg))
+    return Method(draft, functools.partial(srt_round, lm, template=template, cfg=cfg, gate=gate))
 
 
 def srt_round(
-    lm: LM, items: Sequence[Item], key: jax.Array, *, template: CritiqueTemplate, cfg: CritiqueConfig
+    lm: LM, items: Sequence[Item], key: jax.Array, *, template: CritiqueTemplate, cfg: CritiqueConfig, gate: bool
 ) -> list[Improvement]:
     """Feedback and a refined response, written by ``lm`` after its own response.
 
-    The outcome is "accepted" if the refined response scores higher, in a separate call, than the response before;
-    "kept" if it equals the response before; "no response" if no feedback follows the response or a part of the feedback
-    does not parse. A response's token ids end in the marker that begins feedback; its text leaves the marker out.
+    The outcomes are those of `refinement`. In rounds after the first, and in all rounds with ``gate``, a refined
+    response is "rejected" unless it scores higher, in a separate call, than the response before. A score is that of the
+    response of the record: None for a refinement that was taken without a call for its score. A response's token ids
+    end in the marker that begins feedback; its text leaves the marker out.
     """
     prompts = [prompt for prompt, _ in items]
     responses = [_marked(lm.tokenizer, past[-1].response, template) for _, past in items]
     critiques = continue_critique(lm, prompts, responses, template, cfg, fold(key, "critiques"))
-    changes = [
-        critique
-        for critique, response in zip(critiques, responses, strict=True)
-        if critique.improved != _unmarked(response, template).text
+    results = [
+        refinement(lm.tokenizer, response, critique, template)
+        for response, critique in zip(responses, critiques, strict=True)
     ]
-    refined = improved_responses(lm.tokenizer, changes, template, marked=True)
-    checks = continue_score(lm, prompts, refined, template, cfg, fold(key, "checks"))
-    refined_by_id = {check.id: response for check, response in zip(checks, refined, strict=True)}
+    scored = [
+        _marked(lm.tokenizer, refined, template)
+        for (_, past), (outcome, refined) in zip(items, results, strict=True)
+        if outcome == "accepted" and (gate or past[-1].round > 0)
+    ]
+    checks = continue_score(lm, prompts, scored, template, cfg, fold(key, "checks"))
     check_by_id = {check.id: check for check in checks}
     return [
-        _next_record(
-            past,
-            critique,
-            lm.tokenizer,
-            template,
-            ends_in_marker=template.unmarked(response.text) is not None,
-            refined=refined_by_id.get(critique.id),
-            check=check_by_id.get(critique.id),
-        )
-        for (_, past), response, critique in zip(items, responses, critiques, strict=True)
+        _next_record(past, critique, result, check_by_id.get(critique.id), lm.tokenizer, template)
+        for (_, past), critique, result in zip(items, critiques, results, strict=True)
     ]
+
+
+def refinement(
+    tokenizer: Tokenizer, response: Response, critique: Critique, template: CritiqueTemplate
+) -> tuple[Outcome, Response]:
+    """The answer of an SRT model, given its ``response`` with the marker of feedback, and its ``critique``: the refined
+    response, whatever the scores ("accepted").
+
+    Without one it is the response itself: "kept" if the refined response equals it; "no response" if no feedback
+    follows it, or the refined response does not parse; "cut off" and "too long" if the tokens did not suffice.
+    """
+    draft = unmarked(response, template)
+    if template.unmarked(response.text) is None:
+        return "no response", draft
+    if critique.improved is None:
+        return _fault_of_critique(critique), draft
+    if critique.improved == draft.text:
+        return "kept", draft
+    [refined] = improved_responses(tokenizer, [critique], template, marked=True)
+    return "accepted", dataclasses.replace(unmarked(refined, template), sample=draft.sample)
 
 
 def _next_record(
     past: Past,
     critique: Critique,
+    result: tuple[Outcome, Response],
+    check: Critique | None,
     tokenizer: Tokenizer,
     template: CritiqueTemplate,
-    *,
-    ends_in_marker: bool,
-    refined: Response | None,
-    check: Critique | None,
 ) -> Improvement:
+    """The record of a round; ``check`` is the critique of a refined response whose score decides."""
+    outcome, refined = result
     texts = [critique.text] if check is None else [critique.text, check.text]
     record = functools.partial(
         next_record,
@@ -83,16 +102,14 @@ def _next_record(
         feedback=critique.text.partition(template.improved)[0].strip() or None,
         tokens=sum(len(tokenizer.encode_text(text)) for text in texts if text),
     )
-    if not ends_in_marker:
-        return record("no response", past[-1].score)
-    if critique.improved is None:
-        return record(_fault_of_critique(critique), critique.score)
-    if refined is None or check is None:
-        return record("kept", critique.score)
+    if outcome != "accepted":
+        return record(outcome, past[-1].score if critique.score is None else critique.score)
+    if check is None:
+        return record("accepted", None, response=refined)
     if critique.score is None or check.score is None:
         return record(_fault_of_critique(check), critique.score)
     if check.score > critique.score:
-        return record("accepted", check.score, response=_unmarked(refined, template))
+        return record("accepted", check.score, response=refined)
     return record("rejected", critique.score)
 
 
@@ -103,7 +120,7 @@ def _fault_of_critique(critique: Critique) -> Outcome:
     return "cut off" if critique.text else "too long"
 
 
-def _unmarked(response: Response, template: CritiqueTemplate) -> Response:
+def unmarked(response: Response, template: CritiqueTemplate) -> Response:
     """The response without the marker that begins its feedback."""
     text = template.unmarked(response.text)
     return response if text is None else dataclasses.replace(response, text=text)

@@ -22,9 +22,9 @@ paper got 3,964 and 6,942 pairs); the filters' thresholds (Self-Instruct's).
 
 Different from the paper: no dropout (the paper: 0.1). Claude 2 compared checkpoints there, with the AlpacaEval prompt;
 here M_{t-1} does, in pairs and both orders, and a checkpoint has to lose on evidence (`early_stop.judging` takes
-another judge, `early_stop.rule` the paper's rule). The 253 validation prompts, and the rankings that measure the judge (the
-paper has 541 examples), are those of Open Assistant's validation split, however many it has. Pin the models' revisions
-as NAME@REVISION.
+another judge, `early_stop.rule` the paper's rule). The 253 validation prompts, and the rankings that measure the judge
+(the paper has 541 examples), are those of Open Assistant's validation split, however many it has. Pin the models'
+revisions as NAME@REVISION.
 """
 
 from jaxsi.methods.self_rewarding import Config, SeedData

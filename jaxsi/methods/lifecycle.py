@@ -1,15 +1,17 @@
 """What every method does around its iterations: it begins with the model it is given, keeps models, and reports."""
 
 import dataclasses
+import functools
 import json
-from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal, NamedTuple
 
 from jaxsi.lm import LM, load, save_checkpoint
 from jaxsi.model import mesh as meshlib
 from jaxsi.runs import checkpoint
 from jaxsi.runs.config_snapshot import parts_of
 from jaxsi.runs.run import Run, RunError, Scope, StaleRecordsError
+from jaxsi.stages.early_stop import EarlyStop, WinRate, is_better, win_rate
 from jaxsi.text.chat_config import ChatConfig
 from jaxsi.text.chat_template import today
 from jaxsi.training import resume
@@ -74,6 +76,45 @@ def iteration_of(like: LM, run: Run, t: int) -> LM:
     if found is None:
         raise RunError(f"{run.path / f'iter_{t}' / 'checkpoint'} is gone or damaged; put it back, or begin a new run")
     return found
+
+
+def is_better_by(cfg: Any, judge: LM, it: Scope) -> Callable[[LM, LM], bool] | None:
+    """What ``train.dpo`` takes as ``better`` by ``cfg.early_stop``; None if checkpoints are not compared."""
+    stop: EarlyStop | None = cfg.early_stop
+    if stop is None or not stop.checkpoints:
+        return None
+    return functools.partial(is_better, stop, judge, cfg.sampling, cfg.judge, it.key("early_stop"))
+
+
+class Standing(NamedTuple):
+    """Where an iteration stands: ``best`` is the best iteration so far, ``lost`` says that the run ends, ``win_rate``
+    is that over the best one before (None: not compared, or nothing could be judged)."""
+
+    best: int
+    lost: bool
+    win_rate: dict[str, Any] | None
+
+
+def compared(cfg: Any, run: Run, t: int, model: LM, judge: LM, best: int) -> Standing:
+    """Compares M_t = ``model`` with iteration ``best`` by ``cfg.early_stop``, and names the best one in summary.json.
+    M_t becomes the best unless it loses more often than it wins; the run ends by the rule alone."""
+    stop: EarlyStop | None = cfg.early_stop
+    if stop is None or not stop.iterations:
+        return Standing(t, False, None)
+    it = run.at(f"iter_{t}")
+
+    def measured() -> dict[str, Any]:
+        before = iteration_of(model, run, best)
+        rate = win_rate(stop, judge, model, before, cfg.sampling, cfg.judge, it.key("early_stop", "iterations"))
+        return {"over": best} | ({} if rate is None else rate._asdict())
+
+    told = it.value("win_rate", measured)
+    if "mean" not in told:
+        return Standing(t, False, told)
+    rate = WinRate(*(told[name] for name in WinRate._fields))
+    standing = Standing(t if rate.mean >= 0.5 else best, stop.rule(rate), told)
+    run.update_summary({"best": standing.best, "stopped_early": standing.lost})
+    return standing
 
 
 def carried_over(cfg: DPOConfig, model: LM, run: Run, t: int, first: int) -> dict[str, Any]:

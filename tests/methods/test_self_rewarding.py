@@ -82,7 +82,7 @@ def test_prompts_of_a_file_never_repeat_even_when_iterations_are_added(tmp_path)
 
 def test_new_prompts_are_neither_held_out_nor_those_of_earlier_iterations(tmp_path, monkeypatch):
     excluded = []
-    monkeypatch.setattr(self_rewarding, "new_prompts", lambda *args, **named: excluded.append(named) or [])
+    monkeypatch.setattr(seeded, "new_prompts", lambda *args, **named: excluded.append(named) or [])
     lm = SimpleNamespace(mesh=None)
     micro = load_config(MICRO)
     held_out = lambda: [Prompt.of("h", "Held out?")]  # noqa: E731

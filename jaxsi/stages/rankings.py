@@ -20,7 +20,11 @@ Agrees = Callable[[Sequence[float | None], Sequence[int]], bool]
 @dataclasses.dataclass(frozen=True)
 class RankingFile:
     """Ranked responses from a file: call it, or give it where a config takes a function of rankings. The fields are
-    arguments of `user_data.read_rankings`; `columns` holds texts such as "responses=answers"."""
+    arguments of `user_data.read_rankings`; `columns` holds texts such as "responses=answers". A run reads the file once
+    and keeps the records, so on resume it may lie elsewhere.
+
+    Raises: RecordError, when it is called, if the file cannot be read or a row is bad.
+    """
 
     path: str = dataclasses.field(metadata=may_move())
     columns: tuple[str, ...] = ()

@@ -51,7 +51,7 @@ EXAMPLES = """Examples:
   jaxsi generate Qwen/Qwen3-0.6B --prompts prompts.jsonl -o responses.jsonl
 
 MODEL is a Hugging Face folder or hub name, a .gguf file, a jaxsi checkpoint, a run directory (its newest complete
-iteration), or RUN_DIR@t (its iteration t)."""
+iteration, or the one that its method found best), or RUN_DIR@t (its iteration t)."""
 
 FAILURE, USAGE, STOPPED, INTERRUPTED = 1, 2, 75, 130
 

@@ -85,6 +85,15 @@ def test_every_method_writes_its_rounds(capsys, folder, tmp_path, method, option
     assert "complete, 2 of 2 iterations" in capsys.readouterr().out
 
 
+def test_folder_of_srt_keeps_the_rule_by_which_it_accepts(capsys, folder, tmp_path):
+    out = tmp_path / "out"
+    words = ("srt", "--template", "critique.json", "--feedback-tokens", "8", "-o", out, "--rounds", "0")
+    value_of(capsys, folder, *words)
+    assert json.loads((out / "config.json").read_text())["settings"]["gate"] is False, "as in the paper"
+    code, _, err = called(capsys, folder, *words, "--gate")
+    assert code == 2 and "settings.gate: False -> True" in err
+
+
 def test_killed_command_goes_on_and_computes_nothing_twice(capsys, folder, tmp_path, monkeypatch):
     drafts, calls = [], []
     real_draft, real_round = rounds.draft_round, self_refine.self_refine_round

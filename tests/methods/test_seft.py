@@ -198,7 +198,7 @@ def test_rounds_borrow_drafts_and_a_stronger_reviser_and_all_run_without_held_ou
         assert written and set(written) == {revises}
 
 
-def test_reviser_that_a_round_borrows_may_move_but_not_change(whole, tmp_path, cfg):
+def test_reviser_that_a_round_borrows_may_move_but_not_change(tmp_path, cfg):
     directory = tmp_path / "run"
     first = dataclasses.replace(cfg, external=Round(target=revise, reviser="HERE"))
     Run.open(directory, first).close()

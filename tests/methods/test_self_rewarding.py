@@ -9,8 +9,8 @@ import pytest
 from micro_runs import micro, micro_run
 
 from jaxsi.cli.tables import iterations_table
-from jaxsi.methods import self_rewarding
-from jaxsi.methods.self_rewarding import SeedData, next_prompts
+from jaxsi.methods import seeded
+from jaxsi.methods.seeded import SeedData, next_prompts
 from jaxsi.runs.config_file import load_config
 from jaxsi.runs.records import Judgment, Prompt, RankedResponses, SFTExample, read_jsonl
 from jaxsi.runs.run import Run, RunError, Scope, StaleRecordsError
@@ -91,12 +91,12 @@ def test_new_prompts_are_neither_held_out_nor_those_of_earlier_iterations(tmp_pa
     with Run.open(tmp_path / "run", micro) as run:
         run.at("iter_1").records("ift", micro.seed_data.ift, of=SFTExample)
         run.at("iter_2").records("prompts", lambda: [Prompt.of("a", "Asked before?")], of=Prompt)
-        self_rewarding.next_prompts(cfg, lm, run, 3)
+        seeded.next_prompts(cfg, lm, run, 3)
         assert excluded[0]["earlier"] == ["Asked before?"]
         assert excluded[0]["held_out"] == ["Held out?", *tested]
         (tmp_path / "run" / "iter_2" / "prompts.jsonl").unlink()
         with pytest.raises(RunError, match=r"iter_2/prompts\.jsonl is gone, and later iterations need it"):
-            self_rewarding.next_prompts(cfg, lm, run, 3)
+            seeded.next_prompts(cfg, lm, run, 3)
 
 
 def test_replaced_model_is_refused_also_without_sft(tmp_path):
@@ -153,10 +153,10 @@ def test_prompts_that_measure_the_judge_are_in_no_training_data(tmp_path):
     shown = SFTExample(id="x", messages=ranked[0].messages, response="Seen.")
     ift = [shown, *cfg.seed_data.ift()]
     with Run.open(tmp_path / "run", cfg) as run:
-        test = self_rewarding.judge_test(cfg.seed_data, run)
+        test = seeded.judge_test(cfg.seed_data, run)
         assert test == ranked
-        assert self_rewarding.demonstrations(lambda: ift, test) == ift[1:]
-        assert self_rewarding.judge_test(None, run) == self_rewarding.judge_test(SeedData(), run) == []
+        assert seeded.demonstrations(lambda: ift, test) == ift[1:]
+        assert seeded.judge_test(None, run) == seeded.judge_test(SeedData(), run) == []
 
 
 def test_rankings_alone_are_seed_data():
@@ -185,7 +185,7 @@ def test_eft_of_rankings_alone_is_written_by_the_given_model(tmp_path, monkeypat
     monkeypatch.setattr(Scope, "sharded", sharded)
     monkeypatch.setattr(Scope, "counted", lambda self, name, *args, **named: (["eft"], {}))
     with Run.open(tmp_path / "run", cfg) as run:
-        assert self_rewarding.evaluation_examples(cfg, data, cfg.sft, "base", run, []) == ["eft"]
+        assert seeded.evaluation_examples(cfg, data, cfg.sft, "base", run, []) == ["eft"]
     assert judged == [("eft_judgments", "base")]
 
 

@@ -38,9 +38,11 @@ def now(place: str) -> Any:
 
 
 # What shipped configs have said otherwise since then: warm-up is a share of the steps, and no longer a number of them;
-# all references of PIT's round 1 are the policy's; checkpoints of the paper's run are compared, iterations are not.
+# all references of PIT's round 1 are the policy's; checkpoints of the paper's run are compared, iterations are not;
+# judges are measured on human rankings; the toy keeps the request for new prompts that its model has learnt.
 SAID_OTHERWISE = re.compile(
     r"(\w+\.)*optim\.warmup_(steps|ratio): |mix: 0.2 -> 0.0|early_stop.iterations: True -> False"
+    r"|seed_data.judge_test: None -> |prompts.format.\w+: "
 )
 
 
@@ -59,10 +61,10 @@ def test_run_stored_before_the_move_of_another_config_does_not_resume() -> None:
     stored["dpo"]["beta"] = 0.5
     with pytest.raises(RunConfigError) as caught:
         check_config(Path("run"), stored, now("configs/self_rewarding/toy.py:config"))
-    assert caught.value.differences == (
+    assert [text for text in caught.value.differences if not SAID_OTHERWISE.match(text)] == [
         "judging: 'jaxsi.toyworld.seed_data.permuted_judge' -> 'feedback.judge'",
         "dpo.beta: 0.5 -> 0.1",
-    )
+    ]
 
 
 def test_no_module_path_of_the_package_is_stored() -> None:

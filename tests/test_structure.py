@@ -96,12 +96,13 @@ def test_imports_go_down_from_room_to_room():
 
 # Modules of `methods` that are not methods.
 AROUND_METHODS = {"__init__", "lifecycle", "preflight", "seeded", "single", "start"}
+SHARED_BY_METHODS = {"jaxsi.methods.lifecycle", "jaxsi.methods.seeded"}
 METHODS = [path for path in MODULES if path.parts[1] == "methods" and path.stem not in AROUND_METHODS]
 
 
 def test_method_imports_no_other_method():
     for path in METHODS:
-        others = {name for name in imported(path) if name.startswith("jaxsi.methods.")} - {"jaxsi.methods.lifecycle", "jaxsi.methods.seeded"}
+        others = {name for name in imported(path) if name.startswith("jaxsi.methods.")} - SHARED_BY_METHODS
         assert not others, f"{path} imports {others}; what two methods share moves down"
 
 

@@ -27,6 +27,7 @@ from jaxsi.training import batches, losses, train
 from jaxsi.training.batches import PairBatch, TokenBatch
 from jaxsi.training.optim import OptimConfig
 from jaxsi.training.packing import supervised
+from jaxsi.training.reference import reference_logps
 
 BETA = 0.1  # of DPO
 LEARNING_RATE = 1e-5
@@ -278,7 +279,7 @@ def _pair_training(lm: LM, work: TrainWork, config: train.TrainConfig) -> tuple[
     config.check(lm.mesh)
     n = work.shared
     pairs = [(batches.encode(a[:n], a[n:]), batches.encode(b[:n], b[n:])) for a, b in work.pairs]
-    refs = train.reference_logps(lm, pairs, config)
+    refs = reference_logps(lm, pairs, config)
     batch = batches.pair_batches(lm, pairs, refs, len(pairs), epochs=1, seed=0, min_length=len(work.rows[0]))[0]
     return train.PairLoss(lm.config, lm.mesh, work.dtype, work.remat, losses.dpo, BETA, 0.0), batch
 

@@ -23,7 +23,7 @@ from jaxsi.model.kv_cache import KVCache
 from jaxsi.sampling import scoring, slots
 from jaxsi.sampling.engine import CHUNK, power, refill_threshold
 from jaxsi.sampling.token_sampling import MAX_MARKER, MAX_STOPS, Settings
-from jaxsi.training import losses, optim, ppo, reward, rl, train
+from jaxsi.training import losses, optim, ppo, reference, reward, rl, train
 from jaxsi.training.batches import GroupBatch, PairBatch, TokenBatch
 from jaxsi.training.optim import OptimConfig
 
@@ -183,7 +183,7 @@ def training_programs(config: ModelConfig, mesh: Mesh, sizes: Sizes) -> dict[str
         ),
         "sft": step(TokenBatch(*[ids(B, T)] * 5), train.SFTLoss(*common)),
         "reference": Program(
-            train.reference_pair_logps,
+            reference.reference_pair_logps,
             (weights, pairs(B // sizes.accumulate)),
             {"config": config, "mesh": mesh, "dtype": sizes.dtype, "remat": sizes.remat},
         ),

@@ -174,7 +174,8 @@ class Improvement:
 
 @dataclass(frozen=True, kw_only=True)
 class PreferencePair:
-    """Two responses to the prompt with the same id; chosen_score > rejected_score."""
+    """Two responses to the prompt with the same id; chosen_score > rejected_score. ``agreement``: the probability that
+    the label is right, for losses that read it."""
 
     id: str
     messages: tuple[Message, ...]
@@ -182,6 +183,7 @@ class PreferencePair:
     rejected: Response
     chosen_score: float
     rejected_score: float
+    agreement: float = 1.0
 
 
 @dataclass(frozen=True, kw_only=True)

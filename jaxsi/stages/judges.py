@@ -292,17 +292,29 @@ class TargetsBy(Judged):
         ]
 
 
+def rewards_by(
+    judging: Judge, lm: LM | None, rubric: AnyRubric, cfg: JudgeConfig
+) -> Callable[[Sequence[Prompt], Sequence[Response]], np.ndarray]:
+    """A judge as the reward of reinforcement learning: (prompts, responses) -> [N] float32, NaN without a score. ``lm``
+    is the model that judges, or on whose mesh another one does."""
+
+    def rewards(prompts: Sequence[Prompt], responses: Sequence[Response]) -> np.ndarray:
+        # By its text: the same text is judged alike in every step, and another one with other noise.
+        named = [dataclasses.replace(r, id=f"{r.prompt_id}#{r.sample}#{_named(r.text)}") for r in responses]
+        judgments = judging(lm, prompts, named, rubric, cfg, jax.random.key(0))
+        return np.asarray([math.nan if j.score is None else j.score for j in judgments], np.float32)
+
+    return rewards
+
+
 @stored_as("judges.RewardsBy")
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RewardsBy(Judged):
-    """A judge as the reward of reinforcement learning: (prompts, responses) -> [N] float32, NaN without a score. A
-    rubric that compares does so among the responses to a prompt."""
+    """``rewards_by`` as settings that a run can store. A rubric that compares does so among the responses to a
+    prompt."""
 
     def __call__(self, prompts: Sequence[Prompt], responses: Sequence[Response]) -> np.ndarray:
-        # By its text: the same text is judged alike in every step, and another one with other noise.
-        named = [dataclasses.replace(r, id=f"{r.prompt_id}#{r.sample}#{_named(r.text)}") for r in responses]
-        judgments = self.judging(None, prompts, named, self.rubric, self.judge, jax.random.key(0))
-        return np.asarray([math.nan if j.score is None else j.score for j in judgments], np.float32)
+        return rewards_by(self.judging, None, self.rubric, self.judge)(prompts, responses)
 
 
 @stored_as("judges.GapsBy")

@@ -58,7 +58,8 @@ class PairBatch(NamedTuple):
     which sees the other.
 
     ``places_B2R`` and ``targets_B2R`` are as in ``TokenBatch``, one row each for the chosen and the rejected response.
-    ``ref_logps_B2`` float32: the reference's summed log-probabilities. ``real_B`` is False for fill.
+    ``ref_logps_B2`` float32: the reference's summed log-probabilities. ``real_B`` is False for fill. ``agreement_B``
+    float32: the probability that the label is right; None if all are.
     """
 
     tokens_BST: Any
@@ -68,6 +69,7 @@ class PairBatch(NamedTuple):
     targets_B2R: Any
     ref_logps_B2: Any
     real_B: Any
+    agreement_B: Any = None
 
 
 class GroupBatch(NamedTuple):
@@ -400,9 +402,10 @@ def pairs(
     seed: int,
     min_length: int,
     shared: bool,
+    agreement: Sequence[float] | None = None,
 ) -> Batches:
     """Batches of pairs with the reference's log-probabilities, each batch as long as its bucket (at least
-    ``min_length``). With ``shared``, a pair is one row.
+    ``min_length``). With ``shared``, a pair is one row. ``agreement``: the probabilities that the labels are right.
 
     Raises: DataError if the two responses of a pair follow different prompts.
     """
@@ -423,14 +426,17 @@ def pairs(
         places = stacked(lambda rows: [x for x, _ in rows.predicted], counted[T])
         targets = stacked(lambda rows: [x for _, x in rows.predicted], counted[T], fill=-1)
         refs = part.filled([np.asarray(ref_logps[i], np.float32) for i in part.row_numbers], np.float32)
-        return PairBatch(tokens, positions, segments, places, targets, refs, part.real)
+        agreed = None
+        if agreement is not None:
+            agreed = part.filled([np.asarray(agreement[i], np.float32) for i in part.row_numbers], np.float32)
+        return PairBatch(tokens, positions, segments, places, targets, refs, part.real, agreed)
 
     plan = bucketed(sizes, batch_size, epochs, seed)
     return Batches(plan, collate, mesh, batch_size)
 
 
 def pair_batches(
-    lm: LM, encoded: Sequence[tuple[Sequence_, Sequence_]], refs: Any, batch_size: int, *, min_length: int, **order: int
+    lm: LM, encoded: Sequence[tuple[Sequence_, Sequence_]], refs: Any, batch_size: int, *, min_length: int, **order: Any
 ) -> Batches:
     """``pairs`` in whichever layout is less work; the reference and the training use the same one."""
     shared = prompts_shared(lm.config, lm.mesh, encoded, min_length)

@@ -21,7 +21,7 @@ PerPair = Float[Array, "B"]
 
 class PairLogps(NamedTuple):
     """Log-probabilities summed over each response's tokens, under the policy and under the reference; the token counts;
-    and a mask that is False for fill rows."""
+    a mask that is False for fill rows; and the probability that a label is right (None: it is)."""
 
     chosen_B: PerPair
     rejected_B: PerPair
@@ -30,6 +30,7 @@ class PairLogps(NamedTuple):
     chosen_tokens_B: Int[Array, "B"]
     rejected_tokens_B: Int[Array, "B"]
     real_B: Bool[Array, "B"]
+    agreement_B: PerPair | None = None
 
 
 def _total(loss_B: PerPair, real_B: Bool[Array, "B"]) -> Loss:
@@ -69,6 +70,16 @@ class dpo_smoothed:
         z_B = beta * margin(p)
         wrong, right = -jax.nn.log_sigmoid(-z_B), -jax.nn.log_sigmoid(z_B)
         return _total((1 - self.label_smoothing) * right + self.label_smoothing * wrong, p.real_B)
+
+
+@stored_as("losses.dpo_agreed")
+def dpo_agreed(p: PairLogps, *, beta: float) -> Loss:
+    """-C log sigma(beta * margin) - (1 - C) log sigma(-beta * margin), C being the pair's ``agreement`` (CREAM, Wang et
+    al. 2024): cDPO whose share of wrong labels is measured for each pair, or each iteration."""
+    agreement_B = jnp.ones_like(p.chosen_B) if p.agreement_B is None else p.agreement_B
+    z_B = beta * margin(p)
+    loss_B = -agreement_B * jax.nn.log_sigmoid(z_B) - (1 - agreement_B) * jax.nn.log_sigmoid(-z_B)
+    return _total(loss_B, p.real_B)
 
 
 @stored_as("losses.ipo")

@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import hashlib
 import math
 from collections.abc import Callable, Sequence
 from typing import Any, Literal, NamedTuple
@@ -20,7 +19,7 @@ from jaxsi.model.compute_dtype import settled_in
 from jaxsi.model.decoder import ModelConfig, Remat, Weights
 from jaxsi.runs import preemption
 from jaxsi.runs.config_snapshot import AUTO, may_change, stored_as
-from jaxsi.runs.progress import piece, progress
+from jaxsi.runs.progress import progress
 from jaxsi.runs.records import PreferencePair, SFTExample
 from jaxsi.runs.run import Scope
 from jaxsi.training import losses, optim, resume
@@ -36,6 +35,7 @@ from jaxsi.training.batches import (
 from jaxsi.training.losses import PairLogps
 from jaxsi.training.optim import OptimConfig
 from jaxsi.training.packing import supervised
+from jaxsi.training.reference import digest, pair_logps, reference_logps
 
 MAX_SKIPPED = 5  # training gives up after this many updates in a row without a finite gradient
 
@@ -152,25 +152,6 @@ class SFTLoss:
         return losses.sft(logps_BR, batch.targets_BR >= 0), {}
 
 
-def pair_logps(
-    weights: Weights, batch: PairBatch, *, config: ModelConfig, mesh: Mesh, dtype: str, remat: Remat
-) -> jax.Array:
-    """Summed log-probabilities [B, 2] of the chosen and the rejected responses, in one pass over all rows."""
-    B, S, _ = batch.tokens_BST.shape
-
-    def rows(x: jax.Array) -> jax.Array:
-        return meshlib.constrain(x.reshape(B * S, -1), mesh, ("batch", None))
-
-    hidden_BTD = decoder.hidden_states(
-        weights, config, rows(batch.tokens_BST), rows(batch.positions_BST), rows(batch.segments_BST),
-        lengths_B=None if S == 1 else jnp.sum(rows(batch.segments_BST), axis=1), forked=S == 1,
-        dtype=jnp.dtype(dtype), remat=remat, mesh=mesh,
-    )  # fmt: skip
-    places, targets = rows(batch.places_B2R), rows(batch.targets_B2R)
-    logps = decoder.predicted_logps(weights, config, hidden_BTD, places, targets, mesh=mesh)
-    return jnp.sum(logps.reshape(B, 2, -1), axis=-1)
-
-
 @dataclasses.dataclass(frozen=True)
 class PairLoss:
     """A pair loss of a ``PairBatch``, plus the likelihood term. Equal fields share one compiled program."""
@@ -188,7 +169,7 @@ class PairLoss:
         tokens_B2 = jnp.sum(batch.targets_B2R >= 0, axis=-1)
         p = PairLogps(
             logps_B2[:, 0], logps_B2[:, 1], batch.ref_logps_B2[:, 0], batch.ref_logps_B2[:, 1],
-            tokens_B2[:, 0], tokens_B2[:, 1], batch.real_B,
+            tokens_B2[:, 0], tokens_B2[:, 1], batch.real_B, batch.agreement_B,
         )  # fmt: skip
         preference, count = self.loss(p, beta=self.beta)
         likelihood, _ = losses.nll(p)
@@ -434,8 +415,14 @@ def dpo(
         return trained
     train = settled_in(scope, config.train)
     train.check(lm.mesh)
-    all_pairs = [encode_pair(lm.tokenizer, pair) for pair in pairs]
-    encoded = [(c, r) for c, r in all_pairs if max(len(c.tokens), len(r.tokens)) <= train.max_length]
+    all_pairs = [(*encode_pair(lm.tokenizer, pair), pair.agreement) for pair in pairs]
+    fitting = [pair for pair in all_pairs if max(len(pair[0].tokens), len(pair[1].tokens)) <= train.max_length]
+    encoded, agreement = [(chosen, rejected) for chosen, rejected, _ in fitting], [agreed for *_, agreed in fitting]
+    uncertain = any(agreed != 1 for agreed in agreement)
+    if uncertain and config.loss is not losses.dpo_agreed:
+        raise TrainingError(
+            f"{scope.path}: pairs have an agreement below 1, which only losses.dpo_agreed reads; name it"
+        )
     scope.value("dpo_data", lambda: {"pairs": len(encoded), "dropped_too_long": len(all_pairs) - len(encoded)})
     if not encoded:
         too_long = f"all {len(all_pairs)} are longer than max_length = {train.max_length} tokens; raise it"
@@ -443,45 +430,16 @@ def dpo(
         raise TrainingError(f"{scope.path}: no pair to train on: {reason}")
     # The name identifies the weights and the pairs, so that values of other ones are never reused.
     reference = lm if reference is None else reference
-    name = f"ref_logps_{reference.fingerprint}_{_digest(encoded, train)}"
+    name = f"ref_logps_{reference.fingerprint}_{digest(encoded, train)}"
     refs = scope.value(name, reference_logps, reference, encoded, train)
     with scope.timed("dpo"):
         seed = seed_of(scope, "dpo")
         batches = pair_batches(
-            lm, encoded, refs, train.batch_size, epochs=train.epochs, seed=seed, min_length=train.min_length
-        )
+            lm, encoded, refs, train.batch_size, epochs=train.epochs, seed=seed, min_length=train.min_length,
+            agreement=agreement if uncertain else None,
+        )  # fmt: skip
         loss = PairLoss(lm.config, lm.mesh, train.dtype, train.remat, config.loss, config.beta, config.nll_coef)
         return fit(lm, batches, loss, train, scope, state=state, better=better)
-
-
-def _digest(encoded: Sequence[tuple[Sequence_, Sequence_]], config: TrainConfig) -> str:
-    """8 hex digits that identify everything except the weights that the reference's log-probabilities depend on."""
-    digest = hashlib.sha256(f"{config.dtype} {config.batch_size // config.accumulate} {config.min_length}".encode())
-    for sequence in (side for pair in encoded for side in pair):
-        digest.update(f"{len(sequence.tokens)} ".encode() + sequence.tokens.tobytes() + sequence.loss_mask.tobytes())
-    return digest.hexdigest()[:8]
-
-
-def reference_logps(lm: LM, encoded: Sequence[tuple[Sequence_, Sequence_]], config: TrainConfig) -> list[list[float]]:
-    """The reference's summed log-probabilities (chosen, rejected) of each pair, computed with the program and the
-    micro-batch size of training."""
-    micro = config.batch_size // config.accumulate
-    zeros = [(0.0, 0.0)] * len(encoded)
-    batches = pair_batches(lm, encoded, zeros, micro, epochs=1, seed=0, min_length=config.min_length)
-    out = np.zeros((len(encoded), 2), np.float32)
-    with piece("log-probabilities of pairs", len(encoded)) as advance:
-        for step in range(len(batches)):
-            preemption.check()
-            rows = batches.plan[step]
-            logps_B2 = reference_pair_logps(
-                lm.weights, batches[step], config=lm.config, mesh=lm.mesh, dtype=config.dtype, remat=config.remat
-            )
-            out[rows] = meshlib.fetch(logps_B2)[: len(rows)]
-            advance(len(rows), True)
-    return out.tolist()
-
-
-reference_pair_logps = jax.jit(pair_logps, static_argnames=("config", "mesh", "dtype", "remat"))
 
 
 def seed_of(scope: Scope, name: str) -> int:

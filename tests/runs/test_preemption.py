@@ -13,6 +13,7 @@ from jaxsi.runs.run import Run
 from jaxsi.sampling import generate
 from jaxsi.training import batches, train
 from jaxsi.training.optim import OptimConfig
+from jaxsi.training.reference import reference_logps
 from tests.training.test_train import Config
 
 
@@ -82,7 +83,7 @@ def test_long_stage_stops_all_processes_between_waves_and_batches(tmp_path, monk
     pair = tuple(batches.Sequence_(np.asarray([5, 6, n], np.int32), np.asarray([0, 0, 1], bool)) for n in (7, 8))
     adam = OptimConfig(learning_rate=1e-3)
     config = train.TrainConfig(optim=adam, batch_size=8, max_length=64, remat="none", dtype="bfloat16")
-    for work in (sample, lambda: train.reference_logps(lm, [pair] * 20, config)):
+    for work in (sample, lambda: reference_logps(lm, [pair] * 20, config)):
         with preemption.listening(), monkeypatch.context() as patch:
             polls = stop_by_jax(patch, 2)
             with pytest.raises(preemption.Stopped):

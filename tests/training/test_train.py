@@ -24,6 +24,7 @@ from jaxsi.runs.run import Run, Scope
 from jaxsi.training import losses, resume, train
 from jaxsi.training.batches import Batches, Sequence_, encode, encode_pair, pairs as pairs_in_batches
 from jaxsi.training.optim import OptimConfig
+from jaxsi.training.reference import reference_logps
 from jaxsi.training.train import DPOConfig, PairLoss, TrainConfig, TrainingError
 
 OPTIM = OptimConfig(learning_rate=1e-2, end_learning_rate=1e-3, eps=1e-3)
@@ -98,7 +99,7 @@ def log_of(scope: Scope) -> list[dict[str, Any]]:
 def test_dpo_starts_at_ln_2_with_the_metrics_of_numpy() -> None:
     lm = tiny.make_lm()
     pairs = encoded()
-    refs = np.asarray(train.reference_logps(lm, pairs, CONFIG))
+    refs = np.asarray(reference_logps(lm, pairs, CONFIG))
     assert refs.shape == (10, 2) and np.abs(refs).min() > 1, "no reference value is left at its start"
     pair_batches = pairs_in_batches(pairs, refs.tolist(), 4, lm.mesh, epochs=1, seed=0, min_length=64, shared=True)
     state = train.initial_state(lm.weights, OPTIM)

@@ -14,6 +14,7 @@ from jaxsi.training import losses, train
 from jaxsi.training.batches import Batches, Sequence_, encode_pair, pairs, prompts_shared
 from jaxsi.training.optim import OptimConfig
 from jaxsi.training.packing import supervised
+from jaxsi.training.reference import reference_logps
 from jaxsi.training.train import PairLoss, SFTLoss, TrainConfig
 
 pytestmark = pytest.mark.xdist_group("trajectories")  # one worker, so that the module's fixtures are computed once
@@ -82,7 +83,7 @@ def dpo() -> dict[Variant, Trajectory]:
             dtype="float32",
             min_length=64,
         )
-        refs = train.reference_logps(lm, encoded(), config)
+        refs = reference_logps(lm, encoded(), config)
         loss = PairLoss(lm.config, lm.mesh, "float32", variant.remat, losses.dpo, 0.1, 0.0)
         history, weights = run(lm, dpo_batches(lm, refs), loss, variant.accumulate)
         found[variant] = Trajectory(refs, history, weights)

@@ -51,6 +51,10 @@ LOSSES = {
     "seft": {"SFTLoss"},
     "pit": {"SFTLoss", "RewardLoss", "PolicyLoss", "ValueLoss"},
     "spin": {"PairLoss"},
+    "grpo": {"PolicyLoss", "ValueLoss"},
+    "online_dpo": {"PolicyLoss", "ValueLoss"},
+    "cream": {"SFTLoss", "PairLoss"},
+    "temporal": {"SFTLoss", "PairLoss"},
 }
 
 
@@ -64,6 +68,14 @@ ARMS = {
     "seft/toy_exact": {"internal.target", "external.target"},
     "pit/toy_permuted": {"rewarding"},
     "pit/toy_exact": {"rewarding"},
+    "grpo/toy_permuted": {"judging"},
+    "grpo/toy_exact": {"judging"},
+    "online_dpo/toy_permuted": {"judging"},
+    "online_dpo/toy_exact": {"judging"},
+    "cream/toy_permuted": {"consistency.rewarding"},
+    "cream/toy_exact": {"consistency.rewarding"},
+    "temporal/toy_permuted": {"judging"},
+    "temporal/toy_exact": {"judging"},
 }
 
 
@@ -201,7 +213,7 @@ def shaped(cfg: Any, config: ModelConfig, mesh: AbstractMesh) -> Iterator[tuple[
     scalar = dataclasses.replace(config, scalar_head=True)
     cfg = with_dtypes(cfg, lambda _: "bfloat16")  # what "auto" is on their hardware
     parts = {name: part for name, part in parts_of(cfg) if isinstance(part, TrainConfig | RLConfig)}
-    longest = max(part.max_length for part in parts.values() if isinstance(part, TrainConfig))
+    longest = max([part.max_length for part in parts.values() if isinstance(part, TrainConfig)], default=2048)
     for name, part in parts.items():
         B, own = part.batch_size, (config, mesh, part.dtype, part.remat)
         match part:

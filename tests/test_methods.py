@@ -76,6 +76,14 @@ METHODS = {
         "rewarding", TENSOR,
     ),
     "spin": Method(((KILL, "iter_1/dpo"),), {"iter_1": DPO_STEP_0, "iter_2": DPO_STEP_0}, None, PARTS),
+    "grpo": Method(((KILL, "iter_1/rl"),), {"iter_1": ON_POLICY, "iter_2": ON_POLICY}, "judging", TENSOR),
+    "online_dpo": Method(
+        ((TERM, "iter_1/rl"),), {"iter_1": DPO_STEP_0 | {"kl": 0.0}, "iter_2": {}}, "judging", PARTS,
+    ),
+    "cream": Method(((KILL, "iter_2/dpo"),), {"iter_2": DPO_STEP_0}, "consistency", TENSOR),
+    "temporal": Method(
+        ((TERM, "future_2/dpo"),), {"iter_2": DPO_STEP_0, "future_2": DPO_STEP_0}, "judging", PARTS,
+    ),
 }  # fmt: skip
 # One worker has all tests of a method: its programs are compiled in one process, and no other worker waits for its run.
 # Newer interpreters run one method, the smallest.

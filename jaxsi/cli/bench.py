@@ -67,6 +67,10 @@ ARMS = {
     "seft": {"method": "toy.py", "control": "toy_coin.py", "exact": "toy_exact.py"},
     "pit": {"method": "toy.py", "control": "toy_permuted.py", "exact": "toy_exact.py"},
     "spin": {"method": "toy.py"},
+    "grpo": {"method": "toy.py", "control": "toy_permuted.py", "exact": "toy_exact.py"},
+    "online_dpo": {"method": "toy.py", "control": "toy_permuted.py", "exact": "toy_exact.py"},
+    "cream": {"method": "toy.py", "control": "toy_permuted.py", "exact": "toy_exact.py"},
+    "temporal": {"method": "toy.py", "control": "toy_permuted.py", "exact": "toy_exact.py"},
 }
 ARM_NAMES = ("method", "control", "exact")
 

@@ -6,9 +6,11 @@ from typing import Any
 
 from jaxsi.hf.config import read_config
 from jaxsi.lm import resolve
+from jaxsi.methods.cream import Config as CREAM
 from jaxsi.methods.seft import Config as SEFT, Round
 from jaxsi.methods.self_rewarding import Config as SelfRewarding
 from jaxsi.methods.srt import FirstStage
+from jaxsi.methods.temporal import Config as Temporal
 from jaxsi.model import decoder, mesh as meshlib
 from jaxsi.model.decoder import ModelConfig
 from jaxsi.runs.config_snapshot import parts_of
@@ -16,6 +18,7 @@ from jaxsi.runs.errors import InputError
 from jaxsi.runs.records import Prompt, RecordError, read_jsonl
 from jaxsi.sampling.generate import SamplingConfig
 from jaxsi.stages.critique import CritiqueConfig
+from jaxsi.stages.early_stop import EarlyStop
 from jaxsi.stages.endpoint import EndpointJudge
 from jaxsi.stages.judge import judge
 from jaxsi.stages.judges import ModelJudge, RewardJudge
@@ -37,7 +40,7 @@ from jaxsi.training.rl import RLConfig
 from jaxsi.training.train import TrainConfig
 
 # The first iteration with prompts of its own, of the methods that divide the prompts among iterations.
-FIRST_WITH_PROMPTS: dict[type, int] = {SelfRewarding: 2, SEFT: 1}
+FIRST_WITH_PROMPTS: dict[type, int] = {SelfRewarding: 2, CREAM: 2, Temporal: 2, SEFT: 1}
 
 
 class PreflightError(InputError, ValueError):
@@ -85,10 +88,10 @@ def check(cfg: Any, directory: Path) -> None:
     for name, part in {"": cfg, **parts}.items():
         if isinstance(settings := getattr(part, "judge", None), JudgeConfig):
             _check_judge(f"{name}.judge".lstrip("."), getattr(part, "judging", None), settings, config)
-    if isinstance(cfg, SelfRewarding) and cfg.early_stop is not None:
+    if isinstance(stop := parts.get("early_stop"), EarlyStop):
         limit = config.max_positions - cfg.sampling.max_new_tokens
         why = f"{config.max_positions} positions less sampling.max_new_tokens"
-        check_lengths("early_stop.prompts", cfg.early_stop.prompts(), load_tokenizer(folder), limit, why)
+        check_lengths("early_stop.prompts", stop.prompts(), load_tokenizer(folder), limit, why)
     source = parts.get("prompts")
     if isinstance(source, PromptFile | PromptList):
         prompts, place = read_source(source), source.path if isinstance(source, PromptFile) else "prompts"

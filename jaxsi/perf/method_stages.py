@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from jaxsi.methods import pit, seft, self_rewarding, spin, srt
+from jaxsi.methods import cream, grpo, online_dpo, pit, seft, self_rewarding, spin, srt, temporal
 from jaxsi.model.kv_cache import KVCache
 from jaxsi.runs.config_snapshot import with_dtypes
 from jaxsi.runs.errors import InputError
@@ -123,6 +123,12 @@ def stages(cfg: Any, assumptions: Assumptions, max_positions: int) -> list[Stage
             return list(_pit(plan))
         case spin.Config():
             return list(_spin(plan))
+        case grpo.Config() | online_dpo.Config():
+            return list(_judged_rl(plan))
+        case cream.Config():
+            return list(_cream(plan))
+        case temporal.Config():
+            return list(_temporal(plan))
     raise InputError(
         f"{type(cfg).__module__}.{type(cfg).__name__} is not the Config of a method of this package; a plan knows the "
         "stages of these methods alone"
@@ -132,9 +138,9 @@ def stages(cfg: Any, assumptions: Assumptions, max_positions: int) -> list[Stage
 def iterations(cfg: Any) -> int:
     """How often a run repeats the stages that run in every iteration."""
     match cfg:
-        case self_rewarding.Config():
+        case self_rewarding.Config() | cream.Config() | temporal.Config():
             return cfg.iterations - 1
-        case seft.Config() | spin.Config():
+        case seft.Config() | spin.Config() | grpo.Config() | online_dpo.Config():
             return cfg.iterations
         case pit.Config():
             return sum(steps > 0 for steps in cfg.rounds)
@@ -201,19 +207,81 @@ class _Plan:
 
 
 def _self_rewarding(plan: _Plan) -> Iterator[Stage]:
-    cfg, examples = plan.cfg, plan.assumptions.examples
-    answer = plan.new(cfg.sampling.max_new_tokens)
-    rubric = round(len(cfg.rubric.template) / CHARACTERS_PER_TOKEN)
+    cfg, prompts = plan.cfg, _new_prompts(plan)
+    yield from _seeded(plan)
+    yield plan.sampling("candidates", prompts, plan.prompt, cfg.sampling, Held(2))
+    yield from _judgments(plan, "judgments", prompts)
     pair = plan.prompt + cfg.sampling.max_new_tokens
-    if cfg.sft is not None:  # held besides the training state: M_0, and the judge that writes EFT
-        yield plan.training("sft", "sft", cfg.sft, 2.0 * examples, pair, Held(2), each=False)
-    prompts = plan.prompts_in(cfg.prompts, cfg.iterations - 1)
+    yield plan.training("dpo", "dpo", cfg.dpo.train, prompts, pair, Held(2), each=True)
+    yield from _early_stop(plan, prompts)
+
+
+def _cream(plan: _Plan) -> Iterator[Stage]:
+    cfg, prompts = plan.cfg, _new_prompts(plan)
+    yield from _seeded(plan)
+    yield plan.sampling("candidates", prompts, plan.prompt, cfg.sampling, Held(3))
+    pair = plan.prompt + cfg.sampling.max_new_tokens
+    rows = 4 * prompts * cfg.sampling.num_samples  # M_{t-1}, M_{t-2}, and M_0 beside each of them
+    dtype = cfg.sampling.dtype
+    yield Scoring(name="implicit scores", held=Held(2, 1), rows=rows, length=pair, batch_size=32, dtype=dtype)
+    yield plan.training("dpo", "dpo", cfg.dpo.train, prompts, pair, Held(3), each=True)
+    yield from _early_stop(plan, prompts)
+
+
+def _temporal(plan: _Plan) -> Iterator[Stage]:
+    cfg, prompts = plan.cfg, _new_prompts(plan)
+    pair = plan.prompt + cfg.sampling.max_new_tokens
+    yield from _seeded(plan)
+    for name in ("candidates", "past candidates"):
+        yield plan.sampling(name, prompts, plan.prompt, cfg.sampling, Held(3))
+        yield from _judgments(plan, f"judgments of {name}", prompts)
+    yield plan.training("dpo of the future model", "dpo", cfg.dpo.train, prompts, pair, Held(3), each=True)
+    yield plan.sampling("future candidates", prompts, plan.prompt, cfg.sampling, Held(4))
+    yield from _judgments(plan, "judgments of future candidates", prompts)
+    yield plan.training("dpo", "dpo", cfg.dpo.train, prompts, pair, Held(3), each=True)
+    yield from _early_stop(plan, prompts)
+
+
+def _judged_rl(plan: _Plan) -> Iterator[Stage]:
+    """GRPO and online DPO: a judge's scores are the reward. M_{t-1} judges and, or M_0, is the reference."""
+    cfg, rl = plan.cfg, plan.cfg.rl
+    length = min(plan.prompt + rl.max_new_tokens, plan.positions)
+    state = 1 if rl.optim.offload else 3
+    held = Held(2 + state)
+    yield plan.writing(
+        "rl: responses", rl.steps * rl.prompts_per_step, plan.prompt, held, samples=rl.group_size,
+        new_tokens=plan.new(rl.max_new_tokens), batch_size=rl.batch_size, at_once=rl.prompts_per_step,
+    )  # fmt: skip
+    if cfg.judging is judge.judge:
+        both = plan.prompt + plan.new(rl.max_new_tokens)
+        yield plan.writing("rl: judgments", rl.steps * rl.rows, both, held, at_once=rl.rows, **_judge_settings(plan))
+    dtype, micro, rows = cfg.sampling.dtype, rl.rows_at_once, 2 * rl.steps * rl.rows
+    if cfg.judging is judge.judge and cfg.judge.expected:
+        yield _expected(plan, "expected scores", rl.steps * rl.rows, plan.prompt + plan.new(rl.max_new_tokens))
+    yield Scoring(name="rl: logps", held=Held(1 + state, 1), length=length, rows=rows, batch_size=micro, dtype=dtype)
+    yield Training(
+        name="rl: updates", objective="rl", settings=rl, length=length, steps=rl.updates, held=Held(2), each=True
+    )
+
+
+def _new_prompts(plan: _Plan) -> int:
+    """The prompts of an iteration of a method that begins with human data."""
+    cfg = plan.cfg
     if isinstance(cfg.prompts, SelfInstruct):
-        prompts = cfg.prompts.num_prompts
+        return cfg.prompts.num_prompts
+    return plan.prompts_in(cfg.prompts, cfg.iterations - 1)
+
+
+def _seeded(plan: _Plan) -> Iterator[Stage]:
+    """M_1 and the new prompts of a method that begins with human data."""
+    cfg, pair = plan.cfg, plan.prompt + plan.cfg.sampling.max_new_tokens
+    if cfg.sft is not None:  # held besides the training state: M_0, and the judge that writes EFT
+        yield plan.training("sft", "sft", cfg.sft, 2.0 * plan.assumptions.examples, pair, Held(2), each=False)
+    if isinstance(cfg.prompts, SelfInstruct):
         shot_tokens = (cfg.prompts.num_seed_shots + cfg.prompts.num_generated_shots) * 64
         yield plan.writing(
             "new prompts",
-            prompts,
+            cfg.prompts.num_prompts,
             shot_tokens,
             Held(2 if cfg.prompts.generator is None else 2.5),
             samples=1,
@@ -221,30 +289,53 @@ def _self_rewarding(plan: _Plan) -> Iterator[Stage]:
             new_tokens=plan.new(cfg.prompts.max_new_tokens),
             model=cfg.prompts.generator,
         )
-    yield plan.sampling("candidates", prompts, plan.prompt, cfg.sampling, Held(2))
-    judging = {"samples": cfg.judge.num_samples, "new_tokens": plan.new(cfg.judge.max_new_tokens)}
-    judging |= {"batch_size": cfg.judge.batch_size, "shared_tokens": rubric}
-    if cfg.judging is judge.judge:
-        per_call = SHARD * cfg.sampling.num_samples
-        responses = prompts * cfg.sampling.num_samples
-        yield plan.writing("judgments", responses, plan.prompt + answer, Held(2), at_once=per_call, **judging)
-        if cfg.judge.expected:
-            length = rubric + plan.prompt + answer + judging["new_tokens"]
-            yield Scoring(
-                name="expected scores",
-                held=Held(1, 1),
-                rows=responses * cfg.judge.num_samples,
-                length=min(length, plan.positions),
-                batch_size=32,
-                dtype=cfg.sampling.dtype,
-            )
-    yield plan.training("dpo", "dpo", cfg.dpo.train, prompts, pair, Held(2), each=True)
-    if cfg.early_stop is not None:
-        checks = prompts * cfg.dpo.train.epochs / cfg.dpo.train.batch_size // cfg.dpo.train.checkpoint_every + 1
-        answers = 2 * round(checks * min(examples, 256))
-        held = Held(7)  # the training state, M_{t-1}, M_0 and two snapshots
-        yield plan.sampling("early stop: responses", answers, plan.prompt, cfg.sampling, held, samples=1)
-        yield plan.writing("early stop: judgments", answers, plan.prompt + answer, held, **judging)
+
+
+def _judge_settings(plan: _Plan) -> dict[str, Any]:
+    cfg = plan.cfg
+    return {
+        "samples": cfg.judge.num_samples,
+        "new_tokens": plan.new(cfg.judge.max_new_tokens),
+        "batch_size": cfg.judge.batch_size,
+        "shared_tokens": round(len(cfg.rubric.template) / CHARACTERS_PER_TOKEN),
+    }
+
+
+def _judgments(plan: _Plan, name: str, prompts: int) -> Iterator[Stage]:
+    """The model's judgments of the responses to ``prompts``; another judge is not planned."""
+    cfg, settings = plan.cfg, _judge_settings(plan)
+    if cfg.judging is not judge.judge:
+        return
+    per_call, responses = SHARD * cfg.sampling.num_samples, prompts * cfg.sampling.num_samples
+    both = plan.prompt + plan.new(cfg.sampling.max_new_tokens)
+    yield plan.writing(name, responses, both, Held(2), at_once=per_call, **settings)
+    if cfg.judge.expected:
+        yield _expected(plan, "expected scores" if name == "judgments" else f"expected scores: {name}", responses, both)
+
+
+def _expected(plan: _Plan, name: str, responses: int, tokens: int) -> Scoring:
+    """The expectation over the score strings after each judgment of ``responses``, which have ``tokens`` tokens with
+    their prompts."""
+    cfg, settings = plan.cfg, _judge_settings(plan)
+    length = min(settings["shared_tokens"] + tokens + settings["new_tokens"], plan.positions)
+    rows = responses * cfg.judge.num_samples
+    return Scoring(name=name, held=Held(1, 1), rows=rows, length=length, batch_size=32, dtype=cfg.sampling.dtype)
+
+
+def _early_stop(plan: _Plan, prompts: int) -> Iterator[Stage]:
+    """Two models' responses to the held-out prompts, and the judgments of both, at every comparison."""
+    cfg = plan.cfg
+    if cfg.early_stop is None:
+        return
+    checks = float(cfg.early_stop.iterations)
+    if cfg.early_stop.checkpoints:
+        part = cfg.dpo.train
+        checks += prompts * part.epochs / part.batch_size // part.checkpoint_every + 1
+    answers = 2 * round(checks * min(plan.assumptions.examples, 256))
+    held = Held(7)  # the training state, M_{t-1}, M_0 and two snapshots
+    yield plan.sampling("early stop: responses", answers, plan.prompt, cfg.sampling, held, samples=1)
+    both = plan.prompt + plan.new(cfg.sampling.max_new_tokens)
+    yield plan.writing("early stop: judgments", answers, both, held, **_judge_settings(plan))
 
 
 def _srt(plan: _Plan) -> Iterator[Stage]:

@@ -12,7 +12,10 @@ STYLES: dict[str, tuple[str, str, Any, str]] = {
     EXACT: ("#009E73", "s", "--", "exact grader in the judge's place"),
     CONTROL: ("#D55E00", "^", ":", "control without a signal"),
 }
-TITLES = {"self_rewarding": "Self-Rewarding", "srt": "SRT", "seft": "SEFT", "pit": "PIT", "spin": "SPIN"}
+TITLES = {
+    "self_rewarding": "Self-Rewarding", "srt": "SRT", "seft": "SEFT", "pit": "PIT", "spin": "SPIN", "grpo": "GRPO",
+    "online_dpo": "Online DPO", "cream": "CREAM", "temporal": "Temporal SR",
+}  # fmt: skip
 
 
 class PlotError(RuntimeError):

@@ -45,6 +45,10 @@ IN_COMMON = {
         ("base", "policy", "iter_0", "gap_reward", "policy_reward", "policy_rl"),
     ),
     "spin": InCommon(frozenset(), ()),
+    "grpo": InCommon(frozenset({"judging"}), ("iter_0",)),
+    "online_dpo": InCommon(frozenset({"judging"}), ("iter_0",)),
+    "cream": InCommon(frozenset({"consistency"}), ("iter_0", "sft_baseline", "iter_1")),
+    "temporal": InCommon(frozenset({"judging"}), ("iter_0", "sft_baseline", "iter_1")),
 }
 
 

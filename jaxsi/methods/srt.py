@@ -54,8 +54,8 @@ class FirstStage:
     """Where stage 1 departs from its plainest form.
 
     ``drafts``: the model that writes y (None: the run's own). In the paper the 7B writes it for every size. ``rounds``
-    of refinement by the critic: the paper tried up to four, and one was enough. ``refinement_only`` trains on x -> r,
-    an ablation; ``template.parts`` are the others.
+    of refinement by the critic, which is asked ``rounds`` + 1 times a prompt: the paper tried up to four, and one was
+    enough. ``refinement_only`` trains on x -> r, an ablation; ``template.parts`` are the others.
     """
 
     drafts: str | None = dataclasses.field(default=None, metadata=may_move())

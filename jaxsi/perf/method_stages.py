@@ -355,9 +355,7 @@ def _srt(plan: _Plan) -> Iterator[Stage]:
         critic, held = plan.new(cfg.critic.max_new_tokens), Held(1, 1)
         both = plan.prompt + draft
         yield plan.writing("critiques of the critic", critic_prompts, both, held, new_tokens=critic, **fields)
-        checks = (
-            critic_prompts * cfg.first_stage.rounds
-        )  # each is a whole critique, and its refinement the next round's
+        checks = critic_prompts * cfg.first_stage.rounds  # whole critiques: the next round takes their refinements
         yield plan.writing("checks of the critic", checks, whole, held, new_tokens=critic, **fields)
     yield plan.training("sft", "sft", cfg.sft, critic_prompts, whole, Held(1), each=False)
     if cfg.dpo is None:

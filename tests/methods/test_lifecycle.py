@@ -13,11 +13,11 @@ from micro_runs import micro
 import tiny
 from jaxsi import lm as lmlib
 from jaxsi.lm import LoadError
-from jaxsi.methods.lifecycle import begin, keep, report, same_model
+from jaxsi.methods.lifecycle import begin, iteration_of, keep, report, same_model
 from jaxsi.methods.start import finish
 from jaxsi.model.mesh import MeshConfig, MeshError
 from jaxsi.runs.config_file import load_config
-from jaxsi.runs.config_snapshot import RunConfigError
+from jaxsi.runs.config_snapshot import RunConfigError, RunError
 from jaxsi.runs.records import Prompt, RecordError
 from jaxsi.runs.run import Run, StaleRecordsError
 from jaxsi.sampling.generate import SamplingConfig
@@ -45,6 +45,15 @@ class Method:
 
 def config(model: Path, first: TrainConfig | None = None, second: TrainConfig | None = None) -> Method:
     return Method(model=str(model), first=first, second=second)
+
+
+def test_earlier_iteration_of_a_run_is_read_back(tmp_path: Path) -> None:
+    lm = tiny.make_lm()
+    with Run.open(tmp_path / "run", Config()) as run:
+        keep(tiny.make_lm(seed=1), run.at("iter_1"))
+        assert iteration_of(lm, run, 1).fingerprint == tiny.make_lm(seed=1).fingerprint
+        with pytest.raises(RunError, match=r"iter_2.checkpoint is gone or damaged; put it back"):
+            iteration_of(lm, run, 2)
 
 
 def test_changed_model_is_refused_on_resume(tmp_path: Path) -> None:

@@ -11,14 +11,14 @@ iterations disagree count less.
         C          mean over i of (tau(r_i, s_i) + 1) / 2                    tau: Kendall's
         M_t        = argmin  sum_i  C l(w, l) + (1 - C) l(l, w)              from M_{t-1}, l: DPO's loss
 
-No prompt asks the model to judge. If the model is given as M_1, there is no earlier model than M_1 at t = 2: the reward
-is the mean log-probability, and C is 1. The paper's M_1 is an SFT model on IFT alone; EFT, if ``seed_data`` has
-rankings, is for the evaluation of the judge. Its official code computes C from the same ranks, and writes it on wrong
-prompts after a skipped one; here it is joined by id.
+No prompt asks the model to judge, unless ``consistency.rewarding`` says so. If the model is given as M_1, there is no
+earlier model than M_1 at t = 2: the reward is the mean log-probability, and C is 1. The paper's M_1 is an SFT model on
+IFT alone; with rankings in ``seed_data``, EFT is added as in Self-Rewarding. Its official code computes C from ranks as
+here, but gives it to wrong prompts after one that it skips; here it is joined by id.
 """
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from jaxsi.lm import LM
@@ -27,9 +27,9 @@ from jaxsi.methods.seeded import PairConfig, SeedData, check_seeded, first_model
 from jaxsi.model.mesh import MeshConfig
 from jaxsi.runs.config_snapshot import may_move, stored_as
 from jaxsi.runs.records import Judgment, PreferencePair, Prompt, Response
-from jaxsi.runs.run import Run
+from jaxsi.runs.run import Run, Scope
 from jaxsi.sampling.generate import SamplingConfig, sample
-from jaxsi.stages.answers import answers
+from jaxsi.stages.answers import Answers, answers
 from jaxsi.stages.consistency import consistencies, implicit_rewards, with_agreement
 from jaxsi.stages.early_stop import EarlyStop
 from jaxsi.stages.judge import JudgeConfig
@@ -45,8 +45,9 @@ from jaxsi.training.train import DPOConfig, TrainConfig, dpo
 @stored_as("methods.cream.Consistency")
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Consistency:
-    """``per_prompt``: each prompt has its own C, in place of the mean of all. ``rewarding(items, lm, reference)`` gives
-    the rewards (``consistency.implicit_rewards``, or a control arm's)."""
+    """``per_prompt``: each prompt has its own C, in place of the mean of all. ``rewarding(items, lm, reference, rubric,
+    judge, key)`` gives the rewards: the paper's ``consistency.implicit_rewards``, ``consistency.judge_rewards``, or a
+    control arm's."""
 
     per_prompt: bool = False
     rewarding: Callable[..., list[Judgment]] = implicit_rewards
@@ -56,7 +57,7 @@ class Consistency:
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config:
     """Everything that decides a run. ``seed_data``, ``sft``, ``prompts`` and ``pairs`` are as in Self-Rewarding.
-    ``rubric`` and ``judge`` only measure the model as a judge, and judge for early stopping.
+    ``rubric`` and ``judge`` measure the model as a judge, and judge for early stopping and ``judge_rewards``.
 
     ``evaluate(lm, config, scope)`` gives the figures of an iteration's summary.
     """
@@ -96,9 +97,9 @@ def cream(cfg: Config, run: Run) -> LM:
         candidates = it.sharded(
             "candidates", prompts, sample, model, cfg.sampling, it.key("candidates"), of=Response, by=model
         )  # y
-        answered, rewarding = answers(prompts, candidates), cfg.consistency.rewarding
-        rewards = it.sharded("rewards", answered, rewarding, model, other_than(base, model), of=Judgment)  # r
-        before = it.sharded("rewards_before", answered, rewarding, earlier, other_than(base, earlier), of=Judgment)  # s
+        answered = answers(prompts, candidates)
+        rewards = rewarded(cfg, it, "rewards", answered, model, base)  # r
+        before = rewarded(cfg, it, "rewards_before", answered, earlier, base)  # s
         pairs, counts = it.counted(
             "pairs", agreed_pairs, cfg, candidates, rewards, before, prompts, of=PreferencePair
         )  # w, l, C
@@ -114,9 +115,13 @@ def cream(cfg: Config, run: Run) -> LM:
     return iteration_of(model, run, best) if cfg.early_stop else model
 
 
-def other_than(base: LM, model: LM) -> LM | None:
-    """M_0 as the reference of a model's reward; None for M_0 itself."""
-    return None if model.fingerprint == base.fingerprint else base
+def rewarded(cfg: Config, it: Scope, name: str, answered: Sequence[Answers], model: LM, base: LM) -> list[Judgment]:
+    """The rewards of a model; M_0 is the reference of the others, and has none itself."""
+    reference = None if model.fingerprint == base.fingerprint else base
+    return it.sharded(
+        name, answered, cfg.consistency.rewarding, model, reference, cfg.rubric, cfg.judge, it.key("judge"),
+        of=Judgment,
+    )  # fmt: skip
 
 
 def agreed_pairs(

@@ -4,6 +4,7 @@ far the models of two iterations agree on the order of the responses to a prompt
 import dataclasses
 from collections.abc import Mapping, Sequence
 
+import jax
 import numpy as np
 
 from jaxsi.lm import LM
@@ -11,14 +12,19 @@ from jaxsi.runs.config_snapshot import stored_as
 from jaxsi.runs.metrics import kendall
 from jaxsi.runs.records import Judgment, PreferencePair
 from jaxsi.sampling.scoring import score
-from jaxsi.stages.answers import Answers, with_prompts
-from jaxsi.stages.judge import scored
+from jaxsi.stages.answers import Answers, read_answers, with_prompts
+from jaxsi.stages.judge import judge, scored
+from jaxsi.stages.prompts.comparison import AnyRubric
+from jaxsi.stages.verdicts import JudgeConfig
 
 
 @stored_as("consistency.implicit_rewards")
-def implicit_rewards(items: Sequence[Answers], lm: LM, reference: LM | None) -> list[Judgment]:
-    """The reward log pi(y|x) - log pi_ref(y|x) of each response, DPO's without its beta, as judgments by ``lm``.
-    Without a reference it is the mean log-probability of a token, as likelihoods of long texts are small."""
+def implicit_rewards(
+    items: Sequence[Answers], lm: LM, reference: LM | None, rubric: AnyRubric, cfg: JudgeConfig, key: jax.Array
+) -> list[Judgment]:
+    """The paper's reward log pi(y|x) - log pi_ref(y|x) of each response, DPO's without its beta, as judgments by
+    ``lm``. Without a reference it is the mean log-probability of a token, as likelihoods of long texts are small. The
+    judge's settings are not used."""
     responses = [response for item in items for response in item.responses]
     asked = [prompt for prompt, _ in with_prompts([item.prompt for item in items], responses)]
     rewards = np.asarray(score(lm, asked, responses), np.float64)
@@ -27,6 +33,14 @@ def implicit_rewards(items: Sequence[Answers], lm: LM, reference: LM | None) -> 
     else:
         rewards -= score(reference, asked, responses)
     return scored(responses, rewards.tolist(), lm)
+
+
+@stored_as("consistency.judge_rewards")
+def judge_rewards(
+    items: Sequence[Answers], lm: LM, reference: LM | None, rubric: AnyRubric, cfg: JudgeConfig, key: jax.Array
+) -> list[Judgment]:
+    """The scores of ``lm`` as a judge, as in Self-Rewarding; the reference is not used."""
+    return read_answers(items, judge, lm, rubric, cfg, key)
 
 
 def consistencies(now: Sequence[Judgment], before: Sequence[Judgment]) -> dict[str, float]:

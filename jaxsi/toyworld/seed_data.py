@@ -8,8 +8,7 @@ from jaxsi.lm import LM
 from jaxsi.runs.config_snapshot import stored_as
 from jaxsi.runs.records import Judgment, Prompt, RankedResponses, Response, SFTExample
 from jaxsi.stages import judge, pairs
-from jaxsi.stages.answers import Answers
-from jaxsi.stages.consistency import implicit_rewards
+from jaxsi.stages.answers import Answers, read_answers
 from jaxsi.stages.judge import JudgeConfig
 from jaxsi.stages.prompts import Rubric
 from jaxsi.toyworld import annotators, world
@@ -88,17 +87,16 @@ def toy_prompts() -> list[Prompt]:
 
 
 @stored_as("toyworld.seed_data.permuted_rewards")
-def permuted_rewards(items: Sequence[Answers], lm: LM, reference: LM | None) -> list[Judgment]:
-    """CREAM's arm without a signal: the implicit rewards, shuffled within each prompt."""
-    rewards = implicit_rewards(items, lm, reference)
-    return pairs.permuted_within_prompt(rewards, seed=lm.fingerprint)
+def permuted_rewards(
+    items: Sequence[Answers], lm: LM, reference: LM | None, rubric: Rubric, cfg: JudgeConfig, key: jax.Array
+) -> list[Judgment]:
+    """CREAM's arm without a signal: the scores of the judge, shuffled within each prompt."""
+    return read_answers(items, permuted_judge, lm, rubric, cfg, jax.random.fold_in(key, int(lm.fingerprint[:7], 16)))
 
 
 @stored_as("toyworld.seed_data.exact_rewards")
-def exact_rewards(items: Sequence[Answers], lm: LM, reference: LM | None) -> list[Judgment]:
+def exact_rewards(
+    items: Sequence[Answers], lm: LM, reference: LM | None, rubric: Rubric, cfg: JudgeConfig, key: jax.Array
+) -> list[Judgment]:
     """CREAM's arm with a perfect reward: the exact grade."""
-    rows = [(item.prompt.text, response) for item in items for response in item.responses]
-    grades = [world.grade(text, response.text) for text, response in rows]
-    return judge.scored(
-        [response for _, response in rows], [None if grade is None else grade.total for grade in grades], lm
-    )
+    return read_answers(items, exact_judge, lm, rubric, cfg, key)

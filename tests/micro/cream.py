@@ -17,7 +17,7 @@ def ift():
 
 
 def smaller(train: TrainConfig) -> TrainConfig:
-    return dataclasses.replace(train, batch_size=16, epochs=2, checkpoint_every=2, log_every=1)
+    return dataclasses.replace(train, batch_size=16, epochs=4, checkpoint_every=1, log_every=1)
 
 
 def config() -> Config:

@@ -16,15 +16,10 @@ def prompts():
 
 def config() -> Config:
     toy = load_config(Path(__file__).parents[2] / "configs" / "online_dpo" / "toy.py")
+    # A large eps: Adam's sign-like first steps would make rounding errors of tiny gradients as large as a step.
+    optim = dataclasses.replace(toy.rl.optim, learning_rate=1e-2, eps=1e-2)
     rl = dataclasses.replace(
-        toy.rl,
-        steps=2,
-        prompts_per_step=8,
-        group_size=2,
-        batch_size=16,
-        max_new_tokens=16,
-        checkpoint_every=1,
-        log_every=1,
+        toy.rl, optim=optim, steps=2, prompts_per_step=8, group_size=2, batch_size=16, checkpoint_every=1
     )
     return dataclasses.replace(
         toy,

@@ -78,7 +78,7 @@ METHODS = {
     "spin": Method(((KILL, "iter_1/dpo"),), {"iter_1": DPO_STEP_0, "iter_2": DPO_STEP_0}, None, PARTS),
     "grpo": Method(((KILL, "iter_1/rl"),), {"iter_1": ON_POLICY, "iter_2": ON_POLICY}, "judging", TENSOR),
     "online_dpo": Method(
-        ((TERM, "iter_1/rl"),), {"iter_1": DPO_STEP_0 | {"kl": 0.0}, "iter_2": {}}, "judging", PARTS,
+        ((TERM, "iter_1/rl"),), {"iter_1": DPO_STEP_0 | {"kl": 0.0}, "iter_2": {}}, "judging", TENSOR,
     ),
     "cream": Method(((KILL, "iter_2/dpo"),), {"iter_2": DPO_STEP_0}, "consistency", TENSOR),
     "temporal": Method(

@@ -97,7 +97,7 @@ def online_dpo(
             "out: online DPO has no clipped ratio)"
         )
     config = settled_in(scope, config)
-    meshlib.check_rows(config.batch_size // config.group_size, config.accumulate, policy.mesh, "rl, in pairs: ")
+    meshlib.check_rows(config.batch_size // config.group_size, config.accumulate, policy.mesh, "rl (in pairs)")
     pair_loss = train.PairLoss(policy.config, policy.mesh, config.dtype, config.remat, loss, config.kl_coef, 0.0)
     update = PairUpdates(policy, pair_loss, config)
     return reinforce({"policy": policy}, reference, prompts, reward, config, scope, update, monitor)

@@ -51,6 +51,7 @@ LOSSES = {
     "seft": {"SFTLoss"},
     "pit": {"SFTLoss", "RewardLoss", "PolicyLoss", "ValueLoss"},
     "spin": {"PairLoss"},
+    "meta_rewarding": {"PairLoss"},
 }
 
 
@@ -64,6 +65,8 @@ ARMS = {
     "seft/toy_exact": {"internal.target", "external.target"},
     "pit/toy_permuted": {"rewarding"},
     "pit/toy_exact": {"rewarding"},
+    "meta_rewarding/toy_permuted": {"judging", "pairs.meta.judging"},
+    "meta_rewarding/toy_exact": {"judging"},
 }
 
 

@@ -101,7 +101,10 @@ METHODS = [path for path in MODULES if path.parts[1] == "methods" and path.stem 
 
 def test_method_imports_no_other_method():
     for path in METHODS:
-        others = {name for name in imported(path) if name.startswith("jaxsi.methods.")} - {"jaxsi.methods.lifecycle", "jaxsi.methods.seeded"}
+        others = {name for name in imported(path) if name.startswith("jaxsi.methods.")} - {
+            "jaxsi.methods.lifecycle",
+            "jaxsi.methods.seeded",
+        }
         assert not others, f"{path} imports {others}; what two methods share moves down"
 
 

@@ -67,6 +67,7 @@ ARMS = {
     "seft": {"method": "toy.py", "control": "toy_coin.py", "exact": "toy_exact.py"},
     "pit": {"method": "toy.py", "control": "toy_permuted.py", "exact": "toy_exact.py"},
     "spin": {"method": "toy.py"},
+    "meta_rewarding": {"method": "toy.py", "control": "toy_permuted.py", "exact": "toy_exact.py"},
 }
 ARM_NAMES = ("method", "control", "exact")
 

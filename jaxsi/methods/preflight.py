@@ -6,6 +6,7 @@ from typing import Any
 
 from jaxsi.hf.config import read_config
 from jaxsi.lm import resolve
+from jaxsi.methods.meta_rewarding import Config as MetaRewarding
 from jaxsi.methods.seft import Config as SEFT, Round
 from jaxsi.methods.self_rewarding import Config as SelfRewarding
 from jaxsi.methods.srt import FirstStage
@@ -19,6 +20,7 @@ from jaxsi.stages.critique import CritiqueConfig
 from jaxsi.stages.endpoint import EndpointJudge
 from jaxsi.stages.judge import judge
 from jaxsi.stages.judges import ModelJudge, RewardJudge
+from jaxsi.stages.meta_judge import compare_judgments
 from jaxsi.stages.reviser import ReviseConfig
 from jaxsi.stages.self_instruct import (
     PromptFile,
@@ -37,7 +39,11 @@ from jaxsi.training.rl import RLConfig
 from jaxsi.training.train import TrainConfig
 
 # The first iteration with prompts of its own, of the methods that divide the prompts among iterations.
-FIRST_WITH_PROMPTS: dict[type, int] = {SelfRewarding: 2, SEFT: 1}
+FIRST_WITH_PROMPTS: dict[type, int] = {
+    SelfRewarding: 2,
+    SEFT: 1,
+    MetaRewarding: 2,
+}
 
 
 class PreflightError(InputError, ValueError):
@@ -85,7 +91,7 @@ def check(cfg: Any, directory: Path) -> None:
     for name, part in {"": cfg, **parts}.items():
         if isinstance(settings := getattr(part, "judge", None), JudgeConfig):
             _check_judge(f"{name}.judge".lstrip("."), getattr(part, "judging", None), settings, config)
-    if isinstance(cfg, SelfRewarding) and cfg.early_stop is not None:
+    if isinstance(cfg, SelfRewarding | MetaRewarding) and cfg.early_stop is not None:
         limit = config.max_positions - cfg.sampling.max_new_tokens
         why = f"{config.max_positions} positions less sampling.max_new_tokens"
         check_lengths("early_stop.prompts", cfg.early_stop.prompts(), load_tokenizer(folder), limit, why)
@@ -123,7 +129,7 @@ def _check_judge(name: str, judging: Any, settings: JudgeConfig, config: ModelCo
             raise PreflightError(
                 f"{judging.model} is a reward model, which writes no judgments; name it as reward:MODEL"
             )
-    if judging is judge or isinstance(judging, ModelJudge):
+    if judging in (judge, compare_judgments) or isinstance(judging, ModelJudge):
         _check_room(name, settings.max_new_tokens, config.max_positions)
 
 

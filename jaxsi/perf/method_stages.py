@@ -10,13 +10,14 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from jaxsi.methods import pit, seft, self_rewarding, spin, srt
+from jaxsi.methods import meta_rewarding, pit, seft, self_rewarding, spin, srt
 from jaxsi.model.kv_cache import KVCache
 from jaxsi.runs.config_snapshot import with_dtypes
 from jaxsi.runs.errors import InputError
 from jaxsi.sampling.generate import SamplingConfig
 from jaxsi.stages import judge
 from jaxsi.stages.critique import LocalCritic
+from jaxsi.stages.meta_judge import compare_judgments
 from jaxsi.stages.self_instruct import PromptFile, SelfInstruct
 from jaxsi.training.optim import warmup
 from jaxsi.training.ppo import ppo
@@ -113,7 +114,7 @@ def stages(cfg: Any, assumptions: Assumptions, max_positions: int) -> list[Stage
     cfg = with_dtypes(cfg, lambda _: PLANNED_DTYPE)
     plan = _Plan(cfg, assumptions, max_positions)
     match cfg:
-        case self_rewarding.Config():
+        case self_rewarding.Config() | meta_rewarding.Config():
             return list(_self_rewarding(plan))
         case srt.Config():
             return list(_srt(plan))
@@ -132,7 +133,7 @@ def stages(cfg: Any, assumptions: Assumptions, max_positions: int) -> list[Stage
 def iterations(cfg: Any) -> int:
     """How often a run repeats the stages that run in every iteration."""
     match cfg:
-        case self_rewarding.Config():
+        case self_rewarding.Config() | meta_rewarding.Config():
             return cfg.iterations - 1
         case seft.Config() | spin.Config():
             return cfg.iterations
@@ -238,13 +239,42 @@ def _self_rewarding(plan: _Plan) -> Iterator[Stage]:
                 batch_size=32,
                 dtype=cfg.sampling.dtype,
             )
-    yield plan.training("dpo", "dpo", cfg.dpo.train, prompts, pair, Held(2), each=True)
+    rows: float = prompts
+    if isinstance(cfg, meta_rewarding.Config) and cfg.pairs.meta.judge_iterations:
+        judged = rubric + plan.prompt + cfg.sampling.max_new_tokens + cfg.judge.max_new_tokens
+        pair, rows = max(pair, judged), prompts / (1 - cfg.pairs.meta.judge_share)
+        yield from _meta_judge(plan, prompts, rubric + plan.prompt + answer + 2 * judging["new_tokens"])
+    yield plan.training("dpo", "dpo", cfg.dpo.train, rows, pair, Held(2), each=True)
     if cfg.early_stop is not None:
         checks = prompts * cfg.dpo.train.epochs / cfg.dpo.train.batch_size // cfg.dpo.train.checkpoint_every + 1
         answers = 2 * round(checks * min(examples, 256))
         held = Held(7)  # the training state, M_{t-1}, M_0 and two snapshots
         yield plan.sampling("early stop: responses", answers, plan.prompt, cfg.sampling, held, samples=1)
         yield plan.writing("early stop: judgments", answers, plan.prompt + answer, held, **judging)
+
+
+def _meta_judge(plan: _Plan, contests: int, tokens: int) -> Iterator[Stage]:
+    """Every two of a response's N judgments, in both orders, as if all were different. Counted for each iteration,
+    though only the first ``judge_iterations`` have it."""
+    cfg, meta = plan.cfg, plan.cfg.pairs.meta
+    if meta.judging is not compare_judgments:
+        return
+    comparisons = contests * cfg.judge.num_samples * (cfg.judge.num_samples - 1)
+    template = round(len(meta.rubric.template) / CHARACTERS_PER_TOKEN)
+    new = plan.new(meta.judge.max_new_tokens)
+    yield plan.writing(
+        "comparisons", comparisons, tokens, Held(2), samples=meta.judge.num_samples, new_tokens=new,
+        batch_size=meta.judge.batch_size, shared_tokens=template,
+    )  # fmt: skip
+    if meta.judge.expected:
+        yield Scoring(
+            name="expected verdicts",
+            held=Held(1, 1),
+            rows=comparisons * meta.judge.num_samples,
+            length=min(template + tokens + new, plan.positions),
+            batch_size=meta.judge.batch_size,
+            dtype=cfg.sampling.dtype,
+        )
 
 
 def _srt(plan: _Plan) -> Iterator[Stage]:

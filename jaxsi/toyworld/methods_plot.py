@@ -13,6 +13,7 @@ STYLES: dict[str, tuple[str, str, Any, str]] = {
     CONTROL: ("#D55E00", "^", ":", "control without a signal"),
 }
 TITLES = {"self_rewarding": "Self-Rewarding", "srt": "SRT", "seft": "SEFT", "pit": "PIT", "spin": "SPIN"}
+TITLES |= {"meta_rewarding": "Meta-Rewarding"}
 
 
 class PlotError(RuntimeError):

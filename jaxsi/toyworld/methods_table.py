@@ -45,6 +45,7 @@ IN_COMMON = {
         ("base", "policy", "iter_0", "gap_reward", "policy_reward", "policy_rl"),
     ),
     "spin": InCommon(frozenset(), ()),
+    "meta_rewarding": InCommon(frozenset({"judging", "pairs"}), ("iter_0", "sft_baseline", "iter_1")),
 }
 
 

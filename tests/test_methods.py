@@ -77,7 +77,7 @@ METHODS = {
     ),
     "spin": Method(((KILL, "iter_1/dpo"),), {"iter_1": DPO_STEP_0, "iter_2": DPO_STEP_0}, None, PARTS),
     "meta_rewarding": Method(
-        ((TERM, "iter_2/judgments"), (KILL, "iter_3/dpo")),
+        ((TERM, "iter_2/comparisons"),),
         {"iter_2": DPO_STEP_0, "iter_3": DPO_STEP_0}, "judging pairs", PARTS,
     ),
 }  # fmt: skip

@@ -2,10 +2,20 @@
 
     jaxsi run configs/meta_rewarding/qwen3_0p6b_1gpu.py --prompts prompts.jsonl
 
-Hardware: one GPU with 24 GB or more (pip install "jaxsi[cuda12]"). TODO
+Hardware: one GPU with 24 GB or more (pip install "jaxsi[cuda12]"). The tightest moment is DPO: M_1 and M_2 as float32
+(4.8 GB), the weights and moments in training (7.2), their gradients and a micro-batch's (4.8), and what 4 rows of 2,560
+tokens keep (0.8). Together that is 17.5 GB. Most of the time goes to the 110 comparisons of each prompt's judgments: by
+`jaxsi plan`, 1,000 prompts take at least eight hours on an RTX 4090 if all texts are as long as they may be.
 
 Expectation: not measured on this model yet. The paper's gains are those of an 8B instruct model, and a model this small
 is a poor meta-judge: look at position_bias and prefers_higher in summary.json.
+
+The given model is M_1, so neither SFT nor human data is needed. A quarter of the prompts makes each of M_2 to M_5.
+
+From the paper: K = 7 answers at temperature 0.8 and top-p 0.95; N = 11 judgments; length control with rho 0.32 (there
+it changes between iterations); chosen judgments of at most 1,100, then 1,000 characters; four rounds of DPO, the first
+two with judge's pairs; beta 0.1. Chosen here: judge and meta-judge give expected scores and verdicts (`expected`),
+since a model this small leaves many ties; lengths; and the optimizer, that of Self-Rewarding's config for this GPU.
 """
 
 import dataclasses

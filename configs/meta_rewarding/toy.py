@@ -26,7 +26,7 @@ def config() -> Config:
         seed_data=base.seed_data,
         prompts=base.prompts,
         sampling=base.sampling,
-        # At T 0.7 and top-p 0.9 this judge hardly ever says two things of one response: then there is nothing to compare.
+        # At T 0.7 and top-p 0.9 this judge hardly ever says two things of one response: nothing could be compared.
         judge=dataclasses.replace(base.judge, num_samples=5, temperature=1.0, top_p=1.0),
         rubric=base.rubric,
         pairs=MetaPairs(meta=MetaJudgeConfig(judging=nearest_to_mean)),

@@ -3,7 +3,7 @@
     jaxsi run configs/meta_rewarding/toy_exact.py
 
 Only the judge differs from toy.py. Hardware and time are the same. The grader's judgments of a response are all the
-same, so the judge learns from none. Expected: at least the gain of toy.py; this is what the loop does with a perfect
+same, so the judge learns from none. Expected: about the gain of toy.py; this is what the loop does with a perfect
 judge.
 """
 

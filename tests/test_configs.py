@@ -55,6 +55,7 @@ LOSSES = {
     "online_dpo": {"PolicyLoss", "ValueLoss"},
     "cream": {"SFTLoss", "PairLoss"},
     "temporal": {"SFTLoss", "PairLoss"},
+    "meta_rewarding": {"PairLoss"},
 }
 
 
@@ -76,6 +77,8 @@ ARMS = {
     "cream/toy_exact": {"consistency.rewarding"},
     "temporal/toy_permuted": {"judging"},
     "temporal/toy_exact": {"judging"},
+    "meta_rewarding/toy_permuted": {"judging", "pairs.meta.judging"},
+    "meta_rewarding/toy_exact": {"judging"},
 }
 
 

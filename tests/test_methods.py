@@ -52,7 +52,7 @@ class Method(NamedTuple):
 
     signals: they end the run, one after the other, in these stages; a training is hit in its midst.
     truths: what the first training step of a scope must show, whatever the data.
-    differs: the config field in which the control arm differs.
+    differs: the config fields in which the control arm differs, with spaces between them.
     variant: training on this mesh gives the same model.
     """
 
@@ -83,6 +83,10 @@ METHODS = {
     "cream": Method(((KILL, "iter_2/dpo"),), {"iter_2": DPO_STEP_0}, "consistency", TENSOR),
     "temporal": Method(
         ((TERM, "iter_2/dpo"),), {"iter_2": DPO_STEP_0, "future_2": DPO_STEP_0}, "judging", PARTS,
+    ),
+    "meta_rewarding": Method(
+        ((TERM, "iter_2/comparisons"),),
+        {"iter_2": DPO_STEP_0, "iter_3": DPO_STEP_0}, "judging pairs", PARTS,
     ),
 }  # fmt: skip
 # One worker has all tests of a method: its programs are compiled in one process, and no other worker waits for its run.
@@ -248,7 +252,8 @@ def test_mesh_remat_and_accumulation_change_nothing(name, variants):
 def test_control_arm_differs_in_its_signal_alone(name, variants, tmp_path):
     """On the mesh of the variant, whose programs are compiled by now."""
     plain, changed = (describe_config(load_config(micro(name), arm)) for arm in ("config", "control"))
-    assert [field for field in plain if plain[field] != changed[field]] == [METHODS[name].differs]
+    differs = METHODS[name].differs.split()
+    assert [field for field in plain if plain[field] != changed[field]] == differs
     config, method = variants(name)
     control, directory = with_variant(load_config(micro(name), "control"), METHODS[name].variant), tmp_path / "run"
     with Run.open(directory, control) as run:
@@ -257,6 +262,6 @@ def test_control_arm_differs_in_its_signal_alone(name, variants, tmp_path):
         shared = {path.name for path in set(run.path.iterdir()) - before}
     in_common = methods_table.IN_COMMON[name]
     assert shared <= set(in_common.shared)
-    assert bool(shared) == (METHODS[name].differs in in_common.fields)
+    assert bool(shared) == in_common.fields.issuperset(differs)
     run_method(control, directory)
     assert not np.array_equal(update(config, method), update(config, directory))

@@ -71,6 +71,7 @@ ARMS = {
     "online_dpo": {"method": "toy.py", "control": "toy_permuted.py", "exact": "toy_exact.py"},
     "cream": {"method": "toy.py", "control": "toy_permuted.py", "exact": "toy_exact.py"},
     "temporal": {"method": "toy.py", "control": "toy_permuted.py", "exact": "toy_exact.py"},
+    "meta_rewarding": {"method": "toy.py", "control": "toy_permuted.py", "exact": "toy_exact.py"},
 }
 ARM_NAMES = ("method", "control", "exact")
 

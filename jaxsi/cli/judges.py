@@ -137,8 +137,8 @@ def with_judges(cfg: Any, directory: Path, *, judging: str | None, rubric: str |
 
 
 def _in_its_place(cfg: Any, changes: dict[str, Any]) -> Any:
-    """Self-Rewarding has a judge. A judge may also be SRT's scoring, PIT's rewarding, or what SEFT's internal rounds
-    choose by."""
+    """Self-Rewarding and Meta-Rewarding have a judge. A judge may also be SRT's scoring, PIT's rewarding, or what
+    SEFT's internal rounds choose by."""
     from jaxsi.stages.judges import GapsBy, Judged, ScoringBy, TargetsBy
 
     if hasattr(cfg, "judging"):

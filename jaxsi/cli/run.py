@@ -25,8 +25,8 @@ field the first and the last name are enough if only one field fits: --dpo.learn
   --column prompt=X   the column that has the prompt, if it has another name
   --split NAME        the split of a data set that has several; train by default
   --skip-bad-rows     leave out rows that cannot be read, and count them, in place of an error
-  --judging JUDGE     who judges, in Self-Rewarding; scores, in SRT's second stage; chooses, in SEFT's internal rounds;
-                      rewards, in PIT
+  --judging JUDGE     who judges, in Self- and Meta-Rewarding; scores, in SRT's second stage; chooses, in SEFT's
+                      internal rounds; rewards, in PIT
   --rubric RUBRIC     what the judge goes by
   --critic CRITIC     SRT's critic: model:, endpoint: or function: as for a judge
   --run-dir DIR       where the run lives; runs/<name of the config> by default

@@ -7,6 +7,7 @@ from typing import Any
 from jaxsi.hf.config import read_config
 from jaxsi.lm import resolve
 from jaxsi.methods.cream import Config as CREAM
+from jaxsi.methods.meta_rewarding import Config as MetaRewarding
 from jaxsi.methods.seft import Config as SEFT, Round
 from jaxsi.methods.self_rewarding import Config as SelfRewarding
 from jaxsi.methods.srt import FirstStage
@@ -22,6 +23,7 @@ from jaxsi.stages.early_stop import EarlyStop
 from jaxsi.stages.endpoint import EndpointJudge
 from jaxsi.stages.judge import judge
 from jaxsi.stages.judges import ModelJudge, RewardJudge
+from jaxsi.stages.meta_judge import compare_judgments
 from jaxsi.stages.reviser import ReviseConfig
 from jaxsi.stages.self_instruct import (
     PromptFile,
@@ -40,7 +42,7 @@ from jaxsi.training.rl import RLConfig
 from jaxsi.training.train import TrainConfig
 
 # The first iteration with prompts of its own, of the methods that divide the prompts among iterations.
-FIRST_WITH_PROMPTS: dict[type, int] = {SelfRewarding: 2, CREAM: 2, Temporal: 2, SEFT: 1}
+FIRST_WITH_PROMPTS: dict[type, int] = {SelfRewarding: 2, MetaRewarding: 2, CREAM: 2, Temporal: 2, SEFT: 1}
 
 
 class PreflightError(InputError, ValueError):
@@ -126,7 +128,7 @@ def _check_judge(name: str, judging: Any, settings: JudgeConfig, config: ModelCo
             raise PreflightError(
                 f"{judging.model} is a reward model, which writes no judgments; name it as reward:MODEL"
             )
-    if judging is judge or isinstance(judging, ModelJudge):
+    if judging in (judge, compare_judgments) or isinstance(judging, ModelJudge):
         _check_room(name, settings.max_new_tokens, config.max_positions)
 
 

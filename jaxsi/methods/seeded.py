@@ -163,11 +163,13 @@ def paired(
     return pairs, counts | pair_statistics(pairs) | {"judge": statistics}
 
 
-def summarise(cfg: Any, run: Run, it: Scope, t: int, model: LM, counts: dict[str, Any]) -> None:
-    """Reports M_t, and measures it as a judge on human rankings if there are any; M_1 has no counts of pairs."""
+def summarise(cfg: Any, run: Run, it: Scope, t: int, model: LM, counts: dict[str, Any], **further: Any) -> None:
+    """Reports M_t, and measures it as a judge on human rankings if there are any; M_1 has no counts of pairs.
+    ``further``: other entries of the line."""
     judged, ranked = counts.get("judge", {}), judge_test(cfg.seed_data, run)
     report(
         cfg, run, it, t, model, parse_rate=judged.get("parse_rate"), pairs=counts.get("pairs"),
         ties=counts.get("ties"), alarms=judged.get("alarms"), win_rate=counts.get("win_rate"),
         judge_quality=measured_judge(it, ranked, model, cfg.rubric, cfg.judge) if ranked else None,
+        **further,
     )  # fmt: skip

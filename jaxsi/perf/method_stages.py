@@ -10,13 +10,14 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from jaxsi.methods import cream, grpo, online_dpo, pit, seft, self_rewarding, spin, srt, temporal
+from jaxsi.methods import cream, grpo, meta_rewarding, online_dpo, pit, seft, self_rewarding, spin, srt, temporal
 from jaxsi.model.kv_cache import KVCache
 from jaxsi.runs.config_snapshot import with_dtypes
 from jaxsi.runs.errors import InputError
 from jaxsi.sampling.generate import SamplingConfig
 from jaxsi.stages import judge
 from jaxsi.stages.critique import LocalCritic
+from jaxsi.stages.meta_judge import compare_judgments
 from jaxsi.stages.self_instruct import PromptFile, SelfInstruct
 from jaxsi.training.optim import warmup
 from jaxsi.training.ppo import ppo
@@ -113,7 +114,7 @@ def stages(cfg: Any, assumptions: Assumptions, max_positions: int) -> list[Stage
     cfg = with_dtypes(cfg, lambda _: PLANNED_DTYPE)
     plan = _Plan(cfg, assumptions, max_positions)
     match cfg:
-        case self_rewarding.Config():
+        case self_rewarding.Config() | meta_rewarding.Config():
             return list(_self_rewarding(plan))
         case srt.Config():
             return list(_srt(plan))
@@ -138,7 +139,7 @@ def stages(cfg: Any, assumptions: Assumptions, max_positions: int) -> list[Stage
 def iterations(cfg: Any) -> int:
     """How often a run repeats the stages that run in every iteration."""
     match cfg:
-        case self_rewarding.Config() | cream.Config() | temporal.Config():
+        case self_rewarding.Config() | meta_rewarding.Config() | cream.Config() | temporal.Config():
             return cfg.iterations - 1
         case seft.Config() | spin.Config() | grpo.Config() | online_dpo.Config():
             return cfg.iterations
@@ -211,8 +212,14 @@ def _self_rewarding(plan: _Plan) -> Iterator[Stage]:
     yield from _seeded(plan)
     yield plan.sampling("candidates", prompts, plan.prompt, cfg.sampling, Held(2))
     yield from _judgments(plan, "judgments", prompts)
-    pair = plan.prompt + cfg.sampling.max_new_tokens
-    yield plan.training("dpo", "dpo", cfg.dpo.train, prompts, pair, Held(2), each=True)
+    pair, rows = plan.prompt + cfg.sampling.max_new_tokens, float(prompts)
+    if isinstance(cfg, meta_rewarding.Config) and cfg.pairs.meta.judge_iterations:
+        both = _judge_settings(plan)["shared_tokens"] + plan.prompt
+        pair = max(pair, both + cfg.sampling.max_new_tokens + cfg.judge.max_new_tokens)
+        rows = prompts / (1 - cfg.pairs.meta.judge_share)
+        answer, judgment = plan.new(cfg.sampling.max_new_tokens), plan.new(cfg.judge.max_new_tokens)
+        yield from _meta_judge(plan, prompts, both + answer + 2 * judgment)
+    yield plan.training("dpo", "dpo", cfg.dpo.train, rows, pair, Held(2), each=True)
     yield from _early_stop(plan, prompts)
 
 
@@ -336,6 +343,30 @@ def _early_stop(plan: _Plan, prompts: int) -> Iterator[Stage]:
     yield plan.sampling("early stop: responses", answers, plan.prompt, cfg.sampling, held, samples=1)
     both = plan.prompt + plan.new(cfg.sampling.max_new_tokens)
     yield plan.writing("early stop: judgments", answers, both, held, **_judge_settings(plan))
+
+
+def _meta_judge(plan: _Plan, contests: int, tokens: int) -> Iterator[Stage]:
+    """Every two of a response's N judgments, in both orders, as if all were different. Counted for each iteration,
+    though only the first ``judge_iterations`` have it."""
+    cfg, meta = plan.cfg, plan.cfg.pairs.meta
+    if meta.judging is not compare_judgments:
+        return
+    comparisons = contests * cfg.judge.num_samples * (cfg.judge.num_samples - 1)
+    template = round(len(meta.rubric.template) / CHARACTERS_PER_TOKEN)
+    new = plan.new(meta.judge.max_new_tokens)
+    yield plan.writing(
+        "comparisons", comparisons, tokens, Held(2), samples=meta.judge.num_samples, new_tokens=new,
+        batch_size=meta.judge.batch_size, shared_tokens=template,
+    )  # fmt: skip
+    if meta.judge.expected:
+        yield Scoring(
+            name="expected verdicts",
+            held=Held(1, 1),
+            rows=comparisons * meta.judge.num_samples,
+            length=min(template + tokens + new, plan.positions),
+            batch_size=meta.judge.batch_size,
+            dtype=cfg.sampling.dtype,
+        )
 
 
 def _srt(plan: _Plan) -> Iterator[Stage]:

@@ -117,6 +117,22 @@ def judged(
     return [_judgment(writer, response, *found.get(response.id, ((), ("",)))) for response in responses]
 
 
+def ask(
+    writer: Writer,
+    requests: Sequence[Prompt],
+    about: Sequence[Response],
+    rubric: Rubric | PairwiseRubric,
+    cfg: JudgeConfig,
+    key: jax.Array,
+) -> list[Judgment]:
+    """Sends judge prompts of any kind as they are: one judgment for each of `about`, by the request with its id."""
+    written, scores = _scored(writer, requests, rubric, cfg, key)
+    unread = (None,) * cfg.num_samples
+    return [
+        _judgment(writer, r, scores.get(r.id, unread), [text.text for text in written.get(r.id, ())]) for r in about
+    ]
+
+
 Found = dict[str, tuple[Sequence[float | None], Sequence[str]]]  # scores and texts of each response
 
 

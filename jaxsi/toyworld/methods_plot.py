@@ -14,7 +14,7 @@ STYLES: dict[str, tuple[str, str, Any, str]] = {
 }
 TITLES = {
     "self_rewarding": "Self-Rewarding", "srt": "SRT", "seft": "SEFT", "pit": "PIT", "spin": "SPIN", "grpo": "GRPO",
-    "online_dpo": "Online DPO", "cream": "CREAM", "temporal": "Temporal SR",
+    "online_dpo": "Online DPO", "cream": "CREAM", "temporal": "Temporal SR", "meta_rewarding": "Meta-Rewarding",
 }  # fmt: skip
 
 

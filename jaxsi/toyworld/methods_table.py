@@ -49,6 +49,7 @@ IN_COMMON = {
     "online_dpo": InCommon(frozenset({"judging"}), ("iter_0",)),
     "cream": InCommon(frozenset({"consistency"}), ("iter_0", "sft_baseline", "iter_1")),
     "temporal": InCommon(frozenset({"judging"}), ("iter_0", "sft_baseline", "iter_1")),
+    "meta_rewarding": InCommon(frozenset({"judging", "pairs"}), ("iter_0", "sft_baseline", "iter_1")),
 }
 
 

@@ -1,6 +1,8 @@
-"""The embedded world's seed data, and the judges of its two control arms, as functions that a config can name."""
+"""The embedded world's seed data, and the judges of its control arms, as functions that a config can name."""
 
+import random
 from collections.abc import Sequence
+from dataclasses import replace
 
 import jax
 
@@ -10,7 +12,9 @@ from jaxsi.runs.records import Judgment, Prompt, RankedResponses, Response, SFTE
 from jaxsi.stages import judge, pairs
 from jaxsi.stages.answers import Answers, read_answers
 from jaxsi.stages.judge import JudgeConfig
+from jaxsi.stages.meta_judge import Contest, matches
 from jaxsi.stages.prompts import Rubric
+from jaxsi.stages.prompts.comparison import PairwiseRubric
 from jaxsi.toyworld import annotators, world
 
 
@@ -72,6 +76,26 @@ def permuted_judge(
     """The arm without a signal: the model's own judgments, shuffled within each prompt."""
     judgments = judge.judge(lm, prompts, responses, rubric, cfg, key)
     return pairs.permuted_within_prompt(judgments, seed=str(jax.random.key_data(key).tolist()))
+
+
+@stored_as("toyworld.seed_data.permuted_scores")
+def permuted_scores(
+    lm: LM, prompts: Sequence[Prompt], responses: Sequence[Response], rubric: Rubric, cfg: JudgeConfig, key: jax.Array
+) -> list[Judgment]:
+    """As `permuted_judge`, but each response keeps the texts that are about it: Meta-Rewarding trains on them."""
+    judgments = judge.judge(lm, prompts, responses, rubric, cfg, key)
+    dealt = pairs.permuted_within_prompt(judgments, seed=str(jax.random.key_data(key).tolist()))
+    return [replace(other, texts=own.texts) for own, other in zip(judgments, dealt, strict=True)]
+
+
+@stored_as("toyworld.seed_data.tossed")
+def tossed(
+    contests: Sequence[Contest], lm: LM, rubric: PairwiseRubric, cfg: JudgeConfig, key: jax.Array
+) -> list[Judgment]:
+    """The meta-judge of that arm: a fair coin, tossed for each comparison."""
+    seed, about = jax.random.key_data(key).tolist(), [match.about for match in matches(contests)]
+    coins = [float(random.Random(f"{seed} {match.id}").random() < 0.5) for match in about]
+    return judge.scored(about, coins, lm)
 
 
 @stored_as("toyworld.seed_data.toy_held_out")

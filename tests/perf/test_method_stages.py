@@ -64,6 +64,21 @@ def test_expected_scores_are_a_scoring_stage():
     assert isinstance(scores, Scoring) and scores.rows == 600 * 4 * 3
 
 
+def test_meta_judge_compares_every_two_judgments_in_both_orders():
+    name = "meta_rewarding/qwen3_0p6b_1gpu.py"
+    by_name = stages_of(name)
+    assert list(by_name) == ["candidates", "judgments", "expected scores", "comparisons", "expected verdicts", "dpo"]
+    judgments, comparisons = by_name["judgments"], by_name["comparisons"]
+    assert (judgments.prompts, judgments.samples) == (600 * 7, 11)
+    assert (comparisons.prompts, comparisons.samples) == (600 * 11 * 10, 1)
+    assert comparisons.prompt_tokens > judgments.prompt_tokens + 2 * judgments.new_tokens
+    assert by_name["dpo"].steps == -(-round(600 / 0.85) // 16)
+    alone = dataclasses.replace(load_config(CONFIGS / name).pairs.meta, judge_iterations=0)
+    actor = stages_of(name, pairs=dataclasses.replace(load_config(CONFIGS / name).pairs, meta=alone))
+    assert "comparisons" not in actor and actor["dpo"].steps == -(-600 // 16)
+    assert iterations(load_config(CONFIGS / name)) == 4
+
+
 def test_fill_shortens_responses():
     half = stages_of("self_rewarding/llama2_70b_v5p128.py", dataclasses.replace(ASSUMPTIONS, fill=0.5))
     assert half["candidates"].new_tokens == 512 and half["judgments"].prompt_tokens == 200 + 512

@@ -63,6 +63,7 @@ LOSSES = {
 ARMS = {
     "self_rewarding/toy_permuted": {"judging"},
     "self_rewarding/toy_exact": {"judging"},
+    "self_rewarding/toy_paper_loss": {"dpo.nll_coef"},
     "srt/toy_coin": {"direction"},
     "srt/toy_exact": {"scoring"},
     "seft/toy_coin": {"reviser.rankings"},

@@ -62,7 +62,12 @@ Examples:
 
 # method -> the config files of its arms, in configs/<method>/
 ARMS = {
-    "self_rewarding": {"method": "toy.py", "control": "toy_permuted.py", "exact": "toy_exact.py"},
+    "self_rewarding": {
+        "method": "toy.py",
+        "control": "toy_permuted.py",
+        "exact": "toy_exact.py",
+        "paper loss": "toy_paper_loss.py",
+    },
     "srt": {"method": "toy.py", "control": "toy_coin.py", "exact": "toy_exact.py"},
     "seft": {"method": "toy.py", "control": "toy_coin.py", "exact": "toy_exact.py"},
     "pit": {"method": "toy.py", "control": "toy_permuted.py", "exact": "toy_exact.py"},
@@ -73,7 +78,7 @@ ARMS = {
     "temporal": {"method": "toy.py", "control": "toy_permuted.py", "exact": "toy_exact.py"},
     "meta_rewarding": {"method": "toy.py", "control": "toy_permuted.py", "exact": "toy_exact.py"},
 }
-ARM_NAMES = ("method", "control", "exact")
+ARM_NAMES = ("method", "control", "exact", "paper loss")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -34,7 +34,9 @@ class InCommon(NamedTuple):
 
 
 IN_COMMON = {
-    "self_rewarding": InCommon(frozenset({"judging"}), ("iter_0", "sft_baseline", "iter_1")),
+    "self_rewarding": InCommon(
+        frozenset({"judging", "dpo", "pairs", "early_stop", "iterations"}), ("iter_0", "sft_baseline", "iter_1")
+    ),
     "srt": InCommon(frozenset({"dpo", "scoring", "direction"}), ("base", "iter_0")),
     "seft": InCommon(
         frozenset({"prompts", "internal", "external", "internal_rounds", "sft", "iterations"}),

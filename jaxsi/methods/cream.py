@@ -84,6 +84,8 @@ class Config:
     def __post_init__(self) -> None:
         object.__setattr__(self, "prompts", prompt_source(self.prompts))
         check_seeded(self)
+        if self.dpo.loss is not losses.dpo_agreed:
+            raise ValueError("dpo.loss does not read the consistency of a pair; name losses.dpo_agreed")
 
 
 def cream(cfg: Config, run: Run) -> LM:

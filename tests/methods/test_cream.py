@@ -31,6 +31,19 @@ class Plain:
     seed: int = 0
 
 
+def config(model: Path, rewarding: Any) -> Config:
+    lmlib.export(tiny.make_lm(seed=9), model, dtype="float32")
+    return Config(
+        model=str(model),
+        prompts=TASKS,
+        sampling=SAMPLING,
+        consistency=Consistency(rewarding=rewarding),
+        pairs=PairConfig(cut_off=True),
+        mesh=MeshConfig(data=1, fsdp=8),
+        iterations=3,
+    )
+
+
 def test_rewards_are_those_of_two_iterations_against_the_first_model(tmp_path: Path, monkeypatch: Any) -> None:
     asked: list[tuple[int, int | None]] = []
     learnt: dict[str, list[PreferencePair]] = {}
@@ -46,16 +59,7 @@ def test_rewards_are_those_of_two_iterations_against_the_first_model(tmp_path: P
         return keep(tiny.make_lm("1x8x1", seed=int(it.name.split("_")[1])), it)
 
     monkeypatch.setattr(cream, "dpo", training)
-    lmlib.export(tiny.make_lm(seed=9), tmp_path / "model", dtype="float32")
-    cfg = Config(
-        model=str(tmp_path / "model"),
-        prompts=TASKS,
-        sampling=SAMPLING,
-        consistency=Consistency(rewarding=rewarding),
-        pairs=PairConfig(cut_off=True),
-        mesh=MeshConfig(data=1, fsdp=8),
-        iterations=3,
-    )
+    cfg = config(tmp_path / "model", rewarding)
     with Run.open(tmp_path / "run", Plain()) as run:
         cream.cream(cfg, run)
     # M_0 is M_1: it has no reference. Then M_2 has it, and M_1, which is the earlier model, has none.
@@ -67,4 +71,19 @@ def test_rewards_are_those_of_two_iterations_against_the_first_model(tmp_path: P
     assert {(pair.chosen.sample, pair.rejected.sample) for pair in first} == {(2, 0)}
     assert {(pair.chosen.sample, pair.rejected.sample) for pair in second} == {(1, 0)}, "by the newer model"
     counts = json.loads((tmp_path / "run" / "iter_3" / "pairs_counts.json").read_text())
-    assert counts["consistency"] == pytest.approx(2 / 3) and counts["pairs"] == 3
+    assert counts["consistency"] == pytest.approx(2 / 3) and counts["pairs"] == 3 and counts["judge"]["judged"] == 9
+
+
+def unscored(items: Any, lm: LM, *_: object) -> Any:
+    responses = [response for item in items for response in item.responses]
+    return scored(responses, [None] * len(responses), lm)
+
+
+def test_run_ends_if_hardly_a_response_has_a_reward(tmp_path: Path) -> None:
+    """Such as with ``judge_rewards``, if the model writes no verdicts."""
+    cfg = config(tmp_path / "model", unscored)
+    with (
+        Run.open(tmp_path / "run", Plain()) as run,
+        pytest.raises(ValueError, match=r"0\.0% of the judgments have a score"),
+    ):
+        cream.cream(cfg, run)

@@ -188,11 +188,11 @@ def test_prompts_without_a_verdict_do_not_count_and_none_at_all_goes_on(sampled,
     found = asked(EarlyStop(prompts=prompts, judging=judge_by(first_two)))
     assert found is not None and (found.mean, found.prompts) == (0.5, 2)
     silent = EarlyStop(prompts=prompts, judging=judge_by(no_score), rule=does_not_win)
-    assert asked(silent) is None and win_rate_of([], []) is None
-    models: Any = (JUDGE_LM, SAMPLING, JUDGE, KEY, "now", "before")
     with caplog.at_level(logging.WARNING):
-        assert is_better(silent, *models)
-    assert "no comparison of 4 prompts has a verdict" in caplog.text
+        assert asked(silent) is None and win_rate_of([], []) is None
+    assert "no comparison of 4 prompts has a verdict, so nothing stops" in caplog.text
+    models: Any = (JUDGE_LM, SAMPLING, JUDGE, KEY, "now", "before")
+    assert is_better(silent, *models)
 
 
 @pytest.mark.parametrize(("rule", "goes_on"), [(loses, True), (does_not_win, False)])

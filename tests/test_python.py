@@ -19,6 +19,7 @@ from jaxsi.methods.start import method_of
 from jaxsi.runs.config_file import load_config
 from jaxsi.runs.config_snapshot import RunConfigError
 from jaxsi.runs.run import RunError
+from jaxsi.stages.early_stop import WinRate
 from jaxsi.stages.prompts.critique import load_critique_template
 
 ROOT = Path(__file__).parents[1]
@@ -50,6 +51,14 @@ def test_python_of_the_readme_runs(tmp_path) -> None:
     for line in (tmp_path / "brief" / "iter_2" / "judgments.jsonl").read_text().splitlines():
         assert json.loads(line)["score"] <= 0
     assert json.loads((tmp_path / "brief" / "summary.json").read_text())["status"] == "complete"
+
+
+def test_config_of_the_page_on_early_stopping_is_one(tmp_path, monkeypatch) -> None:
+    file = tmp_path / "stopping.py"
+    file.write_text(python_of("docs/early_stopping.md"))
+    monkeypatch.chdir(ROOT)
+    stop = load_config(file).early_stop
+    assert len(stop.prompts()) == 500 and stop.rule(WinRate(0.39, 0.3, 0.48, 100))
 
 
 # ---- a method in one file of the user --------------------------------------------------------------------------------

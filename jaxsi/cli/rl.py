@@ -76,6 +76,7 @@ class Rl(PromptOptions, ChatOptions):
 
     def config(self) -> Any:
         """Raises: UsageError if a value is out of range."""
+        from jaxsi.training.online_dpo import check_pairs
         from jaxsi.training.rl import RLConfig
 
         if self.learner != "ppo" and self.group_size < 2:
@@ -84,7 +85,13 @@ class Rl(PromptOptions, ChatOptions):
                 "give at least 2, or --learner ppo"
             )
         batch_size = self.prompts_per_step * self.group_size if self.batch_size is None else self.batch_size
-        return config_of(RLConfig, self, batch_size=batch_size)
+        config = config_of(RLConfig, self, batch_size=batch_size)
+        if self.learner == "online-dpo":
+            try:
+                check_pairs(config)
+            except ValueError as error:
+                raise UsageError(str(error)) from error
+        return config
 
     def rewarding(self) -> Any:
         """The reward model's name, the function, or the judge. Raises: UsageError, RubricError."""

@@ -23,7 +23,7 @@ from typing import Any
 
 from jaxsi.lm import LM
 from jaxsi.methods.lifecycle import begin, carried_over, compared, is_better_by, iteration_of
-from jaxsi.methods.seeded import PairConfig, SeedData, check_seeded, first_model, next_prompts, summarise
+from jaxsi.methods.seeded import PairConfig, SeedData, check_seeded, first_model, next_prompts, paired, summarise
 from jaxsi.model.mesh import MeshConfig
 from jaxsi.runs.config_snapshot import may_move, stored_as
 from jaxsi.runs.records import Judgment, PreferencePair, Prompt, Response
@@ -33,7 +33,6 @@ from jaxsi.stages.answers import Answers, answers
 from jaxsi.stages.consistency import consistencies, implicit_rewards, with_agreement
 from jaxsi.stages.early_stop import EarlyStop
 from jaxsi.stages.judge import JudgeConfig
-from jaxsi.stages.pairs import best_and_worst, pair_statistics
 from jaxsi.stages.prompts import load_rubric
 from jaxsi.stages.prompts.comparison import AnyRubric
 from jaxsi.stages.self_instruct import PromptFile, PromptList, SelfInstruct, prompt_source
@@ -84,6 +83,8 @@ class Config:
     def __post_init__(self) -> None:
         object.__setattr__(self, "prompts", prompt_source(self.prompts))
         check_seeded(self)
+        if self.dpo.loss is not losses.dpo_agreed:
+            raise ValueError("dpo.loss does not read the consistency of a pair; name losses.dpo_agreed")
 
 
 def cream(cfg: Config, run: Run) -> LM:
@@ -108,7 +109,7 @@ def cream(cfg: Config, run: Run) -> LM:
             model, pairs, cfg.dpo, it, better=better, **carried_over(cfg.dpo, model, run, t, first=1)
         )  # M_t  # fmt: skip
         best, lost, win_rate = compared(cfg, run, t, model, judge, best)
-        summarise(cfg, run, it, t, model, counts | {"win_rate": win_rate})
+        summarise(cfg, run, it, t, model, counts | {"win_rate": win_rate}, consistency=counts["consistency"])
         if lost:
             break
 
@@ -131,10 +132,8 @@ def agreed_pairs(
     before: list[Judgment],
     prompts: list[Prompt],
 ) -> tuple[list[PreferencePair], dict[str, Any]]:
-    """The best and the worst of each prompt by M_{t-1}'s rewards, with C; and the counts."""
-    pairs, counts = best_and_worst(
-        candidates, rewards, prompts, length_control=cfg.pairs.length_control, min_gap=cfg.pairs.min_gap,
-        reject_cut_off=cfg.pairs.cut_off, choose_cut_off=cfg.pairs.cut_off,
-    )  # fmt: skip
+    """The best and the worst of each prompt by M_{t-1}'s rewards, with C; and the counts. An error if hardly a response
+    has a reward."""
+    pairs, counts = paired(cfg, cfg.pairs, candidates, rewards, prompts)
     pairs, agreement = with_agreement(pairs, consistencies(rewards, before), per_prompt=cfg.consistency.per_prompt)
-    return pairs, counts | pair_statistics(pairs) | agreement
+    return pairs, counts | agreement

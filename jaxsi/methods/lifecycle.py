@@ -88,7 +88,7 @@ def is_better_by(cfg: Any, judge: LM, it: Scope) -> Callable[[LM, LM], bool] | N
 
 class Standing(NamedTuple):
     """Where an iteration stands: ``best`` is the best iteration so far, ``lost`` says that the run ends, ``win_rate``
-    is that over the best one before (None: not compared, or nothing could be judged)."""
+    is that over the best one before (None: not compared; without figures: nothing could be judged)."""
 
     best: int
     lost: bool
@@ -97,7 +97,8 @@ class Standing(NamedTuple):
 
 def compared(cfg: Any, run: Run, t: int, model: LM, judge: LM, best: int) -> Standing:
     """Compares M_t = ``model`` with iteration ``best`` by ``cfg.early_stop``, and names the best one in summary.json.
-    M_t becomes the best unless it loses more often than it wins; the run ends by the rule alone."""
+    M_t becomes the best unless it loses more often than it wins, also if nothing could be judged; the run ends by the
+    rule alone."""
     stop: EarlyStop | None = cfg.early_stop
     if stop is None or not stop.iterations:
         return Standing(t, False, None)
@@ -109,10 +110,10 @@ def compared(cfg: Any, run: Run, t: int, model: LM, judge: LM, best: int) -> Sta
         return {"over": best} | ({} if rate is None else rate._asdict())
 
     told = it.value("win_rate", measured)
-    if "mean" not in told:
-        return Standing(t, False, told)
-    rate = WinRate(*(told[name] for name in WinRate._fields))
-    standing = Standing(t if rate.mean >= 0.5 else best, stop.rule(rate), told)
+    standing = Standing(t, False, told)
+    if "mean" in told:
+        rate = WinRate(*(told[name] for name in WinRate._fields))
+        standing = Standing(t if rate.mean >= 0.5 else best, stop.rule(rate), told)
     run.update_summary({"best": standing.best, "stopped_early": standing.lost})
     return standing
 

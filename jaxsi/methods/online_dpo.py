@@ -62,11 +62,9 @@ class Config:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "prompts", prompt_source(self.prompts))
-        if self.iterations < 1 or self.rl.group_size < 2:
-            raise ValueError(
-                f"iterations is {self.iterations} (at least 1) and rl.group_size {self.rl.group_size} (at least 2: a "
-                "pair)"
-            )
+        if self.iterations < 1:
+            raise ValueError(f"iterations is {self.iterations}; it is at least 1")
+        learner.check_pairs(self.rl)
 
 
 def online_dpo(cfg: Config, run: Run) -> LM:

@@ -156,7 +156,8 @@ def rl(
       reward: a reward model; or ``reward(prompt, response)``, a function of texts under the rules of ``judge_by``; or
         another judge, as ``RewardsBy``. A response without a reward (None, or too long for the reward model) is not
         trained on.
-      learner: ``rl.rloo``, ``ppo.ppo``, or a `functools.partial` of one: ``partial(ppo, extra=PPOConfig(...))``.
+      learner: ``rl.rloo``, ``ppo.ppo``, ``grpo.grpo``, ``online_dpo.online_dpo``, or a `functools.partial` of one:
+        ``partial(ppo, extra=PPOConfig(...))``.
 
     Raises: PreflightError: if fewer prompts than ``config.prompts_per_step`` are left. RLError: if more than half of
       the responses of a step have no reward. RewardError: if ``reward`` is a model without a scalar head.

@@ -85,14 +85,15 @@ def temporal(cfg: Config, run: Run) -> LM:
         present = judged(cfg, it, "candidates", prompts, model, model)  # y
         anchors = judged(cfg, it, "past_candidates", prompts, past, model)  # z
         pairs, counts = it.counted("anchored_pairs", anchored, cfg, prompts, present, anchors, of=PreferencePair)
-        ahead = run.at(f"future_{t}")
-        future = dpo(model, pairs, cfg.dpo, ahead)  # M_f
+        carried = carried_over(cfg.dpo, model, run, t, first=1)
+        future = dpo(model, pairs, cfg.dpo, run.at(f"future_{t}"), **carried)  # M_f
         guides = judged(cfg, it, "future_candidates", prompts, future, model)  # u
         pairs, guided = it.counted("pairs", future_pairs, cfg, pairs, guides, of=PreferencePair)
         judge, better = model, is_better_by(cfg, model, it)
-        model = dpo(model, pairs, cfg.dpo, it, better=better, **carried_over(cfg.dpo, model, run, t, first=1))  # M_t
+        model = dpo(model, pairs, cfg.dpo, it, better=better, **carried)  # M_t
         best, lost, win_rate = compared(cfg, run, t, model, judge, best)
-        summarise(cfg, run, it, t, model, counts | guided | {"win_rate": win_rate})
+        replaced = {"past": counts["past"], "future": guided["future"]}
+        summarise(cfg, run, it, t, model, counts | guided | {"win_rate": win_rate}, **replaced)
         if lost:
             break
 

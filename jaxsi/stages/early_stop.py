@@ -79,14 +79,17 @@ def win_rate(
     judge: JudgeConfig,
     key: jax.Array,
 ) -> WinRate | None:
-    """The win rate of ``now`` over ``before``, each with one response to a prompt and the same noise. None if not a
-    single comparison has a verdict."""
+    """The win rate of ``now`` over ``before``, each with one response to a prompt and the same noise. None, and a
+    warning, if not a single comparison has a verdict."""
     prompts, settings = stop.prompts(), sampling.settings | {"num_samples": 1}
     new, old = ([r.text for r in generate(lm, prompts, key=key, **settings)] for lm in (now, before))
     verdicts = side_by_side(
         stop.judging, judge_model, prompts, new, old, stop.rubric, stop.judge or judge, fold(key, "judge")
     )
-    return win_rate_of(*verdicts)
+    rate = win_rate_of(*verdicts)
+    if rate is None:
+        _log.warning("early stopping: no comparison of %d prompts has a verdict, so nothing stops", len(prompts))
+    return rate
 
 
 def win_rate_of(new: list[float | None], old: list[float | None]) -> WinRate | None:
@@ -110,7 +113,6 @@ def is_better(
     """Whether a training goes on after its newest checkpoint: ``rule`` does not stop it, or nothing could be judged."""
     rate = win_rate(stop, judge_model, now, before, sampling, judge, key)
     if rate is None:
-        _log.warning("early stopping: no comparison of %d prompts has a verdict", len(stop.prompts()))
         return True
     _log.info("early stopping: win rate %.3f (%.3f to %.3f)", *rate[:3])
     return not stop.rule(rate)

@@ -44,6 +44,18 @@ class PairUpdates(NamedTuple):
         return metrics | {"ties": float((~differ).sum())}
 
 
+def check_pairs(config: RLConfig) -> None:
+    """Raises: ValueError if groups hold a single response, if ``batch_size`` cuts a group in two, if ``kl_coef`` is 0,
+    or if ``clip`` is set, which DPO does not have."""
+    whole_pairs = config.group_size >= 2 and config.batch_size % config.group_size == 0
+    if not whole_pairs or config.kl_coef == 0 or config.clip != RLConfig.clip:
+        raise ValueError(
+            f"group_size is {config.group_size} (at least 2: a pair), batch_size {config.batch_size} (a multiple of "
+            f"group_size: whole pairs), kl_coef {config.kl_coef} (positive: DPO's beta), clip {config.clip} (leave it "
+            "out: online DPO has no clipped ratio)"
+        )
+
+
 def pairs_of(
     rollouts: Rollouts, group_size: int
 ) -> tuple[list[tuple[Sequence_, Sequence_]], list[tuple[float, float]], np.ndarray]:
@@ -86,16 +98,9 @@ def online_dpo(
     ``config.kl_coef``: the weight of the KL penalty in the objective that DPO solves. The result is also the scope's
     checkpoint.
 
-    Raises: ValueError if groups hold a single response, if ``batch_size`` cuts a group in two, if ``kl_coef`` is 0, or
-      if ``clip`` is set, which DPO does not have.
+    Raises: ValueError as ``check_pairs``.
     """
-    whole_pairs = config.group_size >= 2 and config.batch_size % config.group_size == 0
-    if not whole_pairs or config.kl_coef == 0 or config.clip != RLConfig.clip:
-        raise ValueError(
-            f"group_size is {config.group_size} (at least 2: a pair), batch_size {config.batch_size} (a multiple of "
-            f"group_size: whole pairs), kl_coef {config.kl_coef} (positive: DPO's beta), clip {config.clip} (leave it "
-            "out: online DPO has no clipped ratio)"
-        )
+    check_pairs(config)
     config = settled_in(scope, config)
     meshlib.check_rows(config.batch_size // config.group_size, config.accumulate, policy.mesh, "rl (in pairs)")
     pair_loss = train.PairLoss(policy.config, policy.mesh, config.dtype, config.remat, loss, config.kl_coef, 0.0)

@@ -217,6 +217,7 @@ def length(prompt: str, response: str) -> float:
         (("--reward", "{}/model"), "is a language model without a scalar head, so it gives no rewards"),
         (("--reward", "./nowhere"), "nowhere: no such folder"),
         ((*SHORT, "--group-size", 1), "--group-size 1: rloo compares"),
+        ((*SHORT, "--learner", "online-dpo", "--kl-coef", 0), "kl_coef 0.0 (positive: DPO's beta)"),
         ((*SHORT, "--batch-size", 3), "= 4 rows, batch_size 3, accumulate 1: each must"),
         ((*SHORT, "--kl-coef", -1), "kl_coef is -1.0 (>= 0)"),
         ((*SHORT, "--steps", 0), "steps is 0; the minimum is 1"),

@@ -100,7 +100,10 @@ def test_copied_model_is_the_same_and_any_other_is_refused(tmp_path: Path) -> No
                 begin(config(folder), run)
 
 
-@pytest.mark.parametrize("method", ["self_rewarding", "srt", "seft", "pit", "spin", "meta_rewarding"])
+@pytest.mark.parametrize(
+    "method",
+    ["self_rewarding", "srt", "seft", "pit", "spin", "grpo", "online_dpo", "cream", "temporal", "meta_rewarding"],
+)
 def test_model_of_every_method_may_lie_elsewhere(method: str, tmp_path: Path) -> None:
     cfg = load_config(micro(method))
     Run.open(tmp_path, cfg).close()

@@ -26,6 +26,7 @@ from jaxsi.stages.judges import (
     ScoringBy,
     TargetsBy,
     Verifier,
+    rewards_by,
     same_answer,
     side_by_side,
 )
@@ -329,6 +330,25 @@ def test_judges_in_the_places_of_srt_seft_and_pit():
 
 def no_question(prompt: str, response: str) -> float | None:
     return None if response == "?" else len(response)
+
+
+def test_reward_of_a_text_is_the_same_in_every_step_and_nan_without_a_score():
+    asked = []
+
+    def judging(lm, prompts, responses, rubric, cfg, key):
+        asked.append({r.text: (r.id, key) for r in responses})
+        return judge_by(lambda prompt, text: None if text == "b a" else len(text))(lm, prompts, responses)
+
+    lm = tiny.make_lm()
+    reward = rewards_by(judging, lm, POINTS, ONE)
+    first = reward(PROMPTS, [answer("p", 0, "a b"), answer("p", 1, "b a"), answer("q", 0, "d")])
+    assert first.dtype == np.float32
+    np.testing.assert_array_equal(first, [3, math.nan, 1])
+    again = reward(PROMPTS, [answer("p", 0, "a"), answer("q", 0, "d")])
+    np.testing.assert_array_equal(again, [1, 1])
+    before, now = asked
+    assert now["d"] == before["d"]  # the id, and the key: the noise is folded from both
+    assert now["a"][0] != before["a b"][0], "another text in the same place has other noise"
 
 
 def test_two_sides_may_be_compared():

@@ -127,6 +127,44 @@ def test_sft_is_the_sum_over_the_mask(rows: list[list[tuple[float, bool]]]) -> N
     assert float(count) == mask.sum()
 
 
+AGREEMENT = np.array([1.0, 0.0, 0.3, 0.73, 0.5, np.nan], np.float32)  # nothing is known of a fill row
+
+
+def agreed(agreement: np.ndarray | None, chosen: Any = CHOSEN, rejected: Any = REJECTED) -> PairLogps:
+    return pairs(chosen, rejected)._replace(agreement_B=None if agreement is None else jnp.asarray(agreement))
+
+
+def test_agreed_loss_matches_its_equation() -> None:
+    total, count = losses.dpo_agreed(agreed(AGREEMENT), beta=BETA)
+    right, wrong = -np.log(sigmoid(BETA * MARGIN)), -np.log(sigmoid(-BETA * MARGIN))
+    expected = [a * r + (1 - a) * w for a, r, w in zip(AGREEMENT, right, wrong, strict=True)]
+    np.testing.assert_allclose(total, np.asarray(expected)[REAL].sum(), rtol=2e-6)
+    assert float(count) == REAL.sum() == 4
+
+
+@pytest.mark.parametrize("certain", [None, np.ones(6, np.float32)], ids=["absent", "one"])
+def test_agreed_loss_of_certain_pairs_is_that_of_dpo(certain: np.ndarray | None) -> None:
+    ours = losses.dpo_agreed(agreed(certain), beta=BETA)
+    np.testing.assert_array_equal(np.asarray(ours), np.asarray(losses.dpo(pairs(), beta=BETA)))
+
+
+def test_agreed_loss_of_wrong_pairs_swaps_their_sides() -> None:
+    swapped = PairLogps(
+        *map(jnp.asarray, (REJECTED, CHOSEN, REF_REJECTED, REF_CHOSEN, REJECTED_TOKENS, CHOSEN_TOKENS, REAL))
+    )
+    ours = losses.dpo_agreed(agreed(np.zeros(6, np.float32)), beta=BETA)
+    np.testing.assert_array_equal(np.asarray(ours), np.asarray(losses.dpo(swapped, beta=BETA)))
+
+
+def test_agreed_loss_teaches_nothing_at_the_reference_if_a_label_is_as_likely_wrong() -> None:
+    def value(chosen: Any) -> jax.Array:
+        return losses.dpo_agreed(agreed(np.full(6, 0.5, np.float32), chosen), beta=BETA)[0]
+
+    at_reference = jnp.asarray(REF_CHOSEN + REJECTED - REF_REJECTED)  # margin 0
+    np.testing.assert_allclose(jax.grad(value)(at_reference), 0, atol=1e-6)
+    np.testing.assert_array_equal(np.sign(jax.grad(value)(jnp.asarray(CHOSEN)))[REAL], np.sign(MARGIN)[REAL])
+
+
 # ---------------------------------------------------------------------------------------------------- reward models
 
 

@@ -19,7 +19,7 @@ from jaxsi import lm as lmlib
 from jaxsi.lm import LM
 from jaxsi.model.mesh import MeshError
 from jaxsi.runs import checkpoint, preemption
-from jaxsi.runs.records import SFTExample
+from jaxsi.runs.records import PreferencePair, SFTExample
 from jaxsi.runs.run import Run, Scope
 from jaxsi.training import losses, resume, train
 from jaxsi.training.batches import Batches, Sequence_, encode, encode_pair, pairs as pairs_in_batches
@@ -486,6 +486,22 @@ def test_over_long_pairs_are_dropped_and_counted(scope: Scope, monkeypatch: pyte
     }
     with pytest.raises(TrainingError, match="no pair to train on: all 10 are longer than max_length = 2 tokens"):
         dpo(lm, scope.run.at("iter_2"), max_length=2)
+
+
+def uncertain(agreement: float) -> list[PreferencePair]:
+    certain = tiny.preference_pairs(4)
+    return [certain[0], dataclasses.replace(certain[1], agreement=agreement), *certain[2:]]
+
+
+def test_pairs_with_an_agreement_need_a_loss_that_reads_it(scope: Scope, monkeypatch: pytest.MonkeyPatch) -> None:
+    lm, config = tiny.make_lm(), DPOConfig(train=CONFIG)
+    monkeypatch.setattr(train, "fit", lambda lm, batches, *args, **options: batches)
+    for loss in (losses.dpo, losses.dpo_smoothed(label_smoothing=0.1), losses.ipo):
+        with pytest.raises(TrainingError, match=r"agreement below 1, which only losses\.dpo_agreed reads; name it"):
+            train.dpo(lm, uncertain(0.7), dataclasses.replace(config, loss=loss), scope)
+    assert train.dpo(lm, uncertain(1.0), config, scope)[0].agreement_B is None
+    read: Any = train.dpo(lm, uncertain(0.7), dataclasses.replace(config, loss=losses.dpo_agreed), scope)
+    assert sorted(np.asarray(read[0].agreement_B).tolist()) == pytest.approx([0.7, 1, 1, 1])
 
 
 # -------------------------------------------------------------------------------------------------------------- config

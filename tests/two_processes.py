@@ -64,7 +64,7 @@ def saved(folder: Path) -> list[str]:
     parts: list[tuple[int, int]] = []
     collate = batches.collate
     batch = dataclasses.replace(batches, collate=lambda part: parts.append(part[1:]) or collate(part))[0]
-    rows = batches.multiple // jax.process_count()
+    rows = -(-len(batches.plan[0]) // batches.multiple) * batches.multiple // jax.process_count()
     assert parts == [(rows * jax.process_index(), rows * (jax.process_index() + 1))], parts
     state, _ = train.train_step(
         train.initial_state(lm.weights, optimizer), batch, 1e-2, loss=loss, optimizer=optimizer, accumulate=1

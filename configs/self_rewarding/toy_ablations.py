@@ -3,7 +3,8 @@
     jaxsi bench methods --methods self_rewarding --ablations
 
 Hardware: that of toy.py; five minutes for each arm. Every arm has five rounds of DPO in place of two: as it is, with
-length control, with early stopping, and with both. The toy's model cannot compare two responses, so early stopping
+length control, with early stopping, and with both. Expected: quality saturates after three iterations, while ties grow
+and the judge gets worse. The toy's model cannot compare two responses, so early stopping
 grades both by the toy's rubric. Its judge is M_{t-1}, and 200 held-out instructions decide.
 """
 

@@ -3,9 +3,12 @@
     jaxsi bench methods --methods self_rewarding --ablations
 
 Hardware: that of toy.py; five minutes for each arm. Every arm has five rounds of DPO in place of two: as it is, with
-length control, with early stopping, and with both. Expected: quality saturates after three iterations, while ties grow
-and the judge gets worse. The toy's model cannot compare two responses, so early stopping
-grades both by the toy's rubric. Its judge is M_{t-1}, and 200 held-out instructions decide.
+length control, with early stopping, with both, and stopped by a judge from outside, the exact grader. Expected: quality
+peaks at the fourth iteration and then falls, while ties grow and the judge gets worse. The model's own judge does not
+see it.
+
+The toy's model cannot compare two responses, so early stopping grades both by the toy's rubric. Its judge is M_{t-1},
+and 200 held-out instructions decide.
 """
 
 import dataclasses
@@ -16,6 +19,7 @@ from jaxsi.runs.config_file import load_config
 from jaxsi.stages.early_stop import EarlyStop
 from jaxsi.toyworld.corpus import RUBRIC
 from jaxsi.toyworld.reviser import stopping_prompts
+from jaxsi.toyworld.seed_data import exact_judge
 
 
 def configs() -> dict[str, Config]:
@@ -26,5 +30,8 @@ def configs() -> dict[str, Config]:
         "six iterations": six,
         "six, length control": dataclasses.replace(six, pairs=controlled),
         "six, early stopping": dataclasses.replace(six, early_stop=stop),
+        "six, stopped by the grader": dataclasses.replace(
+            six, early_stop=dataclasses.replace(stop, judging=exact_judge)
+        ),
         "six, both": dataclasses.replace(six, pairs=controlled, early_stop=stop),
     }

@@ -80,16 +80,13 @@ def grpo(
     if config.group_size < 2:
         raise ValueError(f"group_size is {config.group_size}; GRPO needs at least 2 responses per prompt")
     config = settled_in(scope, config)
-    loss = GroupLoss(policy.config, policy.mesh, config.dtype, config.remat, config.clip, config.kl_coef)
-    update = PolicyUpdates({"policy": loss}, _batch_of(config), policy.mesh, config)
-    return reinforce({"policy": policy}, reference, prompts, reward, config, scope, update, monitor)
 
-
-def _batch_of(config: RLConfig) -> Any:
-    def batch_of(rollouts: Rollouts, _: Any) -> GroupBatch:
+    def with_advantages(rollouts: Rollouts, _: Any) -> GroupBatch:
         mask_BT = rollouts.batch.loss_mask_BT
         advantages_PG = standardised(rollouts.rewards_B.reshape(-1, config.group_size))
         advantages_BT = np.where(mask_BT, np.nan_to_num(advantages_PG).reshape(-1, 1), 0.0).astype(np.float32)
         return GroupBatch(rollouts.batch._replace(advantages_BT=advantages_BT), rollouts.ref_logps_BT)
 
-    return batch_of
+    loss = GroupLoss(policy.config, policy.mesh, config.dtype, config.remat, config.clip, config.kl_coef)
+    update = PolicyUpdates({"policy": loss}, with_advantages, policy.mesh, config)
+    return reinforce({"policy": policy}, reference, prompts, reward, config, scope, update, monitor)

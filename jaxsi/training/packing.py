@@ -73,8 +73,11 @@ def packed(
     sizes = np.asarray([len(s.tokens) for s in sequences], np.int64)
     devices = meshlib.axis_size(mesh, "batch")
 
+    def unit_of(packings: Sequence[Sequence[list[int]]]) -> int:
+        return rows_unit(max(map(len, packings), default=1), devices, rows_at_once)
+
     def columns(packings: Sequence[Sequence[list[int]]], T: int) -> int:
-        unit = rows_unit(max(map(len, packings), default=1), devices, rows_at_once)
+        unit = unit_of(packings)
         return T * sum(-(-len(rows) // unit) * unit for rows in packings)
 
     packings_by_length = {
@@ -102,8 +105,7 @@ def packed(
         tokens = column([row.tokens for row in joined])
         return TokenBatch(tokens, column(positions), column(segments), *predicted(joined, part, counted))
 
-    unit = rows_unit(max(map(len, packings), default=1), devices, rows_at_once)
-    return Arranged(Batches(rows_of_batch, collate, mesh, unit), columns(packings, T))
+    return Arranged(Batches(rows_of_batch, collate, mesh, unit_of(packings)), columns(packings, T))
 
 
 def row_lengths(longest: int, length: int) -> list[int]:
@@ -111,7 +113,7 @@ def row_lengths(longest: int, length: int) -> list[int]:
     found = [bucket(longest, LEAST_ROW)]
     while found[-1] < length:
         found.append(bucket(found[-1] + 1, LEAST_ROW))
-    return [*(T for T in found if length > T), length]
+    return [*found[:-1], length]
 
 
 def rows_unit(most: int, devices: int, rows_at_once: int) -> int:

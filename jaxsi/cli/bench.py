@@ -271,7 +271,7 @@ def methods(argv: list[str]) -> Report:
         )
     from jaxsi.runs.config_file import load_config, load_configs
     from jaxsi.runs.metrics import table
-    from jaxsi.toyworld.methods_table import Arm, bench_methods, rows_of
+    from jaxsi.toyworld.methods_table import Arm, bench_methods, judge_rows_of, rows_of
 
     arms = []
     for method in args.methods:
@@ -284,6 +284,8 @@ def methods(argv: list[str]) -> Report:
     args.run_dir.mkdir(parents=True, exist_ok=True)
     value = bench_methods(args.run_dir, arms, _provenance(" ".join(["jaxsi bench methods", *argv])))
     lines = [table(rows_of(value)), ""]
+    if judged := judge_rows_of(value):
+        lines += ["The models as judges of human rankings:", table(judged), ""]
     for claim in value["claims"]:
         lines.append("{0}: {method}: {claim}: {measured}".format("held" if claim["held"] else "NOT HELD", **claim))
     if importlib.util.find_spec("matplotlib") is None:

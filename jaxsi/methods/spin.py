@@ -17,12 +17,14 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from jaxsi.lm import LM
-from jaxsi.methods.lifecycle import begin, carried_over, keep, report
+from jaxsi.methods.lifecycle import begin, carried_over, compared, is_better_by, iteration_of, keep, report
 from jaxsi.model.mesh import MeshConfig
 from jaxsi.runs.config_snapshot import may_move, stored_as
 from jaxsi.runs.records import PreferencePair, Prompt, Response, SFTExample
 from jaxsi.runs.run import Run
 from jaxsi.sampling.generate import SamplingConfig, sample
+from jaxsi.stages.early_stop import EarlyStop
+from jaxsi.stages.verdicts import JudgeConfig
 from jaxsi.text.chat import written_response
 from jaxsi.text.chat_config import ChatConfig
 from jaxsi.training.train import DPOConfig, dpo
@@ -32,12 +34,14 @@ from jaxsi.training.train import DPOConfig, dpo
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config:
     """Everything that decides a run. ``demonstrations`` gives people's responses; ``evaluate(lm, config, scope)`` the
-    figures of an iteration's summary."""
+    figures of an iteration's summary. SPIN needs no judge: ``judge`` has the settings of ``early_stop``'s alone."""
 
     model: str = dataclasses.field(metadata=may_move())
     demonstrations: Callable[[], list[SFTExample]]
     sampling: SamplingConfig = SamplingConfig(num_samples=1, temperature=1.0, top_p=1.0)
     dpo: DPOConfig
+    early_stop: EarlyStop | None = None
+    judge: JudgeConfig = JudgeConfig()
     evaluate: Callable[..., dict[str, Any]] | None = None
     chat: ChatConfig = ChatConfig()
     mesh: MeshConfig = MeshConfig()
@@ -53,9 +57,9 @@ class Config:
 
 
 def spin(cfg: Config, run: Run) -> LM:
-    """Runs, or goes on with, the whole method; returns M_T."""
+    """Runs, or goes on with, the whole method; returns M_T, or the best iteration's model after an early stop."""
     it = run.at("iter_0")
-    model = keep(begin(cfg, run), it)  # M_0
+    model, best = keep(begin(cfg, run), it), 0  # M_0
     report(cfg, run, it, 0, model)
     demonstrations = it.records("demonstrations", cfg.demonstrations, of=SFTExample)  # (x, y)
     prompts = [Prompt(id=example.id, messages=example.messages) for example in demonstrations]
@@ -66,10 +70,16 @@ def spin(cfg: Config, run: Run) -> LM:
             "responses", prompts, sample, model, cfg.sampling, it.key("responses"), of=Response, by=model
         )  # y'
         pairs = it.records("pairs", against_demonstrations, model, demonstrations, responses, of=PreferencePair)
-        model = dpo(model, pairs, cfg.dpo, it, **carried_over(cfg.dpo, model, run, t, first=0))  # M_t
-        report(cfg, run, it, t, model, pairs=len(pairs), ties=len(demonstrations) - len(pairs))
+        before, better = model, is_better_by(cfg, model, it)
+        further = carried_over(cfg.dpo, model, run, t, first=0)
+        model = dpo(model, pairs, cfg.dpo, it, **further, better=better)  # M_t
+        best, lost, win_rate = compared(cfg, run, t, model, before, best)
+        ties = len(demonstrations) - len(pairs)
+        report(cfg, run, it, t, model, pairs=len(pairs), ties=ties, win_rate=win_rate)
+        if lost:
+            break
 
-    return model
+    return iteration_of(model, run, best) if cfg.early_stop else model
 
 
 def against_demonstrations(

@@ -18,7 +18,10 @@ from jaxsi.sampling.generate import SamplingConfig
 from jaxsi.stages import judge
 from jaxsi.stages.critique import LocalCritic
 from jaxsi.stages.meta_judge import compare_judgments
+from jaxsi.stages.prompts import Rubric
+from jaxsi.stages.prompts.comparison import AnyRubric
 from jaxsi.stages.self_instruct import PromptFile, SelfInstruct
+from jaxsi.stages.verdicts import JudgeConfig
 from jaxsi.training.optim import warmup
 from jaxsi.training.ppo import ppo
 from jaxsi.training.rl import RLConfig
@@ -214,7 +217,7 @@ def _self_rewarding(plan: _Plan) -> Iterator[Stage]:
     yield from _judgments(plan, "judgments", prompts)
     pair, rows = plan.prompt + cfg.sampling.max_new_tokens, float(prompts)
     if isinstance(cfg, meta_rewarding.Config) and cfg.pairs.meta.judge_iterations:
-        both = _judge_settings(plan)["shared_tokens"] + plan.prompt
+        both = _judge_settings(plan, plan.cfg.judge, plan.cfg.rubric)["shared_tokens"] + plan.prompt
         pair = max(pair, both + cfg.sampling.max_new_tokens + cfg.judge.max_new_tokens)
         rows = prompts / (1 - cfg.pairs.meta.judge_share)
         answer, judgment = plan.new(cfg.sampling.max_new_tokens), plan.new(cfg.judge.max_new_tokens)
@@ -261,7 +264,8 @@ def _judged_rl(plan: _Plan) -> Iterator[Stage]:
     )  # fmt: skip
     if cfg.judging is judge.judge:
         both = plan.prompt + plan.new(rl.max_new_tokens)
-        yield plan.writing("rl: judgments", rl.steps * rl.rows, both, held, at_once=rl.rows, **_judge_settings(plan))
+        settings = _judge_settings(plan, cfg.judge, cfg.rubric)
+        yield plan.writing("rl: judgments", rl.steps * rl.rows, both, held, at_once=rl.rows, **settings)
     dtype, micro, rows = cfg.sampling.dtype, rl.rows_at_once, 2 * rl.steps * rl.rows
     if cfg.judging is judge.judge and cfg.judge.expected:
         yield _expected(plan, "expected scores", rl.steps * rl.rows, plan.prompt + plan.new(rl.max_new_tokens))
@@ -298,19 +302,18 @@ def _seeded(plan: _Plan) -> Iterator[Stage]:
         )
 
 
-def _judge_settings(plan: _Plan) -> dict[str, Any]:
-    cfg = plan.cfg
+def _judge_settings(plan: _Plan, cfg: JudgeConfig, rubric: AnyRubric) -> dict[str, Any]:
     return {
-        "samples": cfg.judge.num_samples,
-        "new_tokens": plan.new(cfg.judge.max_new_tokens),
-        "batch_size": cfg.judge.batch_size,
-        "shared_tokens": round(len(cfg.rubric.template) / CHARACTERS_PER_TOKEN),
+        "samples": cfg.num_samples,
+        "new_tokens": plan.new(cfg.max_new_tokens),
+        "batch_size": cfg.batch_size,
+        "shared_tokens": round(len(rubric.template) / CHARACTERS_PER_TOKEN),
     }
 
 
 def _judgments(plan: _Plan, name: str, prompts: int) -> Iterator[Stage]:
     """The model's judgments of the responses to ``prompts``; another judge is not planned."""
-    cfg, settings = plan.cfg, _judge_settings(plan)
+    cfg, settings = plan.cfg, _judge_settings(plan, plan.cfg.judge, plan.cfg.rubric)
     if cfg.judging is not judge.judge:
         return
     per_call, responses = SHARD * cfg.sampling.num_samples, prompts * cfg.sampling.num_samples
@@ -323,26 +326,29 @@ def _judgments(plan: _Plan, name: str, prompts: int) -> Iterator[Stage]:
 def _expected(plan: _Plan, name: str, responses: int, tokens: int) -> Scoring:
     """The expectation over the score strings after each judgment of ``responses``, which have ``tokens`` tokens with
     their prompts."""
-    cfg, settings = plan.cfg, _judge_settings(plan)
+    cfg, settings = plan.cfg, _judge_settings(plan, plan.cfg.judge, plan.cfg.rubric)
     length = min(settings["shared_tokens"] + tokens + settings["new_tokens"], plan.positions)
     rows = responses * cfg.judge.num_samples
     return Scoring(name=name, held=Held(1, 1), rows=rows, length=length, batch_size=32, dtype=cfg.sampling.dtype)
 
 
 def _early_stop(plan: _Plan, prompts: int) -> Iterator[Stage]:
-    """Two models' responses to the held-out prompts, and the judgments of both, at every comparison."""
-    cfg = plan.cfg
-    if cfg.early_stop is None:
+    """Two models' responses to the held-out prompts, and the model's judgments of both, at every comparison."""
+    cfg, stop = plan.cfg, plan.cfg.early_stop
+    if stop is None:
         return
-    checks = float(cfg.early_stop.iterations)
-    if cfg.early_stop.checkpoints:
+    checks = float(stop.iterations)
+    if stop.checkpoints:
         part = cfg.dpo.train
         checks += prompts * part.epochs / part.batch_size // part.checkpoint_every + 1
     answers = 2 * round(checks * min(plan.assumptions.examples, 256))
     held = Held(7)  # the training state, M_{t-1}, M_0 and two snapshots
     yield plan.sampling("early stop: responses", answers, plan.prompt, cfg.sampling, held, samples=1)
-    both = plan.prompt + plan.new(cfg.sampling.max_new_tokens)
-    yield plan.writing("early stop: judgments", answers, both, held, **_judge_settings(plan))
+    if stop.judging is judge.judge:
+        responses = 1 if isinstance(stop.rubric, Rubric) else 2  # in a request; a pair is asked about in both orders
+        asked = plan.prompt + responses * plan.new(cfg.sampling.max_new_tokens)
+        settings = _judge_settings(plan, stop.judge or cfg.judge, stop.rubric)
+        yield plan.writing("early stop: judgments", answers, asked, held, **settings)
 
 
 def _meta_judge(plan: _Plan, contests: int, tokens: int) -> Iterator[Stage]:
@@ -486,3 +492,4 @@ def _spin(plan: _Plan) -> Iterator[Stage]:
     yield plan.sampling("responses", examples, plan.prompt, cfg.sampling, Held(1))
     length = plan.prompt + cfg.sampling.max_new_tokens
     yield plan.training("dpo", "dpo", cfg.dpo.train, examples, length, Held(1), each=True)
+    yield from _early_stop(plan, examples)

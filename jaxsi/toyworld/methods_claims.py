@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
-METHOD, CONTROL, EXACT = "method", "control", "exact"
+METHOD, CONTROL, EXACT, PAPER_LOSS = "method", "control", "exact", "paper loss"
 LEAST_GAIN, MOST_OF_CONTROL = 8.0, 3.0  # points of 100
 LEAST_MEAN, LEAST_EACH = 0.85, 0.75  # of the gap reward model's inequalities
 

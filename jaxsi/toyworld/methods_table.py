@@ -63,6 +63,7 @@ REPORTED = (
     "mean_length",
     "pairs",
 )
+JUDGED = ("accuracy", "accuracy_without_ties", "tie_share", "exact_match", "five_best", "spearman", "kendall")
 
 
 class BenchError(RuntimeError):
@@ -84,7 +85,8 @@ def bench_methods(directory: Path, arms: Sequence[Arm], made_by: Mapping[str, st
     Returns: {"arms": [{"method", "arm", "seeds", "gain", "base", "seconds", "iterations": [{"iteration", "quality",
     ...}]}], "claims", "made_by"}, which is also ``directory/table.json`` and, to read, ``table.md``. Gain is the exact
     quality of the last iteration less that of the first, with its 95 % interval: a paired bootstrap over seeds x
-    prompts. ``made_by`` says how the table came to be: command, commit, versions.
+    prompts. "judge_quality" has the means over seeds of what `judge_quality` measures. ``made_by``
+    says how the table came to be: command, commit, versions.
     """
     runs = [(arm, seed) for arm in arms for seed in arm.seeds]
     commit = (made_by or {}).get("commit")
@@ -98,7 +100,10 @@ def bench_methods(directory: Path, arms: Sequence[Arm], made_by: Mapping[str, st
     value = {"arms": rows, "claims": [claim._asdict() for claim in claims(rows)], "made_by": told}
     write_atomically(directory / "table.json", [(json.dumps(value, indent=2) + "\n").encode()])
     below = "".join(f"{name}: {text}  \n" for name, text in told.items())
-    write_atomically(directory / "table.md", ["\n".join([markdown(rows_of(value)), below]).encode()])
+    tables = [markdown(rows_of(value))]
+    if judged := judge_rows_of(value):
+        tables.append(f"The models as judges of human rankings:\n\n{markdown(judged)}")
+    write_atomically(directory / "table.md", ["\n".join([*tables, below]).encode()])
     return value
 
 
@@ -176,6 +181,7 @@ def _measured(directory: Path, arm: Arm) -> dict[str, Any]:
                 "ci95": _interval(by_prompt),
                 "quality_of_seeds": by_prompt.mean(axis=1).tolist(),
                 **{name: _mean(figure[name] for figure in of) for name in REPORTED},
+                "judge_quality": _means([f["judge_quality"] for f in of if f["judge_quality"]]),
             }
         )
     first = [figures[0] for figures in measured]
@@ -201,7 +207,7 @@ def _measured(directory: Path, arm: Arm) -> dict[str, Any]:
 def _figures(run: Path, line: Mapping[str, Any]) -> dict[str, Any]:
     """What was measured of one iteration of one run."""
     figures = json.loads((run / f"iter_{line['iteration']}" / "evaluation.json").read_text())
-    reported = {name: line.get(name) for name in ("iteration", *REPORTED)}
+    reported = {name: line.get(name) for name in ("iteration", "judge_quality", *REPORTED)}
     if "judge_tie_share" not in line:  # of an earlier version, whose agreement counted a tie as half right
         reported["judge_agreement"] = None
     return figures | reported
@@ -235,6 +241,11 @@ def _mean(values: Any) -> float | None:
     return float(np.mean(present)) if present else None
 
 
+def _means(measured: Sequence[Mapping[str, float | None]]) -> dict[str, float | None] | None:
+    """The mean of each figure over runs; None without any run."""
+    return {name: _mean(of[name] for of in measured) for name in measured[0]} if measured else None
+
+
 def rows_of(value: Mapping[str, Any]) -> list[dict[str, str]]:
     """The table as texts: one row an arm and iteration; the gain stands in the row of the last."""
     rows = []
@@ -254,6 +265,25 @@ def rows_of(value: Mapping[str, Any]) -> list[dict[str, str]]:
                     "ties": _text(line["judge_tie_share"], 3),
                     "length": _text(line["mean_length"]),
                     "seconds an arm": _text(arm["seconds"], 0) if first else "",
+                    "seeds": str(line["seeds"]),
+                }
+            )
+    return rows
+
+
+def judge_rows_of(value: Mapping[str, Any]) -> list[dict[str, str]]:
+    """The second table: the models as judges of human rankings (`judge_quality`), for arms that measure it."""
+    rows = []
+    for arm in value["arms"]:
+        measured = [line for line in arm["iterations"] if line["judge_quality"] is not None]
+        for line in measured:
+            first = line is measured[0]
+            rows.append(
+                {
+                    "method": arm["method"] if first else "",
+                    "arm": arm["arm"] if first else "",
+                    "iteration": str(line["iteration"]),
+                    **{name.replace("_", " "): _text(line["judge_quality"][name], 3) for name in JUDGED},
                     "seeds": str(line["seeds"]),
                 }
             )

@@ -11,17 +11,18 @@ import pytest
 import tiny
 from jaxsi import lm as lmlib
 from jaxsi.lm import LM
-from jaxsi.methods import cream, grpo, lifecycle, online_dpo, self_rewarding, temporal
+from jaxsi.methods import cream, grpo, lifecycle, online_dpo, self_rewarding, spin, temporal
 from jaxsi.methods.lifecycle import Standing, compared, is_better_by, keep
 from jaxsi.methods.start import carry_out
 from jaxsi.model.mesh import MeshConfig
-from jaxsi.runs.records import Prompt
+from jaxsi.runs.records import Prompt, SFTExample
 from jaxsi.runs.run import Run, Scope
 from jaxsi.sampling.generate import SamplingConfig
 from jaxsi.stages.early_stop import EarlyStop, WinRate, does_not_win
 from jaxsi.stages.judge import JudgeConfig, judge_by
 from jaxsi.training.optim import OptimConfig
 from jaxsi.training.rl import RLConfig
+from jaxsi.training.train import DPOConfig, TrainConfig
 
 WIN, LOSS = WinRate(0.8, 0.7, 0.9, 50), WinRate(0.2, 0.1, 0.3, 50)
 TIES, DOUBT = WinRate(0.5, 0.5, 0.5, 50), WinRate(0.45, 0.3, 0.6, 50)
@@ -140,11 +141,15 @@ def test_checkpoints_are_compared_by_the_judge_of_the_iteration(tmp_path):
 SAMPLING = SamplingConfig(num_samples=2, temperature=1.0, top_p=1.0, max_new_tokens=4, batch_size=8, dtype="float32")
 TASKS = ("cat red", "dog", "axe pie saw", "blue owl", "sun tree", "loop", "red owl", "pie axe")
 RL = RLConfig(optim=OptimConfig(learning_rate=1e-3), steps=1, prompts_per_step=8, group_size=2, batch_size=16)
-FIRST = {grpo: 0, online_dpo: 0, self_rewarding: 1, cream: 1, temporal: 1}
+FIRST = {grpo: 0, online_dpo: 0, spin: 0, self_rewarding: 1, cream: 1, temporal: 1}
 
 
 def tasks() -> list[Prompt]:
     return [Prompt.of(task, task) for task in TASKS]
+
+
+def demonstrations() -> list[SFTExample]:
+    return [SFTExample(id=task, messages=({"role": "user", "content": task},), response="sun") for task in TASKS]
 
 
 def length(prompt: str, response: str) -> float:
@@ -153,6 +158,10 @@ def length(prompt: str, response: str) -> float:
 
 def config_of(module: Any, model: Path, stop: EarlyStop | None) -> Any:
     common = {"model": str(model), "sampling": SAMPLING, "early_stop": stop, "mesh": MeshConfig(data=1, fsdp=8)}
+    if module is spin:
+        opponents = dataclasses.replace(SAMPLING, num_samples=1)
+        dpo = DPOConfig(train=TrainConfig(batch_size=8, max_length=128))
+        return spin.Config(**common | {"sampling": opponents}, demonstrations=demonstrations, dpo=dpo, iterations=4)
     if FIRST[module] == 0:
         return module.Config(**common, prompts=tasks, rl=RL, iterations=4)
     judging = {} if module is cream else {"judging": judge_by(length)}
@@ -173,7 +182,10 @@ def trains(monkeypatch: pytest.MonkeyPatch) -> Callable[[Any], list[str]]:
             kind, t = scope.name.split("_")
             return keep(tiny.make_lm("1x8x1", seed=int(t) + 20 * (kind == "future")), scope)
 
-        home, name = (module.learner, module.__name__.split(".")[-1]) if FIRST[module] == 0 else (module, "dpo")
+        if module is spin:  # the tiny model's responses have no end
+            monkeypatch.setattr(spin, "against_demonstrations", lambda *_: [])
+        online = module in (grpo, online_dpo)
+        home, name = (module.learner, module.__name__.split(".")[-1]) if online else (module, "dpo")
         monkeypatch.setattr(home, name, training)
         return called
 

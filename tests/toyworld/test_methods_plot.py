@@ -4,7 +4,7 @@ import sys
 
 import pytest
 
-from jaxsi.toyworld.methods_plot import CONTROL, EXACT, METHOD, PlotError, plot
+from jaxsi.toyworld.methods_plot import CONTROL, EXACT, METHOD, PAPER_LOSS, PlotError, plot
 
 
 def arm(method: str, name: str, qualities: list[float], base: float | None) -> dict:
@@ -43,6 +43,28 @@ def test_legend_shows_only_present_arms(tmp_path):
     svg = (tmp_path / "spin.svg").read_text()
     assert "SPIN" in svg and "the method" in svg
     assert "control" not in svg and "exact grader" not in svg and "model as given" not in svg
+
+
+def test_methods_stand_in_rows_of_five_and_their_judges_below(tmp_path):
+    pyplot = pytest.importorskip("matplotlib.pyplot", reason="plots need matplotlib: pip install 'jaxsi[plots]'")
+    arms = [arm(f"method {i}", name, [50.0, 60.0], None) for i in range(7) for name in (METHOD, PAPER_LOSS)]
+    for line, accuracy in zip(arms[4]["iterations"], (0.8, 0.7), strict=True):
+        line["judge_quality"] = {"accuracy": accuracy}
+    drawn = []
+    close = pyplot.close
+    pyplot.close = drawn.append
+    try:
+        plot({"arms": arms}, [tmp_path / "methods.png"])
+    finally:
+        pyplot.close = close
+    [figure] = drawn
+    shown = [axis for axis in figure.axes if axis.axison]
+    assert [axis.get_title() for axis in shown] == [*(f"method {i}" for i in range(7)), "method 2"]
+    assert len(figure.axes) == 15, "three rows of five"
+    [(line, *_)] = shown[-1].containers
+    assert line.get_ydata().tolist() == [0.8, 0.7], "of the method alone: the other arm has no figure"
+    assert len(shown[0].containers) == 2 and "human rankings" in figure.axes[10].get_ylabel()
+    close(figure)
 
 
 def test_method_with_only_ablations_has_an_empty_panel(tmp_path):

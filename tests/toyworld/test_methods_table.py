@@ -15,6 +15,7 @@ class Config:
     gain: float
     model: str = "given"
     iterations: int = 3
+    judged: bool | None = None
     seed: int = 0
 
 
@@ -41,6 +42,7 @@ def calls(monkeypatch):
                     "seconds": {"sft": 2.0, "eval": 1.0},
                     "judge_agreement": None,
                     "mean_length": 6.5,
+                    "judge_quality": cfg.judged and dict.fromkeys(methods_table.JUDGED, 0.5 + 0.1 * cfg.seed),
                 }
             )
         run.at("iter_0").value("model", lambda: {"fingerprint": "given"})
@@ -140,6 +142,18 @@ def test_markdown_table_is_written(tmp_path, calls):
     text = (tmp_path / "table.md").read_text()
     assert text.startswith(methods_table.markdown(rows)) and text.endswith("\n")
     assert {line.count("|") for line in methods_table.markdown(rows).splitlines()} == {len(rows[0]) + 1}
+
+
+def test_judges_have_a_table_of_their_own(tmp_path, calls):
+    judged = METHOD._replace(config=Config(gain=1.0, judged=True))
+    value = methods_table.bench_methods(tmp_path, [judged, CONTROL])
+    rows = methods_table.judge_rows_of(value)
+    assert [(row["arm"], row["iteration"]) for row in rows] == [("method", "1"), ("", "2"), ("", "3")]
+    assert {row["kendall"] for row in rows} == {"0.600"} and {row["seeds"] for row in rows} == {"3"}, "mean over seeds"
+    text = (tmp_path / "table.md").read_text()
+    assert f"human rankings:\n\n{methods_table.markdown(rows)}" in text
+    plain = methods_table.bench_methods(tmp_path / "plain", [CONTROL])
+    assert methods_table.judge_rows_of(plain) == [] and "human" not in (tmp_path / "plain" / "table.md").read_text()
 
 
 def test_figure_is_drawn(tmp_path, calls):

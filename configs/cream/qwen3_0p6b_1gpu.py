@@ -14,6 +14,7 @@ log-probabilities, on which nothing disagrees (C = 1). With `seed_data` and `sft
 Self-Rewarding, M_0 is an earlier model from the start.
 """
 
+from jaxsi.evals.held_out import HeldOutWinRate
 from jaxsi.methods.cream import Config
 from jaxsi.sampling.generate import SamplingConfig
 from jaxsi.stages.self_instruct import PromptFile
@@ -38,4 +39,5 @@ def config() -> Config:
             beta=0.1,
         ),
         iterations=3,
+        evaluate=HeldOutWinRate(),
     )

@@ -13,6 +13,7 @@ to each of 16 prompts (there 64 to each of 16), in four updates; 100 steps in ea
 another judge: known answers (`verifier:answers.jsonl`), a reward model (`reward:MODEL`), an endpoint.
 """
 
+from jaxsi.evals.held_out import HeldOutWinRate
 from jaxsi.methods.grpo import Config
 from jaxsi.sampling.generate import SamplingConfig
 from jaxsi.stages.judge import JudgeConfig
@@ -38,4 +39,5 @@ def config() -> Config:
             max_new_tokens=1024,
         ),
         iterations=2,
+        evaluate=HeldOutWinRate(),
     )

@@ -21,6 +21,7 @@ since a model this small leaves many ties; lengths; and the optimizer, that of S
 import dataclasses
 from pathlib import Path
 
+from jaxsi.evals.held_out import HeldOutWinRate
 from jaxsi.methods.meta_rewarding import Config, MetaPairs
 from jaxsi.methods.seeded import PairConfig
 from jaxsi.runs.config_file import load_config
@@ -49,4 +50,5 @@ def config() -> Config:
         sft=None,
         dpo=dataclasses.replace(base.dpo, train=dataclasses.replace(base.dpo.train, max_length=2560)),
         iterations=5,
+        evaluate=HeldOutWinRate(),
     )

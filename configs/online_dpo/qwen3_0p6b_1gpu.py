@@ -13,6 +13,7 @@ step (there 128) in two updates, 200 steps in one iteration. `--judging` takes
 another judge: known answers (`verifier:answers.jsonl`), a reward model (`reward:MODEL`), an endpoint.
 """
 
+from jaxsi.evals.held_out import HeldOutWinRate
 from jaxsi.methods.online_dpo import Config
 from jaxsi.sampling.generate import SamplingConfig
 from jaxsi.stages.judge import JudgeConfig
@@ -38,4 +39,5 @@ def config() -> Config:
             max_new_tokens=1024,
         ),
         iterations=1,
+        evaluate=HeldOutWinRate(),
     )

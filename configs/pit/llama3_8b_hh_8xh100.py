@@ -23,6 +23,7 @@ responses to each of 128 prompts, 400 steps for the policy and for each round, a
 references at temperature 1. Pin the model's revision as NAME@REVISION.
 """
 
+from jaxsi.evals.held_out import HeldOutWinRate, improved_response
 from jaxsi.methods.pit import Config
 from jaxsi.model.mesh import MeshConfig
 from jaxsi.runs.records import RankedResponses
@@ -78,4 +79,5 @@ def config() -> Config:
         learner=rloo,
         sampling=SamplingConfig(num_samples=1, temperature=1.0, top_p=1.0, max_new_tokens=512, batch_size=256),
         mesh=MeshConfig(data=1, fsdp=8),
+        evaluate=HeldOutWinRate(respond=improved_response),
     )

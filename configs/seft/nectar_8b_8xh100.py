@@ -15,6 +15,7 @@ whose seven ranked responses make six pairs each; a reviser at 2e-5 (cosine, 3 %
 temperature 1; 500 held-out prompts that decide when to stop. Pin the models' revisions as NAME@REVISION.
 """
 
+from jaxsi.evals.held_out import HeldOutWinRate
 from jaxsi.methods.seft import Config, ReviserConfig, Round, Stopping
 from jaxsi.model.mesh import MeshConfig
 from jaxsi.runs.records import Prompt, RankedResponses
@@ -74,4 +75,5 @@ def config() -> Config:
         sft=train(learning_rate=1e-5, batch_size=128, epochs=1),
         mesh=MeshConfig(data=1, fsdp=8),
         iterations=4,
+        evaluate=HeldOutWinRate(),
     )

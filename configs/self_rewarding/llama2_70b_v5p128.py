@@ -27,6 +27,7 @@ another judge, `early_stop.rule` the paper's rule). The 253 validation prompts, 
 revisions as NAME@REVISION.
 """
 
+from jaxsi.evals.held_out import HeldOutWinRate
 from jaxsi.methods.self_rewarding import Config, SeedData
 from jaxsi.model.mesh import MeshConfig
 from jaxsi.runs.records import Prompt, RankedResponses, SFTExample
@@ -91,4 +92,5 @@ def config() -> Config:
         early_stop=EarlyStop(prompts=validation_prompts, iterations=False),
         mesh=MeshConfig(data=1, fsdp=16, tensor=4),
         iterations=3,
+        evaluate=HeldOutWinRate(prompts=validation_prompts),
     )

@@ -14,6 +14,7 @@ The given model is M_1, so neither SFT nor human data is needed. Half of the pro
 score strings (`judge.expected`). This config does so too: with a model this small it leaves far fewer ties.
 """
 
+from jaxsi.evals.held_out import HeldOutWinRate
 from jaxsi.methods.self_rewarding import Config, PromptFile
 from jaxsi.sampling.generate import SamplingConfig
 from jaxsi.stages.judge import JudgeConfig
@@ -41,4 +42,5 @@ def config() -> Config:
             nll_coef=0.1,
         ),
         iterations=3,
+        evaluate=HeldOutWinRate(),
     )

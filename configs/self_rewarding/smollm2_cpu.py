@@ -14,6 +14,7 @@ The given model is M_1, so neither SFT nor human data is needed. Half of the pro
 `--prompts FILE` takes your own, and `--iterations 2` stops at M_2.
 """
 
+from jaxsi.evals.held_out import HeldOutWinRate
 from jaxsi.methods.self_rewarding import Config, PairConfig, PromptList
 from jaxsi.sampling.generate import SamplingConfig
 from jaxsi.stages.judge import JudgeConfig
@@ -35,6 +36,8 @@ PROMPTS = (
     "Why do we have leap years? Answer in one sentence.",
 )
 
+JUDGE = JudgeConfig(num_samples=1, temperature=0.7, top_p=0.9, max_new_tokens=24, expected=True, batch_size=24)
+
 
 def config() -> Config:
     return Config(
@@ -43,7 +46,7 @@ def config() -> Config:
         sampling=SamplingConfig(
             num_samples=4, temperature=0.8, top_p=0.9, max_new_tokens=48, batch_size=24, dtype="float32"
         ),
-        judge=JudgeConfig(num_samples=1, temperature=0.7, top_p=0.9, max_new_tokens=24, expected=True, batch_size=24),
+        judge=JUDGE,
         pairs=PairConfig(cut_off=True),  # its answers are seldom as short as asked for
         dpo=DPOConfig(
             train=TrainConfig(
@@ -58,4 +61,5 @@ def config() -> Config:
             nll_coef=0.1,
         ),
         iterations=3,
+        evaluate=HeldOutWinRate(judge=JUDGE, most=6),
     )

@@ -18,6 +18,7 @@ the newest opponent, temperature 1. Pin the model's revision as NAME@REVISION.
 
 import random
 
+from jaxsi.evals.held_out import HeldOutWinRate
 from jaxsi.methods.spin import Config
 from jaxsi.model.mesh import MeshConfig
 from jaxsi.runs.records import SFTExample
@@ -53,4 +54,5 @@ def config() -> Config:
         ),
         mesh=MeshConfig(data=1, fsdp=16, tensor=4),
         iterations=2,
+        evaluate=HeldOutWinRate(),
     )

@@ -26,6 +26,7 @@ below are its address and model. Pin the model's revision as NAME@REVISION.
 
 import random
 
+from jaxsi.evals.held_out import HeldOutWinRate, refined_response
 from jaxsi.methods.srt import Config
 from jaxsi.model.mesh import MeshConfig
 from jaxsi.runs.records import Prompt
@@ -77,4 +78,5 @@ def config() -> Config:
         sft=train(learning_rate=1e-5, epochs=5),
         dpo=DPOConfig(train=train(learning_rate=5e-7, epochs=1), beta=0.01),
         mesh=MeshConfig(data=1, fsdp=8),
+        evaluate=HeldOutWinRate(respond=refined_response),
     )

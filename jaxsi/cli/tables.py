@@ -19,6 +19,7 @@ def iterations_table(summary: Mapping[str, Any]) -> str:
                 "±": None if low is None else _rounded((high - low) / 2),
                 "greedy": _rounded(entry.get("greedy")),
                 "judge agreement": _rounded(entry.get("judge_agreement"), 3),
+                **win_rates(entry),
                 "on human rankings": _rounded((entry.get("judge_quality") or {}).get("accuracy"), 3),
                 "parse rate": _rounded(entry.get("parse_rate"), 3),
                 "pairs": entry.get("pairs"),
@@ -31,6 +32,19 @@ def iterations_table(summary: Mapping[str, Any]) -> str:
         return "no iteration is complete yet"
     measured = [name for name in rows[0] if any(row[name] is not None for row in rows)]
     return table(rows, measured)
+
+
+def win_rates(entry: Mapping[str, Any]) -> dict[str, str | None]:
+    """The win rates of `HeldOutWinRate` in a line of summary.json, e.g. "0.58 (0.51 to 0.64)"."""
+    rates = (entry.get("evals") or {}).get("held-out", {})
+    return {
+        f"wins over {name}": _rate_text(rates[key]) if key in rates else None
+        for name, key in (("first", "over_first"), ("previous", "over_previous"))
+    }
+
+
+def _rate_text(rate: Mapping[str, Any]) -> str | None:
+    return None if rate["mean"] is None else "{:.2f} ({:.2f} to {:.2f})".format(rate["mean"], *rate["ci95"])
 
 
 def rounds_table(rounds: Sequence[Mapping[str, Any]]) -> str:

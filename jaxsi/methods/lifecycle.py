@@ -160,6 +160,7 @@ def report(
         "ties": None,
         "alarms": None,
         "mean_length": measured.get("mean_length"),
+        "evals": measured.get("evals"),
         "fingerprint": model.fingerprint,
         "seconds": it.seconds(),
         **{name: measured[name] for name in figures if name in measured},

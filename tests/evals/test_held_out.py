@@ -144,7 +144,10 @@ def test_default_judge_is_the_given_model_in_both_orders(tmp_path):
     judgments = [json.loads(row) for row in rows]
     assert {row["fingerprint"] for row in judgments} == {given.fingerprint}, "not the model that is measured"
     assert len(judgments) == 6 and figures["evals"]["held-out"]["over_first"]["prompts"] <= 3
-    assert max(len(row["texts"]) for row in judgments) == 2, "both orders"
+    scores = {row["id"]: row["score"] for row in judgments}
+    assert all(scores[f"{task}#now"] + scores[f"{task}#before"] == pytest.approx(1) for task in TASKS[:3]), (
+        "both orders"
+    )
     assert figures["mean_length"] > 0 and 0 <= figures["cut_off"] <= 1
 
 

@@ -8,7 +8,7 @@ compares in every iteration, with the same noise, so the figures of two iteratio
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import jax
 import numpy as np
@@ -38,12 +38,9 @@ def everyday_prompts() -> list[Prompt]:
     return read_jsonl(Path(__file__).with_name("everyday.jsonl"), Prompt)
 
 
-class Respond(Protocol):
-    """How a model answers: one response to each prompt. ``context`` is what the method passes to its evaluation."""
-
-    def __call__(
-        self, prompts: Sequence[Prompt], lm: LM, config: Any, sampling: SamplingConfig, *context: Any
-    ) -> list[Response]: ...
+# How a model answers: (prompts, lm, the run's config, sampling, what the method passes to its evaluation) -> a response
+# to each prompt.
+Respond = Callable[..., list[Response]]
 
 
 @stored_as("evals.held_out.first_response")

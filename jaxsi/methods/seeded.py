@@ -21,7 +21,7 @@ from jaxsi.stages.eft import agreeing_examples
 from jaxsi.stages.judge import check_judge, judgment_statistics
 from jaxsi.stages.judge_quality import measured_judge
 from jaxsi.stages.pairs import best_and_worst, pair_statistics
-from jaxsi.stages.prompts import Rubric
+from jaxsi.stages.prompts.comparison import RankingRubric
 from jaxsi.stages.rankings import Agrees, as_responses, whole_order, without_prompts
 from jaxsi.stages.self_instruct import SelfInstruct, new_prompts, next_part
 from jaxsi.training.train import TrainConfig, seed_of, sft
@@ -70,8 +70,8 @@ def check_seeded(cfg: Any) -> None:
     if cfg.sampling.num_samples < 2:
         raise ValueError(f"sampling.num_samples is {cfg.sampling.num_samples}; a pair needs at least 2 candidates")
     data = SeedData() if cfg.seed_data is None else cfg.seed_data
-    if data.rankings is not None and not isinstance(cfg.rubric, Rubric):
-        raise ValueError(f"rubric {cfg.rubric.name!r} compares responses; EFT needs one that gives each a score")
+    if data.rankings is not None and isinstance(cfg.rubric, RankingRubric):
+        raise ValueError(f"rubric {cfg.rubric.name!r} ranks; EFT needs one that grades a response or compares two")
     if cfg.sft is not None and data.ift is None and data.rankings is None:
         raise ValueError("sft is set, but seed_data has neither ift nor rankings to train on; give them, or no sft")
     if isinstance(cfg.prompts, SelfInstruct) and data.ift is None:
@@ -118,7 +118,6 @@ def evaluation_examples(
         it.key("eft"), of=Judgment,
     )  # fmt: skip
     seed = seed_of(it, "eft")
-    assert isinstance(cfg.rubric, Rubric)  # Config has checked it
     eft, _ = it.counted(
         "eft", agreeing_examples, ranked, judged, cfg.rubric, agrees=data.agrees, max_share=data.max_share, seed=seed,
         ift=ift, test=judge_test(data, run), of=SFTExample,

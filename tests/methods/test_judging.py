@@ -157,5 +157,5 @@ def test_what_a_judge_cannot_do_is_refused_before_the_run(given, tmp_path):
         with pytest.raises(PreflightError, match=fault):
             check(cfg, tmp_path / "run")
     toy = load_config(ROOT / "configs" / "self_rewarding" / "toy.py")
-    with pytest.raises(UsageError, match="compares responses; EFT needs one that gives each a score"):
+    with pytest.raises(UsageError, match="ranks; EFT needs one that grades"):
         with_judges(toy, tmp_path, judging=None, rubric="ranking_judge", critic=None)

@@ -1,12 +1,14 @@
 """EFT, the judge's own training data: whose order it follows, what it leaves out, and how its scores are thinned."""
 
+import dataclasses
 from collections import Counter
 
 import pytest
 
 from jaxsi.runs.records import Judgment, RankedResponses, SFTExample
-from jaxsi.stages.eft import agreeing_examples, eft_examples
+from jaxsi.stages.eft import agreeing_examples, comparison_examples, eft_examples
 from jaxsi.stages.prompts import Rubric
+from jaxsi.stages.prompts.comparison import PairwiseRubric
 from jaxsi.stages.rankings import no_reversal, whole_order
 
 RUBRIC = Rubric(name="test", template="Q: {prompt} A: {response}")
@@ -163,3 +165,72 @@ def test_judgments_that_do_not_fit_are_errors():
         eft([pair])
     with pytest.raises(ValueError, match="repeat an id"):
         eft([(pair[0], pair[1] * 2)])
+
+
+# ------------------------------------------------------------------------------------------------ a judge that compares
+
+PAIRWISE = PairwiseRubric(name="pair", template="Q: {prompt}\nA: {response_a}\nB: {response_b}")
+
+
+def compared(id, *texts, samples=1):
+    """Judgments whose texts compare response i with each other one; `texts[i]` holds them, by the other's number."""
+    rows = judgments(id, *texts)
+    return [dataclasses.replace(row, scores=(None,) * (samples * (len(texts) - 1))) for row in rows]
+
+
+def comparisons(pairs, **arguments):
+    flat = [judgment for _, group in pairs for judgment in group]
+    return comparison_examples([record for record, _ in pairs], flat, PAIRWISE, **arguments)
+
+
+def test_comparison_is_learnt_if_both_orders_name_the_better_response():
+    examples, counts = comparisons(
+        [
+            (ranked("a", 0, 1), compared("a", "Clear. Verdict: A", "Short, so\nVerdict: B\nDone.")),
+            (ranked("b", 1, 0), compared("b", "It is vague.\nVerdict: B", "Good.\nVerdict: A")),
+            (ranked("c", 0, 1), compared("c", "First is best.\nVerdict: A", "First is best.\nVerdict: A")),
+            (ranked("d", 0, 0), compared("d", "Good.\nVerdict: A", "Good.\nVerdict: B")),
+            (ranked("e", 0, 1), compared("e", "Verdict: A", "Good.\nVerdict: B")),
+            (ranked("f", 0, 1), compared("f", "Good.\n[[A]] I say", "Good. [[B]]")),
+            (ranked("g", 0, 1), compared("g", (), "Good.\nVerdict: B")),
+        ]
+    )
+    assert [example.id for example in examples] == ["b#0#1", "b#1#0", "f#0#1", "f#1#0"]
+    assert [example.response for example in examples] == [
+        "It is vague.\nVerdict: B", "Good.\nVerdict: A", "Good.\n[[A]]", "Good. [[B]]",
+    ]  # fmt: skip
+    assert examples[1].messages[0]["content"] == "Q: question b\nA: answer 1\nB: answer 0"
+    expected = {"prompts": 7, "pairs": 6, "agree": 2, "disagree": 2, "no_justification": 1, "unread": 1, "examples": 4}
+    assert {name: counts[name] for name in expected} == expected
+    verdicts = Counter(PAIRWISE.parse(example.response) for example in examples)
+    assert verdicts["A"] == verdicts["B"], "no place is right more often"
+
+
+def test_first_right_text_of_each_order_is_taken_and_all_pairs_are_compared():
+    texts = (
+        ("no", "x\nVerdict: B", "y\nVerdict: A", "z\nVerdict: A"),  # 0 against 1: two texts; then against 2
+        ("x\nVerdict: B", "u\nVerdict: A", "p\nVerdict: A", "q\nVerdict: C"),
+        ("r\nVerdict: B", "s\nVerdict: B", "t\nVerdict: B", "Verdict: B"),
+    )
+    examples, counts = comparisons([(ranked("a", 0, 1, 2), compared("a", *texts, samples=2))])
+    assert {example.id: example.response[0] for example in examples} == {
+        "a#0#2": "y", "a#2#0": "r", "a#1#2": "p", "a#2#1": "t",
+    }  # fmt: skip
+    assert (counts["pairs"], counts["agree"], counts["disagree"]) == (3, 2, 1)
+
+
+def test_comparisons_leave_out_demonstrations_and_the_prompts_of_the_test():
+    pairs = [(ranked(id, 0, 1), compared(id, "Clear.\nVerdict: A", "Clear.\nVerdict: B")) for id in ("a", "b", "c")]
+    shown = SFTExample(id="x", messages=({"role": "user", "content": "Question  A"},), response="answer 1")
+    examples, counts = comparisons(pairs, ift=[shown], test=[ranked("b", 1, 0)])
+    assert {example.id[0] for example in examples} == {"c"}
+    assert (counts["in_ift"], counts["in_test"], counts["examples"]) == (1, 1, 2)
+
+
+def test_rubric_decides_which_data_a_judge_learns():
+    record, rows = ranked("a", 0, 1), compared("a", "Clear.\nVerdict: A", "Clear.\nVerdict: B")
+    settings = {"agrees": whole_order, "max_share": 0.5, "seed": 1, "ift": [], "test": []}
+    examples, _ = agreeing_examples([record], rows, PAIRWISE, **settings)
+    assert [example.id for example in examples] == ["a#0#1", "a#1#0"]
+    with pytest.raises(ValueError, match="no judgment of the 1 ranked prompts agrees"):
+        agreeing_examples([ranked("a", 1, 0)], rows, PAIRWISE, **settings)

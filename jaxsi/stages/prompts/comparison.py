@@ -73,6 +73,19 @@ class PairwiseRubric:
         letter = found[-1][1].upper()
         return "A" if letter == "A" else "B" if letter == "B" else "C"
 
+    def up_to_verdict(self, text: str) -> str | None:
+        """A judge's text up to and with its verdict, which a judge is trained to write; None if there is no verdict."""
+        found = list(_VERDICT.finditer(text))
+        if found:
+            return text[: found[-1].end(1)].strip()
+        brackets = list(_BRACKETS.finditer(text))
+        return text[: brackets[-1].end()].strip() if brackets else None
+
+    def has_justification(self, text: str) -> bool:
+        """Whether a text holds words before its verdict."""
+        found = [*_VERDICT.finditer(text), *_BRACKETS.finditer(text)]
+        return bool(found) and re.search(r"\w", text[: found[0].start()]) is not None
+
     def forced(self, text: str) -> str:
         """A judge's text up to where one of the `choices` follows."""
         markers = list(_VERDICT_MARKER.finditer(text))

@@ -57,7 +57,7 @@ def plan(argv: list[str]) -> Report:
     if not options.topology and not {"-h", "--help"} & set(rest):
         raise UsageError(f"give the topology: jaxsi plan {path} --topology v5p:4x4x4 (or v5p-128, h100:8, ...)")
     os.environ.setdefault("JAX_PLATFORMS", "cpu")  # a plan neither needs nor takes the devices of this machine
-    from jaxsi.perf.method_stages import Assumptions
+    from jaxsi.perf.planned_stages import Assumptions
     from jaxsi.perf.topologies import TopologyError, topology
 
     cfg = configure(path, rest)
@@ -139,7 +139,7 @@ def value_of(path: Path, plan: Any, assumptions: Any) -> dict[str, Any]:
 
 def training_of(stage: Any) -> dict[str, Any]:
     """Optimizer steps, examples in each, and the share of warm-up of a stage that trains; nothing for the others."""
-    from jaxsi.perf.method_stages import Training
+    from jaxsi.perf.planned_stages import Training
 
     if not isinstance(stage, Training):
         return {}

@@ -5,134 +5,60 @@ Data are not read: if the config does not say how many prompts or examples there
 """
 
 import dataclasses
-import math
 from collections.abc import Iterator
-from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any
 
+from jaxsi.evals.held_out import Evaluations, HeldOutWinRate, everyday_prompts
 from jaxsi.methods import cream, grpo, meta_rewarding, online_dpo, pit, seft, self_rewarding, spin, srt, temporal
-from jaxsi.model.kv_cache import KVCache
+from jaxsi.perf.planned_stages import (
+    CHARACTERS_PER_TOKEN,
+    PLANNED_DTYPE,
+    SCORE_TOKENS,
+    SHARD,
+    Assumptions,
+    Held,
+    Objective,
+    Scoring,
+    Stage,
+    StagePlan,
+    Training,
+    judge_settings,
+)
 from jaxsi.runs.config_snapshot import with_dtypes
 from jaxsi.runs.errors import InputError
-from jaxsi.sampling.generate import SamplingConfig
 from jaxsi.stages import judge
 from jaxsi.stages.critique import LocalCritic
 from jaxsi.stages.meta_judge import compare_judgments
 from jaxsi.stages.prompts import Rubric
-from jaxsi.stages.prompts.comparison import AnyRubric
 from jaxsi.stages.self_instruct import PromptFile, SelfInstruct
-from jaxsi.stages.verdicts import JudgeConfig
-from jaxsi.training.optim import warmup
 from jaxsi.training.ppo import ppo
 from jaxsi.training.rl import RLConfig
-from jaxsi.training.train import TrainConfig
-
-Objective = Literal["sft", "dpo", "gap reward", "reward", "rl", "value"]
-SHARD = 256  # prompts in one call of a stage that samples (run.Scope.sharded)
-CHARACTERS_PER_TOKEN = 3.5  # about, in English
-PLANNED_DTYPE = "bfloat16"  # in place of "auto": all chips that a run can be planned for are fast in it
-SCORE_TOKENS = 32  # that a model writes when it only gives a score
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Assumptions:
-    """Numbers that the config does not say. ``prompts``: in an iteration. ``examples``: in the training data.
-    ``prompt_tokens``: in a prompt with its template. ``fill``: length of a response as a share of its limit."""
-
-    prompts: int = 1000
-    examples: int = 1000
-    prompt_tokens: int = 512
-    fill: float = 1.0
-
-    def __post_init__(self) -> None:
-        if min(self.prompts, self.examples, self.prompt_tokens) < 1 or not 0 < self.fill <= 1:
-            raise ValueError(
-                f"prompts {self.prompts}, examples {self.examples} and prompt_tokens {self.prompt_tokens} must be at "
-                f"least 1, and fill {self.fill} must be in (0, 1]"
-            )
-
-
-class Held(NamedTuple):
-    """Models in memory besides the arguments of a program: ``models`` as float32 weights in the training layout,
-    ``copies`` as copies for sampling."""
-
-    models: float = 0
-    copies: float = 0
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Stage:
-    """``each``: True if it runs in every iteration, False if it runs once."""
-
-    name: str
-    held: Held
-    each: bool = True
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Sampling(Stage):
-    """``samples`` responses of at most ``new_tokens`` to each of ``prompts``. A prompt is a prefix of ``shared_tokens``
-    tokens, the same for all, and ``prompt_tokens`` more. ``at_once``: prompts in one call. ``model``: None for the
-    run's model."""
-
-    prompts: int
-    samples: int
-    prompt_tokens: int
-    shared_tokens: int = 0
-    new_tokens: int
-    batch_size: int
-    cache: KVCache = "exact"
-    dtype: str
-    at_once: int = SHARD
-    model: str | None = None
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Scoring(Stage):
-    """Log-probabilities, or rewards, of ``rows`` texts of ``length`` tokens, ``batch_size`` at a time."""
-
-    rows: int
-    length: int
-    batch_size: int
-    dtype: str
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Training(Stage):
-    """``steps`` updates on sequences of ``length`` tokens."""
-
-    objective: Objective
-    settings: TrainConfig | RLConfig
-    length: int
-    steps: int
-
-    @property
-    def warmup_share(self) -> float:
-        """The part of the steps in which the learning rate rises."""
-        return min(1.0, warmup(self.settings.optim, self.steps) / self.steps)
 
 
 def stages(cfg: Any, assumptions: Assumptions, max_positions: int) -> list[Stage]:
     """The stages of a method's config, in order."""
-    cfg = with_dtypes(cfg, lambda _: PLANNED_DTYPE)
-    plan = _Plan(cfg, assumptions, max_positions)
-    match cfg:
+    plan = StagePlan(with_dtypes(cfg, lambda _: PLANNED_DTYPE), assumptions, max_positions)
+    return [*_of_method(plan), *_evaluation(plan)]
+
+
+def _of_method(plan: StagePlan) -> Iterator[Stage]:
+    match cfg := plan.cfg:
         case self_rewarding.Config() | meta_rewarding.Config():
-            return list(_self_rewarding(plan))
+            return _self_rewarding(plan)
         case srt.Config():
-            return list(_srt(plan))
+            return _srt(plan)
         case seft.Config():
-            return list(_seft(plan))
+            return _seft(plan)
         case pit.Config():
-            return list(_pit(plan))
+            return _pit(plan)
         case spin.Config():
-            return list(_spin(plan))
+            return _spin(plan)
         case grpo.Config() | online_dpo.Config():
-            return list(_judged_rl(plan))
+            return _judged_rl(plan)
         case cream.Config():
-            return list(_cream(plan))
+            return _cream(plan)
         case temporal.Config():
-            return list(_temporal(plan))
+            return _temporal(plan)
     raise InputError(
         f"{type(cfg).__module__}.{type(cfg).__name__} is not the Config of a method of this package; a plan knows the "
         "stages of these methods alone"
@@ -154,70 +80,14 @@ def iterations(cfg: Any) -> int:
 # ------------------------------------------------------------------------------------------------------------- methods
 
 
-@dataclasses.dataclass(frozen=True)
-class _Plan:
-    """Builds the stages of a method."""
-
-    cfg: Any
-    assumptions: Assumptions
-    positions: int
-
-    @property
-    def prompt(self) -> int:
-        return min(self.assumptions.prompt_tokens, self.positions // 2)
-
-    def new(self, limit: int) -> int:
-        return max(1, round(limit * self.assumptions.fill))
-
-    def sampling(
-        self, name: str, prompts: int, prompt_tokens: int, settings: SamplingConfig, held: Held, **overrides: Any
-    ) -> Stage:
-        """A stage that samples by a SamplingConfig; ``overrides`` replace fields of the stage."""
-        fields = {
-            "samples": settings.num_samples,
-            "new_tokens": self.new(settings.max_new_tokens),
-            "batch_size": settings.batch_size,
-            "cache": settings.cache,
-        } | overrides
-        return self.writing(name, prompts, prompt_tokens, held, **fields)
-
-    def writing(self, name: str, prompts: int, prompt_tokens: int, held: Held, **fields: Any) -> Stage:
-        """A stage that samples; its prompts are cut to what the model's positions leave for them."""
-        longest = self.positions - fields["new_tokens"] - fields.get("shared_tokens", 0)
-        fields = {"dtype": self.cfg.sampling.dtype} | fields
-        tokens = max(1, min(prompt_tokens, longest))
-        return Sampling(name=name, held=held, prompts=prompts, prompt_tokens=tokens, **fields)
-
-    def training(
-        self, name: str, objective: Objective, part: TrainConfig, rows: float, tokens: int, held: Held, *, each: bool
-    ) -> Stage:
-        """Training on ``rows`` sequences (or pairs, or groups) of ``tokens`` tokens."""
-        steps = part.epochs * math.ceil(rows / part.batch_size)  # an epoch's last batch has what is left
-        steps = max(1, min(steps, part.max_steps or steps))
-        length = min(part.max_length, tokens)
-        return Training(name=name, objective=objective, settings=part, length=length, steps=steps, held=held, each=each)
-
-    def prompts_in(self, source: Any, parts: int = 1) -> int:
-        """Prompts of an iteration: those in the file if it exists here, else the assumed number."""
-        if isinstance(source, PromptFile):
-            if Path(source.path).is_file() and source.path.endswith(".jsonl"):
-                with open(source.path, encoding="utf-8") as file:
-                    count = sum(bool(line.strip()) for line in file)
-                count = min(count, source.max_prompts or count)
-                return max(1, count // (1 if source.repeat else parts))
-            if source.max_prompts is not None:
-                return max(1, source.max_prompts // (1 if source.repeat else parts))
-        return self.assumptions.prompts
-
-
-def _self_rewarding(plan: _Plan) -> Iterator[Stage]:
+def _self_rewarding(plan: StagePlan) -> Iterator[Stage]:
     cfg, prompts = plan.cfg, _new_prompts(plan)
     yield from _seeded(plan)
     yield plan.sampling("candidates", prompts, plan.prompt, cfg.sampling, Held(2))
     yield from _judgments(plan, "judgments", prompts)
     pair, rows = plan.prompt + cfg.sampling.max_new_tokens, float(prompts)
     if isinstance(cfg, meta_rewarding.Config) and cfg.pairs.meta.judge_iterations:
-        both = _judge_settings(plan, plan.cfg.judge, plan.cfg.rubric)["shared_tokens"] + plan.prompt
+        both = judge_settings(plan, plan.cfg.judge, plan.cfg.rubric)["shared_tokens"] + plan.prompt
         pair = max(pair, both + cfg.sampling.max_new_tokens + cfg.judge.max_new_tokens)
         rows = prompts / (1 - cfg.pairs.meta.judge_share)
         answer, judgment = plan.new(cfg.sampling.max_new_tokens), plan.new(cfg.judge.max_new_tokens)
@@ -226,7 +96,7 @@ def _self_rewarding(plan: _Plan) -> Iterator[Stage]:
     yield from _early_stop(plan, prompts)
 
 
-def _cream(plan: _Plan) -> Iterator[Stage]:
+def _cream(plan: StagePlan) -> Iterator[Stage]:
     cfg, prompts = plan.cfg, _new_prompts(plan)
     yield from _seeded(plan)
     yield plan.sampling("candidates", prompts, plan.prompt, cfg.sampling, Held(3))
@@ -238,7 +108,7 @@ def _cream(plan: _Plan) -> Iterator[Stage]:
     yield from _early_stop(plan, prompts)
 
 
-def _temporal(plan: _Plan) -> Iterator[Stage]:
+def _temporal(plan: StagePlan) -> Iterator[Stage]:
     cfg, prompts = plan.cfg, _new_prompts(plan)
     pair = plan.prompt + cfg.sampling.max_new_tokens
     yield from _seeded(plan)
@@ -252,7 +122,7 @@ def _temporal(plan: _Plan) -> Iterator[Stage]:
     yield from _early_stop(plan, prompts)
 
 
-def _judged_rl(plan: _Plan) -> Iterator[Stage]:
+def _judged_rl(plan: StagePlan) -> Iterator[Stage]:
     """GRPO and online DPO: a judge's scores are the reward. M_{t-1} judges and, or M_0, is the reference."""
     cfg, rl = plan.cfg, plan.cfg.rl
     length = min(plan.prompt + rl.max_new_tokens, plan.positions)
@@ -264,7 +134,7 @@ def _judged_rl(plan: _Plan) -> Iterator[Stage]:
     )  # fmt: skip
     if cfg.judging is judge.judge:
         both = plan.prompt + plan.new(rl.max_new_tokens)
-        settings = _judge_settings(plan, cfg.judge, cfg.rubric)
+        settings = judge_settings(plan, cfg.judge, cfg.rubric)
         yield plan.writing("rl: judgments", rl.steps * rl.rows, both, held, at_once=rl.rows, **settings)
     dtype, micro, rows = cfg.sampling.dtype, rl.rows_at_once, 2 * rl.steps * rl.rows
     if cfg.judging is judge.judge and cfg.judge.expected:
@@ -275,7 +145,7 @@ def _judged_rl(plan: _Plan) -> Iterator[Stage]:
     )
 
 
-def _new_prompts(plan: _Plan) -> int:
+def _new_prompts(plan: StagePlan) -> int:
     """The prompts of an iteration of a method that begins with human data."""
     cfg = plan.cfg
     if isinstance(cfg.prompts, SelfInstruct):
@@ -283,7 +153,7 @@ def _new_prompts(plan: _Plan) -> int:
     return plan.prompts_in(cfg.prompts, cfg.iterations - 1)
 
 
-def _seeded(plan: _Plan) -> Iterator[Stage]:
+def _seeded(plan: StagePlan) -> Iterator[Stage]:
     """M_1 and the new prompts of a method that begins with human data."""
     cfg, pair = plan.cfg, plan.prompt + plan.cfg.sampling.max_new_tokens
     if cfg.sft is not None:  # held besides the training state: M_0, and the judge that writes EFT
@@ -302,18 +172,9 @@ def _seeded(plan: _Plan) -> Iterator[Stage]:
         )
 
 
-def _judge_settings(plan: _Plan, cfg: JudgeConfig, rubric: AnyRubric) -> dict[str, Any]:
-    return {
-        "samples": cfg.num_samples,
-        "new_tokens": plan.new(cfg.max_new_tokens),
-        "batch_size": cfg.batch_size,
-        "shared_tokens": round(len(rubric.template) / CHARACTERS_PER_TOKEN),
-    }
-
-
-def _judgments(plan: _Plan, name: str, prompts: int) -> Iterator[Stage]:
+def _judgments(plan: StagePlan, name: str, prompts: int) -> Iterator[Stage]:
     """The model's judgments of the responses to ``prompts``; another judge is not planned."""
-    cfg, settings = plan.cfg, _judge_settings(plan, plan.cfg.judge, plan.cfg.rubric)
+    cfg, settings = plan.cfg, judge_settings(plan, plan.cfg.judge, plan.cfg.rubric)
     if cfg.judging is not judge.judge:
         return
     per_call, responses = SHARD * cfg.sampling.num_samples, prompts * cfg.sampling.num_samples
@@ -323,16 +184,31 @@ def _judgments(plan: _Plan, name: str, prompts: int) -> Iterator[Stage]:
         yield _expected(plan, "expected scores" if name == "judgments" else f"expected scores: {name}", responses, both)
 
 
-def _expected(plan: _Plan, name: str, responses: int, tokens: int) -> Scoring:
+def _expected(plan: StagePlan, name: str, responses: int, tokens: int) -> Scoring:
     """The expectation over the score strings after each judgment of ``responses``, which have ``tokens`` tokens with
     their prompts."""
-    cfg, settings = plan.cfg, _judge_settings(plan, plan.cfg.judge, plan.cfg.rubric)
+    cfg, settings = plan.cfg, judge_settings(plan, plan.cfg.judge, plan.cfg.rubric)
     length = min(settings["shared_tokens"] + tokens + settings["new_tokens"], plan.positions)
     rows = responses * cfg.judge.num_samples
     return Scoring(name=name, held=Held(1, 1), rows=rows, length=length, batch_size=32, dtype=cfg.sampling.dtype)
 
 
-def _early_stop(plan: _Plan, prompts: int) -> Iterator[Stage]:
+def _evaluation(plan: StagePlan) -> Iterator[Stage]:
+    """The held-out win rates of an iteration, over two earlier models, each in both orders; M_0 is the judge."""
+    evaluate, held = plan.cfg.evaluate, Held(4 if isinstance(plan.cfg, pit.Config) else 3)
+    for part in evaluate.parts if isinstance(evaluate, Evaluations) else (evaluate,):
+        if not isinstance(part, HeldOutWinRate):
+            continue
+        known = len(everyday_prompts()) if part.prompts is everyday_prompts else min(plan.assumptions.examples, 256)
+        prompts, sampling = min(part.most or known, known), part.sampling or plan.cfg.sampling
+        yield plan.sampling("evaluation: responses", prompts, plan.prompt, sampling, held, samples=1)
+        if part.judging is None:
+            asked = plan.prompt + 2 * plan.new(sampling.max_new_tokens)
+            settings = judge_settings(plan, part.judge, part.rubric)
+            yield plan.writing("evaluation: judgments", 4 * prompts, asked, held, **settings)
+
+
+def _early_stop(plan: StagePlan, prompts: int) -> Iterator[Stage]:
     """Two models' responses to the held-out prompts, and the model's judgments of both, at every comparison."""
     cfg, stop = plan.cfg, plan.cfg.early_stop
     if stop is None:
@@ -347,11 +223,11 @@ def _early_stop(plan: _Plan, prompts: int) -> Iterator[Stage]:
     if stop.judging is judge.judge:
         responses = 1 if isinstance(stop.rubric, Rubric) else 2  # in a request; a pair is asked about in both orders
         asked = plan.prompt + responses * plan.new(cfg.sampling.max_new_tokens)
-        settings = _judge_settings(plan, stop.judge or cfg.judge, stop.rubric)
+        settings = judge_settings(plan, stop.judge or cfg.judge, stop.rubric)
         yield plan.writing("early stop: judgments", answers, asked, held, **settings)
 
 
-def _meta_judge(plan: _Plan, contests: int, tokens: int) -> Iterator[Stage]:
+def _meta_judge(plan: StagePlan, contests: int, tokens: int) -> Iterator[Stage]:
     """Every two of a response's N judgments, in both orders, as if all were different. Counted for each iteration,
     though only the first ``judge_iterations`` have it."""
     cfg, meta = plan.cfg, plan.cfg.pairs.meta
@@ -375,7 +251,7 @@ def _meta_judge(plan: _Plan, contests: int, tokens: int) -> Iterator[Stage]:
         )
 
 
-def _srt(plan: _Plan) -> Iterator[Stage]:
+def _srt(plan: StagePlan) -> Iterator[Stage]:
     cfg = plan.cfg
     critic_prompts, prompts = cfg.critic_prompts, plan.assumptions.prompts
     if isinstance(cfg.prompts, PromptFile):
@@ -403,7 +279,7 @@ def _srt(plan: _Plan) -> Iterator[Stage]:
     yield plan.training("dpo", "dpo", cfg.dpo.train, prompts, plan.prompt + draft, Held(2), each=True)
 
 
-def _seft(plan: _Plan) -> Iterator[Stage]:
+def _seft(plan: StagePlan) -> Iterator[Stage]:
     cfg, examples = plan.cfg, plan.assumptions.examples
     prompts = plan.prompts_in(cfg.prompts, cfg.iterations)
     draft = plan.new(cfg.sampling.max_new_tokens)
@@ -433,7 +309,7 @@ def _seft(plan: _Plan) -> Iterator[Stage]:
     yield plan.training("sft of the policy", "sft", cfg.sft, prompts, both, Held(3), each=True)
 
 
-def _pit(plan: _Plan) -> Iterator[Stage]:
+def _pit(plan: StagePlan) -> Iterator[Stage]:
     cfg, examples = plan.cfg, plan.assumptions.examples
     part = max(1, examples // 3)
     answer = plan.new(cfg.sampling.max_new_tokens)
@@ -450,7 +326,7 @@ def _pit(plan: _Plan) -> Iterator[Stage]:
 
 
 def _reinforcing(
-    plan: _Plan, name: str, rl: RLConfig, prompt_tokens: int, models: int, *, each: bool, value: bool
+    plan: StagePlan, name: str, rl: RLConfig, prompt_tokens: int, models: int, *, each: bool, value: bool
 ) -> Iterator[Stage]:
     """Sampling, rewards, log-probabilities under the policy and its reference, updates. The training state stays in
     memory all the time: as large as three models, or one if its moments are offloaded. So does that of a value model.
@@ -487,7 +363,7 @@ def _reinforcing(
         )
 
 
-def _spin(plan: _Plan) -> Iterator[Stage]:
+def _spin(plan: StagePlan) -> Iterator[Stage]:
     cfg, examples = plan.cfg, plan.assumptions.examples
     yield plan.sampling("responses", examples, plan.prompt, cfg.sampling, Held(1))
     length = plan.prompt + cfg.sampling.max_new_tokens

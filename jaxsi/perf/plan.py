@@ -21,7 +21,8 @@ from jaxsi.model.mesh import MeshConfig
 from jaxsi.perf import estimates
 from jaxsi.perf.builds import Build, Shape, compile_all, estimate_all, refused_gib
 from jaxsi.perf.hlo_cost import Cost
-from jaxsi.perf.method_stages import Assumptions, Held, Sampling, Scoring, Stage, Training, iterations, stages
+from jaxsi.perf.method_stages import iterations, stages
+from jaxsi.perf.planned_stages import Assumptions, Held, Sampling, Scoring, Stage, Training
 from jaxsi.perf.programs import MOVE, Sizes, tpu_devices
 from jaxsi.perf.topologies import Topology
 from jaxsi.runs.config_snapshot import parts_of

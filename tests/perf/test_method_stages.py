@@ -8,8 +8,12 @@ import pytest
 from jaxsi.methods.seft import Round
 from jaxsi.methods.srt import FirstStage
 from jaxsi.perf.architectures import published
-from jaxsi.perf.method_stages import Assumptions, Sampling, Scoring, Training, iterations, stages
+from jaxsi.perf.method_stages import iterations, stages
+from jaxsi.perf.planned_stages import Assumptions, Sampling, Scoring, Training
 from jaxsi.runs.config_file import load_config
+from jaxsi.stages.early_stop import EarlyStop
+from jaxsi.stages.judges import ModelJudge
+from jaxsi.stages.prompts import load_rubric
 from jaxsi.stages.reviser import revise
 from jaxsi.stages.self_instruct import PromptFile
 
@@ -37,6 +41,23 @@ def test_self_rewarding_stages_count_candidates_judgments_and_pairs():
     assert dpo.steps == 8000 / 16
     assert [stage.each for stage in by_name.values()][:2] == [False, True]
     assert iterations(load_config(CONFIGS / "self_rewarding/llama2_70b_v5p128.py")) == 2
+
+
+def test_evaluation_and_early_stopping_compare_two_responses_in_both_orders():
+    by_name = stages_of("self_rewarding/qwen3_0p6b_1gpu.py")
+    responses, judgments = by_name["evaluation: responses"], by_name["evaluation: judgments"]
+    assert (responses.prompts, responses.samples, responses.each) == (66, 1, True)
+    assert (judgments.prompts, judgments.samples) == (66 * 2 * 2, 1), "over two models, in both orders"
+    assert judgments.prompt_tokens == 200 + 2 * responses.new_tokens
+    assert stages_of("self_rewarding/smollm2_cpu.py")["evaluation: responses"].prompts == 6
+    assert "evaluation: responses" not in stages_of("self_rewarding/smollm2_cpu.py", evaluate=None)
+    paper = stages_of("self_rewarding/llama2_70b_v5p128.py")
+    assert paper["early stop: judgments"].prompt_tokens == 200 + 2 * 1024
+    stop = EarlyStop(prompts=list, rubric=load_rubric(), checkpoints=False)
+    spin = stages_of("spin/tulu2_7b_v5e64.py", early_stop=stop)
+    assert spin["early stop: judgments"].prompt_tokens == 200 + 512, "each response by itself"
+    other = dataclasses.replace(stop, judging=ModelJudge("other"))
+    assert "early stop: judgments" not in stages_of("spin/tulu2_7b_v5e64.py", early_stop=other)
 
 
 def test_dtype_auto_is_bfloat16_on_the_hardware_of_a_plan():
@@ -67,7 +88,8 @@ def test_expected_scores_are_a_scoring_stage():
 def test_meta_judge_compares_every_two_judgments_in_both_orders():
     name = "meta_rewarding/qwen3_0p6b_1gpu.py"
     by_name = stages_of(name)
-    assert list(by_name) == ["candidates", "judgments", "expected scores", "comparisons", "expected verdicts", "dpo"]
+    judging = ["candidates", "judgments", "expected scores", "comparisons", "expected verdicts"]
+    assert list(by_name) == [*judging, "dpo", "evaluation: responses", "evaluation: judgments"]
     judgments, comparisons = by_name["judgments"], by_name["comparisons"]
     assert (judgments.prompts, judgments.samples) == (600 * 7, 11)
     assert (comparisons.prompts, comparisons.samples) == (600 * 11 * 10, 1)
@@ -86,7 +108,7 @@ def test_fill_shortens_responses():
 
 def test_srt_stages_use_the_critic_once_then_the_model_itself():
     by_name = stages_of("srt/tulu2_7b_8xh100.py")
-    assert list(by_name) == ["drafts of the base", "sft", "drafts", "critiques", "checks", "dpo"]
+    assert list(by_name)[:6] == ["drafts of the base", "sft", "drafts", "critiques", "checks", "dpo"]
     assert [stage.each for stage in by_name.values()] == [False, False, True, True, True, True]
     assert by_name["drafts of the base"].prompts == 25_000
 

@@ -18,8 +18,8 @@ from jaxsi.model.mesh import MeshConfig, MeshError, make_mesh
 from jaxsi.perf import builds, estimates, plan as planner
 from jaxsi.perf.architectures import published
 from jaxsi.perf.builds import Build, Shape, compile_all, estimate_all
-from jaxsi.perf.method_stages import Assumptions
 from jaxsi.perf.plan import meshes, plan, search
+from jaxsi.perf.planned_stages import Assumptions
 from jaxsi.perf.programs import Sizes, memory_of, programs, tpu_devices
 from jaxsi.perf.topologies import topology
 from jaxsi.runs.config_file import load_config

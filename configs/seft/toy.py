@@ -36,9 +36,9 @@ def config() -> Config:
         reviser=ReviserConfig(
             rankings=ranked_responses,
             template=TEMPLATE,
-            warm_up=train(learning_rate=2e-3, batch_size=8),
+            warm_up=train(learning_rate=2e-3, batch_size=32),
             labels=LabelConfig(batch_size=256),
-            adaptive=train(learning_rate=2e-3, batch_size=8),
+            adaptive=train(learning_rate=2e-3, batch_size=32),
             writing=ReviseConfig(temperature=1.0, top_p=1.0, max_new_tokens=16, batch_size=128),
             evaluate=ReviserEvaluation(),
         ),
@@ -47,7 +47,7 @@ def config() -> Config:
         sampling=SamplingConfig(temperature=1.0, top_p=1.0, max_new_tokens=16, batch_size=512, dtype="float32"),
         internal=Round(target=best_of_n, num_samples=4),
         external=Round(target=revise),
-        sft=train(learning_rate=5e-4, batch_size=16, epochs=2),
+        sft=train(learning_rate=5e-4, batch_size=96, epochs=2),
         evaluate=PolicyEvaluation(),
         iterations=3,
     )

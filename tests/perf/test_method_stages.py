@@ -109,7 +109,7 @@ def test_fill_shortens_responses():
 def test_srt_stages_use_the_critic_once_then_the_model_itself():
     by_name = stages_of("srt/tulu2_7b_8xh100.py")
     assert list(by_name)[:6] == ["drafts of the base", "sft", "drafts", "critiques", "checks", "dpo"]
-    assert [stage.each for stage in by_name.values()] == [False, False, True, True, True, True]
+    assert [stage.each for stage in by_name.values()][:6] == [False, False, True, True, True, True]
     assert by_name["drafts of the base"].prompts == 25_000
 
 

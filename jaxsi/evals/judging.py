@@ -3,7 +3,7 @@
 
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import numpy as np
@@ -131,6 +131,25 @@ def _shares(logps: Sequence[float] | None) -> list[float] | Failure:
         return Failure("none of the choices is among the tokens that the judge names")
     p_G = np.exp(logps_G - logps_G.max())
     return (p_G / p_G.sum()).tolist()
+
+
+class Plan(NamedTuple):
+    """A dry run: of ``questions`` some are ``cached``; the others take so many calls and at most so many tokens. Plans
+    are added up with +."""
+
+    questions: int = 0
+    cached: int = 0
+    calls: int = 0
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+
+    @staticmethod
+    def of(questions: int, missing: int, estimated: Mapping[str, int]) -> "Plan":
+        """The plan of some questions, of which ``missing`` have no answer yet; ``estimated`` as `estimate` gives it."""
+        return Plan(questions, questions - missing, **estimated)
+
+    def __add__(self, other: "Plan") -> "Plan":  # type: ignore[override]
+        return Plan(*(a + b for a, b in zip(self, other, strict=True)))
 
 
 def estimate(writer: Writer, requests: Sequence[Prompt], max_new_tokens: int) -> dict[str, int]:

@@ -96,21 +96,15 @@ class Match:
     model: Output
 
 
-def matched(
-    outputs: Sequence[Output], there: str, baseline: Sequence[Output], here: str, *, some: bool = False
-) -> list[Match]:
-    """The two outputs of each instruction, in the order of the baseline.
-
-    Args:
-      some: the model's outputs may be for some of the instructions only.
+def matched(outputs: Sequence[Output], there: str, baseline: Sequence[Output], here: str) -> list[Match]:
+    """The two outputs of each instruction, in the order of the baseline; ``there`` and ``here`` name their files.
 
     Raises: EvaluationError: if an instruction occurs twice, or is on one side only.
     """
     by_model = unique(((output.instruction, output) for output in outputs), there)
     by_baseline = unique(((output.instruction, output) for output in baseline), here)
-    expected = {key: row for key, row in by_baseline.items() if not some or key in by_model}
-    check_aligned(by_model, there, expected, here)
-    return [Match(baseline=row, model=by_model[key]) for key, row in expected.items()]
+    check_aligned(by_model, there, by_baseline, here)
+    return [Match(baseline=row, model=by_model[key]) for key, row in by_baseline.items()]
 
 
 def requests_of(matches: Sequence[Match], template: Template, seed: int = 0) -> list[Prompt]:

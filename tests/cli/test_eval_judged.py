@@ -133,7 +133,7 @@ def test_a_model_is_judged_and_a_killed_command_judges_nothing_twice(world, tmp_
         m, other = np.exp(score_continuations(judge, [head, head], ends).astype(np.float64))
         expected = 2 - m / (m + other)
         assert row["preference"] == pytest.approx(3 - expected if switched else expected, rel=1e-4)
-    (row,) = csv.DictReader((out / "leaderboard.csv").open())
+    (row,) = csv.DictReader((out / "leaderboard.csv").read_text().splitlines())
     assert row[""] == "model" and float(row["win_rate"]) == value["win_rate"]
     assert float(row["length_controlled_winrate"]) == value["length_controlled_winrate"]
     assert len((out / "predictions.jsonl").read_text().splitlines()) == 12

@@ -35,6 +35,8 @@ COMMANDS = {
     "improve self-refine": ("jaxsi.cli.improve", "refine", "ask a model for feedback and for better responses"),
     "improve best-of-n": ("jaxsi.cli.improve", "best", "take the best of several responses"),
     "eval toy": ("jaxsi.cli.eval", "toy", "exact quality on the embedded world"),
+    "eval alpaca-eval": ("jaxsi.cli.eval_alpaca", "alpaca", "AlpacaEval 2.0, raw and length-controlled"),
+    "eval compare": ("jaxsi.cli.eval_compare", "compare", "one model against another, by a judge in both orders"),
     "launch local": ("jaxsi.cli.launch", "local", "start several processes as one run, and restart them after a crash"),
     "export": ("jaxsi.cli.export", "export", "write a Hugging Face folder"),
     "plan": ("jaxsi.cli.plan", "plan", "memory, time and chip-hours of a config on hardware that you do not have"),

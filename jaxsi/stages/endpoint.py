@@ -1,6 +1,7 @@
 """A critic and a judge behind an OpenAI-compatible endpoint."""
 
 import dataclasses
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -15,6 +16,8 @@ from jaxsi.stages.prompts.comparison import AnyRubric
 from jaxsi.stages.prompts.critique import CritiqueTemplate
 from jaxsi.stages.verdicts import JudgeConfig, judged
 from jaxsi.text.chat_config import split_thought
+
+TOP = 5  # likeliest first tokens that a server names; OpenAI's least limit, and that of AlpacaEval's judge
 
 
 @stored_as("endpoint.EndpointCritic")
@@ -87,13 +90,21 @@ class EndpointJudge(Endpoint):
         return ""
 
     def write(
-        self, requests: Sequence[Prompt], cfg: JudgeConfig, key: jax.Array, num_samples: int, forced: Sequence[str] = ()
+        self,
+        requests: Sequence[Prompt],
+        cfg: JudgeConfig,
+        key: jax.Array,
+        num_samples: int,
+        forced: Sequence[str] = (),
+        *,
+        first: int = 0,
     ) -> dict[str, list[Response]]:
+        """As ``Writer.write``. The samples have the numbers from ``first`` on: the same numbers give the same texts."""
         temperature = cfg.temperature if self.sends_temperature else None
         top_p = cfg.top_p if temperature else 1.0
         asked = [
-            Request(request.text, cfg.max_new_tokens, temperature, top_p, k)
-            for request in requests
+            Request(text, cfg.max_new_tokens, temperature, top_p, first + k, before)
+            for before, text in map(_split, requests)
             for k in range(num_samples)
         ]
         answers = iter(self.answers(asked))
@@ -106,6 +117,28 @@ class EndpointJudge(Endpoint):
 
     def expected(self, requests: Any, written: Any, rubric: Any, cfg: Any) -> dict[str, list[float | None]]:
         raise EndpointError("an endpoint gives no expected scores")
+
+    def choice_logps(
+        self, requests: Sequence[Prompt], choices: Sequence[str], cfg: JudgeConfig, *, sample: int = 0
+    ) -> dict[str, list[float]]:
+        """As ``LocalWriter.choice_logps``, for choices of one token. A choice that is not among the ``TOP`` likeliest
+        tokens has -inf.
+
+        Raises: EndpointError: as ``Endpoint.answers``, or if the server names no log-probs.
+        """
+        asked = [Request(text, 1, 1.0, 1.0, sample, before, TOP) for before, text in map(_split, requests)]
+        answers = zip(requests, self.answers(asked), strict=True)
+        return {
+            request.id: [answer.first_logps.get(choice, -math.inf) for choice in choices]
+            for request, answer in answers
+            if answer.first_logps is not None  # or the request is refused, or too long
+        }
+
+
+def _split(request: Prompt) -> tuple[tuple[tuple[str, str], ...], str]:
+    """The messages before the last one, and the text of that."""
+    *before, last = request.messages
+    return tuple((message["role"], message["content"]) for message in before), last["content"]
 
 
 def _written(request: Prompt, sample: int, answer: Answer) -> Response:

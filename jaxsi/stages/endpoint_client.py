@@ -22,10 +22,11 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import IO, Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
+from jaxsi.runs.appended import AppendedLines
 from jaxsi.runs.config_snapshot import may_change
 from jaxsi.runs.progress import piece, processes
 from jaxsi.runs.records import from_json, to_json
@@ -61,21 +62,26 @@ class Answer:
     finish_reason: Literal["stop", "length", "refusal"]
     prompt_tokens: int
     completion_tokens: int
+    first_logps: dict[str, float] | None = None  # of the likeliest first tokens, if the request asks for them
 
 
 class Request(NamedTuple):
     """A text that is sent, and how its answer is sampled. ``temperature`` None sends neither it nor ``top_p``.
-    ``sample``: the number of the answer, if a text is sent several times."""
+    ``sample``: the number of the answer, if a text is sent several times. ``before``: (role, content) of the messages
+    before the text. ``top_logprobs``: how many of the likeliest first tokens the server is to name."""
 
     text: str
     max_new_tokens: int
     temperature: float | None
     top_p: float = 1.0
     sample: int = 0
+    before: tuple[tuple[str, str], ...] = ()
+    top_logprobs: int = 0
 
     def entry(self, model: str) -> str:
         """The name of the answer in the cache: a hash of everything that it depends on."""
-        more = [] if (self.top_p, self.sample) == (1.0, 0) else [self.top_p, self.sample]
+        more: list[Any] = [] if (self.top_p, self.sample) == (1.0, 0) else [self.top_p, self.sample]
+        more += [{"before": self.before, "top_logprobs": self.top_logprobs}] if self.before or self.top_logprobs else []
         text = json.dumps([model, self.temperature, self.max_new_tokens, self.text, *more])
         return hashlib.sha256(text.encode()).hexdigest()[:32]
 
@@ -86,11 +92,19 @@ class Request(NamedTuple):
             settings["temperature"] = self.temperature
             if self.top_p != 1.0:
                 settings["top_p"] = self.top_p
+        if self.top_logprobs:
+            settings |= {"logprobs": True, "top_logprobs": self.top_logprobs}
         return settings
+
+    def messages(self) -> list[dict[str, str]]:
+        """The conversation as it is sent. Half a surrogate pair cannot be sent, and becomes a question mark."""
+        rows = [*self.before, ("user", self.text)]
+        return [{"role": role, "content": text.encode("utf-8", "replace").decode()} for role, text in rows]
 
     def upper_bound(self) -> Counter[str]:
         """An estimate from above of the tokens that are paid for."""
-        prompt = int(len(self.text.encode("utf-8", "replace")) / BYTES_PER_TOKEN) + TEMPLATE_TOKENS
+        text = "".join([content for _, content in self.before]) + self.text
+        prompt = int(len(text.encode("utf-8", "replace")) / BYTES_PER_TOKEN) + TEMPLATE_TOKENS
         return Counter(prompt_tokens=prompt, completion_tokens=self.max_new_tokens)
 
 
@@ -258,8 +272,7 @@ class Endpoint:
         """
         import openai
 
-        text = request.text.encode("utf-8", "replace").decode()  # half a surrogate pair cannot be sent
-        messages, settings = [{"role": "user", "content": text}], request.settings(self.length_parameter)
+        messages, settings = request.messages(), request.settings(self.length_parameter)
         message = ""
         for attempt in range(self.retries + 1):
             try:
@@ -311,7 +324,19 @@ class Endpoint:
             finish_reason=reason,
             prompt_tokens=int(usage.prompt_tokens) if counted else bound["prompt_tokens"],
             completion_tokens=int(usage.completion_tokens) if counted else bound["completion_tokens"],
+            first_logps=_first_logps(choice) if request.top_logprobs else None,
         )
+
+
+def _first_logps(choice: Any) -> dict[str, float]:
+    """The log-probs of the likeliest first tokens. Raises: EndpointError: if the server did not name them."""
+    try:
+        return {top.token: float(top.logprob) for top in choice.logprobs.content[0].top_logprobs}
+    except (AttributeError, IndexError, TypeError, ValueError):
+        raise EndpointError(
+            "the server names no log-probs of first tokens, which a weighted verdict needs; ask a server or model that "
+            "does (logprobs, top_logprobs), or take a rubric whose verdict is written"
+        ) from None
 
 
 # ---- the meaning of an error -----------------------------------------------------------------------------------------
@@ -366,44 +391,33 @@ def _server_wait(error: Exception) -> float:
 
 
 class _Cache:
-    """Answers by entry, one JSON line each, appended as they come. Several processes may share the file: each sees the
-    answers of the others. A line that a kill cut short is skipped."""
+    """Answers by entry, appended as they come. Several processes may share the file: each sees the answers of the
+    others."""
 
     def __init__(self, path: Path, model: str):
-        self.path, self.model = path, model
+        self.lines, self.model = AppendedLines(path), model
         self.answers: dict[str, Answer] = {}
         self.usage: Counter[str] = Counter()  # tokens of this model's answers
-        self._position = 0  # bytes read so far
         self.read()
 
     def read(self) -> None:
         """Reads what was added to the file."""
-        if not self.path.exists():
-            return
-        with self._locked("rb", fcntl.LOCK_SH) as file:
-            file.seek(self._position)
-            lines = file.read()
-        self._position += lines.rfind(b"\n") + 1
-        for line in lines.split(b"\n"):
-            with contextlib.suppress(ValueError):  # a line cut short, or not an answer
-                self._add(from_json(Answer, json.loads(line)))
+        with self._explained():
+            for value in self.lines.read():
+                with contextlib.suppress(ValueError):  # not an answer
+                    self._add(from_json(Answer, value))
 
     def check_writable(self) -> None:
         """Raises: EndpointError: if an answer could not be written."""
-        with self._locked("ab", fcntl.LOCK_SH):
+        with self._explained(), self.lines.locked("ab", fcntl.LOCK_SH):
             pass
 
     def add(self, answer: Answer) -> None:
         """Writes an answer; it is on disk when this returns. A refusal that cost nothing is not written, so that the
         next run asks again."""
         if answer.prompt_tokens > 0:
-            line = json.dumps(to_json(answer)).encode() + b"\n"
-            with self._locked("ab+", fcntl.LOCK_EX) as file:
-                end = file.seek(0, os.SEEK_END)
-                cut_short = end > 0 and os.pread(file.fileno(), 1, end - 1) != b"\n"
-                file.write(b"\n" * cut_short + line)
-                file.flush()
-                os.fsync(file.fileno())
+            with self._explained():
+                self.lines.append([to_json(answer)])
         self._add(answer)
 
     def _add(self, answer: Answer) -> None:
@@ -413,16 +427,13 @@ class _Cache:
                 self.usage.update(prompt_tokens=answer.prompt_tokens, completion_tokens=answer.completion_tokens)
 
     @contextlib.contextmanager
-    def _locked(self, mode: str, lock: int) -> Iterator[IO[bytes]]:
+    def _explained(self) -> Iterator[None]:
         try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            with self.path.open(mode) as file:
-                fcntl.flock(file, lock)  # released when the file closes
-                yield file
+            yield
         except OSError as error:
             raise EndpointError(
-                f"answers cannot be written to {self.path}: {error.strerror}; earlier answers are kept. Make it a "
-                "writable file on a disk with free space, and run the same command again"
+                f"answers cannot be written to {self.lines.path}: {error.strerror}; earlier answers are kept. Make it "
+                "a writable file on a disk with free space, and run the same command again"
             ) from None
 
 

@@ -21,7 +21,7 @@ from jaxsi.sampling import generate, scoring
 from jaxsi.stages.answers import Answers, answers, with_prompts, with_room
 from jaxsi.stages.prompts import Rubric, question_text
 from jaxsi.stages.prompts.comparison import AnyRubric, PairwiseRubric, RankingRubric
-from jaxsi.text.chat import render_prompt, render_request
+from jaxsi.text.chat import render_prompt, render_request, render_response
 from jaxsi.text.tokenizer import Tokenizer
 
 # Extra tokens that a generated justification may take when its text is encoded again.
@@ -79,6 +79,13 @@ class Writer(Protocol):
     ) -> dict[str, list[float | None]]:
         """For each text: the mean of `rubric.choices` under their probabilities after the text; None if there is
         none."""
+        ...
+
+    def choice_logps(
+        self, requests: Sequence[Prompt], choices: Sequence[str], cfg: JudgeConfig
+    ) -> Mapping[str, Sequence[float]]:
+        """The log-prob of each of the texts `choices` as the beginning of the answer. A request that is too long is
+        left out."""
         ...
 
 
@@ -331,6 +338,21 @@ class LocalWriter:
                 expected[id][k] = _expectation(logps_G, values)
         return expected
 
+    def choice_logps(
+        self, requests: Sequence[Prompt], choices: Sequence[str], cfg: JudgeConfig
+    ) -> dict[str, list[float]]:
+        ends = [render_response(self.lm.tokenizer, choice)[:-1] for choice in choices]  # without the end of the turn
+        _check_apart(ends, choices, "give choices that begin with other letters")
+        prefixes = [render_request(self.lm.tokenizer, request.messages) for request in requests]
+        room = self.lm.config.max_positions - max(map(len, ends))
+        fitting = [i for i, prefix in enumerate(prefixes) if len(prefix) <= room]
+        if not fitting:
+            return {}
+        logps_NG = scoring.score_choices(
+            self.lm, [prefixes[i] for i in fitting], [ends] * len(fitting), batch_size=cfg.batch_size
+        )
+        return {requests[i].id: row.tolist() for i, row in zip(fitting, np.asarray(logps_NG, np.float64), strict=True)}
+
 
 def _before_answer(tokenizer: Tokenizer, request: Prompt, text: Response) -> tuple[list[int], str] | None:
     """The ids before an answer (the request, and the thought if there is one) and the line breaks at which the answer
@@ -372,9 +394,16 @@ def _split_at_choice(
     while shared < min(map(len, rows)) and len({row[shared] for row in rows}) == 1:
         shared += 1
     ends = [row[shared:] for row in rows]
-    if any(a == b[: len(a)] for i, a in enumerate(ends) for j, b in enumerate(ends) if i != j):
-        raise ValueError(
-            f"rubric {rubric.name!r}: with this tokenizer one of the verdicts {tuple(rubric.choices)} is a prefix of "
-            "another, so their probabilities overlap; use scores of one digit, or judge with expected=False"
-        )
+    _check_apart(
+        ends, tuple(rubric.choices), f"rubric {rubric.name!r}: use scores of one digit, or judge with expected=False"
+    )
     return rows[0][:shared], ends
+
+
+def _check_apart(ends: Sequence[Sequence[int]], choices: Sequence[str], fix: str) -> None:
+    """Raises: ValueError: if one of the choices is a prefix of another, in token ids."""
+    if any(list(a) == list(b[: len(a)]) for i, a in enumerate(ends) for j, b in enumerate(ends) if i != j):
+        raise ValueError(
+            f"with this tokenizer one of the verdicts {tuple(choices)} is a prefix of another, so their probabilities "
+            f"overlap; {fix}"
+        )

@@ -1,0 +1,206 @@
+"""What an evaluation asks of a judge: texts, or the probabilities of some answers; each question once (see
+`answer_cache`)."""
+
+import hashlib
+import json
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple, TypeVar
+
+import jax
+import numpy as np
+
+from jaxsi.evals.answer_cache import AnswerCache, Answered, Asker, EvaluationError, Failure, Question
+from jaxsi.lm import LM
+from jaxsi.runs.config_snapshot import describe_config
+from jaxsi.runs.records import Prompt
+from jaxsi.stages.endpoint import EndpointJudge
+from jaxsi.stages.endpoint_client import Request
+from jaxsi.stages.judge import judge as by_itself
+from jaxsi.stages.judges import Judge, ModelJudge, RewardJudge, Verifier, placed
+from jaxsi.stages.verdicts import JudgeConfig, LocalWriter, Writer
+from jaxsi.text.chat import prompt_length
+
+Row = TypeVar("Row")
+TOO_LONG = "the judge's context has no room for the request"
+
+
+def writer_of(judging: Judge, lm: LM | None = None) -> Writer:
+    """Who writes a judge's texts: ``lm`` itself, another model in this process, or one behind an endpoint.
+
+    Raises: EvaluationError: if the judge writes no text, such as a reward model or a function.
+    """
+    if judging is by_itself and lm is not None:
+        return LocalWriter(lm)
+    if isinstance(judging, ModelJudge):
+        return LocalWriter(placed(judging.model, lm))
+    if isinstance(judging, EndpointJudge):
+        return judging
+    raise EvaluationError(
+        f"{type(judging).__name__} writes no text, which this evaluation needs; name a model or endpoint:NAME"
+    )
+
+
+def identity(judging: Writer | Judge, cfg: JudgeConfig | None = None) -> str:
+    """A judge as a text that changes when its answers may: weights, chat template and dtype of a model in this
+    process, the name of one behind an endpoint, the content of a file of known answers, the source of a function; and
+    the sampling settings."""
+    if isinstance(judging, LocalWriter):
+        described: Any = [judging.fingerprint, judging.template, str(judging.lm.dtype)]
+    elif isinstance(judging, EndpointJudge):
+        described = ["endpoint", judging.model, judging.sends_temperature]
+    else:
+        described = [describe_config(judging)]
+        if isinstance(judging, ModelJudge | RewardJudge):  # a path says nothing about the weights that are there now
+            described.append(placed(judging.model, None).fingerprint)
+        if isinstance(judging, Verifier) and Path(judging.answers).is_file():
+            described.append(hashlib.sha256(Path(judging.answers).read_bytes()).hexdigest()[:16])
+    settings = None if cfg is None else [cfg.temperature, cfg.top_p, cfg.max_new_tokens]
+    return json.dumps([described, settings], sort_keys=True)
+
+
+def ask_texts(
+    cache: AnswerCache,
+    writer: Writer,
+    requests: Sequence[Prompt],
+    cfg: JudgeConfig,
+    *,
+    template: str,
+    seed: int = 0,
+    accept: Callable[[str], bool] = bool,
+) -> Answered:
+    """What the writer says to each of the requests: values {"text", "finish_reason"} by the id of the request. A text
+    that ``accept`` refuses (by default an empty one) is a failure: it is not kept, and the next run asks again."""
+
+    def ask(questions: Sequence[Question]) -> list[Any]:
+        named = [Prompt(id=asker.key(q.content), messages=tuple(q.content)) for q in questions]
+        if isinstance(writer, EndpointJudge):
+            written = writer.write(named, cfg, jax.random.key(seed), 1, first=seed)
+        else:
+            written = writer.write(named, cfg, jax.random.key(seed), 1)
+        answers: list[Any] = []
+        for request in named:
+            response = written[request.id][0] if request.id in written else None
+            if response is None:
+                answers.append(Failure(TOO_LONG))
+            elif not accept(response.text):
+                answers.append(Failure(f"the judge's text is not an answer: {response.text!r:.80}"))
+            else:
+                answers.append({"text": response.text, "finish_reason": response.finish_reason})
+        return answers
+
+    asker = Asker(identity(writer, cfg), template, seed)
+    return cache.answer(questions_of(requests), ask, asker, part_size=cfg.batch_size)
+
+
+def ask_choices(
+    cache: AnswerCache,
+    writer: Writer,
+    requests: Sequence[Prompt],
+    choices: Sequence[str],
+    cfg: JudgeConfig,
+    *,
+    template: str,
+    seed: int = 0,
+) -> Answered:
+    """The probability of each of ``choices`` as the beginning of the answer, divided by their sum: values [P, ...] by
+    the id of the request. Nothing is sampled: another ``seed`` asks only an endpoint again."""
+
+    def ask(questions: Sequence[Question]) -> list[Any]:
+        named = [Prompt(id=asker.key(q.content), messages=tuple(q.content)) for q in questions]
+        if isinstance(writer, EndpointJudge):
+            logps = writer.choice_logps(named, choices, cfg, sample=seed)
+        else:
+            logps = writer.choice_logps(named, choices, cfg)
+        return [_shares(logps.get(request.id)) for request in named]
+
+    asker = choice_asker(writer, choices, template, seed)
+    return cache.answer(questions_of(requests), ask, asker, part_size=cfg.batch_size)
+
+
+def choice_asker(writer: Writer, choices: Sequence[str], template: str, seed: int) -> Asker:
+    """Who answers ``ask_choices``."""
+    seed = seed if isinstance(writer, EndpointJudge) else 0
+    return Asker(json.dumps([identity(writer), list(choices)]), template, seed)
+
+
+def questions_of(requests: Sequence[Prompt]) -> list[Question]:
+    """Requests to a judge as questions to the cache."""
+    return [Question(request.id, list(request.messages)) for request in requests]
+
+
+def _shares(logps: Sequence[float] | None) -> list[float] | Failure:
+    if logps is None:
+        return Failure(TOO_LONG)
+    logps_G = np.asarray(logps, np.float64)
+    if np.isnan(logps_G).any() or not np.isfinite(logps_G.max()):
+        return Failure("none of the choices is among the tokens that the judge names")
+    p_G = np.exp(logps_G - logps_G.max())
+    return (p_G / p_G.sum()).tolist()
+
+
+class Plan(NamedTuple):
+    """A dry run: of ``questions`` some are ``cached``; the others take so many calls and at most so many tokens. Plans
+    are added up with +."""
+
+    questions: int = 0
+    cached: int = 0
+    calls: int = 0
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+
+    @staticmethod
+    def of(questions: int, missing: int, estimated: Mapping[str, int]) -> "Plan":
+        """The plan of some questions, of which ``missing`` have no answer yet; ``estimated`` as `estimate` gives it."""
+        return Plan(questions, questions - missing, **estimated)
+
+    def __add__(self, other: "Plan") -> "Plan":  # type: ignore[override]
+        return Plan(*(a + b for a, b in zip(self, other, strict=True)))
+
+
+def estimate(writer: Writer, requests: Sequence[Prompt], max_new_tokens: int) -> dict[str, int]:
+    """What the requests may come to: {"calls", "prompt_tokens", "completion_tokens"}; exact prompt tokens of a model
+    in this process, an estimate from above for an endpoint."""
+    if isinstance(writer, LocalWriter):
+        prompt_tokens = sum(prompt_length(writer.lm.tokenizer, request) for request in requests)
+    else:
+        asked = [
+            Request(
+                request.messages[-1]["content"],
+                max_new_tokens,
+                None,
+                before=tuple((m["role"], m["content"]) for m in request.messages[:-1]),
+            )
+            for request in requests
+        ]
+        prompt_tokens = sum(request.upper_bound()["prompt_tokens"] for request in asked)
+    return {
+        "calls": len(requests),
+        "prompt_tokens": prompt_tokens,
+        "completion_tokens": len(requests) * max_new_tokens,
+    }
+
+
+# ---------------------------------------------------------------------------------------------------- rows that belong
+
+
+def unique(rows: Iterable[tuple[str, Row]], where: str) -> dict[str, Row]:
+    """Rows by name. Raises: EvaluationError: if a name occurs twice."""
+    found: dict[str, Row] = {}
+    for name, row in rows:
+        if name in found:
+            raise EvaluationError(f"{where}: {name!r:.80} occurs twice; leave one of the rows out")
+        found[name] = row
+    return found
+
+
+def check_aligned(given: Mapping[str, Any], there: str, expected: Mapping[str, Any], here: str) -> None:
+    """Raises: EvaluationError: if the names on both sides are not the same; before anything is asked."""
+    extra, missing = given.keys() - expected.keys(), expected.keys() - given.keys()
+    if extra or missing:
+        example, side, other = (min(extra), there, here) if extra else (min(missing), here, there)
+        raise EvaluationError(
+            f"{there} and {here} do not belong together: {len(given)} and {len(expected)} prompts, of which "
+            f"{len(given.keys() & expected.keys())} are the same; {example!r:.80} is in {side} and not in {other}. "
+            "Give outputs for the same prompts, letter for letter"
+        )

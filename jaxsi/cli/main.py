@@ -21,6 +21,7 @@ from jaxsi.runs.progress import processes
 COMMANDS = {
     "run": ("jaxsi.cli.run", "run", "run a config, or go on where the run stopped"),
     "status": ("jaxsi.cli.status", "status", "the finished and the remaining stages of a run directory"),
+    "report": ("jaxsi.cli.report", "report", "one HTML page of runs: figures, plots and a browser of samples"),
     "generate": ("jaxsi.cli.generate", "generate", "sample responses to a file of prompts"),
     "judge": ("jaxsi.cli.judge", "judge", "judge responses with a model"),
     "sft": ("jaxsi.cli.train", "sft", "fine-tune a model on a file of demonstrations"),
@@ -47,6 +48,7 @@ COMMANDS = {
 EXAMPLES = """Examples:
   jaxsi run configs/self_rewarding/toy.py
   jaxsi status runs/toy
+  jaxsi report runs/toy
   jaxsi eval toy runs/toy@2 --json
   jaxsi generate Qwen/Qwen3-0.6B --prompts prompts.jsonl -o responses.jsonl
 

@@ -89,7 +89,7 @@ def sections(runs: Sequence[RunFiles]) -> list[dict[str, Any]]:
             figures.iteration_panels(runs, figures.LENGTH), "No lengths were measured.",
         ),
         _section(
-            "training", "Training", "From train.jsonl. Trainings stand one after the other; the line breaks where one begins.",
+            "training", "Training", "From train.jsonl; trainings stand one after the other, with a gap between.",
             (figures.training_panels(runs), []), "No training has begun.",
         ),
         _section(

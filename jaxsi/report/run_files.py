@@ -109,15 +109,18 @@ def labels(paths: list[Path]) -> list[str]:
     return names
 
 
-def read_run(directory: Path, label: str | None = None) -> RunFiles:
-    """Reads a run directory. Raises: RunError if it does not exist or holds no run."""
+def read_run(directory: Path, label: str | None = None, *, records: bool = True) -> RunFiles:
+    """Reads a run directory; without ``records`` only its values, its journal and the lines of its trainings.
+
+    Raises: RunError if it does not exist or holds no run.
+    """
     if not (directory / "config.json").is_file():
         raise RunError(f"{directory} holds no run (there is no config.json in it); check the path")
     live = is_locked(directory)
     damage = _Damage(directory)
     scopes = {}
     for folder in sorted((p for p in directory.iterdir() if p.is_dir() and not p.name.startswith(".")), key=_natural):
-        scope = _read_scope(folder, damage, live)
+        scope = _read_scope(folder, damage, records)
         if scope.records or scope.values or scope.train:
             scopes[folder.name] = scope
     journal = [row for row in _rows(directory / "journal.jsonl", damage, torn=True) if _is_entry(row)]
@@ -199,13 +202,15 @@ class _Damage:
         self.told.append(f"{place}{'' if line is None else f':{line}'}: {reason}")
 
 
-def _read_scope(folder: Path, damage: _Damage, live: bool) -> ScopeFiles:
+def _read_scope(folder: Path, damage: _Damage, with_records: bool) -> ScopeFiles:
     records, values, train = {}, {}, []
     for path in sorted(folder.iterdir()):
         if path.name.startswith("."):
             continue
         if path.name == f"{TRAINING}.jsonl":
             train = [row for row in _rows(path, damage, torn=True) if number(row.get("step")) is not None]
+        elif path.suffix in (".jsonl", ".shards") and not with_records:
+            continue
         elif path.suffix == ".jsonl":
             records[path.stem] = list(_rows(path, damage))
         elif path.suffix == ".json" and not path.name.startswith("ref_logps_"):

@@ -21,7 +21,7 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "jaxsi"
 
 # From the top down. A module imports from its own room and from those below it. A room is a folder of the package, or
-# the one module `lm`. `report` and `evals` have their place, and nothing in them yet.
+# the one module `lm`. `evals` has its place, and nothing in it yet.
 ROOMS = (
     "cli", "perf", "report", "toyworld", "evals", "methods", "stages", "training", "sampling", "lm", "hf", "model",
     "text", "runs",

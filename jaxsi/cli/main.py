@@ -4,7 +4,9 @@ code."""
 import contextlib
 import importlib
 import json
+import logging
 import os
+import shlex
 import sys
 import traceback
 from collections.abc import Iterator, Sequence
@@ -13,14 +15,15 @@ from typing import IO
 from jaxsi import __version__
 from jaxsi.cli import compile_cache, distributed
 from jaxsi.cli.command import EVERY_COMMAND, SCREEN, Report, UsageError
-from jaxsi.runs import preemption
+from jaxsi.runs import preemption, provenance
 from jaxsi.runs.errors import InputError
-from jaxsi.runs.progress import processes
+from jaxsi.runs.progress import processes, say, stage_now
 
 # command -> (module, function, summary). A module is imported only when its command runs.
 COMMANDS = {
     "run": ("jaxsi.cli.run", "run", "run a config, or go on where the run stopped"),
     "status": ("jaxsi.cli.status", "status", "the finished and the remaining stages of a run directory"),
+    "report": ("jaxsi.cli.report", "report", "one HTML page of runs: figures, plots and a browser of samples"),
     "generate": ("jaxsi.cli.generate", "generate", "sample responses to a file of prompts"),
     "judge": ("jaxsi.cli.judge", "judge", "judge responses with a model"),
     "sft": ("jaxsi.cli.train", "sft", "fine-tune a model on a file of demonstrations"),
@@ -49,6 +52,7 @@ COMMANDS = {
 EXAMPLES = """Examples:
   jaxsi run configs/self_rewarding/toy.py
   jaxsi status runs/toy
+  jaxsi report runs/toy
   jaxsi eval toy runs/toy@2 --json
   jaxsi generate Qwen/Qwen3-0.6B --prompts prompts.jsonl -o responses.jsonl
 
@@ -80,6 +84,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             return USAGE
         if (name := _command(argv)) is None:
             return _unknown(argv)
+        provenance.COMMAND.set(shlex.join(["jaxsi", *words, *rest]))
         with preemption.listening():
             return _run_command(name, argv[len(name.split()) :], joining, as_json)
     except SystemExit as stop:  # from the parser: 0 after --help, 2 for a wrong command line
@@ -109,6 +114,7 @@ def _run_command(name: str, argv: list[str], joining: distributed.Options | None
             distributed.join(joining)
         elif not wants_help:  # several processes need a shared folder, which only the user can choose
             compile_cache.keep_programs()
+        stack.enter_context(_plain_warnings())
         SCREEN.set(sys.stderr if as_json else stdout)
         report: Report = getattr(importlib.import_module(module), function)(argv)
         text = json.dumps(report.value, allow_nan=False) if as_json else report.text
@@ -173,6 +179,31 @@ def _quiet_libraries() -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+
+
+class _Warnings(logging.Handler):
+    """Prints a warning of this package as one line that says where it arose: "jaxsi: iter_2/pairs: ..."."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        try:
+            message, place = record.getMessage(), f"{stage_now()}: " if stage_now() else ""
+            say(f"jaxsi: {place}{'' if message.startswith('alarm: ') else 'warning: '}{message}")
+        except Exception:
+            self.handleError(record)
+
+
+@contextlib.contextmanager
+def _plain_warnings() -> Iterator[None]:
+    """Meanwhile the warnings of this package are plain lines, whatever handlers other libraries have installed."""
+    log, handler = logging.getLogger("jaxsi"), _Warnings(logging.WARNING)
+    before = log.propagate
+    log.addHandler(handler)
+    log.propagate = False
+    try:
+        yield
+    finally:
+        log.removeHandler(handler)
+        log.propagate = before
 
 
 @contextlib.contextmanager

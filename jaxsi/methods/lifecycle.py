@@ -8,9 +8,10 @@ from typing import Any, Literal, NamedTuple
 
 from jaxsi.lm import LM, load, save_checkpoint
 from jaxsi.model import mesh as meshlib
-from jaxsi.runs import checkpoint
+from jaxsi.runs import checkpoint, progress
 from jaxsi.runs.config_snapshot import parts_of
 from jaxsi.runs.run import Run, RunError, Scope, StaleRecordsError
+from jaxsi.runs.status import sentence, so_far
 from jaxsi.stages.early_stop import EarlyStop, WinRate, is_better, win_rate
 from jaxsi.text.chat_config import ChatConfig
 from jaxsi.text.chat_template import today
@@ -171,4 +172,5 @@ def report(
     else:
         before = [entry for entry in run.summary.get("iterations", []) if entry["iteration"] < t]
         run.update_summary({"iterations": [*before, line]})
+    progress.measured(sentence(line), so_far(run.summary))
     return measured

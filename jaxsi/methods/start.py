@@ -11,6 +11,7 @@ from typing import Any
 from jaxsi.lm import LM, load, resolve
 from jaxsi.methods.preflight import check
 from jaxsi.model.compute_dtype import settled
+from jaxsi.runs import progress, provenance
 from jaxsi.runs.run import Run, RunError
 
 Method = Callable[[Any, Run], LM]
@@ -62,7 +63,9 @@ def carry_out(config: Any, run: Run) -> LM:
     """Carries out the method of ``config`` in a run that is open, and marks the run as complete."""
     method = method_of(config)
     run.update_summary({"method": method.__name__})
-    model = method(config, run)
+    provenance.note(run.path)
+    with progress.of_run(vars(config).get("iterations")):
+        model = method(config, run)
     run.update_summary({"status": "complete"})
     return model
 

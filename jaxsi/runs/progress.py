@@ -1,8 +1,11 @@
-"""Progress of long work with the time left: bars on a terminal, lines in a log. Only process 0 prints.
+"""Progress of long work, its speed and the time left: bars on a terminal, lines in a log. Only process 0 prints.
+
+On a terminal a run has one display from its beginning to its end: the iteration and what was measured so far, the
+stage, and its pieces. Finished stages stay above it as lines.
 
 A stage may take hours, and so may one shard of it. So the pieces of a stage report as well, down to the rows of a
-batch: "iter_2/judgments 256/4096, 2:10:00 left: sampling 300/768, 3:20 left". While a program runs that cannot be
-looked into, a thread repeats the last state, so that a log has a line about every `SILENCE` seconds at least.
+batch: "iter_2/judgments 256/4096, 1.4/s, 45:00 left: sampling 300/768, 2.3/s, 3:20 left". While a program runs that
+cannot be looked into, a thread repeats the last state, so that a log has a line about every `SILENCE` seconds at least.
 """
 
 import contextlib
@@ -15,6 +18,7 @@ from typing import Any
 
 EVERY = 10.0  # seconds from a line to the next, if there is something new
 SILENCE = 30.0  # seconds after which a line says that the work still goes on
+WORTH_A_LINE = 1.0  # seconds that a finished stage took, if it is to stay on the terminal
 
 Advance = Callable[[int, bool], None]
 
@@ -36,12 +40,13 @@ def progress(label: str, total: int | None = None) -> Iterator[Advance]:
     """
     if processes()[0] != 0:
         yield _nothing
-    elif sys.stderr.isatty():
-        with _bar(label, total, is_piece=False) as advance:
+        return
+    before, _told.label = _told.label, label
+    try:
+        with (_bar if _on_terminal() else _lines)(label, total, is_piece=False) as advance:
             yield advance
-    else:
-        with _lines(label, total, is_piece=False) as advance:
-            yield advance
+    finally:
+        _told.label = before
 
 
 @contextlib.contextmanager
@@ -60,6 +65,73 @@ def piece(label: str, total: int) -> Iterator[Advance]:
 
 def _nothing(items: int, worked: bool) -> None:
     pass
+
+
+@dataclasses.dataclass
+class _Told:
+    """What is known about the run that goes on: ``label`` of the innermost stage, ``iterations`` that it has in all,
+    and what was measured ``so_far``."""
+
+    label: str = ""
+    iterations: int | None = None
+    so_far: str = ""
+
+    def heading(self) -> str:
+        scope = self.label.partition("/")[0]
+        head, _, number = scope.rpartition("_")
+        if head == "iter" and number.isdecimal():
+            scope = f"iteration {number}" + ("" if self.iterations is None else f" of {self.iterations}")
+        return " · ".join(part for part in (scope, self.so_far) if part)
+
+
+_told = _Told()
+
+
+@contextlib.contextmanager
+def of_run(iterations: int | None) -> Iterator[None]:
+    """Keeps one display on the terminal until the run ends; ``iterations``: how many the run has."""
+    global _told
+    before, _told = _told, _Told(iterations=iterations)
+    with contextlib.ExitStack() as stack:
+        if processes()[0] == 0 and _on_terminal() and _bars.display is None:
+            stack.enter_context(_display())
+        try:
+            yield
+        finally:
+            _told = before
+
+
+def measured(line: str, so_far: str) -> None:
+    """Says what was measured of a model, in a line of its own; ``so_far`` stays on the display."""
+    _told.so_far = so_far
+    say(line)
+
+
+def say(line: str) -> None:
+    """Prints a line on stderr, above the display on a terminal; outside of a stage or a run, too. Process 0 only."""
+    if processes()[0] != 0:
+        return
+    if _bars.display is not None:
+        _bars.display.console.print(line, markup=False, highlight=False, soft_wrap=True)
+    else:
+        print(line, file=sys.stderr, flush=True)
+
+
+def stage_now() -> str:
+    """The label of the innermost work that goes on, e.g. "iter_2/pairs"; "" outside of any."""
+    return _told.label
+
+
+def _on_terminal() -> bool:
+    return sys.stderr.isatty()
+
+
+def speed(amount: float, seconds: float) -> str:
+    """ "43/s", "4.3/s" or, of slow work, "5.0 s each"; "" if nothing is known."""
+    if not amount or seconds <= 0:
+        return ""
+    rate = amount / seconds
+    return f"{rate:,.0f}/s" if rate >= 10 else f"{rate:.1f}/s" if rate >= 1 else f"{1 / rate:.1f} s each"
 
 
 # ---- a log -----------------------------------------------------------------------------------------------------------
@@ -85,7 +157,9 @@ class _Piece:
     def text(self, now: float) -> str:
         count = "" if self.total is None else f" {self.done}/{self.total}"
         left = self.left(now)
-        return f"{self.label}{count}" + ("" if left is None else f", {_clock(left)} left")
+        if left is None:
+            return f"{self.label}{count}"
+        return f"{self.label}{count}, {speed(self.worked, self.moved - self.start)}, {_clock(left)} left"
 
 
 class _Log:
@@ -164,25 +238,69 @@ def _clock(seconds: float) -> str:
 @dataclasses.dataclass
 class _Bars:
     display: Any = None  # the rich.progress.Progress that is shown now: there can be one only
+    in_run: bool = False  # a run keeps it: finished stages become lines
+    around: list[Any] = dataclasses.field(default_factory=list)  # tasks of the stages that go on, from the whole
 
 
 _bars = _Bars()
 
 
 @contextlib.contextmanager
-def _bar(label: str, total: int | None, *, is_piece: bool) -> Iterator[Advance]:
-    if total is None:
-        yield _nothing
-        return
+def _display(*, in_run: bool = True) -> Iterator[None]:
     from rich.console import Console
-    from rich.progress import Progress
+    from rich.progress import BarColumn, Progress, ProgressColumn, TaskProgressColumn, TextColumn, TimeRemainingColumn
+    from rich.text import Text
 
+    class Count(ProgressColumn):
+        def render(self, task: Any) -> Text:
+            if task.total is None:
+                return Text(_clock(task.elapsed or 0.0), style="dim")
+            worked = task.fields["worked"]
+            rate = speed(worked, task.fields["moved"] - task.start_time) if worked and task.start_time else ""
+            return Text(f"{task.completed:,.0f}/{task.total:,.0f}  {rate}".rstrip())
+
+    class Display(Progress):
+        def get_renderables(self) -> Iterator[Any]:
+            if in_run and (heading := _told.heading()):
+                yield Text(heading, style="bold")
+            yield self.make_tasks_table(self.tasks)
+
+    columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), Count(), TimeRemainingColumn())
+    with Display(*columns, console=Console(stderr=True), transient=in_run) as display:
+        _bars.display, _bars.in_run = display, in_run
+        try:
+            yield
+        finally:
+            _bars.display, _bars.in_run = None, False
+
+
+@contextlib.contextmanager
+def _bar(label: str, total: int | None, *, is_piece: bool) -> Iterator[Advance]:
     with contextlib.ExitStack() as stack:
         if _bars.display is None:
-            _bars.display = stack.enter_context(Progress(console=Console(stderr=True)))
-            stack.callback(setattr, _bars, "display", None)
-        display = _bars.display
-        task = display.add_task(label, total=total)
-        if is_piece:
+            if total is None:
+                yield _nothing
+                return
+            stack.enter_context(_display(in_run=False))
+        display: Any = _bars.display
+        start = time.monotonic()
+        task = display.add_task(label if not is_piece else f"  {label}", total=total, worked=0, moved=start)
+        if not is_piece:
+            if _bars.around:  # only the innermost stage is shown
+                display.update(_bars.around[-1], visible=False)
+                stack.callback(display.update, _bars.around[-1], visible=True)
+            _bars.around.append(task)
+            stack.callback(_bars.around.remove, task)
+        if is_piece or _bars.in_run:
             stack.callback(display.remove_task, task)
-        yield lambda items, worked: display.advance(task, items)
+        amount = [0, 0]
+
+        def advance(items: int, worked: bool) -> None:
+            amount[0] += items
+            amount[1] += items if worked else 0
+            display.update(task, advance=items, worked=amount[1], moved=display.get_time())
+
+        yield advance
+        seconds = time.monotonic() - start
+        if _bars.in_run and not is_piece and total is not None and amount[1] and seconds >= WORTH_A_LINE:
+            say(f"{label}: {amount[0]:,} in {_clock(seconds)} ({speed(amount[1], seconds)})")

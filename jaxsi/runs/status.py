@@ -1,5 +1,6 @@
 """The state of a run, read from its directory without opening it."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -50,3 +51,39 @@ def status(directory: Path | str) -> dict[str, Any]:
         "stages": list(stages.values()),
         "summary": summary,
     }
+
+
+def sentence(line: Mapping[str, Any]) -> str:
+    """A line of summary.json for people, e.g. "iteration 2: quality 82.4 (80.7 to 84.0), judge agreement 0.851, 490
+    pairs, 103 ties, 60 s"."""
+    parts = [f"quality {_mean(line['quality'], 1)}"] if line.get("quality") else []
+    if line.get("judge_agreement") is not None:
+        parts.append(f"judge agreement {line['judge_agreement']:.3f}")
+    parts += [f"{name} {_mean(rate, 2)}" for name, rate in _win_rates(line)]
+    if line.get("parse_rate") is not None and line["parse_rate"] < 1:
+        parts.append(f"parse rate {line['parse_rate']:.3f}")
+    parts += [f"{line[name]:,} {name}" for name in ("pairs", "ties") if line.get(name) is not None]
+    parts.append(f"{sum(line.get('seconds', {}).values()):,.0f} s")
+    name = "the model as given" if line["iteration"] == "base" else f"iteration {line['iteration']}"
+    return f"{name}: {', '.join(parts)}"
+
+
+def so_far(summary: Mapping[str, Any]) -> str:
+    """The quality, or else the win rates, of all models so far: "quality 69.7 → 82.4"."""
+    lines = [summary[name] for name in ("base",) if name in summary] + list(summary.get("iterations", []))
+    if means := [f"{line['quality']['mean']:.1f}" for line in lines if line.get("quality")]:
+        return f"quality {' → '.join(means)}"
+    found = [rates[0] for line in lines if (rates := _win_rates(line))]
+    return f"{found[-1][0]} {' → '.join(format(rate['mean'], '.2f') for _, rate in found)}" if found else ""
+
+
+def _win_rates(line: Mapping[str, Any]) -> list[tuple[str, Mapping[str, Any]]]:
+    rates = (line.get("evals") or {}).get("held-out", {})
+    named = [("wins over the first model", rates.get("over_first")), ("over the previous", rates.get("over_previous"))]
+    return [(name, rate) for name, rate in named if rate is not None and rate.get("mean") is not None]
+
+
+def _mean(value: Mapping[str, Any], digits: int) -> str:
+    low, high = value.get("ci95") or (None, None)
+    mean = f"{value['mean']:.{digits}f}"
+    return mean if low is None or high is None else f"{mean} ({low:.{digits}f} to {high:.{digits}f})"

@@ -19,17 +19,13 @@ import numpy as np
 from jaxsi.lm import LM
 from jaxsi.runs.config_snapshot import stored_as
 from jaxsi.runs.records import Judgment, Prompt, Response
+from jaxsi.stages.alarms import ONE_SCORE_ALARM, PARSE_ALARM, TIE_ALARM, sentence
 from jaxsi.stages.answers import as_records, with_prompts
 from jaxsi.stages.prompts import load_rubric, question_text
 from jaxsi.stages.prompts.comparison import AnyRubric
 from jaxsi.stages.verdicts import JudgeConfig, LocalWriter, judged
 
 _log = logging.getLogger(__name__)
-
-# Shares above these (below, for the parse rate) raise an alarm: the judge has collapsed or ignores its rubric.
-ONE_SCORE_ALARM = 0.6
-TIE_ALARM = 0.6
-PARSE_ALARM = 0.5
 
 
 @stored_as("feedback.judge")
@@ -157,7 +153,7 @@ def judgment_statistics(judgments: Sequence[Judgment], rubric: AnyRubric) -> dic
 def check_judge(statistics: Mapping[str, Any], cfg: JudgeConfig) -> None:
     """Logs the alarms of `judgment_statistics`; raises ValueError if too few judgments have a score."""
     for alarm in statistics["alarms"]:
-        _log.warning("the judge raises the alarm %r: %s", alarm, dict(statistics))
+        _log.warning("alarm: %s", sentence(alarm, statistics))
     rate = statistics["parse_rate"]
     if rate is not None and rate < cfg.min_parse_rate:
         raise ValueError(

@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import logging
 import os
 import pkgutil
 import shutil
@@ -15,7 +16,7 @@ import jaxsi
 import tiny
 from jaxsi import lm as lmlib
 from jaxsi.cli import generate, judge, judges, output_file, train
-from jaxsi.cli.command import UsageError
+from jaxsi.cli.command import Report, UsageError
 from jaxsi.cli.main import COMMANDS, main
 from jaxsi.cli.run import _full_flag, configure, field_flags
 from jaxsi.cli.stored import Mesh, mesh_for
@@ -29,6 +30,7 @@ from jaxsi.model.mesh import MeshError
 from jaxsi.runs.config_file import ConfigFileError, load_config
 from jaxsi.runs.config_snapshot import RunConfigError, describe_config
 from jaxsi.runs.errors import InputError
+from jaxsi.runs.progress import progress
 from jaxsi.runs.records import Judgment, RecordError, Response, read_jsonl, write_jsonl
 from jaxsi.runs.run import StaleRecordsError
 from jaxsi.stages.datasets import SourceError
@@ -711,3 +713,17 @@ def test_short_flag_stands_for_one_field():
     assert _full_flag("5e-7", flags) == "5e-7"
     with pytest.raises(UsageError, match=r"fits several fields; write one of --a\.b\.x, --a\.c\.x"):
         _full_flag("--a.x", ["--a.b.x", "--a.c.x"])
+
+
+def test_warnings_are_plain_lines_that_say_where_they_arose(monkeypatch, capsys):
+    def warned(argv):
+        with progress("iter_2/pairs"):
+            logging.getLogger("jaxsi.stages.judge").warning("alarm: look at %s", {"no": "dictionary"}["no"])
+        logging.getLogger("jaxsi.lm").warning("no tokenizer")
+        logging.getLogger("jaxsi.lm").info("not shown")
+        return Report({}, "done")
+
+    monkeypatch.setattr("jaxsi.cli.status.status", warned)
+    _, out, err = called(capsys, "status", "x")
+    assert (out, err) == ("done\n", "jaxsi: iter_2/pairs: alarm: look at dictionary\njaxsi: warning: no tokenizer\n")
+    assert logging.getLogger("jaxsi").propagate and not logging.getLogger("jaxsi").handlers

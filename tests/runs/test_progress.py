@@ -45,7 +45,7 @@ def test_log_has_a_line_about_every_ten_seconds_with_the_time_left(clock, monkey
         for _ in range(5):
             clock[0] += 4
             advance(5, True)
-    assert log.getvalue() == "iter_1/candidates 65/100, 0:28 left\n"
+    assert log.getvalue() == "iter_1/candidates 65/100, 1.2/s, 0:28 left\n"
 
 
 def test_log_has_no_line_at_the_end(clock, monkeypatch):
@@ -75,9 +75,9 @@ def test_pieces_of_a_stage_report_within_a_shard(clock, monkeypatch):
         clock[0] += 100
         sampled(10, True)
     assert log.getvalue().splitlines() == [
-        "iter_1/judgments 256/512, 1:40 left",
-        "iter_1/judgments 256/512, 1:28 left: sampling 20/40, 0:12 left",
-        "iter_1/judgments 256/512, 1:16 left: scoring 10/40, 0:18 left",
+        "iter_1/judgments 256/512, 2.6/s, 1:40 left",
+        "iter_1/judgments 256/512, 2.6/s, 1:28 left: sampling 20/40, 1.7/s, 0:12 left",
+        "iter_1/judgments 256/512, 2.6/s, 1:16 left: scoring 10/40, 1.7/s, 0:18 left",
     ]
 
 
@@ -119,10 +119,10 @@ def test_every_stage_of_judging_and_training_reports_in_a_log(clock, monkeypatch
         dpo(lm, pairs, DPOConfig(train=training), it)
     lines = log.getvalue()
     for pattern in (
-        r"^iter_1/judgments 0/12: sampling \d+/12, \d+:\d\d left$",
-        r"^iter_1/judgments 0/12: scoring \d+/12, \d+:\d\d left$",
-        r"^iter_1/ref_logps_\w+: log-probabilities of pairs \d+/12, \d+:\d\d left$",
-        r"^iter_1/train \d/\d, \d+:\d\d left$",
+        r"^iter_1/judgments 0/12: sampling \d+/12, \d.* \d+:\d\d left$",
+        r"^iter_1/judgments 0/12: scoring \d+/12, \d.* \d+:\d\d left$",
+        r"^iter_1/ref_logps_\w+: log-probabilities of pairs \d+/12, \d.*, \d+:\d\d left$",
+        r"^iter_1/train \d/\d, \d.*, \d+:\d\d left$",
     ):
         assert re.search(pattern, lines, re.MULTILINE), (pattern, lines)
 
@@ -154,3 +154,43 @@ def test_only_process_0_prints(monkeypatch):
     with progress("x", 4) as advance:
         advance(4, True)
     assert terminal.getvalue() == ""
+
+
+@pytest.mark.parametrize(
+    ("amount", "seconds", "text"),
+    [(430, 10, "43/s"), (43, 10, "4.3/s"), (2, 10, "5.0 s each"), (12_345, 1, "12,345/s"), (0, 5, ""), (5, 0, "")],
+)
+def test_speed_is_readable_at_every_size(amount, seconds, text):
+    assert module.speed(amount, seconds) == text
+
+
+def test_terminal_shows_a_run_with_its_iteration_the_quality_so_far_and_finished_stages(clock, monkeypatch):
+    terminal = Terminal()
+    monkeypatch.setattr(module.sys, "stderr", terminal)
+    with module.of_run(3):
+        module.measured("iteration 1: quality 69.7", "quality 69.7")
+        with progress("iter_2/judgments"), progress("iter_2/judgments", 8) as advance:
+            with piece("sampling", 4) as sampled:
+                sampled(4, True)
+            clock[0] += 4
+            advance(8, True)
+            module.say("jaxsi: iter_2/judgments: alarm: look")
+            module._bars.display.refresh()
+    shown = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", terminal.getvalue())
+    assert "iteration 2 of 3 · quality 69.7" in shown
+    for line in (
+        "iteration 1: quality 69.7",
+        "jaxsi: iter_2/judgments: alarm: look",
+        "iter_2/judgments: 8 in 0:04 (2.0/s)",
+    ):
+        assert line in [one.strip() for one in shown.splitlines()]
+
+
+def test_log_has_lines_of_what_was_measured_and_none_of_the_display(monkeypatch):
+    log = io.StringIO()
+    monkeypatch.setattr(module.sys, "stderr", log)
+    with module.of_run(3):
+        with progress("iter_1/evaluation"):
+            assert module.stage_now() == "iter_1/evaluation"
+        module.measured("iteration 1: quality 69.7", "quality 69.7")
+    assert log.getvalue() == "iteration 1: quality 69.7\n" and module.stage_now() == ""

@@ -342,7 +342,8 @@ def test_low_parse_rate_stops_the_method(caplog):
     statistics = judgment_statistics(silent, RUBRIC)
     with pytest.raises(ValueError, match=r"8.3% of the judgments have a score.*min_parse_rate = 10.0%"):
         check_judge(statistics, JudgeConfig())
-    assert "parse_rate" in caplog.text
+    assert "alarm: only 8 % of the judge's texts have a score that can be read" in caplog.text
+    assert "{" not in caplog.text
     check_judge(statistics, JudgeConfig(min_parse_rate=0.05))
 
 

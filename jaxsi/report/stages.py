@@ -1,0 +1,246 @@
+"""How long the stages of a run took, how fast they were, what memory they had; and what its guards noticed."""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from jaxsi.report.figures import Table, shown_number, table_of
+from jaxsi.report.run_files import RunFiles, ScopeFiles, flat, listed, mapping, number, text
+from jaxsi.stages import alarms
+
+TRAINED = ("sft", "dpo", "reward", "rl")  # stages that end in train.jsonl
+
+
+@dataclasses.dataclass(frozen=True)
+class Stage:
+    """A stage of a run. ``tokens``: those that its responses have, None if it keeps none. ``memory``: bytes of the host
+    and the device at its end."""
+
+    scope: str
+    name: str
+    state: str
+    seconds: float
+    records: int | None
+    tokens: int | None
+    steps: int | None
+    host: float | None
+    device: float | None
+
+    @property
+    def rate(self) -> str:
+        """Its speed in the unit that says most: "1,234 tokens/s", "56 records/s" or "7.8 steps/s"."""
+        for amount, unit in ((self.tokens, "tokens"), (self.steps, "steps"), (self.records, "records")):
+            if amount and self.seconds >= 0.05:
+                return f"{shown_number(amount / self.seconds, 3)} {unit}/s"
+        return "–"
+
+
+def stages_of(run: RunFiles) -> list[Stage]:
+    """The stages of a run in the order in which they first began."""
+    rows: dict[tuple[str, str], dict[str, Any]] = {}
+    for entry in run.journal:
+        row = rows.setdefault((entry["scope"], entry["stage"]), {"seconds": 0.0, "records": None, "memory": {}})
+        row["event"] = entry["event"]
+        row["seconds"] += entry["seconds"]
+        row["records"] = number(entry.get("records")) if number(entry.get("records")) is not None else row["records"]
+        row["memory"] = mapping(entry.get("memory")) or row["memory"]
+    made = []
+    for (scope, name), row in rows.items():
+        files = run.scopes.get(scope)
+        state = "done" if row["event"] != "start" else ("running" if run.live else "stopped")
+        made.append(
+            Stage(
+                scope, name, state, row["seconds"], row["records"] if row["records"] is None else int(row["records"]),
+                _tokens(files, name), _steps(files, name), number(row["memory"].get("host")),
+                number(row["memory"].get("device")),
+            )
+        )  # fmt: skip
+    return made
+
+
+def _tokens(files: ScopeFiles | None, name: str) -> int | None:
+    rows = [] if files is None else files.records.get(name, [])
+    counts = [number(row.get("tokens", mapping(row.get("response")).get("tokens"))) for row in rows]
+    known = [int(count) for count in counts if count is not None]
+    return sum(known) if known and "pairs" not in name else None
+
+
+def _steps(files: ScopeFiles | None, name: str) -> int | None:
+    return None if files is None or name not in TRAINED or not files.train else int(files.train[-1]["step"])
+
+
+def stage_table(run: RunFiles) -> Table:
+    """The stages that took a tenth of a second or more, or are not done."""
+    rows = []
+    for stage in stages_of(run):
+        if stage.seconds >= 0.1 or stage.state != "done":
+            rows.append(
+                {
+                    "iteration": stage.scope,
+                    "stage": stage.name.split("_logps_")[0] + ("_logps" if "_logps_" in stage.name else ""),
+                    "state": stage.state,
+                    "records": stage.records,
+                    "seconds": f"{stage.seconds:,.1f}",
+                    "speed": stage.rate,
+                    "host memory": _bytes(stage.host),
+                    "device memory": _bytes(stage.device),
+                }
+            )
+    empty = [name for name in ("host memory", "device memory") if all(row[name] == "–" for row in rows)]
+    table = table_of([{name: value for name, value in row.items() if name not in empty} for row in rows])
+    right = {"seconds", "speed", "host memory", "device memory", "records"}
+    return dataclasses.replace(table, numbers=[name in right for name in table.columns])
+
+
+def seconds_by_scope(run: RunFiles) -> dict[str, dict[str, float]]:
+    """{scope: {kind of work: seconds}}."""
+    found: dict[str, dict[str, float]] = {}
+    for stage in stages_of(run):
+        if stage.seconds > 0:
+            kind = _kind_of_work(stage.name)
+            scope = found.setdefault(stage.scope, {})
+            scope[kind] = scope.get(kind, 0.0) + stage.seconds
+    return found
+
+
+WORK = ("prompts and sampling", "judging", "training", "evaluation", "other")
+
+
+def _kind_of_work(name: str) -> str:
+    if name.startswith(("eval", "judge_test", "judge_quality", "held_out")) or name == "win_rate":
+        return "evaluation"
+    if name in TRAINED or name.startswith("ref_logps"):
+        return "training"
+    judging = ("judgments", "critiques", "checks", "revisions", "rewards", "comparisons", "labels")
+    if any(word in name for word in judging):
+        return "judging"
+    sampling = ("prompts", "candidates", "drafts", "responses", "references", "refined")
+    return "prompts and sampling" if any(word in name for word in sampling) else "other"
+
+
+def clock(seconds: float) -> str:
+    """ "45 s", "12 min 5 s", "3 h 20 min" or "2 d 4 h"."""
+    whole = round(seconds)
+    if whole < 120:
+        return f"{whole} s"
+    for size, name, smaller, smaller_name in ((86400, "d", 3600, "h"), (3600, "h", 60, "min"), (60, "min", 1, "s")):
+        if whole >= size:
+            return f"{whole // size} {name} {whole % size // smaller} {smaller_name}"
+    return f"{whole} s"
+
+
+def _bytes(value: float | None) -> str:
+    return "–" if value is None else f"{value / 2**30:,.2f} GiB"
+
+
+# ---- guards ----------------------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Guard:
+    """Something that a reader of a run has to know. ``kind``: "alarm" or "note"."""
+
+    kind: str
+    scope: str
+    sentence: str
+
+
+def guards_of(run: RunFiles) -> list[Guard]:
+    """What the guards of a run noticed, the alarms first."""
+    found = [*_judge_alarms(run), *_training_guards(run), *_data_guards(run)]
+    if run.summary.get("stopped_early") is True:
+        best = text(run.summary.get("best"))
+        sentence = f"the newest model lost against the best one before, so the run ended; the best one is {best}"
+        found.append(Guard("note", "", sentence))
+    processes = list(dict.fromkeys(entry.get("process") for entry in run.journal))
+    if len(processes) > 1:
+        times = "once" if len(processes) == 2 else f"{len(processes) - 1} times"
+        found.append(Guard("note", "", f"the run was stopped and taken up again {times}"))
+    return sorted(found, key=lambda guard: guard.kind != "alarm")
+
+
+def _judge_alarms(run: RunFiles) -> list[Guard]:
+    found = []
+    for scope in run.scopes.values():
+        statistics = mapping(mapping(scope.values.get("pairs_counts")).get("judge"))
+        for alarm in listed(statistics.get("alarms")):
+            found.append(Guard("alarm", scope.name, alarms.sentence(text(alarm), _numbers(statistics))))
+    told = {guard.scope for guard in found}
+    for entry in run.iterations:
+        if f"iter_{entry['iteration']}" not in told:
+            for alarm in listed(entry.get("alarms")):
+                found.append(Guard("alarm", f"iter_{entry['iteration']}", alarms.sentence(text(alarm), {})))
+    return found
+
+
+def _numbers(statistics: Mapping[str, Any]) -> dict[str, Any]:
+    """Statistics of a judge without what is not a number."""
+    histogram = {k: v for k, v in mapping(statistics.get("histogram")).items() if number(v) is not None}
+    return {k: number(v) for k, v in statistics.items()} | {"histogram": histogram}
+
+
+def _training_guards(run: RunFiles) -> list[Guard]:
+    found = []
+    for scope in run.scopes.values():
+        if worst := max((number(row.get("skipped")) or 0 for row in scope.train), default=0):
+            sentence = (
+                f"up to {worst:g} updates in a row had gradients that are not finite and were skipped; lower the "
+                "learning rate, or look at the data of these steps"
+            )
+            found.append(Guard("alarm", scope.name, sentence))
+        shifts = [number(row.get("chosen_shift")) for row in scope.train]
+        known = [shift for shift in shifts if shift is not None]
+        if known and known[-1] < -10:
+            sentence = (
+                f"the chosen responses became less likely, by {-known[-1]:.1f} in log-probability, although training "
+                "prefers them; add a likelihood term (dpo.nll_coef), or lower the learning rate"
+            )
+            found.append(Guard("alarm", scope.name, sentence))
+    return found
+
+
+def _data_guards(run: RunFiles) -> list[Guard]:
+    found = []
+    for scope in run.scopes.values():
+        for name, value in scope.values.items():
+            dropped = number(mapping(value).get("dropped_too_long"))
+            if name.endswith("_data") and dropped:
+                kept = next((number(v) for k, v in mapping(value).items() if k != "dropped_too_long"), None)
+                sentence = (
+                    f"{dropped:g} examples were longer than max_length and left out; {shown_number(kept)} were used"
+                )
+                found.append(Guard("note", scope.name, sentence))
+        counts = mapping(scope.values.get("pairs_counts"))
+        lost, pairs = number(counts.get("unscored")), number(counts.get("prompts"))
+        if lost and pairs and lost > 0.1 * pairs:
+            found.append(Guard("note", scope.name, f"{lost:g} of {pairs:g} prompts have no response with a score"))
+    return found
+
+
+# ---- config ----------------------------------------------------------------------------------------------------------
+
+
+def config_differences(runs: Sequence[RunFiles]) -> Table:
+    """The fields in which the configs of runs differ."""
+    flats = [flat(run.config) for run in runs]
+    names = dict.fromkeys(name for one in flats for name in one)
+    rows = []
+    for name in names:
+        values = [_setting(one[name]) if name in one else "–" for one in flats]
+        if len(set(values)) > 1:
+            rows.append([name or "config", *values])
+    return Table(["field", *(run.label for run in runs)], rows, [False] * (len(runs) + 1))
+
+
+def config_table(run: RunFiles) -> Table:
+    """All fields of a run's config."""
+    rows = [[name or "config", _setting(value)] for name, value in flat(run.config).items()]
+    return Table(["field", "value"], rows, [False, False])
+
+
+def _setting(value: Any) -> str:
+    if value is None or isinstance(value, bool):
+        return str(value)
+    if isinstance(value, list):
+        return ", ".join(_setting(item) for item in value) or "()"
+    return text(value) if isinstance(value, str | dict) else f"{value}"

@@ -35,6 +35,8 @@ COMMANDS = {
     "improve self-refine": ("jaxsi.cli.improve", "refine", "ask a model for feedback and for better responses"),
     "improve best-of-n": ("jaxsi.cli.improve", "best", "take the best of several responses"),
     "eval toy": ("jaxsi.cli.eval", "toy", "exact quality on the embedded world"),
+    "eval agreement": ("jaxsi.cli.agreement", "agreement", "how well a judge agrees with people"),
+    "eval mt-bench": ("jaxsi.cli.mt_bench", "mtbench", "MT-Bench: answers, judgments, scores"),
     "launch local": ("jaxsi.cli.launch", "local", "start several processes as one run, and restart them after a crash"),
     "export": ("jaxsi.cli.export", "export", "write a Hugging Face folder"),
     "plan": ("jaxsi.cli.plan", "plan", "memory, time and chip-hours of a config on hardware that you do not have"),

@@ -58,18 +58,10 @@ class JudgeOptions:
         """Who writes the judge's texts. Raises: EvaluationError: if it writes none."""
         from jaxsi.evals.judging import writer_of
         from jaxsi.stages.judges import ModelJudge
-        from jaxsi.stages.verdicts import LocalWriter
 
-        return LocalWriter(self.load(judging.model)) if isinstance(judging, ModelJudge) else writer_of(judging)
-
-    def load(self, model: str, chat: Any = None) -> Any:
-        """MODEL on this command's mesh, in its dtype."""
-        from jaxsi.cli.stored import check_writes
-        from jaxsi.lm import load
-
-        lm = load(model, mesh_for(model, self.mesh), self.dtype, chat=chat)
-        check_writes(lm, model)
-        return lm
+        if isinstance(judging, ModelJudge):
+            return answerer(judging.model, Path(), self.mesh, self.dtype)[0]
+        return writer_of(judging)
 
 
 def new_folder(out: Path) -> Path:
@@ -117,3 +109,18 @@ def costs(**counts: Mapping[str, int]) -> Report:
     value = {"dry_run": True, **{part: dict(figures) for part, figures in counts.items()}, "total": total}
     lines = {f"{part} {name}": figures[name] for part, figures in [*counts.items(), ("all", total)] for name in names}
     return Report(value, figures_table(lines))
+
+
+def answerer(model: str, out: Path, mesh: Mesh, dtype: str, chat: Any = None) -> tuple[Any, str]:
+    """(who writes the answers that are evaluated, its name): MODEL in this process, or endpoint:NAME, whose answers are
+    kept in ``out``. Raises: UsageError."""
+    if model.startswith("endpoint:") and not Path(model).exists():
+        judging = judge_of(model, out / "endpoint_answers.jsonl")
+        return judging, judging.model
+    from jaxsi.cli.stored import check_writes
+    from jaxsi.lm import load
+    from jaxsi.stages.verdicts import LocalWriter
+
+    lm = load(model, mesh_for(model, mesh), dtype, chat=chat)
+    check_writes(lm, model)
+    return LocalWriter(lm), Path(model).name

@@ -37,6 +37,8 @@ COMMANDS = {
     "eval toy": ("jaxsi.cli.eval", "toy", "exact quality on the embedded world"),
     "eval agreement": ("jaxsi.cli.agreement", "agreement", "how well a judge agrees with people"),
     "eval mt-bench": ("jaxsi.cli.mt_bench", "mtbench", "MT-Bench: answers, judgments, scores"),
+    "eval ifeval": ("jaxsi.cli.ifeval", "ifeval", "instruction following that programs check"),
+    "eval lm-eval": ("jaxsi.cli.lm_eval", "harness", "tasks of lm-evaluation-harness"),
     "launch local": ("jaxsi.cli.launch", "local", "start several processes as one run, and restart them after a crash"),
     "export": ("jaxsi.cli.export", "export", "write a Hugging Face folder"),
     "plan": ("jaxsi.cli.plan", "plan", "memory, time and chip-hours of a config on hardware that you do not have"),

@@ -9,7 +9,7 @@ import tyro
 
 from jaxsi.cli.arguments import ChatOptions
 from jaxsi.cli.command import Report, UsageError, parse
-from jaxsi.cli.judge_options import JudgeOptions, costs, new_folder, spread, spread_text, write_rows
+from jaxsi.cli.judge_options import JudgeOptions, answerer, costs, new_folder, spread, spread_text, write_rows
 from jaxsi.runs.metrics import table
 
 DESCRIPTION = """MT-Bench: 80 questions of two turns, at the temperature of their category. A judge grades each answer
@@ -104,23 +104,14 @@ def mtbench(argv: list[str]) -> Report:
 def _answers(args: Mtbench, cache: Any, questions: Sequence[Any]) -> tuple[str, Mapping[int, tuple[str, ...]]]:
     """The model's name and its answers, from the file or from the model."""
     from jaxsi.evals import mt_bench
-    from jaxsi.evals.judging import writer_of
-    from jaxsi.stages.endpoint import EndpointJudge
-    from jaxsi.stages.verdicts import LocalWriter
 
     if args.answers is not None:
         model, answers = mt_bench.read_answers(args.answers)
         mt_bench.complete(questions, answers, str(args.answers))
         return args.name or model, answers
     assert args.model is not None and args.out is not None
-    model = args.name or Path(args.model).name
-    if args.model.startswith("endpoint:"):
-        from jaxsi.cli.judges import judge_of
-
-        judging: EndpointJudge = judge_of(args.model, args.out / "endpoint_answers.jsonl")
-        writer, model = writer_of(judging), args.name or judging.model
-    else:
-        writer = LocalWriter(args.load(args.model, args.model_chat))
+    writer, name = answerer(args.model, args.out, args.mesh, args.dtype, args.model_chat)
+    model = args.name or name
     cfg = args.config(max_new_tokens=args.max_new_tokens)
     answers = mt_bench.answer(cache, writer, questions, cfg, args.seed)
     write_rows(args.out / "model_answer" / f"{_file_name(model)}.jsonl", mt_bench.answer_rows(model, answers))

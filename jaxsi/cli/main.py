@@ -39,6 +39,8 @@ COMMANDS = {
     "eval mt-bench": ("jaxsi.cli.mt_bench", "mtbench", "MT-Bench: answers, judgments, scores"),
     "eval ifeval": ("jaxsi.cli.ifeval", "ifeval", "instruction following that programs check"),
     "eval lm-eval": ("jaxsi.cli.lm_eval", "harness", "tasks of lm-evaluation-harness"),
+    "eval alpaca-eval": ("jaxsi.cli.eval_alpaca", "alpaca", "AlpacaEval 2.0, raw and length-controlled"),
+    "eval compare": ("jaxsi.cli.eval_compare", "compare", "one model against another, by a judge in both orders"),
     "launch local": ("jaxsi.cli.launch", "local", "start several processes as one run, and restart them after a crash"),
     "export": ("jaxsi.cli.export", "export", "write a Hugging Face folder"),
     "plan": ("jaxsi.cli.plan", "plan", "memory, time and chip-hours of a config on hardware that you do not have"),

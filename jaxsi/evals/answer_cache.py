@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 from jaxsi.runs import preemption
 from jaxsi.runs.appended import AppendedLines
 from jaxsi.runs.errors import InputError
-from jaxsi.runs.progress import progress
+from jaxsi.runs.progress import processes, progress
 
 _log = logging.getLogger(__name__)
 
@@ -95,8 +95,13 @@ class AnswerCache:
         a JSON value for each, or a `Failure`. A part is on disk before the next one begins, so a kill loses at most one
         part. What another process has answered meanwhile is not asked again.
 
-        Raises: EvaluationError: if an id occurs twice, or the file cannot be written. Stopped: after SIGTERM.
+        Raises: EvaluationError: if an id occurs twice, the file cannot be written, or several processes run as one.
+          Stopped: after SIGTERM.
         """
+        if processes()[1] > 1:  # they would see the file at different moments and ask different questions
+            raise EvaluationError(
+                f"{processes()[1]} processes run as one; judge with one process, which may use all of its devices"
+            )
         todo, failures, asked = self.missing(questions, asker), dict[str, str](), 0
         with progress(label, len(questions)) as advance, preemption.stops_itself():
             advance(len(questions) - len(todo), False)

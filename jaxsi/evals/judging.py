@@ -1,9 +1,11 @@
 """What an evaluation asks of a judge: texts, or the probabilities of some answers; each question once (see
 `answer_cache`)."""
 
+import hashlib
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, TypeVar
+from pathlib import Path
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import numpy as np
@@ -15,7 +17,7 @@ from jaxsi.runs.records import Prompt
 from jaxsi.stages.endpoint import EndpointJudge
 from jaxsi.stages.endpoint_client import Request
 from jaxsi.stages.judge import judge as by_itself
-from jaxsi.stages.judges import Judge, ModelJudge, placed
+from jaxsi.stages.judges import Judge, ModelJudge, RewardJudge, Verifier, placed
 from jaxsi.stages.verdicts import JudgeConfig, LocalWriter, Writer
 from jaxsi.text.chat import prompt_length
 
@@ -41,14 +43,18 @@ def writer_of(judging: Judge, lm: LM | None = None) -> Writer:
 
 def identity(judging: Writer | Judge, cfg: JudgeConfig | None = None) -> str:
     """A judge as a text that changes when its answers may: weights, chat template and dtype of a model in this
-    process, the name of one behind an endpoint, the settings of another judge (with the hash of a function's source);
-    and the sampling settings."""
+    process, the name of one behind an endpoint, the content of a file of known answers, the source of a function; and
+    the sampling settings."""
     if isinstance(judging, LocalWriter):
         described: Any = [judging.fingerprint, judging.template, str(judging.lm.dtype)]
     elif isinstance(judging, EndpointJudge):
         described = ["endpoint", judging.model, judging.sends_temperature]
     else:
-        described = describe_config(judging)
+        described = [describe_config(judging)]
+        if isinstance(judging, ModelJudge | RewardJudge):  # a path says nothing about the weights that are there now
+            described.append(placed(judging.model, None).fingerprint)
+        if isinstance(judging, Verifier) and Path(judging.answers).is_file():
+            described.append(hashlib.sha256(Path(judging.answers).read_bytes()).hexdigest()[:16])
     settings = None if cfg is None else [cfg.temperature, cfg.top_p, cfg.max_new_tokens]
     return json.dumps([described, settings], sort_keys=True)
 
@@ -131,6 +137,25 @@ def _shares(logps: Sequence[float] | None) -> list[float] | Failure:
         return Failure("none of the choices is among the tokens that the judge names")
     p_G = np.exp(logps_G - logps_G.max())
     return (p_G / p_G.sum()).tolist()
+
+
+class Plan(NamedTuple):
+    """A dry run: of ``questions`` some are ``cached``; the others take so many calls and at most so many tokens. Plans
+    are added up with +."""
+
+    questions: int = 0
+    cached: int = 0
+    calls: int = 0
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+
+    @staticmethod
+    def of(questions: int, missing: int, estimated: Mapping[str, int]) -> "Plan":
+        """The plan of some questions, of which ``missing`` have no answer yet; ``estimated`` as `estimate` gives it."""
+        return Plan(questions, questions - missing, **estimated)
+
+    def __add__(self, other: "Plan") -> "Plan":  # type: ignore[override]
+        return Plan(*(a + b for a, b in zip(self, other, strict=True)))
 
 
 def estimate(writer: Writer, requests: Sequence[Prompt], max_new_tokens: int) -> dict[str, int]:

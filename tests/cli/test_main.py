@@ -20,6 +20,7 @@ from jaxsi.cli.main import COMMANDS, main
 from jaxsi.cli.run import _full_flag, configure, field_flags
 from jaxsi.cli.stored import Mesh, mesh_for
 from jaxsi.cli.supervisor import cpu_devices
+from jaxsi.evals.answer_cache import EvaluationError
 from jaxsi.hf.config import HFError
 from jaxsi.lm import HubError, LoadError
 from jaxsi.methods.preflight import PreflightError
@@ -632,7 +633,7 @@ def test_errors_of_wrong_input_share_a_base_class():
             importlib.import_module(module.name)
     errors = {ChatTemplateError, ConfigFileError, HFError, LoadError, MeshError, ModelError}
     errors |= {PreflightError, RecordError, RunConfigError, StaleRecordsError, TokenizerError}
-    errors |= {JudgeError, RubricError, SourceError}
+    errors |= {EvaluationError, JudgeError, RubricError, SourceError}
     found = set(InputError.__subclasses__())
     assert {error for error in found if error.__module__.startswith("jaxsi.")} == errors
     assert not any(error.transient for error in errors)

@@ -260,7 +260,14 @@ def test_imported_packages_are_declared():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     declared = {re.split(r"[^A-Za-z0-9_-]", text)[0].lower().replace("-", "_") for text in project["dependencies"]}
     declared |= {"orbax", "tensorflow", "google"}  # of orbax-checkpoint, tensorflow-text and protobuf
-    declared |= {"gguf", "matplotlib", "openai"}  # extras, imported where they are used
+    declared |= {
+        "gguf",
+        "langdetect",
+        "lm_eval",
+        "matplotlib",
+        "nltk",
+        "openai",
+    }  # extras, imported where they are used
     used = set()
     for path in MODULES:
         for node in ast.walk(parsed(path)):

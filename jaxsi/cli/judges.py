@@ -16,6 +16,7 @@ JUDGES = """A judge is one of
   reward:MODEL                  a reward model: a run of `jaxsi reward`, or a sequence classifier with one label
   function:FILE.py:NAME         a Python function (prompt, response) -> number or None
   verifier:FILE                 known answers: a file with the columns "prompt" and "answer" (others: prompt=, answer=)
+  verifier:FILE,check=ifeval    the instructions in a file of IFEval's prompts (further settings: loose, partial)
 and a rubric is a file, or self_rewarding_judge (each response gets a score), pairwise_judge (two at a time, in both
 orders) or ranking_judge (all at once). The slots of the file's template say which it is: {prompt} with {response}, with
 {response_a} and {response_b}, or with {responses}."""
@@ -59,6 +60,12 @@ def judge_of(text: str, cache: Path) -> Any:
     if kind == "endpoint":
         return _with_settings(EndpointJudge, {"model": value, "cache": str(cache)}, words, text)
     if kind == "verifier":
+        if "check=ifeval" in words:
+            from jaxsi.evals.ifeval import InstructionChecks
+
+            return _with_settings(
+                InstructionChecks, {"prompts": value}, [w for w in words if w != "check=ifeval"], text
+            )
         return _with_settings(Verifier, {"answers": value}, words, text)
     return _with_settings(ModelJudge if kind == "model" else RewardJudge, {"model": value}, words, text)
 

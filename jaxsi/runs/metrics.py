@@ -1,4 +1,5 @@
-"""Statistics of scores: a judge's agreement with the truth, rank correlation, bootstrap intervals, and text tables.
+"""Statistics of scores: a judge's agreement with the truth, rank correlation, calibration, bootstrap intervals, and
+text tables.
 
 A figure that is not defined is None, never a number: for example an agreement over no pairs, or a correlation with
 constant scores.
@@ -131,6 +132,52 @@ def paired_bootstrap(a: ArrayLike, b: ArrayLike, *, samples: int = 10_000, seed:
         drawn_seeds = rng.multinomial(seeds, np.full(seeds, 1 / seeds), size=len(drawn))
         means.append(((drawn @ difference.T) * drawn_seeds).sum(axis=1) / (prompts * seeds))
     return float(difference.mean()), *_interval(np.concatenate(means))
+
+
+def calibration(probabilities: ArrayLike, outcomes: ArrayLike, *, bins: int = 10) -> dict[str, Any]:
+    """How far predicted probabilities [N] are what happens: outcomes [N] in [0, 1], 1 for an event that happened.
+
+    Returns:
+      "brier": the mean squared difference (Brier 1950). "ece": the expected calibration error, the mean over
+        predictions of |mean probability - mean outcome| in their bin, with `bins` bins of equal width (Guo et al. 2017,
+        arXiv 1706.04599, eq. 3, for the probability of the event). "bins": {"count", "probability", "outcome"} of each
+        bin that is not empty. Over nothing the first two are None.
+
+    Raises: ValueError if lengths differ, or if a number is not in [0, 1].
+    """
+    p, y = _paired(probabilities, outcomes)
+    for name, array in (("probabilities", p), ("outcomes", y)):
+        if ((array < 0) | (array > 1)).any():
+            raise ValueError(f"{name} hold {array[(array < 0) | (array > 1)][0]}; give numbers from 0 to 1")
+    bin_N = np.minimum((p * bins).astype(int), bins - 1)
+    rows = [
+        {"count": int(inside.sum()), "probability": float(p[inside].mean()), "outcome": float(y[inside].mean())}
+        for inside in (bin_N == number for number in range(bins))
+        if inside.any()
+    ]
+    error = sum(row["count"] * abs(row["probability"] - row["outcome"]) for row in rows)
+    return {
+        "brier": float(((p - y) ** 2).mean()) if len(p) else None,
+        "ece": error / len(p) if len(p) else None,
+        "bins": rows,
+    }
+
+
+def macro_scores(truths: Sequence[Any], predictions: Sequence[Any]) -> dict[str, float | None]:
+    """The "precision", "recall" and "f1" of each class that occurs in either list, averaged over the classes; a class
+    that is never predicted has precision 0. Over nothing they are None.
+
+    Raises: ValueError if lengths differ.
+    """
+    _check_lengths(truths=truths, predictions=predictions)
+    rows = []
+    for label in sorted(set(truths) | set(predictions)):
+        right = sum(t == p == label for t, p in zip(truths, predictions, strict=True))
+        predicted, true = list(predictions).count(label), list(truths).count(label)
+        precision, recall = (right / count if count else 0.0 for count in (predicted, true))
+        rows.append((precision, recall, 2 * right / (predicted + true)))
+    means = [float(np.mean(column)) for column in zip(*rows, strict=True)] if rows else [None] * 3
+    return dict(zip(("precision", "recall", "f1"), means, strict=True))
 
 
 def table(rows: Sequence[Mapping[str, Any]], columns: Sequence[str] | None = None) -> str:

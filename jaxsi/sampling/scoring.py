@@ -12,6 +12,7 @@ from jax.sharding import Mesh
 from jaxsi.lm import LM, tokens_array
 from jaxsi.model import decoder, mesh as meshlib
 from jaxsi.model.decoder import ModelConfig, Weights
+from jaxsi.model.tiles import over_tiles
 from jaxsi.runs.progress import piece
 from jaxsi.runs.records import Prompt, Response, as_prompts
 from jaxsi.sampling.generate import bucket
@@ -146,3 +147,66 @@ def score(lm: LM, prompts: Sequence[Prompt | str], responses: Sequence[Response 
     sides = [r if isinstance(r, Response) else written_response(lm.tokenizer, "", "", r) for r in responses]
     heads = [render_prompt(lm.tokenizer, p.messages) for p in records]
     return score_continuations(lm, heads, [list(r.token_ids) for r in sides])
+
+
+GREEDY_TILE = 8  # positions whose logits exist at a time; divides every `bucket`
+
+
+@functools.partial(jax.jit, static_argnames=("config", "dtype", "mesh"))
+def _logps_and_greedy(
+    weights: Weights,
+    tokens_BT: jax.Array,
+    targets_BT: jax.Array,
+    lengths_B: jax.Array,
+    *,
+    config: ModelConfig,
+    dtype: Any,
+    mesh: Mesh,
+) -> tuple[jax.Array, jax.Array]:
+    """Log-probability [B, T] float32 of each target after its token and those before it, and whether it is the most
+    probable one [B, T] bool."""
+    hidden_BTD = decoder.hidden_states(weights, config, tokens_BT, lengths_B=lengths_B, dtype=dtype, mesh=mesh)
+
+    def step(_: None, start: Any, inputs: tuple[jax.Array, jax.Array]) -> tuple[None, tuple[jax.Array, jax.Array]]:
+        hidden_BtD, targets_Bt = inputs
+        logps_BtV = jax.nn.log_softmax(decoder.logits(weights, config, hidden_BtD))
+        chosen_Bt = jnp.take_along_axis(logps_BtV, targets_Bt[..., None], axis=-1)[..., 0]
+        return None, (chosen_Bt, jnp.argmax(logps_BtV, axis=-1) == targets_Bt)
+
+    return over_tiles(step, None, (hidden_BTD, targets_BT), GREEDY_TILE, axis=1)[1]
+
+
+def score_greedy(
+    lm: LM, prefixes: Sequence[Sequence[int]], continuations: Sequence[Sequence[int]], *, batch_size: int = 32
+) -> list[tuple[np.ndarray, np.ndarray]]:
+    """For each continuation after its prefix, both as token ids: the log-probability float32 of each of its tokens, and
+    whether greedy sampling would take it (bool). The last token is not read, so a text may have one more than the
+    model's positions.
+
+    Raises:
+      ValueError: if the lists differ in length, a prefix or a continuation is empty, or a text is too long.
+    """
+    texts = [[*prefix, *rest] for prefix, rest in zip(prefixes, continuations, strict=True)]
+    if any(not rest for rest in continuations):
+        raise ValueError("a continuation has 0 tokens; it must have at least 1")
+    rows = [text[:-1] for text in texts]
+    _check_lengths(lm, prefixes, rows)
+    found: dict[int, tuple[np.ndarray, np.ndarray]] = {}
+    with piece("scoring", len(rows)) as advance:
+        for batch, tokens_BT, lengths_B in rows_on_mesh(lm, rows, batch_size):
+            full_batch = batch + [batch[0]] * (tokens_BT.shape[0] - len(batch))
+            targets_BT = tokens_array([texts[i][1:] for i in full_batch], tokens_BT.shape[1], 0)
+            logps_BT, greedy_BT = _logps_and_greedy(
+                lm.weights,
+                tokens_BT,
+                meshlib.put(targets_BT, lm.mesh, ("batch", None)),
+                lengths_B,
+                config=lm.config,
+                dtype=jnp.dtype(lm.dtype),
+                mesh=lm.mesh,
+            )
+            for i, logps_T, greedy_T in zip(batch, meshlib.fetch(logps_BT), meshlib.fetch(greedy_BT), strict=False):
+                scored = slice(len(prefixes[i]) - 1, len(rows[i]))
+                found[i] = logps_T[scored].copy(), greedy_T[scored].copy()
+            advance(len(batch), True)
+    return [found[i] for i in range(len(rows))]

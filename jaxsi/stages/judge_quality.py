@@ -46,7 +46,8 @@ def judge_quality(
         order as people did, equal scores counted as wrong; "accuracy_without_ties": without the pairs of equal scores;
         "tie_share": how many these are.
       "exact_match": share of the prompts on which the scores order all responses as people did (`whole_order`).
-      "five_best": share of people's best among the responses that got the `top` score in all judgments.
+      "five_best": share of people's best among the responses that got the `top` score in all judgments. "best": the
+        same share among the highest scored responses to a prompt, averaged over prompts.
       "spearman", "kendall": rank correlation and tau-b on one prompt, averaged over prompts. Constant scores count as
         0: a judge that ties everything has found no order. "constant_share" says on how many prompts that is so.
 
@@ -76,6 +77,7 @@ def judge_quality(
         "tie_share": pairs.tie_share,
         "exact_match": _mean([whole_order(*row) for row in rows if len(set(row[1])) > 1]),
         "five_best": _mean(at_top),
+        "best": _mean([share for row in rows if (share := _best(*row)) is not None]),
         "spearman": _mean([rho or 0.0 for rho, _ in correlations]),
         "kendall": _mean([tau or 0.0 for _, tau in correlations]),
         "constant_share": _mean([rho is None for rho, _ in correlations]),
@@ -90,6 +92,13 @@ def _correlations(scores: Sequence[float | None], ranks: Sequence[int]) -> tuple
         return None
     values, truths = map(list, zip(*scored, strict=True))
     return spearman(values, truths), kendall(values, truths)
+
+
+def _best(scores: Sequence[float | None], ranks: Sequence[int]) -> float | None:
+    """The share of people's best among the highest scored responses; None without a score."""
+    highest = max((score for score in scores if score is not None), default=None)
+    chosen = [rank == min(ranks) for score, rank in zip(scores, ranks, strict=True) if score == highest]
+    return None if highest is None else sum(chosen) / len(chosen)
 
 
 def _mean(values: Sequence[float | bool]) -> float | None:

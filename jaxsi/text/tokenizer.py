@@ -47,6 +47,7 @@ class Tokenizer:
     Attributes:
       vocab_size: one more than the largest id.
       bos_id, eos_id: None if the model has no such token.
+      adds_bos: whether its own library puts BOS in front of a plain text.
       pad_id: falls back to eos, then to 0; masks never depend on it.
       chat_template, template_name, template_hash: of the tokenizer's own template, or else of `jaxsi-plain`.
       controls, control_ids: the strings and ids that text from outside can never become.
@@ -63,7 +64,7 @@ class Tokenizer:
         self._library, self._files, self._generation_eos = library, dict(files), tuple(generation_eos)
         self.chat = ChatConfig() if chat is None else chat
         vocabulary = library.vocabulary
-        self.vocab_size = vocabulary.size
+        self.vocab_size, self.adds_bos = vocabulary.size, vocabulary.adds_bos
         self.bos_id, self.eos_id = vocabulary.id_of("bos_token"), vocabulary.id_of("eos_token")
         pad_id, unk_id = vocabulary.id_of("pad_token"), vocabulary.id_of("unk_token")
         self.pad_id = next((token for token in (pad_id, self.eos_id) if token is not None), 0)

@@ -1,0 +1,211 @@
+"""``jaxsi eval agreement``: how well a judge agrees with people."""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import tyro
+
+from jaxsi.cli.arguments import RowOptions
+from jaxsi.cli.command import Report, UsageError, parse
+from jaxsi.cli.judge_options import JudgeOptions, costs, new_folder, spread, spread_text, write_rows
+from jaxsi.runs.metrics import table
+
+DESCRIPTION = """How well a judge agrees with people who compared two responses (--human), or ranked several
+(--rankings).
+
+--human takes votes on MT-Bench (question_id, turn, model_a, model_b, winner, judge), LLMBar's dataset.json (input,
+output_1, output_2, label) and PandaLM's test set (response1, response2, annotator1, ...). --rankings takes rows with
+"prompt", "responses" and "ranks".
+
+The judge's verdicts are in a file (--verdicts: such votes by the judge, FastChat's pair or single judgments, LLMBar's
+result.json, PandaLM's results, or the verdicts.jsonl of this command; for --rankings the file of `jaxsi judge`), or
+--judge is asked now, with its responses in both orders. OUT keeps whatever it said in asked.jsonl: the same command
+goes on after a kill, and asks again only where it failed.
+
+Examples:
+  jaxsi eval agreement --human human.jsonl --voters expert --verdicts gpt4_pair.jsonl
+  jaxsi eval agreement --human human.jsonl --verdicts model_judgment/gpt-4_single.jsonl --json
+  jaxsi eval agreement --human LLMBar/Natural/dataset.json --judge endpoint:gpt-4o-mini --out natural --dry-run
+  jaxsi eval agreement --human LLMBar/Natural/dataset.json --judge model:MODEL --out natural --seeds 3
+  jaxsi eval agreement --rankings rankings.jsonl --judge reward:REWARD_MODEL --out rewards"""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Agreement(JudgeOptions, RowOptions):
+    human: Path | None = None
+    """Pairs that people compared."""
+    rankings: Path | None = None
+    """Responses that people ranked."""
+    verdicts: Path | None = None
+    """What the judge said, in place of --judge."""
+    voters: str = ""
+    """Count only the votes of people whose name begins so, such as expert."""
+    out: Annotated[Path | None, tyro.conf.arg(aliases=["-o"])] = None
+    """A folder for what the judge says: asked.jsonl and verdicts.jsonl."""
+    rubric: str | None = None
+    """The name of a shipped rubric, or a file. Default: pairwise_judge for --human, self_rewarding_judge for
+    --rankings."""
+    num_samples: int = 1
+    """Judgments of each response or pair; the score is the mean of the valid ones."""
+    expected: bool = False
+    """Score by the expectation over all possible verdicts instead of the one that the judge wrote."""
+    max_rows: int | None = None
+    """Only the first pairs or rankings."""
+
+
+def agreement(argv: list[str]) -> Report:
+    """How well a judge agrees with people."""
+    args = parse(Agreement, argv, "jaxsi eval agreement", DESCRIPTION)
+    if (args.human is None) == (args.rankings is None):
+        raise UsageError("give --human (pairs) or --rankings")
+    if (args.verdicts is None) == (args.judge is None):
+        raise UsageError("give --verdicts (a file) or --judge (who is asked now)")
+    return _pairs(args) if args.human is not None else _rankings(args)
+
+
+def _pairs(args: Agreement) -> Report:
+    from jaxsi.evals.agreement import agreement as figures_of, orders
+    from jaxsi.evals.asked_agreement import groups_of_pairs, verdicts_of
+    from jaxsi.evals.human_labels import read_labels, read_verdicts
+    from jaxsi.runs.records import to_json
+
+    assert args.human is not None
+    labelled = read_labels(args.human, args.voters)
+    pairs = labelled.pairs[: args.max_rows]
+    if args.verdicts is not None:
+        verdicts, others = read_verdicts(args.verdicts)
+        known = {pair.id for pair in labelled.pairs}
+        pairs = pairs + [pair for pair in others if pair.id not in known]
+        if not {pair.id for pair in pairs if pair.labels} & {verdict.id for verdict in verdicts}:
+            raise UsageError(f"--verdicts {args.verdicts} has no verdict about a pair of {args.human}")
+        value = {"human": str(args.human), "verdicts": str(args.verdicts), **figures_of(pairs, verdicts)}
+        ordered = orders(pairs, verdicts)
+        value |= {} if ordered is None else {"orders": ordered}
+        return Report(value, _pairs_text(value))
+    texts = {pair.id: labelled.texts[pair.id] for pair in pairs if pair.id in labelled.texts}
+    if not texts:
+        raise UsageError(
+            f"--human {args.human} holds no texts, so nothing can be asked; judge the answers with "
+            "`jaxsi eval mt-bench --mode pair`, and give its file as --verdicts"
+        )
+    asked = _ask(args, groups_of_pairs(texts), "pairwise_judge")
+    if isinstance(asked, Report):
+        return asked
+    found, rubric, cfg = asked
+    by_seed = [verdicts_of(answers, rubric, cfg) for answers in found]
+    assert args.out is not None
+    write_rows(args.out / "verdicts.jsonl", [to_json(verdict) for verdict in by_seed[0]])
+    each = [figures_of(pairs, verdicts) for verdicts in by_seed]
+    value = {"human": str(args.human), "judge": args.judge, "rubric": rubric.name, **each[0]}
+    value |= {"failures": len(found[0].failures), "asked": sum(answers.asked for answers in found)}
+    value["seeds"] = spread([figures["majority"]["accuracy"] for figures in each])
+    return Report(value, _pairs_text(value))
+
+
+def _rankings(args: Agreement) -> Report:
+    from jaxsi.evals.asked_agreement import groups_of_rankings, judgments_of
+    from jaxsi.runs.records import Judgment, read_jsonl
+    from jaxsi.stages.judge_quality import judge_quality
+    from jaxsi.stages.user_data import read_rankings
+
+    assert args.rankings is not None
+    ranked = read_rankings(args.rankings, **args.reading)[: args.max_rows]
+    if args.verdicts is not None:
+        judgments = read_jsonl(args.verdicts, Judgment)
+        tops = [score for judgment in judgments for score in judgment.scores if score is not None]
+        value = {"rankings": str(args.rankings), "verdicts": str(args.verdicts)}
+        value |= judge_quality(ranked, judgments, max(tops, default=0.0))
+        return Report(value, _rows(value))
+    asked = _ask(args, groups_of_rankings(ranked), "self_rewarding_judge")
+    if isinstance(asked, Report):
+        return asked
+    found, rubric, _ = asked
+    each = [judge_quality(ranked, judgments_of(answers, ranked), float(rubric.high)) for answers in found]
+    value = {"rankings": str(args.rankings), "judge": args.judge, "rubric": rubric.name, **each[0]}
+    value |= {"failures": len(found[0].failures), "asked": sum(answers.asked for answers in found)}
+    value["seeds"] = spread([figures["accuracy"] for figures in each])
+    return Report(value, _rows(value))
+
+
+def _ask(args: Agreement, groups: Sequence[Any], rubric_name: str) -> Any:
+    """(the answers of each seed, the rubric, the settings), or the report of a dry run."""
+    from jaxsi.evals.answer_cache import AnswerCache
+    from jaxsi.evals.asked_agreement import ask_judge, requests_of
+    from jaxsi.evals.judging import estimate
+    from jaxsi.stages.endpoint import EndpointJudge
+    from jaxsi.stages.judges import ModelJudge
+    from jaxsi.stages.prompts.comparison import RankingRubric, read_rubric
+
+    if args.out is None:
+        raise UsageError("--out is missing; name a folder for what the judge says")
+    rubric = read_rubric(args.rubric or rubric_name)
+    cfg = args.config(num_samples=args.num_samples, expected=args.expected)
+    if args.expected and isinstance(rubric, RankingRubric):
+        raise UsageError(f"--expected: the rubric {rubric.name} ranks, which gives no expected scores")
+    out = new_folder(args.out)
+    judging = args.judging(out)
+    writes = isinstance(judging, ModelJudge | EndpointJudge)
+    judge = args.writer(judging) if writes else judging
+    if args.dry_run:
+        requests = requests_of(groups, rubric, cfg)
+        one = {"calls": len(groups), "prompt_tokens": 0, "completion_tokens": 0}
+        one = estimate(judge, requests, cfg.max_new_tokens) if writes else one
+        return costs(judge={name: count * args.seeds for name, count in one.items()})
+    cache = AnswerCache(out / "asked.jsonl")
+    return [ask_judge(cache, judge, groups, rubric, cfg, seed) for seed in range(args.seeds)], rubric, cfg
+
+
+def _rows(value: Mapping[str, Any]) -> str:
+    from jaxsi.cli.tables import figures_table
+
+    flat = {name: figure for name, figure in value.items() if not isinstance(figure, dict)}
+    return "\n\n".join(part for part in (figures_table(flat), _seeds(value)) if part)
+
+
+def _pairs_text(value: Mapping[str, Any]) -> str:
+    parts = []
+    rows = []
+    for name, figures in [("all", value), *value.get("groups", {}).items()]:
+        human = figures["humans"]
+        rows.append(
+            {
+                "pairs": name,
+                "labelled": figures["pairs"],
+                "judged": figures["judged"],
+                "with ties": _of(figures["with_ties"]),
+                "without ties": _of(figures["without_ties"]),
+                "human-human with ties": _of(human["with_ties"]),
+                "without": _of(human["without_ties"]),
+                "majority": figures["majority"]["accuracy"],
+                "macro F1": figures["majority"]["f1"],
+                "same in both orders": figures["position"]["rate"],
+                "ECE": figures["calibration"]["ece"],
+            }
+        )
+    parts.append(table(rows))
+    position = value["position"]
+    if position["accuracy_mean"] is not None:
+        names = ("accuracy_first_order", "accuracy_second_order", "accuracy_mean", "accuracy_both", "first", "second")
+        parts.append(table([{name.replace("_", " "): position[name] for name in names}]))
+    if value["no_verdict"] or value["not_asked"]:
+        missing = value["no_verdict"], value["not_asked"]
+        parts.append("pairs without a verdict: {}; that the judge was not asked: {}".format(*missing))
+    if "orders" in value:
+        orders = dict(value["orders"])
+        models = orders.pop("models")
+        parts.append(table([orders]))
+        parts.append(table([{"models": models["models"], **{k: models[k] for k in ("spearman", "kendall")}}]))
+    return "\n\n".join([*parts, *([_seeds(value)] if _seeds(value) else [])])
+
+
+def _of(share: Mapping[str, Any]) -> str:
+    return "-" if share["rate"] is None else f"{share['rate']:.3f} ({share['agree']}/{share['of']})"
+
+
+def _seeds(value: Mapping[str, Any]) -> str:
+    seeds = value.get("seeds", {})
+    if len(seeds.get("scores", ())) < 2 or seeds["mean"] is None:
+        return ""
+    return f"accuracy over {spread_text(seeds)}"

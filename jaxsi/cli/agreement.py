@@ -28,7 +28,7 @@ Examples:
   jaxsi eval agreement --human human.jsonl --voters expert --verdicts gpt4_pair.jsonl
   jaxsi eval agreement --human human.jsonl --verdicts model_judgment/gpt-4_single.jsonl --json
   jaxsi eval agreement --human LLMBar/Natural/dataset.json --judge endpoint:gpt-4o-mini --out natural --dry-run
-  jaxsi eval agreement --human LLMBar/Natural/dataset.json --judge model:MODEL --out natural --seeds 3
+  jaxsi eval agreement --human LLMBar/Natural/dataset.json --judge model:MODEL --out natural --judge-seeds 3
   jaxsi eval agreement --rankings rankings.jsonl --judge reward:REWARD_MODEL --out rewards"""
 
 
@@ -152,9 +152,9 @@ def _ask(args: Agreement, groups: Sequence[Any], rubric_name: str) -> Any:
         requests = requests_of(groups, rubric, cfg)
         one = {"calls": len(groups), "prompt_tokens": 0, "completion_tokens": 0}
         one = estimate(judge, requests, cfg.max_new_tokens) if writes else one
-        return costs(judge={name: count * args.seeds for name, count in one.items()})
+        return costs(judge={name: count * args.judge_seeds for name, count in one.items()})
     cache = AnswerCache(out / "asked.jsonl")
-    return [ask_judge(cache, judge, groups, rubric, cfg, seed) for seed in range(args.seeds)], rubric, cfg
+    return [ask_judge(cache, judge, groups, rubric, cfg, seed) for seed in range(args.judge_seeds)], rubric, cfg
 
 
 def _rows(value: Mapping[str, Any]) -> str:

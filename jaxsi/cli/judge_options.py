@@ -20,7 +20,7 @@ class JudgeOptions:
     """Who judges: model:MODEL, endpoint:NAME[,base_url=URL], or another judge of `jaxsi judge --help`."""
     judge_temperature: float = 0.0
     judge_max_new_tokens: int = 2048
-    seeds: int = 1
+    judge_seeds: int = 1
     """Ask everything this often, each time with another seed, and show the spread."""
     dry_run: bool = False
     """Only count the calls and tokens, from above; nothing is asked."""
@@ -34,8 +34,8 @@ class JudgeOptions:
         """How a judge's texts are sampled. Raises: UsageError."""
         from jaxsi.stages.verdicts import JudgeConfig
 
-        if self.seeds < 1:
-            raise UsageError(f"--seeds is {self.seeds}; the least is 1")
+        if self.judge_seeds < 1:
+            raise UsageError(f"--judge-seeds is {self.judge_seeds}; the least is 1")
         settings: dict[str, Any] = {"num_samples": 1, "temperature": self.judge_temperature, "top_p": 1.0}
         settings |= {"max_new_tokens": self.judge_max_new_tokens, "batch_size": self.batch_size}
         try:

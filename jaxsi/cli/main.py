@@ -40,6 +40,7 @@ COMMANDS = {
     "eval toy": ("jaxsi.cli.eval", "toy", "exact quality on the embedded world"),
     "eval agreement": ("jaxsi.cli.agreement", "agreement", "how well a judge agrees with people"),
     "eval mt-bench": ("jaxsi.cli.mt_bench", "mtbench", "MT-Bench: answers, judgments, scores"),
+    "eval arena-hard": ("jaxsi.cli.arena_hard", "arena", "Arena-Hard: answers, judgments, scores"),
     "eval ifeval": ("jaxsi.cli.ifeval", "ifeval", "instruction following that programs check"),
     "eval lm-eval": ("jaxsi.cli.lm_eval", "harness", "tasks of lm-evaluation-harness"),
     "eval alpaca-eval": ("jaxsi.cli.eval_alpaca", "alpaca", "AlpacaEval 2.0, raw and length-controlled"),

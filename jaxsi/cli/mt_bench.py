@@ -27,7 +27,7 @@ own words; figures to set beside published ones need --judge-prompts with FastCh
 Examples:
   jaxsi eval mt-bench --judgments model_judgment/gpt-4_single.jsonl --json
   jaxsi eval mt-bench MODEL --data mt_bench --judge endpoint:gpt-4o --out mt --dry-run
-  jaxsi eval mt-bench MODEL --data mt_bench --judge model:JUDGE --out mt --seeds 3
+  jaxsi eval mt-bench MODEL --data mt_bench --judge model:JUDGE --out mt --judge-seeds 3
   jaxsi eval mt-bench --answers mine.jsonl --data mt_bench --mode pair --judge endpoint:gpt-4o --out mt"""
 
 
@@ -86,17 +86,18 @@ def mtbench(argv: list[str]) -> Report:
     else:
         tasks = mt_bench.single_tasks(questions, answers, templates)
     if args.dry_run:
-        return costs(judge=estimate(writer, [task.request for task in tasks], cfg.max_new_tokens))
-    judge = _judge_name(args)
+        judge = estimate(writer, [task.request for task in tasks], cfg.max_new_tokens)
+        return costs(judge={name: count * args.judge_seeds for name, count in judge.items()})
+    judge_name = _judge_name(args)
     files = []
-    for seed in range(args.seeds):
-        named: dict[str, Any] = {"judge": judge, "seed": seed}
+    for seed in range(args.judge_seeds):
+        named: dict[str, Any] = {"judge": judge_name, "seed": seed}
         if args.mode == "pair":
             rows = mt_bench.compare(cache, writer, tasks, cfg, models=(model, args.baseline), **named)
         else:
             rows = mt_bench.grade(cache, writer, tasks, cfg, model=model, **named)
         suffix = "" if seed == 0 else f".seed{seed}"
-        files.append(out / "model_judgment" / f"{judge}_{args.mode}{suffix}.jsonl")
+        files.append(out / "model_judgment" / f"{judge_name}_{args.mode}{suffix}.jsonl")
         write_rows(files[-1], [*_others(files[-1], model), *rows])
     return _scores(args, files, model, {question.question_id: question.category for question in questions})
 
@@ -150,7 +151,7 @@ def _estimate(args: Mtbench, questions: Sequence[Any], baseline: Any, templates:
         "prompt_tokens": 2 * asked + twice * args.max_new_tokens,
         "completion_tokens": calls * args.max_new_tokens,
     }
-    return costs(answers=answers, judge={name: count * args.seeds for name, count in judge.items()})
+    return costs(answers=answers, judge={name: count * args.judge_seeds for name, count in judge.items()})
 
 
 def _judge_name(args: Mtbench) -> str:
@@ -222,4 +223,6 @@ def _text(value: Mapping[str, Any]) -> str:
         parts += [table(rows), table(categories)]
     if len(value.get("seeds", {}).get("scores", ())) > 1:
         parts.append(spread_text(value["seeds"]))
+    if any(row["errors"] and not row["by_rows"].get("score") for row in value.get("single", {}).values()):
+        parts.append("no grade could be read: this judge does not write [[5]]; try another one, or more new tokens")
     return "\n\n".join(parts)

@@ -73,7 +73,7 @@ def ask_judge(
 
 
 def _answer(judgments: Sequence[Judgment]) -> dict[str, Any] | Failure:
-    if any(not judgment.texts for judgment in judgments):
+    if any(not judgment.texts and judgment.score is None for judgment in judgments):  # equal texts need no question
         return Failure("the judge's context has no room for a request")
     return {"scores": [j.score for j in judgments], "texts": [list(j.texts) for j in judgments]}
 

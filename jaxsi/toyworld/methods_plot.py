@@ -60,6 +60,9 @@ def plot(value: Mapping[str, Any], files: Sequence[Path]) -> None:
         row[0].set_ylabel(
             "exact quality of 100,\nheld-out prompts" if quality else "judge's accuracy\non human rankings"
         )
+    limits = [row[0].get_ylim() for row in axes[:of_quality]]
+    for row in axes[:of_quality]:  # one scale for all methods
+        row[0].set_ylim(min(low for low, _ in limits), max(high for _, high in limits))
     used = {arm["arm"] for arm in value["arms"]}
     handles = [
         pyplot.Line2D([], [], color=color, marker=marker, linestyle=line, markersize=5, label=label)

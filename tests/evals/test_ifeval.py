@@ -193,7 +193,7 @@ def test_checks_judge_and_reward_without_the_thought(tmp_path):
         ({"key": None}, "no column 'key'"),
         ({"prompt": 3}, "prompt is 3; it is a text"),
         ({"instruction_id_list": []}, r"instruction_id_list is \[\]"),
-        ({"kwargs": [{}]}, "it has an object for each of the 2 instructions"),
+        ({"kwargs": [{}]}, r"kwargs is \[{}\]; it has an object for each of the 2 instructions"),
     ],
 )
 def test_a_bad_row_is_refused_with_its_line(change, message, tmp_path):

@@ -61,6 +61,7 @@ def test_methods_stand_in_rows_of_five_and_their_judges_below(tmp_path):
     shown = [axis for axis in figure.axes if axis.axison]
     assert [axis.get_title() for axis in shown] == [*(f"method {i}" for i in range(7)), "method 2"]
     assert len(figure.axes) == 15, "three rows of five"
+    assert shown[0].get_ylim() == shown[5].get_ylim() != shown[-1].get_ylim(), "one scale for the quality of all"
     [(line, *_)] = shown[-1].containers
     assert line.get_ydata().tolist() == [0.8, 0.7], "of the method alone: the other arm has no figure"
     assert len(shown[0].containers) == 2 and "human rankings" in figure.axes[10].get_ylabel()

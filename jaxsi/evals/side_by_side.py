@@ -59,12 +59,13 @@ class SideBySide:
         """What ``ask`` by that many seeds would ask."""
         plans = []
         for seed in range(seeds):
-            missing = self.cache.missing(_questions(rows), self._asker(seed))
+            questions = _questions(rows)
+            missing = self.cache.missing(questions, self._asker(seed))
             requests = [request for question in missing for request in self._requests(rows[question.id])]
             counts = {"calls": len(requests), "prompt_tokens": 0, "completion_tokens": 0}
             if self.writer is not None:
                 counts = estimate(self.writer, requests, self.config.max_new_tokens)
-            plans.append(Plan.of(len(rows), len(missing), counts))
+            plans.append(Plan.of(len(questions), len(missing), counts))
         return sum(plans, Plan())
 
     def _asker(self, seed: int) -> Asker:

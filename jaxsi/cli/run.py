@@ -3,6 +3,7 @@
 import argparse
 import dataclasses
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ Examples:
   jaxsi run configs/self_rewarding/toy.py
   jaxsi run configs/self_rewarding/toy.py --seed 1 --run-dir runs/toy-1
   jaxsi run configs/self_rewarding/toy.py --dpo.learning-rate 5e-7 --run-dir runs/slow
+  jaxsi run configs/self_rewarding/toy.py --track tensorboard
   jaxsi run configs/self_rewarding/qwen3_0p6b_1gpu.py --model FOLDER --prompts prompts.jsonl --max-prompts 64
 
 CONFIG.py is a Python file with a function config(). Numbers, texts and switches of the config are options. For a nested
@@ -30,6 +32,8 @@ field the first and the last name are enough if only one field fits: --dpo.learn
   --rubric RUBRIC     what the judge goes by
   --critic CRITIC     SRT's critic: model:, endpoint: or function: as for a judge
   --run-dir DIR       where the run lives; runs/<name of the config> by default
+  --track TRACKER     show the run in tensorboard, trackio or wandb as well; may be given several times. A run that has
+                      ended is sent as a whole
 
 {JUDGES}
 
@@ -54,16 +58,23 @@ def run(argv: list[str]) -> Report:
         rubric=options.rubric,
         critic=options.critic,
     )
-    return run_config(cfg, directory)
+    return run_config(cfg, directory, track=options.track)
 
 
-def run_config(cfg: Any, directory: Path) -> Report:
-    """Runs ``cfg`` in ``directory``, unless the run is complete already, and reports its summary."""
+def run_config(cfg: Any, directory: Path, *, track: Sequence[str] = ()) -> Report:
+    """Runs ``cfg`` in ``directory``, unless the run is complete already, and reports its summary. ``track``: names of
+    trackers. Raises: UsageError if one is not installed."""
     from jaxsi.methods.start import finish
+    from jaxsi.report.trackers import TrackerError, check, following
     from jaxsi.runs.status import read_summary
 
+    try:
+        check(track)
+    except TrackerError as error:
+        raise UsageError(str(error)) from None
     began = time.monotonic()
-    nothing_left = finish(cfg, directory) is None
+    with following(directory, track):
+        nothing_left = finish(cfg, directory) is None
     summary, seconds = read_summary(directory), round(time.monotonic() - began, 3)
     state = "complete, nothing left to do" if nothing_left else f"complete after {seconds:.0f} s"
     value = {"run_dir": str(directory), "already_complete": nothing_left, "seconds": seconds, **summary}
@@ -146,6 +157,7 @@ def _split(argv: list[str]) -> tuple[Path | None, argparse.Namespace, list[str]]
         parser.add_argument(name)
     parser.add_argument("--max-prompts", type=int)
     parser.add_argument("--column", action="append", default=[])
+    parser.add_argument("--track", action="append", default=[])
     parser.add_argument("--split")
     parser.add_argument("--skip-bad-rows", action="store_true")
     options, overrides = parser.parse_known_args(rest)

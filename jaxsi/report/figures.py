@@ -144,8 +144,14 @@ def iteration_panels(runs: Sequence[RunFiles], wanted: Sequence[Figure] | None) 
     of all figures that no section names."""
     measured = by_iteration(runs)
     present = dict.fromkeys(name for found in measured for figures in found.values() for name in figures)
+    others = [Figure(name, name.removeprefix("evals.").replace("_", " ")) for name in present if name not in NAMED]
+    evals = [
+        one for one in others if one.name.startswith("evals.") and not one.name.endswith((".iteration", ".prompts"))
+    ]
     if wanted is None:
-        wanted = [Figure(name, name.replace("_", " ")) for name in present if name not in NAMED]
+        wanted = [one for one in others if one not in evals]
+    elif wanted is QUALITY:
+        wanted = [*wanted[:1], *evals, *wanted[1:]]
     panels, constant = [], []
     for figure in wanted:
         if figure.name not in present:

@@ -6,8 +6,10 @@ one sample, with the responses of all models one below the other.
 """
 
 import dataclasses
+import json
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from jaxsi.report.run_files import RunFiles, ScopeFiles, listed, mapping, number, text
@@ -156,6 +158,10 @@ def prompt_texts(run: RunFiles) -> dict[str, str]:
                 if "messages" in row:
                     texts.setdefault(text(row.get("id")), _conversation(row["messages"]))
     used = {text(row.get("prompt_id")) for s in run.scopes.values() for rows in s.records.values() for row in rows}
+    if used - texts.keys():  # prompts of evaluations, which come with this package
+        everyday = Path(__file__).parents[1] / "evals" / "everyday.jsonl"
+        for row in map(json.loads, everyday.read_text("utf-8").splitlines() if everyday.exists() else []):
+            texts.setdefault(row["id"], _conversation(row["messages"]))
     if any(name.startswith("toy-") and name not in texts for name in used):
         from jaxsi.toyworld import world
 
@@ -188,10 +194,11 @@ def _entries(index: int, scope: ScopeFiles) -> Iterator[tuple[Entry, str, str]]:
         for row in scope.records[name]:
             kind = _kind(row)
             if kind in ("judgment", "critique"):
-                found = next(
-                    (made[place][text(row.get("id"))] for place in places if text(row.get("id")) in made[place]), None
-                )
-                entry = found or Entry(index, scope.name, name, text(row.get("id")), "")
+                if text(row.get("id")).endswith("#before"):  # of the model before; the comparison stands at "now"
+                    continue
+                id = re.sub(r"#now$", "#0", text(row.get("id")))
+                found = next((made[place][id] for place in places if id in made[place]), None)
+                entry = found or Entry(index, scope.name, name, id, "")
                 if found is None:
                     add(entry, text(row.get("prompt_id")), "")
                 _add_judgment(entry, kind, name, row)

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from jaxsi.evals import side_by_side as module
 from jaxsi.evals.answer_cache import AnswerCache, EvaluationError
 from jaxsi.evals.judging import Plan, check_aligned, identity, unique, writer_of
 from jaxsi.evals.side_by_side import Row, SideBySide
@@ -14,12 +15,9 @@ from jaxsi.stages.judges import Verifier
 from jaxsi.stages.prompts import load_rubric
 from jaxsi.stages.verdicts import JudgeConfig
 
-ASKED: list[str] = []
-
 
 def length(prompt: str, response: str) -> float | None:
     """Longer is better; "?" has no score."""
-    ASKED.append(response)
     return None if response == "?" else float(len(response))
 
 
@@ -38,16 +36,23 @@ def rows(**texts: tuple[str, str]) -> dict[str, Row]:
     return {name: Row(Prompt.of(name, f"Task {name}"), *pair) for name, pair in texts.items()}
 
 
-def test_outcomes_are_wins_losses_ties_and_failures_and_equal_texts_are_not_asked(tmp_path):
+def test_outcomes_are_wins_losses_ties_and_failures_and_equal_texts_are_not_asked(tmp_path, monkeypatch):
+    asked: list[str] = []  # not a global of the judge's function: what those hold is part of its identity
+    before = module.side_by_side
+
+    def counted(judging, lm, prompts, firsts, seconds, *rest):
+        asked.extend([*firsts, *seconds])
+        return before(judging, lm, prompts, firsts, seconds, *rest)
+
+    monkeypatch.setattr(module, "side_by_side", counted)
     given = rows(a=("long", "no"), b=("no", "long"), c=("one", "two"), d=("same", "same"), e=("?", "x"))
-    ASKED.clear()
     assert side_by_side(tmp_path / "c.jsonl").plan(given, 1) == Plan(4, 0, 8, 0, 0)
     answered = side_by_side(tmp_path / "c.jsonl").ask(given)
     assert dict(answered.values) == {"a": 1.0, "b": 0.0, "c": 0.5, "d": 0.5} and answered.asked == 3
-    assert answered.failures == {"e": "the judge gave one of the two responses no score"} and "same" not in ASKED
-    ASKED.clear()
+    assert answered.failures == {"e": "the judge gave one of the two responses no score"} and "same" not in asked
+    asked.clear()
     again = side_by_side(tmp_path / "c.jsonl").ask(given)
-    assert again.values == answered.values and again.asked == 0 and sorted(ASKED) == ["?", "x"]
+    assert again.values == answered.values and again.asked == 0 and sorted(asked) == ["?", "x"]
     assert side_by_side(tmp_path / "c.jsonl").plan(given, 2) == Plan(8, 3, 10, 0, 0)
     swapped = side_by_side(tmp_path / "c.jsonl").ask(rows(a=("no", "long")))
     assert swapped.values == {"a": 0.0} and swapped.asked == 1

@@ -2,7 +2,7 @@
 
     jaxsi run configs/cream/toy.py
 
-Hardware: 2 CPU cores, 2.4 GB of memory, about two minutes. Expected: exact quality rises from about 70 to about 86.
+Hardware: 2 CPU cores, 2.4 GB of memory, about two minutes. Expected: exact quality rises from about 70 to about 87.
 The arms toy_permuted.py and toy_exact.py differ from this file only by their rewards.
 
 From Self-Rewarding's toy.py: the data and all settings, so 4 responses to each of 600 prompts (the paper: 5), at

@@ -2,7 +2,7 @@
 
     jaxsi run configs/self_rewarding/toy.py
 
-Hardware: 2 CPU cores, 2.4 GB of memory, two minutes. Expected: exact quality rises from about 70 to about 86. The arms
+Hardware: 2 CPU cores, 2.4 GB of memory, two minutes. Expected: exact quality rises from about 70 to about 87. The arms
 toy_permuted.py and toy_exact.py differ from this file only by their judge; `jaxsi bench methods` runs all three over
 several seeds.
 """

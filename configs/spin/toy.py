@@ -2,7 +2,7 @@
 
     jaxsi run configs/spin/toy.py
 
-Hardware: 2 CPU cores, 2 GB of memory, 1 minute. Expected: exact quality rises from about 72 to about 88.
+Hardware: 2 CPU cores, 2 GB of memory, 1 minute. Expected: exact quality rises from about 73 to about 88.
 """
 
 from jaxsi.methods.spin import Config

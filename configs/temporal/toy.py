@@ -2,7 +2,7 @@
 
     jaxsi run configs/temporal/toy.py
 
-Hardware: 2 CPU cores, 3 GB of memory, about three minutes. Expected: exact quality rises from about 70 to about 78.
+Hardware: 2 CPU cores, 3 GB of memory, about three minutes. Expected: exact quality rises from about 70 to about 82.
 
 From Self-Rewarding's toy.py: the data and all settings. A third of its prompts, since each is sampled three times as
 often: so both have 2,400 responses in an iteration. The paper has K = 7 and two iterations of DPO.

@@ -331,7 +331,8 @@ def test_documented_commands_parse(command, tmp_path):
         import tyro
 
         module = importlib.import_module(COMMANDS[name][0])
-        tyro.cli(getattr(module, COMMANDS[name][1].capitalize()), args=rest)
+        options = COMMANDS[name][1].capitalize()  # `Report` is what commands return
+        tyro.cli(getattr(module, "ReportOptions" if options == "Report" else options), args=rest)
 
 
 LINK = re.compile(r"\[[^\]]*\]\(([^)#\s]*)#?([^)\s]*)\)")

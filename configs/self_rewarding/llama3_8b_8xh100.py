@@ -23,8 +23,12 @@ from jaxsi.runs.config_file import load_config
 
 def config() -> Config:
     tpu = load_config(Path(__file__).with_name("llama3_8b_v5e64.py"))
+    stop = dataclasses.replace(
+        tpu.early_stop, judge=dataclasses.replace(tpu.judge, batch_size=256)
+    )  # reads two responses
     return dataclasses.replace(
         tpu,
+        early_stop=stop,
         sampling=dataclasses.replace(tpu.sampling, batch_size=256),
         mesh=MeshConfig(data=1, fsdp=8),
     )

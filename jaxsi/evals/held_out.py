@@ -89,7 +89,7 @@ class HeldOutWinRate:
     prompts: Callable[[], list[Prompt]] = everyday_prompts
     judging: Judge | None = None
     rubric: AnyRubric = read_rubric("pairwise_judge")
-    judge: JudgeConfig = JudgeConfig(num_samples=1, temperature=0.0, top_p=1.0, expected=True, batch_size=32)
+    judge: JudgeConfig = JudgeConfig(num_samples=1, temperature=0.0, top_p=1.0, expected=True, batch_size=16)
     sampling: SamplingConfig | None = None
     respond: Respond = first_response
     most: int | None = None

@@ -62,7 +62,7 @@ def sentence(line: Mapping[str, Any]) -> str:
     parts += [f"{name} {_mean(rate, 2)}" for name, rate in _win_rates(line)]
     if line.get("parse_rate") is not None and line["parse_rate"] < 1:
         parts.append(f"parse rate {line['parse_rate']:.3f}")
-    parts += [f"{line[name]:,} {name}" for name in ("pairs", "ties") if line.get(name) is not None]
+    parts += [f"{line[name]:,} {name}" for name in ("pairs", "ties") if isinstance(line.get(name), int)]
     parts.append(f"{sum(line.get('seconds', {}).values()):,.0f} s")
     name = "the model as given" if line["iteration"] == "base" else f"iteration {line['iteration']}"
     return f"{name}: {', '.join(parts)}"

@@ -41,7 +41,7 @@ def model(tmp_path_factory):
 
 
 def exported(model, out, *further):
-    return main(["export", str(model), str(out), "--mesh.fsdp", "1", *further, "--json"])
+    return main(["export", str(model), str(out), "--mesh.fsdp", "-1", *further, "--json"])
 
 
 def test_nothing_is_pushed_unless_asked(model, tmp_path, hub, capsys):

@@ -31,7 +31,7 @@ def made(seed: int, n: int = 60, theta: tuple[float, ...] = (-1.5, 1.0, -0.5)) -
 
 def objective(theta: np.ndarray, rows: Rows, strength: float) -> float:
     z = rows.features_NK @ theta
-    losses = -(rows.labels_N * np.log(sigmoid(z)) + (1 - rows.labels_N) * np.log(sigmoid(-z)))
+    losses = rows.labels_N * np.logaddexp(0.0, -z) + (1 - rows.labels_N) * np.logaddexp(0.0, z)
     return float(np.abs(theta).sum() + strength * rows.weights_N @ losses)
 
 

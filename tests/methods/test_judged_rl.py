@@ -75,7 +75,7 @@ def test_known_answers_reward_responses_to_whole_conversations(tmp_path, module)
     assert len(SEEN) == 16, "each response of the step was checked once"
     assert sum("why" in answer for _, answer in SEEN) == 8 and sum("sort" in answer for _, answer in SEEN) == 8
     rewards = [len(response) for response, _ in SEEN]
-    assert step["reward"] == pytest.approx(sum(rewards) / 16)
+    assert step["reward"] == pytest.approx(sum(rewards) / 16 - RL.cut_off_penalty * step["cut_off"])
 
 
 def test_prompt_without_a_known_answer_ends_the_run(tmp_path):

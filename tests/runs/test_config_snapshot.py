@@ -40,10 +40,11 @@ def now(place: str) -> Any:
 # What shipped configs have said otherwise since then: warm-up is a share of the steps, and no longer a number of them;
 # all references of PIT's round 1 are the policy's; checkpoints of the paper's run are compared, iterations are not;
 # judges are measured on human rankings, real models on held-out prompts; the toy keeps the request for new prompts that
-# its model has learnt.
+# its model has learnt; SEFT's toy says its batches in examples.
 SAID_OTHERWISE = re.compile(
     r"(\w+\.)*optim\.warmup_(steps|ratio): |mix: 0.2 -> 0.0|early_stop.iterations: True -> False"
-    r"|seed_data.judge_test: None -> |evaluate[.\w]*: |prompts.format.\w+: "
+    r"|seed_data.judge_test: None -> |early_stop.judge[.\w]*: |evaluate[.\w]*: "
+    r"|(reviser\.\w+|sft)\.batch_size: |prompts.format.\w+: "
 )
 
 

@@ -152,7 +152,8 @@ def guards_of(run: RunFiles) -> list[Guard]:
         best = text(run.summary.get("best"))
         sentence = f"the newest model lost against the best one before, so the run ended; the best one is {best}"
         found.append(Guard("note", "", sentence))
-    processes = list(dict.fromkeys(text(entry.get("process")) for entry in run.journal))
+    began = [entry for entry in run.journal if entry.get("event") == "start"]  # to read a finished run is no restart
+    processes = list(dict.fromkeys(text(entry.get("process")) for entry in began))
     if len(processes) > 1:
         times = "once" if len(processes) == 2 else f"{len(processes) - 1} times"
         found.append(Guard("note", "", f"the run was stopped and taken up again {times}"))

@@ -105,7 +105,8 @@ def mean_interval(y_N: Float[np.ndarray, "N"]) -> tuple[float, float]:
 def _wilson(mean: float, n: float, z: float) -> tuple[float, float]:
     middle = (mean + z * z / (2 * n)) / (1 + z * z / n)
     half = z / (1 + z * z / n) * np.sqrt(mean * (1 - mean) / n + z * z / (4 * n * n))
-    return max(float(middle - half), 0.0), min(float(middle + half), 1.0)
+    low, high = float(middle - half), float(middle + half)
+    return min(max(low, 0.0), mean), max(min(high, 1.0), mean)  # rounding may leave a mean of 0 or 1 outside
 
 
 class EqualLength:

@@ -81,6 +81,11 @@ def test_swapping_the_sides_mirrors_every_figure(y, seed):
     assert 0 <= low <= one.win_rate <= high <= 100
 
 
+def test_interval_holds_a_mean_of_nothing_or_of_everything():
+    for n in range(2, 40):
+        assert paired([0.0] * n, [0.0] * n).interval[0] == 0.0 and paired([1.0] * n, [0.0] * n).interval[1] == 100.0
+
+
 def test_one_side_that_wins_everything_has_an_interval_with_room():
     result = paired([1.0] * 30, [10.0 * i - 145 for i in range(30)])
     assert result.win_rate == 100 and 80 < result.interval[0] < 95 and result.interval[1] == 100

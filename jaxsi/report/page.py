@@ -13,7 +13,7 @@ from markupsafe import Markup
 
 from jaxsi.report import figures, plots, stages
 from jaxsi.report.figures import Panel, Table, shown_number
-from jaxsi.report.run_files import RunFiles, mapping, number
+from jaxsi.report.run_files import RunFiles, listed, mapping, number
 from jaxsi.report.samples import as_json, examples, samples_of, stage_counts
 from jaxsi.report.visible import HIDDEN, json_for_script, plain, shown
 from jaxsi.runs.records import write_atomically
@@ -139,6 +139,12 @@ def headline(run: RunFiles) -> str:
     """What came out of a run, in one sentence; with the intervals, which say how sure it is."""
     first, last = _ends(run)
     if first is None or last is None:
+        for line in reversed(run.iterations):
+            rate = mapping(mapping(mapping(mapping(line).get("evals")).get("held-out")).get("over_first"))
+            if (mean := number(rate.get("mean"))) is not None:
+                low, high = ([number(end) for end in listed(rate.get("ci95"))] + [None, None])[:2]
+                ends = "" if low is None or high is None else f" ({100 * low:.0f} to {100 * high:.0f} %)"
+                return f"The newest model wins over the first one on {100 * mean:.0f} %{ends} of the held-out prompts."
         where = f", now at {run.journal[-1]['scope']}/{run.journal[-1]['stage']}" if run.journal and run.live else ""
         return f"No quality was measured yet{where}."
     if first == last:

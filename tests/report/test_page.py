@@ -88,6 +88,20 @@ def test_summary_says_what_came_out(tmp_path):
     assert headline(small) == "Quality fell from 60.0 to 59.0, by 1.0; the two intervals overlap."
 
 
+def test_summary_of_a_real_model_says_its_win_rate(tmp_path):
+    directory = made_run(tmp_path / "run")
+    summary = json.loads((directory / "summary.json").read_text())
+    for line in [*summary["iterations"], summary.get("base") or {}]:
+        line.pop("quality", None)
+    for file in directory.glob("*/evaluation.json"):
+        write_value(file, {})
+    rate = {"iteration": "0", "mean": 0.75, "ci95": [0.42, 1.0], "prompts": 6}
+    summary["iterations"][-1]["evals"] = {"held-out": {"over_first": rate}}
+    write_value(directory / "summary.json", summary)
+    [run] = read_runs([directory])
+    assert headline(run) == "The newest model wins over the first one on 75 % (42 to 100 %) of the held-out prompts."
+
+
 def test_every_section_has_its_figures(tmp_path):
     page = read(made_run(tmp_path / "run"))
     titles = ("Quality", "Agreement with the truth", "On human rankings: accuracy", "Scores of the judge, %", "Pairs")

@@ -7,6 +7,7 @@ from typing import Any
 
 from jaxsi.cli.arguments import ChatOptions, Dtype
 from jaxsi.cli.command import UsageError
+from jaxsi.cli.judge_options import new_folder
 from jaxsi.cli.judges import is_judge, judge_of
 from jaxsi.cli.output_file import Parts, digest
 from jaxsi.cli.stored import Mesh, check_writes, mesh_for
@@ -63,12 +64,7 @@ def make_folder(out: Path | None, why: str) -> Path:
     """The folder of a command's results, made if need be. Raises: UsageError: if it was not given, or is a file."""
     if out is None:
         raise UsageError(f"{why} needs a folder: -o DIR")
-    if out.exists() and not out.is_dir():
-        raise UsageError(f"--out {out} is a file; give a folder")
-    if not out.parent.is_dir():
-        raise UsageError(f"--out {out}: the folder {out.parent} does not exist; create it first")
-    out.mkdir(exist_ok=True)
-    return out
+    return new_folder(out)
 
 
 def name_of(model: str, chosen: str | None = None) -> str:

@@ -67,7 +67,7 @@ class JudgeOptions:
 def new_folder(out: Path) -> Path:
     """The folder of an evaluation's files, made if it is not there. Raises: UsageError."""
     if out.exists() and not out.is_dir():
-        raise UsageError(f"--out {out} is a file; give the name of a folder")
+        raise UsageError(f"--out {out} is a file; give a folder")
     if not out.parent.is_dir():
         raise UsageError(f"--out {out}: the folder {out.parent} does not exist; create it first")
     out.mkdir(exist_ok=True)

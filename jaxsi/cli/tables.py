@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from jaxsi.runs.metrics import table
+from jaxsi.runs.status import held_out_rates
 
 
 def iterations_table(summary: Mapping[str, Any]) -> str:
@@ -36,15 +37,15 @@ def iterations_table(summary: Mapping[str, Any]) -> str:
 
 def win_rates(entry: Mapping[str, Any]) -> dict[str, str | None]:
     """The win rates of `HeldOutWinRate` in a line of summary.json, e.g. "0.58 (0.51 to 0.64)"."""
-    rates = (entry.get("evals") or {}).get("held-out", {})
+    rates = held_out_rates(entry)
     return {
         f"wins over {name}": _rate_text(rates[key]) if key in rates else None
         for name, key in (("first", "over_first"), ("previous", "over_previous"))
     }
 
 
-def _rate_text(rate: Mapping[str, Any]) -> str | None:
-    return None if rate["mean"] is None else "{:.2f} ({:.2f} to {:.2f})".format(rate["mean"], *rate["ci95"])
+def _rate_text(rate: Mapping[str, Any]) -> str:
+    return "{:.2f} ({:.2f} to {:.2f})".format(rate["mean"], *rate["ci95"])
 
 
 def rounds_table(rounds: Sequence[Mapping[str, Any]]) -> str:

@@ -199,7 +199,7 @@ def _evaluation(plan: StagePlan) -> Iterator[Stage]:
     for part in evaluate.parts if isinstance(evaluate, Evaluations) else (evaluate,):
         if not isinstance(part, HeldOutWinRate):
             continue
-        known = len(everyday_prompts()) if part.prompts is everyday_prompts else min(plan.assumptions.examples, 256)
+        known = len(everyday_prompts()) if part.prompts is everyday_prompts else plan.held_out
         prompts, sampling = min(part.most or known, known), part.sampling or plan.cfg.sampling
         yield plan.sampling("evaluation: responses", prompts, plan.prompt, sampling, held, samples=1)
         if part.judging is None:
@@ -217,7 +217,7 @@ def _early_stop(plan: StagePlan, prompts: int) -> Iterator[Stage]:
     if stop.checkpoints:
         part = cfg.dpo.train
         checks += prompts * part.epochs / part.batch_size // part.checkpoint_every + 1
-    answers = 2 * round(checks * min(plan.assumptions.examples, 256))
+    answers = 2 * round(checks * plan.held_out)
     held = Held(7)  # the training state, M_{t-1}, M_0 and two snapshots
     yield plan.sampling("early stop: responses", answers, plan.prompt, cfg.sampling, held, samples=1)
     if stop.judging is judge.judge:

@@ -111,6 +111,11 @@ class StagePlan:
     def prompt(self) -> int:
         return min(self.assumptions.prompt_tokens, self.positions // 2)
 
+    @property
+    def held_out(self) -> int:
+        """Held-out prompts, if the config does not say how many."""
+        return min(self.assumptions.examples, 256)
+
     def new(self, limit: int) -> int:
         return max(1, round(limit * self.assumptions.fill))
 

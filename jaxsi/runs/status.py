@@ -77,10 +77,17 @@ def so_far(summary: Mapping[str, Any]) -> str:
     return f"{found[-1][0]} {' → '.join(format(rate['mean'], '.2f') for _, rate in found)}" if found else ""
 
 
-def _win_rates(line: Mapping[str, Any]) -> list[tuple[str, Mapping[str, Any]]]:
+def held_out_rates(line: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
+    """The win rates of `HeldOutWinRate` in a line of summary.json, by "over_first" and "over_previous"; without those
+    over which nothing could be judged."""
     rates = (line.get("evals") or {}).get("held-out", {})
-    named = [("wins over the first model", rates.get("over_first")), ("over the previous", rates.get("over_previous"))]
-    return [(name, rate) for name, rate in named if rate is not None and rate.get("mean") is not None]
+    return {name: rate for name, rate in rates.items() if rate is not None and rate.get("mean") is not None}
+
+
+def _win_rates(line: Mapping[str, Any]) -> list[tuple[str, Mapping[str, Any]]]:
+    rates = held_out_rates(line)
+    named = (("wins over the first model", "over_first"), ("over the previous", "over_previous"))
+    return [(name, rates[key]) for name, key in named if key in rates]
 
 
 def _mean(value: Mapping[str, Any], digits: int) -> str:

@@ -9,10 +9,12 @@ import tyro
 
 from jaxsi.cli.arguments import RowOptions
 from jaxsi.cli.command import Report, UsageError, parse
-from jaxsi.cli.judge_options import JudgeOptions, costs, new_folder, spread, spread_text, write_rows
+from jaxsi.cli.eval_judge import JUDGED, JudgedByRubric, check_counts
+from jaxsi.cli.eval_results import counts_text, make_folder, planned, spreads, spreads_text, write_rows
+from jaxsi.cli.judges import JUDGES
 from jaxsi.runs.metrics import table
 
-DESCRIPTION = """How well a judge agrees with people who compared two responses (--human), or ranked several
+DESCRIPTION = f"""How well a judge agrees with people who compared two responses (--human), or ranked several
 (--rankings).
 
 --human takes votes on MT-Bench (question_id, turn, model_a, model_b, winner, judge), LLMBar's dataset.json (input,
@@ -21,19 +23,20 @@ output_1, output_2, label) and PandaLM's test set (response1, response2, annotat
 
 The judge's verdicts are in a file (--verdicts: such votes by the judge, FastChat's pair or single judgments, LLMBar's
 result.json, PandaLM's results, or the verdicts.jsonl of this command; for --rankings the file of `jaxsi judge`), or
---judge is asked now, with its responses in both orders. OUT keeps whatever it said in asked.jsonl: the same command
-goes on after a kill, and asks again only where it failed.
+--judge is asked now, with pairs in both orders. {JUDGED} DIR also gets verdicts.jsonl.
+
+{JUDGES}
 
 Examples:
   jaxsi eval agreement --human human.jsonl --voters expert --verdicts gpt4_pair.jsonl
   jaxsi eval agreement --human human.jsonl --verdicts model_judgment/gpt-4_single.jsonl --json
-  jaxsi eval agreement --human LLMBar/Natural/dataset.json --judge endpoint:gpt-4o-mini --out natural --dry-run
-  jaxsi eval agreement --human LLMBar/Natural/dataset.json --judge model:MODEL --out natural --judge-seeds 3
-  jaxsi eval agreement --rankings rankings.jsonl --judge reward:REWARD_MODEL --out rewards"""
+  jaxsi eval agreement --human LLMBar/Natural/dataset.json --judge endpoint:gpt-4o-mini -o natural --dry-run
+  jaxsi eval agreement --human LLMBar/Natural/dataset.json --judge model:MODEL -o natural --judge-seeds 3
+  jaxsi eval agreement --rankings rankings.jsonl --judge reward:REWARD_MODEL -o rewards"""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Agreement(JudgeOptions, RowOptions):
+class Agreement(RowOptions, JudgedByRubric):
     human: Path | None = None
     """Pairs that people compared."""
     rankings: Path | None = None
@@ -43,14 +46,10 @@ class Agreement(JudgeOptions, RowOptions):
     voters: str = ""
     """Count only the votes of people whose name begins so, such as expert."""
     out: Annotated[Path | None, tyro.conf.arg(aliases=["-o"])] = None
-    """A folder for what the judge says: asked.jsonl and verdicts.jsonl."""
+    """A folder for what the judge says."""
     rubric: str | None = None
     """The name of a shipped rubric, or a file. Default: pairwise_judge for --human, self_rewarding_judge for
     --rankings."""
-    num_samples: int = 1
-    """Judgments of each response or pair; the score is the mean of the valid ones."""
-    expected: bool = False
-    """Score by the expectation over all possible verdicts instead of the one that the judge wrote."""
     max_rows: int | None = None
     """Only the first pairs or rankings."""
 
@@ -62,6 +61,7 @@ def agreement(argv: list[str]) -> Report:
         raise UsageError("give --human (pairs) or --rankings")
     if (args.verdicts is None) == (args.judge is None):
         raise UsageError("give --verdicts (a file) or --judge (who is asked now)")
+    check_counts(max_rows=args.max_rows)
     return _pairs(args) if args.human is not None else _rankings(args)
 
 
@@ -93,14 +93,16 @@ def _pairs(args: Agreement) -> Report:
     asked = _ask(args, groups_of_pairs(texts), "pairwise_judge")
     if isinstance(asked, Report):
         return asked
-    found, rubric, cfg = asked
+    found, rubric, cfg, counts = asked
     by_seed = [verdicts_of(answers, rubric, cfg) for answers in found]
     assert args.out is not None
     write_rows(args.out / "verdicts.jsonl", [to_json(verdict) for verdict in by_seed[0]])
     each = [figures_of(pairs, verdicts) for verdicts in by_seed]
     value = {"human": str(args.human), "judge": args.judge, "rubric": rubric.name, **each[0]}
-    value |= {"failures": len(found[0].failures), "asked": sum(answers.asked for answers in found)}
-    value["seeds"] = spread([figures["majority"]["accuracy"] for figures in each])
+    value |= counts | {
+        "unreadable": sum(verdict.winner is None for one in by_seed for verdict in one) - counts["failed"]
+    }
+    value["seeds"] = spreads([figures["majority"] for figures in each], ("accuracy",))
     return Report(value, _pairs_text(value))
 
 
@@ -121,47 +123,47 @@ def _rankings(args: Agreement) -> Report:
     asked = _ask(args, groups_of_rankings(ranked), "self_rewarding_judge")
     if isinstance(asked, Report):
         return asked
-    found, rubric, _ = asked
+    found, rubric, _, counts = asked
     each = [judge_quality(ranked, judgments_of(answers, ranked), float(rubric.high)) for answers in found]
+    unreadable = sum(None in answer["scores"] for answers in found for answer in answers.values.values())
     value = {"rankings": str(args.rankings), "judge": args.judge, "rubric": rubric.name, **each[0]}
-    value |= {"failures": len(found[0].failures), "asked": sum(answers.asked for answers in found)}
-    value["seeds"] = spread([figures["accuracy"] for figures in each])
+    value |= counts | {"unreadable": unreadable}
+    value["seeds"] = spreads(each, ("accuracy",))
     return Report(value, _rows(value))
 
 
 def _ask(args: Agreement, groups: Sequence[Any], rubric_name: str) -> Any:
-    """(the answers of each seed, the rubric, the settings), or the report of a dry run."""
-    from jaxsi.evals.answer_cache import AnswerCache
-    from jaxsi.evals.asked_agreement import ask_judge, requests_of
-    from jaxsi.evals.judging import estimate
-    from jaxsi.stages.endpoint import EndpointJudge
-    from jaxsi.stages.judges import ModelJudge
-    from jaxsi.stages.prompts.comparison import RankingRubric, read_rubric
+    """(the answers of each seed, the rubric, the settings, the counts), or the report of a dry run."""
+    from jaxsi.evals.asked import ask_judge, plan_groups
+    from jaxsi.stages.prompts.comparison import read_rubric
 
-    if args.out is None:
-        raise UsageError("--out is missing; name a folder for what the judge says")
     rubric = read_rubric(args.rubric or rubric_name)
-    cfg = args.config(num_samples=args.num_samples, expected=args.expected)
-    if args.expected and isinstance(rubric, RankingRubric):
-        raise UsageError(f"--expected: the rubric {rubric.name} ranks, which gives no expected scores")
-    out = new_folder(args.out)
-    judging = args.judging(out)
-    writes = isinstance(judging, ModelJudge | EndpointJudge)
-    judge = args.writer(judging) if writes else judging
+    cfg = args.rubric_config(rubric)
+    out = make_folder(args.out, "--judge")
+    bound = args.bound_judge(args.named_judge(None, out))
+    judge = bound.writer or bound.judging
+    cache = args.answer_cache(out)
     if args.dry_run:
-        requests = requests_of(groups, rubric, cfg)
-        one = {"calls": len(groups), "prompt_tokens": 0, "completion_tokens": 0}
-        one = estimate(judge, requests, cfg.max_new_tokens) if writes else one
-        return costs(judge={name: count * args.judge_seeds for name, count in one.items()})
-    cache = AnswerCache(out / "asked.jsonl")
-    return [ask_judge(cache, judge, groups, rubric, cfg, seed) for seed in range(args.judge_seeds)], rubric, cfg
+        return planned(judge=plan_groups(cache, judge, groups, rubric, cfg, args.judge_seeds))
+    found = [ask_judge(cache, judge, groups, rubric, cfg, seed) for seed in range(args.judge_seeds)]
+    return found, rubric, cfg, cache.counts()
 
 
 def _rows(value: Mapping[str, Any]) -> str:
     from jaxsi.cli.tables import figures_table
 
-    flat = {name: figure for name, figure in value.items() if not isinstance(figure, dict)}
-    return "\n\n".join(part for part in (figures_table(flat), _seeds(value)) if part)
+    flat = {
+        name: figure for name, figure in value.items() if not isinstance(figure, dict | list) and name not in _ASKED
+    }
+    return _joined([figures_table(flat)], value)
+
+
+_ASKED = ("judged", "reused", "failed", "unreadable", "torn_lines")
+
+
+def _joined(parts: Sequence[str], value: Mapping[str, Any]) -> str:
+    asked = [counts_text(value), spreads_text(value["seeds"])] if "seeds" in value else []
+    return "\n\n".join(part for part in [*parts, *asked] if part)
 
 
 def _pairs_text(value: Mapping[str, Any]) -> str:
@@ -197,15 +199,8 @@ def _pairs_text(value: Mapping[str, Any]) -> str:
         models = orders.pop("models")
         parts.append(table([orders]))
         parts.append(table([{"models": models["models"], **{k: models[k] for k in ("spearman", "kendall")}}]))
-    return "\n\n".join([*parts, *([_seeds(value)] if _seeds(value) else [])])
+    return _joined(parts, value)
 
 
 def _of(share: Mapping[str, Any]) -> str:
     return "-" if share["rate"] is None else f"{share['rate']:.3f} ({share['agree']}/{share['of']})"
-
-
-def _seeds(value: Mapping[str, Any]) -> str:
-    seeds = value.get("seeds", {})
-    if len(seeds.get("scores", ())) < 2 or seeds["mean"] is None:
-        return ""
-    return f"accuracy over {spread_text(seeds)}"

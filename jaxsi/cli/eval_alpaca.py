@@ -1,7 +1,6 @@
 """``jaxsi eval alpaca-eval``: AlpacaEval 2.0, from a model to its row of the leaderboard."""
 
 import dataclasses
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -9,16 +8,16 @@ from typing import Annotated, Any, Literal
 import tyro
 
 from jaxsi.cli.command import Report, UsageError, parse
-from jaxsi.cli.eval_answers import (
-    JUDGED,
-    Answering,
-    JudgedBy,
-    bound_judge,
-    check_counts,
+from jaxsi.cli.eval_answers import Answering, name_of, responses_of
+from jaxsi.cli.eval_judge import JUDGED, JudgedByRubric, NamedJudge, check_counts
+from jaxsi.cli.eval_results import (
+    counts_text,
     make_folder,
-    name_of,
-    responses_of,
+    plan_of_responses,
+    planned,
     spreads,
+    spreads_text,
+    write_rows,
 )
 from jaxsi.cli.judges import JUDGES
 from jaxsi.cli.tables import figures_table
@@ -48,7 +47,7 @@ OptionalModel = Annotated[str | None, tyro.conf.Positional, tyro.conf.arg(metava
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Alpaca(Answering, JudgedBy):
+class Alpaca(Answering, JudgedByRubric):
     model: OptionalModel = None
     outputs: Path | None = None
     """A model_outputs.json, or .json.gz, in place of MODEL."""
@@ -66,6 +65,8 @@ class Alpaca(Answering, JudgedBy):
     """Outputs of another baseline, in the format of model_outputs.json."""
     max_prompts: int | None = None
     """Only the first instructions."""
+    temperature: float = 0.7
+    """Of the responses. 0 is greedy."""
     c: float | None = None
     """C of the length-controlled fit. Default: chosen by five-fold cross-validation among ten values."""
     compat: Literal["alpaca_eval-0.6.6"] | None = None
@@ -76,9 +77,8 @@ class Alpaca(Answering, JudgedBy):
     ours."""
     rubric: str | None = None
     """In place of the weighted m or M: the name of a shipped rubric, or a file. Judges that write no text (reward:,
-    function:, verifier:) score each response by itself."""
-    judge_tokens: int = 256
-    """Most new tokens of a judgment under --rubric."""
+    function:, verifier:) score each response by itself. --judge-temperature, --judge-tokens, --judge-samples and
+    --expected belong to a rubric."""
 
 
 def alpaca(argv: list[str]) -> Report:
@@ -89,7 +89,9 @@ def alpaca(argv: list[str]) -> Report:
         raise UsageError(
             f"{' and '.join(given) or 'nothing'} given; give one of MODEL, --outputs FILE and --annotations FILE"
         )
-    check_counts(judge_seeds=args.judge_seeds, judge_batch=args.judge_batch, max_prompts=args.max_prompts)
+    check_counts(max_prompts=args.max_prompts)
+    if args.judge is not None:
+        args.judge_config()  # wrong numbers are found before anything is read
     if args.c is not None and not 0 < args.c < float("inf"):
         raise UsageError(f"--c is {args.c}; it must be a number above 0")
     from jaxsi.evals.alpaca_assets import read_assets
@@ -107,7 +109,10 @@ def _sampled(args: Alpaca, assets: Any) -> Report:
     if args.model is None:
         raise UsageError("--outputs needs --judge: who compares them with the baseline's?")
     out = make_folder(args.out, "MODEL")
-    outputs = _outputs(args, assets, out)
+    asked = _baseline(args, assets)
+    if args.dry_run:
+        return planned(responses=plan_of_responses(_prompts(asked), args.max_new_tokens))
+    outputs = _outputs(args, asked, out)
     value = {"model": outputs[0].generator, "outputs": len(outputs), "file": str(out / "model_outputs.json")}
     return Report(value, figures_table(value))
 
@@ -119,18 +124,22 @@ def _baseline(args: Alpaca, assets: Any) -> Any:
     return outputs[: args.max_prompts]
 
 
-def _outputs(args: Alpaca, assets: Any, out: Path) -> list[Any]:
+def _prompts(asked: Sequence[Any]) -> list[Any]:
+    from jaxsi.runs.records import Prompt
+
+    return [Prompt.of(str(i), row.instruction) for i, row in enumerate(asked)]
+
+
+def _outputs(args: Alpaca, asked: Sequence[Any], out: Path) -> list[Any]:
     """The model's outputs, sampled if they are not there yet."""
     from jaxsi.evals.alpaca_assets import Output, as_json
-    from jaxsi.runs.records import Prompt, write_atomically
+    from jaxsi.runs.records import write_atomically
 
     assert args.model is not None
-    asked = _baseline(args, assets)
-    prompts = [Prompt.of(str(i), row.instruction) for i, row in enumerate(asked)]
-    responses = responses_of(args.model, prompts, args, out / "responses")
+    responses = responses_of(args.model, _prompts(asked), args, out / "responses", args.temperature)
     name = name_of(args.model, args.name)
     outputs = [
-        Output(instruction=row.instruction, output=response.text, generator=name, dataset=row.dataset)
+        Output(instruction=row.instruction, output=response, generator=name, dataset=row.dataset)
         for row, response in zip(asked, responses, strict=True)
     ]
     write_atomically(out / "model_outputs.json", [as_json(outputs)])
@@ -140,9 +149,12 @@ def _outputs(args: Alpaca, assets: Any, out: Path) -> list[Any]:
 def _judged(args: Alpaca, assets: Any) -> Report:
     from jaxsi.evals.alpaca_assets import Output, official_template, read_outputs
     from jaxsi.evals.alpaca_judging import annotations_json, annotations_of, matched, read_template
+    from jaxsi.evals.judging import unsampled
+    from jaxsi.evals.side_by_side import UNREADABLE
     from jaxsi.runs.records import write_atomically
 
     out = make_folder(args.out, "--judge")
+    named = args.named_judge(args.model, out)
     template = read_template(args.template or official_template(args.assets))
     baseline = _baseline(args, assets)
     if args.outputs is not None:  # before a token is spent
@@ -153,55 +165,45 @@ def _judged(args: Alpaca, assets: Any) -> Report:
             outputs = [row for row in outputs if row.instruction in wanted]
     elif args.dry_run:
         there, name = "MODEL", name_of(str(args.model), args.name)
-        outputs = [Output(instruction=row.instruction, output="", generator=name) for row in baseline]
+        text = unsampled(args.max_new_tokens)
+        outputs = [Output(instruction=row.instruction, output=text, generator=name) for row in baseline]
     else:
-        there, outputs = str(out / "model_outputs.json"), _outputs(args, assets, out)
+        there, outputs = str(out / "model_outputs.json"), _outputs(args, baseline, out)
     matches = matched(outputs, there, baseline, str(args.baseline or "the official instructions"))
-    judge = _judge(args, template, out)
+    judge = _judge(args, named, template, out)
     if args.dry_run:
-        plan = judge.plan(matches, args.judge_seeds)._asdict()
-        if args.model is not None:  # responses that are not there yet may be as long as they can be
-            plan["sampled_tokens"] = args.max_new_tokens * len(matches)
-            plan["prompt_tokens"] += args.max_new_tokens * plan["questions"]
-        return Report(plan, figures_table(plan))
-    sets, counts, reasons = [], {"judged": 0, "reused": 0, "failed": 0, "torn_lines": 0}, set[str]()
+        responses = (
+            {} if args.model is None else {"responses": plan_of_responses(_prompts(baseline), args.max_new_tokens)}
+        )
+        return planned(**responses, judge=judge.plan(matches, args.judge_seeds))
+    sets, unreadable = [], 0
     for seed in range(args.judge_seeds):
         answered = judge.preferences(matches, seed)
-        counts["judged"] += answered.asked
-        counts["reused"] += len(answered.values) - answered.asked
-        counts["failed"] += len(answered.failures)
-        counts["torn_lines"] = answered.torn
-        reasons |= {reason for reason in answered.failures.values() if reason}
-        annotations = annotations_of(matches, answered, _annotator(args, judge))
+        unreadable += list(answered.failures.values()).count(UNREADABLE)
+        annotations = annotations_of(matches, answered, _annotator(named, judge))
         file = out / ("annotations.json" if seed == 0 else f"annotations_{seed}.json")
         write_atomically(file, [annotations_json(annotations)])
         sets.append(annotations)
-    return _scored(args, sets, assets, counts | ({"failures": sorted(reasons)[:5]} if reasons else {}))
+    return _scored(args, sets, assets, judge.counts() | {"unreadable": unreadable})
 
 
-def _judge(args: Alpaca, template: Any, out: Path) -> Any:
+def _judge(args: Alpaca, named: NamedJudge, template: Any, out: Path) -> Any:
     """A WeightedJudge, or a ComparingJudge if the user names a rubric or a judge that writes no text."""
     from jaxsi.evals.alpaca_judging import ComparingJudge, WeightedJudge
-    from jaxsi.evals.answer_cache import AnswerCache
     from jaxsi.evals.side_by_side import SideBySide
     from jaxsi.stages.prompts import load_rubric
     from jaxsi.stages.prompts.comparison import read_rubric
-    from jaxsi.stages.verdicts import JudgeConfig
 
-    assert args.judge is not None
-    rubric = None if args.rubric is None else read_rubric(args.rubric)
-    cache = AnswerCache(args.cache or out / "judge_answers.jsonl")
-    bound = bound_judge(args.judge, args.model, args, out / "endpoint_answers.jsonl")
-    config = JudgeConfig(num_samples=1, batch_size=args.judge_batch, max_new_tokens=args.judge_tokens)
-    if rubric is None and bound.writer is not None:
+    rubric = load_rubric() if args.rubric is None else read_rubric(args.rubric)
+    config = args.rubric_config(rubric)
+    cache, bound = args.answer_cache(out), args.bound_judge(named)
+    if args.rubric is None and bound.writer is not None:
         return WeightedJudge(cache=cache, writer=bound.writer, template=template, config=config)
-    sides = SideBySide(
-        cache=cache, judging=bound.judging, writer=bound.writer, rubric=rubric or load_rubric(), config=config
-    )
+    sides = SideBySide(cache=cache, judging=bound.judging, writer=bound.writer, rubric=rubric, config=config)
     return ComparingJudge(judge=sides)
 
 
-def _annotator(args: Alpaca, judge: Any) -> str:
+def _annotator(named: NamedJudge, judge: Any) -> str:
     """The judge's name in annotations: the official one only for the official model with the official template."""
     from jaxsi.evals.alpaca_judging import WeightedJudge, is_official
 
@@ -209,7 +211,7 @@ def _annotator(args: Alpaca, judge: Any) -> str:
         from jaxsi.evals.alpaca_assets import JUDGE
 
         return JUDGE
-    return str(args.judge).partition(",")[0]
+    return named.name
 
 
 def _scored(args: Alpaca, sets: Sequence[Any], assets: Any, counts: dict[str, Any]) -> Report:
@@ -220,7 +222,7 @@ def _scored(args: Alpaca, sets: Sequence[Any], assets: Any, counts: dict[str, An
     scores = [score(rows, assets, strength=args.c, compat=args.compat, name=args.name) for rows in sets]
     first, figures = scores[0], [one.figures() for one in scores]
     value = figures[0] | counts
-    if len(scores) > 1:
+    if counts:
         value["seeds"] = spreads(figures, ("win_rate", "length_controlled_winrate", "discrete_win_rate"))
     if args.out is not None:
         out = make_folder(args.out, "")
@@ -229,15 +231,19 @@ def _scored(args: Alpaca, sets: Sequence[Any], assets: Any, counts: dict[str, An
             {"instruction": row.instruction, "preference": row.preference, "length_controlled": p}
             for row, p in zip(sets[0], (first.predictions or {}).values(), strict=False)
         ]
-        write_atomically(out / "predictions.jsonl", ((json.dumps(row) + "\n").encode() for row in rows))
+        write_rows(out / "predictions.jsonl", rows)
     return Report(value, _text(value))
 
 
 def _text(value: dict[str, Any]) -> str:
-    shown = {name: figure for name, figure in value.items() if name not in ("warnings", "coefficients", "seeds")}
-    lines = [figures_table(shown)]
-    lines += [
-        f"{name} over the judge's seeds: {s['mean']:.2f}, from {s['low']:.2f} to {s['high']:.2f} (sd {s['sd']:.2f})"
-        for name, s in value.get("seeds", {}).items()
+    asked = ("judged", "reused", "failed", "unreadable", "torn_lines", "failures")
+    shown = {
+        name: figure for name, figure in value.items() if name not in ("warnings", "coefficients", "seeds", *asked)
+    }
+    parts = [
+        figures_table(shown),
+        *([counts_text(value)] if "judged" in value else []),
+        spreads_text(value.get("seeds", {})),
     ]
-    return "\n".join([*lines, *(f"warning: {warning}" for warning in value["warnings"])])
+    parts.append("\n".join(f"warning: {warning}" for warning in value["warnings"]))
+    return "\n\n".join(part for part in parts if part)

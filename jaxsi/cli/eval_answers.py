@@ -1,166 +1,157 @@
-"""What commands of ``jaxsi eval`` share: a model's responses, in a folder that resumes, and a judge by its name."""
+"""The responses of a MODEL that is evaluated: in a folder that goes on after a kill, and refuses other settings."""
 
+import contextlib
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from jaxsi.cli.arguments import ChatOptions, Dtype
+from jaxsi.cli.arguments import ChatOptions
 from jaxsi.cli.command import UsageError
-from jaxsi.cli.judge_options import new_folder
-from jaxsi.cli.judges import is_judge, judge_of
+from jaxsi.cli.eval_judge import Computing, check_counts
+from jaxsi.cli.judges import judge_of
 from jaxsi.cli.output_file import Parts, digest
-from jaxsi.cli.stored import Mesh, check_writes, mesh_for
+from jaxsi.cli.stored import check_writes, mesh_for
 
-JUDGED = """Each answer of the judge is written to DIR/judge_answers.jsonl (--cache FILE) before it is used, by judge,
-template, seed and content. If the command is killed, run it again: nothing is sampled or judged twice, and rows that
-failed are asked again. Several commands may share one FILE at the same time."""
+Respond = Callable[[str, Sequence[Any], float], list[str]]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Answering(ChatOptions):
+class Answering(Computing, ChatOptions):
     """How a model responds."""
 
-    temperature: float = 0.7
-    """Of the responses. 0 is greedy."""
     top_p: float = 0.9
+    """Of the responses."""
     max_new_tokens: int = 1024
     """Most new tokens of a response."""
     seed: int = 0
     """Of the responses."""
     batch_size: int = 64
     """Rows generated at the same time."""
-    dtype: Dtype = "auto"
-    """Of the computation. auto: bfloat16 if this device computes in it at speed, else float32. A command that goes on
-    keeps the dtype with which it began."""
-    mesh: Mesh = Mesh()
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class JudgedBy:
-    """Who judges."""
-
-    judge: str | None = None
-    """A model, or another judge: self, model:, endpoint:, reward:, function:, verifier:."""
-    judge_seeds: int = 1
-    """Judge this many times: by other coins for the order of the responses and other noise of the judge. Prints how far
-    the figures lie apart."""
-    judge_batch: int = 16
-    """Questions to the judge at a time. A kill loses at most one such part."""
-    cache: Path | None = None
-    """The file of the judge's answers. Default: judge_answers.jsonl in --out."""
-    dry_run: bool = False
-    """Only print how many calls and tokens the judge would take. The answers in the cache are not counted."""
-
-
-def check_counts(**counts: int | None) -> None:
-    """Raises: UsageError: if a count is below 1."""
-    for name, value in counts.items():
-        if value is not None and value < 1:
-            raise UsageError(f"--{name.replace('_', '-')} is {value}; it must be at least 1")
-
-
-def make_folder(out: Path | None, why: str) -> Path:
-    """The folder of a command's results, made if need be. Raises: UsageError: if it was not given, or is a file."""
-    if out is None:
-        raise UsageError(f"{why} needs a folder: -o DIR")
-    return new_folder(out)
 
 
 def name_of(model: str, chosen: str | None = None) -> str:
     """A model's name in tables: the one that the user gives, else the end of its path or hub name."""
+    if chosen is None and is_endpoint(model):
+        return model.partition(":")[2].partition(",")[0]
     return chosen or Path(model.rstrip("/")).name
 
 
-def responses_of(model: str, prompts: Sequence[Any], args: Answering, folder: Path) -> list[Any]:
-    """A response to each prompt. ``folder`` is a run directory: a command that is killed goes on there, and one with
-    other prompts, another model or other settings is refused. Its config has the chat template.
+def is_endpoint(model: str) -> bool:
+    """Whether MODEL is endpoint:NAME, and no path."""
+    return model.startswith("endpoint:") and not Path(model).exists()
+
+
+def responses_of(model: str, prompts: Sequence[Any], args: Answering, folder: Path, temperature: float) -> list[str]:
+    """A response to each prompt, as `responding`."""
+    with responding(model, prompts, args, folder, temperature) as respond:
+        return respond("responses", prompts, temperature)
+
+
+@contextlib.contextmanager
+def responding(
+    model: str, prompts: Sequence[Any], args: Answering, folder: Path, temperature: float | None
+) -> Iterator[Respond]:
+    """Gives a function (name of the part, prompts, temperature) of the responses' texts, without thoughts. MODEL is one
+    of this process, or endpoint:NAME. ``prompts`` is all that is asked, apart from earlier responses; ``temperature``
+    is None if it differs between them.
+
+    ``folder`` is a run directory: a command that is killed goes on there, and one with other prompts, another model or
+    other settings is refused. Its config has the chat template.
 
     Raises: RunConfigError, UsageError, and those of loading and sampling.
     """
-    from jaxsi.lm import load
-    from jaxsi.model.compute_dtype import settled
     from jaxsi.runs.records import Response
     from jaxsi.runs.run import Run
-    from jaxsi.sampling.generate import SamplingConfig, generate
+    from jaxsi.sampling.generate import SamplingConfig
 
-    settings = {
-        "temperature": args.temperature, "top_p": args.top_p, "max_new_tokens": args.max_new_tokens,
+    check_counts(batch_size=args.batch_size, max_new_tokens=args.max_new_tokens)
+    settings: dict[str, Any] = {
+        "temperature": temperature, "top_p": args.top_p, "max_new_tokens": args.max_new_tokens,
         "batch_size": args.batch_size,
     }  # fmt: skip
     try:
-        SamplingConfig(**settings, num_samples=1, dtype=args.dtype)
+        SamplingConfig(**settings | {"temperature": temperature or 0.0}, num_samples=1, dtype=args.dtype)
     except ValueError as error:
         raise UsageError(str(error)) from error
+    asked = digest(prompts, "prompts")
+    who = (_endpoint if is_endpoint(model) else _local)(model, args, settings, folder)
+    who.check(prompts)  # before the folder keeps these settings
+    parts = Parts(prompts=asked, responses=None, model=who.identity, settings=settings | who.settings, seed=args.seed)
+    with Run.open(folder, parts) as run:
+        scope = run.at("answers")
+
+        def respond(name: str, prompts: Sequence[Any], temperature: float) -> list[str]:
+            def sample(part: Sequence[Any]) -> list[Response]:
+                return who.sample(part, temperature)
+
+            who.check(prompts)
+            records = scope.sharded(name, prompts, sample, of=Response, by=who.by, shard_size=args.batch_size)
+            return [response.text for response in records]
+
+        yield respond
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Who:
+    """Who responds: its identity, settings of its own, the model for `Scope.sharded`, and how it samples. ``check``
+    refuses prompts before any is sampled."""
+
+    identity: str
+    settings: dict[str, Any]
+    by: Any
+    check: Callable[[Sequence[Any]], None]
+    sample: Callable[[Sequence[Any], float], list[Any]]
+
+
+def _local(model: str, args: Answering, settings: dict[str, Any], folder: Path) -> _Who:
+    from jaxsi.lm import load
+    from jaxsi.model.compute_dtype import settled
+    from jaxsi.sampling.generate import generate
+    from jaxsi.stages.answers import with_room
+
     dtype = settled({"settings": {"dtype": args.dtype}}, folder)["settings"]["dtype"]
     lm = load(model, mesh_for(model, args.mesh), dtype, chat=args.model_chat)
     check_writes(lm, model)
-    parts = Parts(
-        prompts=digest(prompts, "prompts"),
-        responses=None,
-        model=lm.fingerprint,
-        settings=settings | {"dtype": dtype, "template": lm.template_hash, "chat": lm.tokenizer.chat_template},
-        seed=args.seed,
-    )
 
-    def sample(part: Sequence[Any]) -> list[Response]:
-        return generate(lm, part, seed=args.seed, **settings)
+    def check(prompts: Sequence[Any]) -> None:
+        fitting = {prompt.id for prompt in with_room(lm, prompts, args.max_new_tokens)}
+        _check_room([prompt.id for prompt in prompts if prompt.id not in fitting], model, args)
 
-    with Run.open(folder, parts) as run:
-        return run.at("answers").sharded("responses", prompts, sample, of=Response, by=lm, shard_size=args.batch_size)
+    def sample(part: Sequence[Any], temperature: float) -> list[Any]:
+        return generate(lm, part, seed=args.seed, **settings | {"temperature": temperature})
+
+    own = {"dtype": dtype, "template": lm.template_hash, "chat": lm.tokenizer.chat_template}
+    return _Who(identity=lm.fingerprint, settings=own, by=lm, check=check, sample=sample)
 
 
-@dataclasses.dataclass(frozen=True)
-class BoundJudge:
-    """A judge as a function, its writer if it writes texts, and its name."""
+def _endpoint(model: str, args: Answering, settings: dict[str, Any], folder: Path) -> _Who:
+    """What an endpoint answered is kept beside ``folder``, even if the responses are refused later."""
+    import jax
 
-    judging: Any
-    writer: Any
-    name: str
+    from jaxsi.stages.verdicts import JudgeConfig
 
+    if args.model_chat is not None:
+        raise UsageError(f"--chat.*: {model} has its own chat template; leave these options out")
+    writer = judge_of(model, folder.parent / "endpoint_answers.jsonl")
 
-def bound_judge(word: str, model: str | None, args: Answering, answers: Path) -> BoundJudge:
-    """The judge that a word names; ``self`` is ``model``. ``answers`` is the file for those of an endpoint.
+    def sample(part: Sequence[Any], temperature: float) -> list[Any]:
+        cfg = JudgeConfig(num_samples=1, **settings | {"temperature": temperature})
+        written = writer.write(part, cfg, jax.random.key(args.seed), 1, first=args.seed)
+        _check_room([prompt.id for prompt in part if prompt.id not in written], model, args)
+        return [written[prompt.id][0] for prompt in part]
 
-    Raises: UsageError: if it names none.
-    """
-    import functools
-
-    from jaxsi.lm import load
-    from jaxsi.stages.endpoint import EndpointJudge
-    from jaxsi.stages.judge import judge as by_itself
-    from jaxsi.stages.judges import ModelJudge
-    from jaxsi.stages.verdicts import LocalWriter
-
-    if word == "self":
-        if model is None:
-            raise UsageError("--judge self: there is no MODEL here; name the model that judges")
-        word = f"model:{model}"
-    judging = judge_of(word, answers)
-    name = word if is_judge(word) else f"model:{word}"
-    if isinstance(judging, ModelJudge):
-        lm = load(judging.model, mesh_for(judging.model, args.mesh), args.dtype)
-        check_writes(lm, judging.model)
-        return BoundJudge(_Bound(functools.partial(by_itself, lm)), LocalWriter(lm), name)
-    return BoundJudge(judging, judging if isinstance(judging, EndpointJudge) else None, name.partition(",")[0])
+    own = {"sends_temperature": writer.sends_temperature}
+    return _Who(identity=f"endpoint:{writer.model}", settings=own, by=None, check=lambda prompts: None, sample=sample)
 
 
-@dataclasses.dataclass(frozen=True)
-class _Bound:
-    """A judge of one model, in the form of all judges: the model that is judged does not judge."""
+def _check_room(too_long: Sequence[str], model: str, args: Answering) -> None:
+    """Raises: EvaluationError: if prompts have no room in the model's context."""
+    if too_long:
+        from jaxsi.evals.answer_cache import EvaluationError
 
-    function: Any
-
-    def __call__(self, lm: Any, *rest: Any) -> Any:
-        return self.function(*rest)
-
-
-def spreads(figures: Sequence[Mapping[str, Any]], names: Sequence[str]) -> dict[str, Any]:
-    """How far figures of several seeds lie apart: {name: {"mean", "sd", "low", "high"}}."""
-    from jaxsi.evals.alpaca_eval import spread
-
-    return {
-        name: spread([one[name] for one in figures])
-        for name in names
-        if all(isinstance(one.get(name), int | float) for one in figures)
-    }
+        raise EvaluationError(
+            f"prompt {too_long[0]!r:.80} and --max-new-tokens {args.max_new_tokens} do not fit into the context of "
+            f"{model} ({len(too_long)} such prompts); give fewer new tokens (in another folder, if there are responses "
+            "in this one), or a model with a longer context"
+        )

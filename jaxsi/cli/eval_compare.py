@@ -10,16 +10,16 @@ import tyro
 
 from jaxsi.cli.arguments import RowOptions
 from jaxsi.cli.command import Report, UsageError, parse
-from jaxsi.cli.eval_answers import (
-    JUDGED,
-    Answering,
-    JudgedBy,
-    bound_judge,
-    check_counts,
+from jaxsi.cli.eval_answers import Answering, name_of, responses_of
+from jaxsi.cli.eval_judge import JUDGED, JudgedByRubric, NamedJudge, check_counts
+from jaxsi.cli.eval_results import (
+    counts_text,
     make_folder,
-    name_of,
-    responses_of,
+    plan_of_responses,
+    planned,
     spreads,
+    spreads_text,
+    write_rows,
 )
 from jaxsi.cli.judges import JUDGES
 from jaxsi.cli.tables import figures_table
@@ -46,7 +46,7 @@ Examples:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Compare(RowOptions, Answering, JudgedBy):
+class Compare(RowOptions, Answering, JudgedByRubric):
     a: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="A")]
     b: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="B")]
     out: Annotated[Path, tyro.conf.arg(aliases=["-o"])]
@@ -55,59 +55,49 @@ class Compare(RowOptions, Answering, JudgedBy):
     """A file of prompts, as in `jaxsi generate`."""
     max_prompts: int | None = None
     """Only the first prompts."""
-    rubric: str = "pairwise_judge"
-    """The name of a shipped rubric, or a file. One that scores each response by itself gives wins, losses and ties."""
-    expected: bool = False
-    """Weigh all possible verdicts by their probabilities, in place of the one that the judge wrote."""
-    judgments: int = 1
-    """Judgments of each pair, in each order."""
-    judge_temperature: float = 0.0
-    judge_tokens: int = 256
-    """Most new tokens of a judgment."""
+    temperature: float = 0.7
+    """Of the responses. 0 is greedy."""
+    rubric: str | None = None
+    """The name of a shipped rubric, or a file. Default: pairwise_judge. One that scores each response by itself gives
+    wins, losses and ties."""
 
 
 def compare(argv: list[str]) -> Report:
     """Compares two models."""
     args = parse(Compare, argv, "jaxsi eval compare", DESCRIPTION)
-    check_counts(
-        judge_seeds=args.judge_seeds, judge_batch=args.judge_batch, max_prompts=args.max_prompts,
-        judgments=args.judgments, judge_tokens=args.judge_tokens,
-    )  # fmt: skip
-    if args.judge is None:
-        raise UsageError("--judge: name who compares the two; see --help for the kinds of judges")
+    check_counts(max_prompts=args.max_prompts)
     from jaxsi.evals.answer_cache import EvaluationError
     from jaxsi.evals.paired import paired
-    from jaxsi.evals.side_by_side import Row
+    from jaxsi.evals.side_by_side import UNREADABLE, Row
     from jaxsi.runs.records import write_atomically
+    from jaxsi.stages.prompts.comparison import read_rubric
 
+    rubric = read_rubric(args.rubric or "pairwise_judge")
+    args.rubric_config(rubric)  # wrong numbers are found before anything is sampled
     out = make_folder(args.out, "--out")
-    (a, b), prompts = _sides(args, out)
+    named = args.named_judge(args.a, out)
+    (a, b), prompts, plans = _sides(args, out)
     rows = {name: Row(prompt, a[name], b[name]) for name, prompt in prompts.items()}
-    judge = _judge(args, out)
+    judge = _judge(args, named, rubric, out)
     if args.dry_run:
-        plan = judge.plan(rows, args.judge_seeds)._asdict()
-        return Report(plan, figures_table(plan))
-    results, counts = [], {"judged": 0, "reused": 0, "failed": 0, "torn_lines": 0}
+        return planned(**plans, judge=judge.plan(rows, args.judge_seeds))
+    results, unreadable = [], 0
     outcomes: list[Mapping[str, float]] = []
     for seed in range(args.judge_seeds):
         answered = judge.ask(rows, seed)
-        counts["judged"] += answered.asked
-        counts["reused"] += sum(rows[name].first != rows[name].second for name in answered.values) - answered.asked
-        counts["failed"] += len(answered.failures)
-        counts["torn_lines"] = answered.torn
+        unreadable += list(answered.failures.values()).count(UNREADABLE)
         if len(answered.values) < 2:
             reasons = sorted({reason for reason in answered.failures.values() if reason})
             raise EvaluationError(f"only {len(answered.values)} of {len(rows)} prompts have a verdict: {reasons[:3]}")
         differences = [len(b[name]) - len(a[name]) for name in answered.values]
         results.append(paired(list(answered.values.values()), differences).figures())
         outcomes.append(answered.values)
-    value = {"a": name_of(args.a), "b": name_of(args.b), **results[0], **counts, "equal": _equal(rows)}
-    if len(results) > 1:
-        value["seeds"] = spreads(results, ("win_rate", "controlled"))
-    value["warnings"] = _warnings(counts, len(rows))
+    value = {"a": name_of(args.a), "b": name_of(args.b), **results[0], "equal": _equal(rows)}
+    value |= judge.cache.counts() | {"unreadable": unreadable}
+    value["seeds"] = spreads(results, ("win_rate", "controlled"))
+    value["warnings"] = _warnings(value, len(rows))
     write_atomically(out / "comparison.json", [(json.dumps(value, indent=2) + "\n").encode()])
-    lines = (json.dumps({"prompt": name, "outcome": y}) + "\n" for name, y in outcomes[0].items())
-    write_atomically(out / "outcomes.jsonl", (line.encode() for line in lines))
+    write_rows(out / "outcomes.jsonl", [{"prompt": name, "outcome": y} for name, y in outcomes[0].items()])
     return Report(value, _text(value))
 
 
@@ -115,33 +105,30 @@ def _equal(rows: Mapping[str, Any]) -> int:
     return sum(row.first == row.second for row in rows.values())
 
 
-def _warnings(counts: Mapping[str, int], prompts: int) -> list[str]:
-    failed = counts["failed"]
-    return [f"{failed} judgments failed and count nowhere ({prompts} prompts); run again to ask them"] if failed else []
+def _warnings(counts: Mapping[str, Any], prompts: int) -> list[str]:
+    failed, unreadable, warnings = counts["failed"], counts["unreadable"], []
+    if failed:
+        warnings.append(f"{failed} judgments failed and count nowhere ({prompts} prompts); run again to ask them")
+    if unreadable:
+        warnings.append(
+            f"{unreadable} judgments have no verdict and count nowhere ({prompts} prompts); give --expected, more "
+            "--judge-tokens or another judge"
+        )
+    return warnings
 
 
-def _judge(args: Compare, out: Path) -> Any:
-    from jaxsi.evals.answer_cache import AnswerCache
+def _judge(args: Compare, named: NamedJudge, rubric: Any, out: Path) -> Any:
     from jaxsi.evals.side_by_side import SideBySide
-    from jaxsi.stages.prompts.comparison import read_rubric
-    from jaxsi.stages.verdicts import JudgeConfig
 
-    assert args.judge is not None
-    rubric = read_rubric(args.rubric)
-    try:
-        config = JudgeConfig(
-            num_samples=args.judgments, temperature=args.judge_temperature, max_new_tokens=args.judge_tokens,
-            expected=args.expected, batch_size=args.judge_batch,
-        )  # fmt: skip
-    except ValueError as error:
-        raise UsageError(str(error)) from error
-    cache = AnswerCache(args.cache or out / "judge_answers.jsonl")
-    bound = bound_judge(args.judge, args.a, args, out / "endpoint_answers.jsonl")
-    return SideBySide(cache=cache, judging=bound.judging, writer=bound.writer, rubric=rubric, config=config)
+    cache, bound = args.answer_cache(out), args.bound_judge(named)
+    return SideBySide(
+        cache=cache, judging=bound.judging, writer=bound.writer, rubric=rubric, config=args.rubric_config(rubric)
+    )
 
 
-def _sides(args: Compare, out: Path) -> tuple[list[dict[str, str]], dict[str, Any]]:
-    """The texts of both sides, and the prompts, by the same names in the same order.
+def _sides(args: Compare, out: Path) -> tuple[list[dict[str, str]], dict[str, Any], dict[str, Any]]:
+    """The texts of both sides, and the prompts, by the same names in the same order; and the plans of the responses
+    that a dry run does not sample.
 
     Raises: UsageError, EvaluationError: if they do not belong together.
     """
@@ -149,9 +136,13 @@ def _sides(args: Compare, out: Path) -> tuple[list[dict[str, str]], dict[str, An
     from jaxsi.stages.user_data import read_prompts
 
     prompts = None if args.prompts is None else read_prompts(args.prompts, args.max_prompts, **args.reading)
-    sides, asked = [], []
+    sides, asked, plans = [], [], {}
     for word, place in ((args.a, "a"), (args.b, "b")):
-        texts, own = _side(args, word, prompts, out / f"responses_{place}")
+        if prompts is not None and args.dry_run and not _is_file(word):
+            texts, own = _unsampled(args, place, prompts)
+            plans[f"responses_{place}"] = plan_of_responses(prompts, args.max_new_tokens)
+        else:
+            texts, own = _side(args, word, prompts, out / f"responses_{place}")
         sides.append(texts)
         asked.append(own)
     check_aligned(asked[0], args.a, asked[1], args.b)
@@ -159,7 +150,21 @@ def _sides(args: Compare, out: Path) -> tuple[list[dict[str, str]], dict[str, An
         raise UsageError(
             f"{args.a} and {args.b} have other prompts under the same names; give outputs for the same ones"
         )
-    return [{name: side[name] for name in asked[0]} for side in sides], asked[0]
+    return [{name: side[name] for name in asked[0]} for side in sides], asked[0], plans
+
+
+def _is_file(word: str) -> bool:
+    """Whether a side is a file of outputs, and not a model."""
+    path = Path(word)
+    return path.is_file() and path.name.removesuffix(".gz").endswith((".json", ".jsonl"))
+
+
+def _unsampled(args: Compare, place: str, prompts: Sequence[Any]) -> tuple[dict[str, str], dict[str, Any]]:
+    """A side of which no response is there, and all are as long as they may be."""
+    from jaxsi.evals.judging import unique, unsampled
+
+    own = unique(((prompt.id, prompt) for prompt in prompts), str(args.prompts))
+    return dict.fromkeys(own, unsampled(args.max_new_tokens, f"response-{place}")), own
 
 
 def _side(
@@ -192,9 +197,8 @@ def _side(
             responses = {name: text for name, text in responses.items() if name in own}
         check_aligned(responses, word, own, str(args.prompts))
         return responses, own
-    if args.dry_run:  # as if nothing were sampled yet, and every response another one
-        return {name: f"{word} {name}" for name in own}, own
-    return {r.prompt_id: r.text for r in responses_of(word, prompts, args, folder)}, own
+    texts = responses_of(word, prompts, args, folder, args.temperature)
+    return {prompt.id: text for prompt, text in zip(prompts, texts, strict=True)}, own
 
 
 def _text(value: Mapping[str, Any]) -> str:
@@ -212,8 +216,7 @@ def _text(value: Mapping[str, Any]) -> str:
         "win rate of A": rate("win_rate", "interval", "p_value"),
         "at equal length": rate("controlled", "controlled_interval", "controlled_p_value"),
         "equal responses": value["equal"],
-        "judged / reused / failed": f"{value['judged']} / {value['reused']} / {value['failed']}",
     }
-    for name, s in value.get("seeds", {}).items():
-        shown[f"{name}, all seeds"] = f"{s['mean']:.1f} %, from {s['low']:.1f} to {s['high']:.1f}"
-    return "\n".join([figures_table(shown), *(f"warning: {warning}" for warning in value["warnings"])])
+    parts = [figures_table(shown), counts_text(value), spreads_text(value["seeds"])]
+    parts.append("\n".join(f"warning: {warning}" for warning in value["warnings"]))
+    return "\n\n".join(part for part in parts if part)

@@ -7,31 +7,31 @@ from typing import Annotated, Any
 
 import tyro
 
-from jaxsi.cli.arguments import ChatOptions, Dtype
 from jaxsi.cli.command import Report, UsageError, parse
-from jaxsi.cli.judge_options import answerer, costs, new_folder, write_rows
-from jaxsi.cli.stored import Mesh
+from jaxsi.cli.eval_answers import Answering, responses_of
+from jaxsi.cli.eval_judge import check_counts
+from jaxsi.cli.eval_results import make_folder, plan_of_responses, planned, write_rows
 from jaxsi.runs.metrics import table
 
 DESCRIPTION = """IFEval: prompts with instructions such as "at least 300 words" or "no commas", which programs check.
 Shown are the shares of prompts with all instructions followed and of instructions followed, strict and loose (loose
 also tries the response without its first or last line and without asterisks). Thoughts are taken out before checking.
 
-The checkers come with pip install 'jaxsi[ifeval]'. --data is IFEval's input_data.jsonl. OUT gets responses.jsonl,
-checks.jsonl, and asked.jsonl: the same command goes on after a kill. --responses checks existing ones: rows with
-"prompt" and "response", or those of `jaxsi generate` with the keys as prompt ids.
+The checkers come with pip install 'jaxsi[ifeval]'. --data is IFEval's input_data.jsonl. DIR gets responses.jsonl and
+checks.jsonl. If the command is killed, run it again: it goes on where it stopped. --responses checks existing ones:
+rows with "prompt" and "response", or those of `jaxsi generate` with the keys as prompt ids.
 
 The checks are also a judge, and so a reward: --judging verifier:input_data.jsonl,check=ifeval (with loose=true, or
 partial=true for the share of the instructions).
 
 Examples:
-  jaxsi eval ifeval MODEL --data input_data.jsonl --out ifeval
+  jaxsi eval ifeval MODEL --data input_data.jsonl -o ifeval
   jaxsi eval ifeval --responses responses.jsonl --data input_data.jsonl --json
-  jaxsi eval ifeval endpoint:gpt-4o-mini --data input_data.jsonl --out ifeval --max-prompts 50"""
+  jaxsi eval ifeval endpoint:gpt-4o-mini --data input_data.jsonl -o ifeval --max-prompts 50"""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Ifeval(ChatOptions):
+class Ifeval(Answering):
     model: Annotated[str | None, tyro.conf.Positional, tyro.conf.arg(metavar="MODEL")] = None
     responses: Path | None = None
     """In place of MODEL: a file of responses."""
@@ -44,13 +44,12 @@ class Ifeval(ChatOptions):
     without_nltk_data: bool = False
     """Leave out the prompts that need NLTK's data punkt_tab, if they are not on this machine."""
     temperature: float = 0.0
+    """Of the responses. 0 is greedy."""
+    top_p: float = 1.0
     max_new_tokens: int = 1280
-    seed: int = 0
+    """Most new tokens of a response."""
     dry_run: bool = False
-    """Only count the calls and tokens, from above; nothing is asked."""
-    batch_size: int = 64
-    dtype: Dtype = "auto"
-    mesh: Mesh = Mesh()
+    """Only print how many calls and tokens it would take, from above; no response counts as there."""
 
 
 def ifeval(argv: list[str]) -> Report:
@@ -58,6 +57,7 @@ def ifeval(argv: list[str]) -> Report:
     args = parse(Ifeval, argv, "jaxsi eval ifeval", DESCRIPTION)
     if (args.model is None) == (args.responses is None):
         raise UsageError("give MODEL, or a file of its --responses")
+    check_counts(max_prompts=args.max_prompts)
     from jaxsi.evals.ifeval import check, checkable, figures, read_instructed
 
     given = read_instructed(args.data, args.max_prompts)
@@ -75,38 +75,23 @@ def ifeval(argv: list[str]) -> Report:
             {"key": prompt.id, "response": answered.get(prompt.id), "strict": list(strict), "loose": list(loose)}
             for prompt, (strict, loose) in zip(prompts, followed, strict=True)
         ]
-        write_rows(new_folder(args.out) / "checks.jsonl", rows)
+        write_rows(make_folder(args.out, "--out") / "checks.jsonl", rows)
     return Report(value, _text(value))
 
 
 def _answers(args: Ifeval, prompts: Any) -> Any:
     """The model's answer to each prompt, by the key; or the report of a dry run."""
-    from jaxsi.evals.answer_cache import AnswerCache
-    from jaxsi.evals.judging import ask_texts, estimate
     from jaxsi.runs.records import Prompt
-    from jaxsi.stages.verdicts import JudgeConfig
 
     assert args.model is not None
-    if args.out is None:
-        raise UsageError("--out is missing; name a folder for the responses")
-    out = new_folder(args.out)
-    writer, _ = answerer(args.model, out, args.mesh, args.dtype, args.model_chat)
     requests = [Prompt.of(prompt.id, prompt.prompt) for prompt in prompts]
-    try:
-        cfg = JudgeConfig(
-            num_samples=1, temperature=args.temperature, top_p=1.0, max_new_tokens=args.max_new_tokens,
-            batch_size=args.batch_size,
-        )  # fmt: skip
-    except ValueError as error:
-        raise UsageError(str(error)) from error
     if args.dry_run:
-        return costs(responses=estimate(writer, requests, args.max_new_tokens))
-    cache = AnswerCache(out / "asked.jsonl")
-    found = ask_texts(cache, writer, requests, cfg, template="", seed=args.seed, accept=lambda _: True)
-    answers = {id: value["text"] for id, value in found.values.items()}
-    rows = [{"key": p.id, "prompt": p.prompt, "response": answers[p.id]} for p in prompts if p.id in answers]
+        return planned(responses=plan_of_responses(requests, args.max_new_tokens))
+    out = make_folder(args.out, "MODEL")
+    texts = responses_of(args.model, requests, args, out / "responses", args.temperature)
+    rows = [{"key": p.id, "prompt": p.prompt, "response": text} for p, text in zip(prompts, texts, strict=True)]
     write_rows(out / "responses.jsonl", rows)
-    return answers
+    return {row["key"]: row["response"] for row in rows}
 
 
 def _read_responses(args: Ifeval, prompts: Any) -> dict[str, str]:

@@ -7,23 +7,25 @@ from typing import Annotated, Any
 
 import tyro
 
-from jaxsi.cli.arguments import ChatOptions, Dtype, Model
+from jaxsi.cli.arguments import ChatOptions, Model
 from jaxsi.cli.command import Report, UsageError, parse
-from jaxsi.cli.stored import Mesh, check_writes, mesh_for
+from jaxsi.cli.eval_judge import Computing, check_counts
+from jaxsi.cli.eval_results import make_folder
+from jaxsi.cli.stored import check_writes, mesh_for
 from jaxsi.runs.metrics import table
 
 DESCRIPTION = """Runs tasks of lm-evaluation-harness (pip install 'jaxsi[lm-eval]') on MODEL. A task is one of the
 harness' own, or a YAML file in the folder --include-path. Data sets are fetched by the harness; HF_DATASETS_OFFLINE=1
-keeps it off the network.
+keeps it off the network. DIR gets results.json. Nothing is kept of a command that is killed.
 
 Examples:
   jaxsi eval lm-eval MODEL --tasks arc_easy hellaswag --limit 100
   jaxsi eval lm-eval runs/mine@2 --tasks gsm8k --num-fewshot 5 --apply-chat-template --json
-  jaxsi eval lm-eval MODEL --tasks my_task --include-path my_tasks --out results.json"""
+  jaxsi eval lm-eval MODEL --tasks my_task --include-path my_tasks -o DIR"""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Harness(ChatOptions):
+class Harness(Computing, ChatOptions):
     model: Model
     tasks: tuple[str, ...]
     """Names of tasks or groups of tasks."""
@@ -39,11 +41,11 @@ class Harness(ChatOptions):
     gen_kwargs: str | None = None
     """Settings of generation in place of the task's, as max_gen_toks=128,temperature=0."""
     out: Annotated[Path | None, tyro.conf.arg(aliases=["-o"])] = None
-    """A file for all results, with the configs of the tasks, as JSON."""
+    """A folder for results.json: all results, with the configs of the tasks."""
     seed: int = 0
+    """Of the responses."""
     batch_size: int = 64
-    dtype: Dtype = "auto"
-    mesh: Mesh = Mesh()
+    """Rows generated at the same time."""
 
 
 def harness(argv: list[str]) -> Report:
@@ -53,6 +55,8 @@ def harness(argv: list[str]) -> Report:
         raise UsageError(f"--include-path {args.include_path}: no such folder")
     if not args.tasks:
         raise UsageError("--tasks is empty; name at least one task")
+    check_counts(limit=args.limit, batch_size=args.batch_size)
+    out = None if args.out is None else make_folder(args.out, "--out")
     from jaxsi.evals.harness import harness_model, tasks_of
     from jaxsi.lm import load
 
@@ -73,10 +77,10 @@ def harness(argv: list[str]) -> Report:
         log_samples=False,
     )
     assert found is not None
-    if args.out is not None:
+    if out is not None:
         from jaxsi.runs.records import write_atomically
 
-        write_atomically(args.out, [json.dumps(found, default=str, indent=1).encode()])
+        write_atomically(out / "results.json", [json.dumps(found, default=str, indent=1).encode()])
     results = {name: _plain(figures) for name, figures in found["results"].items()}
     value = {"model": args.model, "fingerprint": lm.fingerprint, "results": results}
     rows = [

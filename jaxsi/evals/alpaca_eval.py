@@ -285,13 +285,3 @@ def leaderboard(scores: Sequence[Score], mode: str = "community") -> str:
         figures = one.figures() | {"mode": mode}
         writer.writerow([one.model, *("" if figures[name] is None else figures[name] for name in COLUMNS)])
     return table.getvalue()
-
-
-def spread(values: Sequence[float]) -> dict[str, float | None]:
-    """Several values of a figure: {"mean", "sd", "low", "high"}, low and high being the least and the largest."""
-    return {
-        "mean": float(np.mean(values)),
-        "sd": float(np.std(values, ddof=1)) if len(values) > 1 else None,
-        "low": float(min(values)),
-        "high": float(max(values)),
-    }

@@ -14,6 +14,7 @@ import re
 from collections.abc import Sequence
 from importlib import resources
 from pathlib import Path
+from typing import Any
 
 from jaxsi.evals.alpaca_assets import Output
 from jaxsi.evals.alpaca_eval import Annotation
@@ -151,6 +152,10 @@ class WeightedJudge:
             plans.append(Plan.of(len(requests), len(left), estimate(self.writer, left, 1)))
         return sum(plans, Plan())
 
+    def counts(self) -> dict[str, Any]:
+        """What was asked so far, as `AnswerCache.counts`."""
+        return self.cache.counts()
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ComparingJudge:
@@ -167,6 +172,10 @@ class ComparingJudge:
     def plan(self, matches: Sequence[Match], seeds: int) -> Plan:
         """What ``preferences`` by that many seeds would ask."""
         return self.judge.plan(_rows(matches), seeds)
+
+    def counts(self) -> dict[str, Any]:
+        """What was asked so far, as `AnswerCache.counts`."""
+        return self.judge.cache.counts()
 
 
 def _rows(matches: Sequence[Match]) -> dict[str, Row]:

@@ -72,6 +72,8 @@ class AnswerCache:
     def __init__(self, path: Path | str):
         self._lines = AppendedLines(path)
         self._answers: dict[str, Any] = {}
+        self._judged = self._reused = self._failed = 0
+        self._reasons = set[str]()
         self._read()
         if self._lines.torn:
             _log.warning("%s: %d lines were cut short by a kill and are ignored", path, self._lines.torn)
@@ -114,12 +116,23 @@ class AnswerCache:
                 asked += self._ask(open_ones, ask, asker, failures)
                 advance(len(part), bool(open_ones))
         keys = {question.id: asker.key(question.content) for question in questions}
-        return Answered(
+        answered = Answered(
             values={id: self._answers[key] for id, key in keys.items() if key in self._answers},
             failures={id: failures.get(key, "") for id, key in keys.items() if key not in self._answers},
             asked=asked,
             torn=self._lines.torn,
         )
+        self._judged += asked
+        self._reused += len(answered.values) - asked
+        self._failed += len(answered.failures)
+        self._reasons |= {reason for reason in answered.failures.values() if reason}
+        return answered
+
+    def counts(self) -> dict[str, Any]:
+        """Of all questions so far: how many were "judged" now, "reused" and "failed", some reasons of the latter, and
+        the lines that a kill cut short."""
+        counts = {"judged": self._judged, "reused": self._reused, "failed": self._failed}
+        return counts | {"torn_lines": self._lines.torn, "failures": sorted(self._reasons)[:5]}
 
     def _ask(
         self,

@@ -185,7 +185,7 @@ def judge_games(
     """Judgments in the format of arena-hard-auto, of both orders. What has no room in the judge's context is asked
     again by the next run."""
     requests = game_requests(questions, answers, baseline)
-    found = ask_texts(cache, writer, requests, cfg, template="", seed=seed, accept=lambda _: True)
+    found = ask_texts(cache, writer, requests, cfg, seed=seed)
     judgments = []
     for uid, (_, category) in questions.items():
         games = []

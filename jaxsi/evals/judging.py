@@ -3,7 +3,7 @@
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
@@ -11,34 +11,16 @@ import jax
 import numpy as np
 
 from jaxsi.evals.answer_cache import AnswerCache, Answered, Asker, EvaluationError, Failure, Question
-from jaxsi.lm import LM
 from jaxsi.runs.config_snapshot import describe_config
-from jaxsi.runs.records import Prompt
+from jaxsi.runs.records import Prompt, Response
 from jaxsi.stages.endpoint import EndpointJudge
 from jaxsi.stages.endpoint_client import Request
-from jaxsi.stages.judge import judge as by_itself
 from jaxsi.stages.judges import Judge, ModelJudge, RewardJudge, Verifier, placed
 from jaxsi.stages.verdicts import JudgeConfig, LocalWriter, Writer
 from jaxsi.text.chat import prompt_length
 
 Row = TypeVar("Row")
 TOO_LONG = "the judge's context has no room for the request"
-
-
-def writer_of(judging: Judge, lm: LM | None = None) -> Writer:
-    """Who writes a judge's texts: ``lm`` itself, another model in this process, or one behind an endpoint.
-
-    Raises: EvaluationError: if the judge writes no text, such as a reward model or a function.
-    """
-    if judging is by_itself and lm is not None:
-        return LocalWriter(lm)
-    if isinstance(judging, ModelJudge):
-        return LocalWriter(placed(judging.model, lm))
-    if isinstance(judging, EndpointJudge):
-        return judging
-    raise EvaluationError(
-        f"{type(judging).__name__} writes no text, which this evaluation needs; name a model or endpoint:NAME"
-    )
 
 
 def identity(judging: Writer | Judge, cfg: JudgeConfig | None = None) -> str:
@@ -60,17 +42,11 @@ def identity(judging: Writer | Judge, cfg: JudgeConfig | None = None) -> str:
 
 
 def ask_texts(
-    cache: AnswerCache,
-    writer: Writer,
-    requests: Sequence[Prompt],
-    cfg: JudgeConfig,
-    *,
-    template: str,
-    seed: int = 0,
-    accept: Callable[[str], bool] = bool,
+    cache: AnswerCache, writer: Writer, requests: Sequence[Prompt], cfg: JudgeConfig, *, seed: int = 0
 ) -> Answered:
-    """What the writer says to each of the requests: values {"text", "finish_reason"} by the id of the request. A text
-    that ``accept`` refuses (by default an empty one) is a failure: it is not kept, and the next run asks again."""
+    """What the writer says to each of the requests: values {"text", "finish_reason"} by the id of the request. A
+    request that has no room in the writer's context, or gets an empty text, is a failure. Any other text is an answer,
+    also one without a verdict: the same request would get the same text."""
 
     def ask(questions: Sequence[Question]) -> list[Any]:
         named = [Prompt(id=asker.key(q.content), messages=tuple(q.content)) for q in questions]
@@ -78,19 +54,31 @@ def ask_texts(
             written = writer.write(named, cfg, jax.random.key(seed), 1, first=seed)
         else:
             written = writer.write(named, cfg, jax.random.key(seed), 1)
-        answers: list[Any] = []
-        for request in named:
-            response = written[request.id][0] if request.id in written else None
-            if response is None:
-                answers.append(Failure(TOO_LONG))
-            elif not accept(response.text):
-                answers.append(Failure(f"the judge's text is not an answer: {response.text!r:.80}"))
-            else:
-                answers.append({"text": response.text, "finish_reason": response.finish_reason})
-        return answers
+        return [_text_answer(written[request.id][0] if request.id in written else None) for request in named]
 
-    asker = Asker(identity(writer, cfg), template, seed)
+    asker = Asker(identity(writer, cfg), "", seed)
     return cache.answer(questions_of(requests), ask, asker, part_size=cfg.batch_size)
+
+
+def _text_answer(response: Response | None) -> dict[str, Any] | Failure:
+    if response is None:
+        return Failure(TOO_LONG)
+    if not response.text:
+        return Failure("the judge wrote nothing")
+    return {"text": response.text, "finish_reason": response.finish_reason}
+
+
+def plan_texts(
+    cache: AnswerCache, writer: Writer, requests: Sequence[Prompt], cfg: JudgeConfig, seeds: int = 1
+) -> "Plan":
+    """What ``ask_texts`` by that many seeds would ask."""
+    plans = []
+    for seed in range(seeds):
+        asker = Asker(identity(writer, cfg), "", seed)
+        missing = {question.id for question in cache.missing(questions_of(requests), asker)}
+        left = [request for request in requests if request.id in missing]
+        plans.append(Plan.of(len(requests), len(left), estimate(writer, left, cfg.max_new_tokens)))
+    return sum(plans, Plan())
 
 
 def ask_choices(
@@ -158,9 +146,14 @@ class Plan(NamedTuple):
         return Plan(*(a + b for a, b in zip(self, other, strict=True)))
 
 
-def estimate(writer: Writer, requests: Sequence[Prompt], max_new_tokens: int) -> dict[str, int]:
+def unsampled(max_new_tokens: int, name: str = "response") -> str:
+    """A text in place of one that is not sampled yet: in any tokenizer at least as many tokens as that may get."""
+    return " ".join([name] * max_new_tokens)
+
+
+def estimate(writer: Writer | None, requests: Sequence[Prompt], max_new_tokens: int) -> dict[str, int]:
     """What the requests may come to: {"calls", "prompt_tokens", "completion_tokens"}; exact prompt tokens of a model
-    in this process, an estimate from above for an endpoint."""
+    in this process, an estimate from above for an endpoint, and for a model that is not loaded (None)."""
     if isinstance(writer, LocalWriter):
         prompt_tokens = sum(prompt_length(writer.lm.tokenizer, request) for request in requests)
     else:

@@ -8,12 +8,12 @@ and written in its formats. The figures are in `mt_bench_scores`.
 import collections
 import hashlib
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from jaxsi.evals.answer_cache import AnswerCache, Answered, EvaluationError
+from jaxsi.evals.answer_cache import AnswerCache, EvaluationError
 from jaxsi.evals.judging import ask_texts
 from jaxsi.evals.mt_bench_prompts import Template, needs_reference, template_name, turn_values
 from jaxsi.evals.mt_bench_scores import NO_SCORE, rating, verdict
@@ -28,6 +28,7 @@ WINNERS = ({"A": "model_1", "B": "model_2", "C": "tie"}, {"A": "model_2", "B": "
 SOURCE = "https://github.com/lm-sys/FastChat/tree/main/fastchat/llm_judge/data/mt_bench"
 
 Turns = tuple[str, ...]
+Respond = Callable[[str, Sequence[Prompt], float], Sequence[str]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -137,37 +138,30 @@ def complete(questions: Sequence[Question], answers: Mapping[int, Turns], where:
         if given != len(question.turns):
             raise EvaluationError(
                 f"{where}: {given} of {len(question.turns)} turns of question {question.question_id} are answered; "
-                "answer all of them, or lower --max-questions"
+                "answer all of them, or lower --max-prompts"
             )
 
 
 # ----------------------------------------------------------------------------------------------------------- answering
 
 
-def answer(
-    cache: AnswerCache, writer: Writer, questions: Sequence[Question], cfg: JudgeConfig, seed: int = 0
-) -> dict[int, Turns]:
-    """The writer's answers to all questions, each at the temperature of its category, without its thoughts. The second
-    turn sees the first one and its answer. Answers are kept in the cache as they come.
-
-    Raises: EvaluationError: if an answer has no room in the model's context.
-    """
+def answer(respond: Respond, questions: Sequence[Question], temperature: float | None = None) -> dict[int, Turns]:
+    """The answers to all questions, each at the temperature of its category, or at ``temperature``. The second turn
+    sees the first one and its answer. ``respond`` gives the texts to (name of the part, prompts, temperature)."""
     answers: dict[int, Turns] = {question.question_id: () for question in questions}
     for turn in (1, 2):
         by_temperature = collections.defaultdict(list)
         for question in questions:
             if len(question.turns) >= turn:
-                by_temperature[question.temperature].append(question)
-        for temperature, group in by_temperature.items():
-            requests = [
+                at = question.temperature if temperature is None else temperature
+                by_temperature[at].append(question)
+        for at, group in by_temperature.items():
+            prompts = [
                 Prompt(id=f"{question.question_id}, turn {turn}", messages=conversation(question, answers))
                 for question in group
             ]
-            settings = _at(cfg, temperature)
-            found = ask_texts(cache, writer, requests, settings, template="", seed=seed, accept=lambda _: True)
-            _check_answered(found, cfg)
-            for question, request in zip(group, requests, strict=True):
-                answers[question.question_id] += (found.values[request.id]["text"],)
+            for question, text in zip(group, respond(f"turn_{turn}_at_{at:g}", prompts, at), strict=True):
+                answers[question.question_id] += (text,)
     return answers
 
 
@@ -178,22 +172,6 @@ def conversation(question: Question, answers: Mapping[int, Turns]) -> tuple[Mess
     for text, reply in zip(question.turns, given, strict=False):
         messages += [{"role": "user", "content": text}, {"role": "assistant", "content": reply}]
     return (*messages, {"role": "user", "content": question.turns[len(given)]})
-
-
-def _at(cfg: JudgeConfig, temperature: float) -> JudgeConfig:
-    return JudgeConfig(
-        num_samples=1, temperature=temperature, top_p=cfg.top_p, max_new_tokens=cfg.max_new_tokens,
-        batch_size=cfg.batch_size,
-    )  # fmt: skip
-
-
-def _check_answered(found: Answered, cfg: JudgeConfig) -> None:
-    if found.failures:
-        id, reason = next(iter(found.failures.items()))
-        raise EvaluationError(
-            f"question {id}: {reason} and {cfg.max_new_tokens} new tokens; lower --max-new-tokens, or answer with a "
-            f"model of a longer context ({len(found.failures)} questions)"
-        )
 
 
 # ------------------------------------------------------------------------------------------------------------- judging
@@ -306,5 +284,5 @@ def compare(
 
 def _texts(cache: AnswerCache, writer: Writer, tasks: Sequence[Task], cfg: JudgeConfig, seed: int) -> list[str]:
     requests = [task.request for task in tasks]
-    found = ask_texts(cache, writer, requests, cfg, template="", seed=seed, accept=lambda _: True)
+    found = ask_texts(cache, writer, requests, cfg, seed=seed)
     return [found.values[r.id]["text"] if r.id in found.values else NO_JUDGMENT for r in requests]

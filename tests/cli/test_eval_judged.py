@@ -18,10 +18,15 @@ import pytest
 
 import tiny
 from jaxsi import lm as lmlib
-from jaxsi.cli import eval_answers
+from jaxsi.cli import eval_answers, eval_judge
+from jaxsi.cli.agreement import agreement
+from jaxsi.cli.arena_hard import arena
 from jaxsi.cli.eval_alpaca import alpaca
 from jaxsi.cli.eval_compare import compare
+from jaxsi.cli.ifeval import ifeval
+from jaxsi.cli.lm_eval import harness
 from jaxsi.cli.main import main
+from jaxsi.cli.mt_bench import mtbench
 from jaxsi.evals import alpaca_assets
 from jaxsi.evals.alpaca_judging import is_switched
 from jaxsi.runs.records import Prompt
@@ -39,7 +44,8 @@ pytestmark = pytest.mark.xdist_group("judged evaluations")  # they share a folde
 @pytest.fixture(autouse=True)
 def _on_one_device(monkeypatch):
     """Eight devices give the same responses, but compile for longer."""
-    monkeypatch.setattr(eval_answers, "mesh_for", lambda *_: tiny.mesh())
+    for module in (eval_answers, eval_judge):
+        monkeypatch.setattr(module, "mesh_for", lambda *_: tiny.mesh())
 
 
 @pytest.fixture(scope="module")
@@ -154,7 +160,7 @@ def test_dry_run_counts_what_is_missing_and_asks_nothing(world, tmp_path, capsys
     rows = [{"instruction": t, "output": f"egg {i}", "generator": "mine"} for i, t in enumerate(TASKS)]
     (tmp_path / "o.json").write_text(json.dumps(rows))
     words = alpaca_words(world, out, "--outputs", tmp_path / "o.json", *judge, "--judge-seeds", 2)
-    plan = called(capsys, *words, "--dry-run")[1]
+    plan = called(capsys, *words, "--dry-run")[1]["judge"]
     both = sum(is_switched(t) == is_switched(t, 1) for t in TASKS)  # the same question by both seeds
     assert (plan["questions"], plan["cached"], asked) == (24, 0, []) and plan["completion_tokens"] == plan["calls"]
     assert plan["calls"] in (24, 24 - both) and plan["prompt_tokens"] > 20 * plan["calls"]
@@ -162,7 +168,7 @@ def test_dry_run_counts_what_is_missing_and_asks_nothing(world, tmp_path, capsys
     assert len(asked) == len(set(asked)) == 24 - both  # an equal question has the same answer
     assert value["seeds"]["win_rate"]["low"] <= value["win_rate"] <= value["seeds"]["win_rate"]["high"]
     assert (out / "annotations_1.json").exists()
-    plan = called(capsys, *words, "--dry-run")[1]
+    plan = called(capsys, *words, "--dry-run")[1]["judge"]
     assert (plan["calls"], plan["cached"], plan["prompt_tokens"]) == (0, 24, 0)
 
 
@@ -191,7 +197,7 @@ def test_judges_without_a_text_and_wrong_words(world, tmp_path, capsys):
         ([*given, "--judge", "x", "--judge-seeds", 0], "--judge-seeds is 0; it must be at least 1"),
         (["eval", "alpaca-eval", "--annotations", "a.json", "--c", -1], "--c is -1.0; it must be a number above 0"),
         (["eval", "alpaca-eval", "--annotations", tmp_path / "absent.json"], r"absent\.json: no such file"),
-        (["eval", "compare", "a", "b", "-o", tmp_path / "c"], "--judge: name who compares the two"),
+        (["eval", "compare", "a", "b", "-o", tmp_path / "c"], "--judge is missing; name who judges"),
         (["eval", "compare", "a", "b", "-o", tmp_path / "c", "--judge", "x"], "a: give --prompts"),
     ):
         code, _, err = called(capsys, *words)
@@ -241,7 +247,9 @@ def test_two_models_are_compared_and_a_second_command_judges_nothing(world, tmp_
     words = ["eval", "compare", world / "model", world / "judge", "--prompts", prompts, "--judge", function,
              "--dtype", "float32", "--max-new-tokens", 8, "-o", out]  # fmt: skip
     plan = called(capsys, *words, "--dry-run")[1]
-    assert (plan["questions"], plan["calls"], plan["prompt_tokens"]) == (12, 24, 0)
+    assert (plan["judge"]["questions"], plan["judge"]["calls"], plan["judge"]["prompt_tokens"]) == (12, 24, 0)
+    assert plan["responses_a"] == plan["responses_b"] and plan["responses_a"]["completion_tokens"] == 12 * 8
+    assert plan["total"]["calls"] == 48 and not (out / "responses_a").exists()
     code, value, err = called(capsys, *words)
     assert code == 0, err
     assert value["wins"] + value["losses"] + value["ties"] == value["prompts"] == 12
@@ -282,18 +290,44 @@ def test_sides_with_other_prompts_are_refused(tmp_path, capsys, world):
     assert code == 2 and "12 and 11 prompts, of which 11 are the same" in err
 
 
-@pytest.mark.parametrize(("name", "command"), [("alpaca_eval", alpaca), ("compare", compare)])
-def test_help_has_examples_and_the_recorded_flags(name, command, capsys, monkeypatch):
+EVALUATIONS = {
+    "agreement": agreement, "alpaca_eval": alpaca, "arena_hard": arena, "compare": compare, "ifeval": ifeval,
+    "lm_eval": harness, "mt_bench": mtbench,
+}  # fmt: skip
+
+
+def flags(name: str, capsys, monkeypatch) -> set[str]:
+    """The flags of an evaluation, each with its type, as --help shows them."""
     monkeypatch.setenv("COLUMNS", "120")
     with pytest.raises(SystemExit) as stop:
-        command(["--help"])
+        EVALUATIONS[name](["--help"])
     assert stop.value.code == 0
     shown = capsys.readouterr().out
     assert "Examples:" in shown and f"jaxsi eval {name.replace('_', '-')} " in shown
     lines = [line.strip(" │|") for line in shown.splitlines()]
-    listed = {re.split(r" {2,}", line)[0] for line in lines if re.match(r"--?[a-z]", line)}
-    text = "".join(f"{flag}\n" for flag in sorted(listed))
+    return {re.split(r" {2,}", line)[0] for line in lines if re.match(r"--?[a-z]", line)}
+
+
+@pytest.mark.parametrize("name", EVALUATIONS)
+def test_help_has_examples_and_the_recorded_flags(name, capsys, monkeypatch):
+    text = "".join(f"{flag}\n" for flag in sorted(flags(name, capsys, monkeypatch)))
     golden = GOLDEN / f"cli_eval_{name}.txt"
     if os.environ.get("JAXSI_UPDATE_GOLDEN"):
         golden.write_text(text, encoding="utf-8")
     assert text == golden.read_text(encoding="utf-8"), "flags changed; JAXSI_UPDATE_GOLDEN=1 records them"
+
+
+def test_all_evaluations_have_the_same_options_for_the_same_thing(capsys, monkeypatch):
+    found = {name: flags(name, capsys, monkeypatch) for name in EVALUATIONS}
+    judged = {"--judge {None}|STR", "--judge-temperature FLOAT", "--judge-tokens INT", "--judge-seeds INT",
+              "--judge-batch INT", "--cache {None}|PATH", "--dry-run"}  # fmt: skip
+    answered = {"--top-p FLOAT", "--max-new-tokens INT", "--max-prompts {None}|INT"}
+    computed = {"--dtype {auto,bfloat16,float32,float16}", "--mesh.data {None}|INT"}
+    sampled = {"--seed INT", "--batch-size INT", "--chat.thinking {off,keep,strip}", "--chat.date {None}|STR"}
+    by_rubric = {"--rubric {None}|STR", "--judge-samples INT", "--expected"}
+    for name, given in found.items():
+        assert computed <= given and any(flag.startswith("-o ") for flag in given)
+        assert (judged <= given) == (name not in ("ifeval", "lm_eval"))
+        assert (answered <= given) == (name not in ("agreement", "lm_eval"))
+        assert (sampled <= given) == (name != "agreement")
+        assert (by_rubric <= given) == (name in ("agreement", "alpaca_eval", "compare"))

@@ -15,7 +15,7 @@ import pytest
 
 from jaxsi.evals import alpaca_assets, alpaca_judging
 from jaxsi.evals.alpaca_assets import AssetError, read_assets, read_outputs
-from jaxsi.evals.alpaca_eval import Annotation, leaderboard, read_annotations, score, spread, win_rate
+from jaxsi.evals.alpaca_eval import Annotation, leaderboard, read_annotations, score, win_rate
 from jaxsi.evals.alpaca_judging import is_switched, matched, read_template, requests_of
 from jaxsi.evals.answer_cache import EvaluationError
 from jaxsi.evals.length_controlled import sigmoid
@@ -394,8 +394,3 @@ def test_templates_in_another_format_are_refused(tmp_path, text, fault):
         read_template(tmp_path / "t.txt")
     with pytest.raises(EvaluationError, match="cannot be read"):
         alpaca_judging.read_template(tmp_path / "absent.txt")
-
-
-def test_spread_of_one_value_has_no_deviation():
-    assert spread([3.0]) == {"mean": 3.0, "sd": None, "low": 3.0, "high": 3.0}
-    assert spread([1.0, 3.0])["sd"] == pytest.approx(math.sqrt(2))

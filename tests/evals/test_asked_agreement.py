@@ -6,10 +6,11 @@ import json
 import pytest
 
 from jaxsi.cli.main import main
-from jaxsi.evals import asked_agreement
+from jaxsi.evals import asked as asked_module
 from jaxsi.evals.agreement import agreement
 from jaxsi.evals.answer_cache import AnswerCache
-from jaxsi.evals.asked_agreement import Group, ask_judge, groups_of_pairs, requests_of, verdicts_of
+from jaxsi.evals.asked import Group, ask_judge, requests_of
+from jaxsi.evals.asked_agreement import groups_of_pairs, verdicts_of
 from jaxsi.evals.human_labels import read_labels
 from jaxsi.runs.records import Prompt, Response
 from jaxsi.stages.prompts.comparison import read_rubric
@@ -49,7 +50,7 @@ def judging_by(speaker):
 
 @pytest.fixture(autouse=True)
 def _judges_have_names(monkeypatch):
-    monkeypatch.setattr(asked_agreement, "identity", lambda judging, cfg: "judge")
+    monkeypatch.setattr(asked_module, "identity", lambda judging, cfg: "judge")
 
 
 @pytest.fixture
@@ -117,7 +118,11 @@ def test_command_asks_a_function_about_pairs_and_rankings(tmp_path, human, capsy
     for _ in range(2):
         assert main(words) == 0
         found.append(json.loads(capsys.readouterr().out))
-    assert [run["asked"] for run in found] == [3, 0]
+    assert [(run["judged"], run["reused"], run["failed"], run["unreadable"]) for run in found] == [
+        (3, 0, 0, 0),
+        (0, 3, 0, 0),
+    ]
+    assert (tmp_path / "out" / "judge_answers.jsonl").is_file()
     assert found[0]["with_ties"] == found[1]["with_ties"] == {"agree": 1, "of": 3, "rate": pytest.approx(1 / 3)}
     verdicts = tmp_path / "out" / "verdicts.jsonl"
     assert main(["eval", "agreement", "--human", str(human), "--verdicts", str(verdicts), "--json"]) == 0
@@ -128,7 +133,10 @@ def test_command_asks_a_function_about_pairs_and_rankings(tmp_path, human, capsy
     assert main([*words, "--out", str(tmp_path / "other"), "--judge-seeds", "2", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert (found["accuracy"], found["exact_match"], found["best"], found["kendall"]) == (1, 1, 1, 1)
-    assert found["seeds"]["scores"] == [1, 1]
+    assert found["seeds"]["accuracy"] == {"values": [1, 1], "mean": 1, "sd": 0, "low": 1, "high": 1}
+    assert main([*words, "--out", str(tmp_path / "other"), "--judge-seeds", "3", "--dry-run", "--json"]) == 0
+    plan = {"questions": 3, "cached": 2, "calls": 3, "prompt_tokens": 0, "completion_tokens": 0}
+    assert json.loads(capsys.readouterr().out) == {"dry_run": True, "judge": plan, "total": plan}
 
 
 @pytest.mark.parametrize(

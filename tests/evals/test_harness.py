@@ -151,12 +151,13 @@ def test_generation_ends_before_the_first_stop_text_and_refuses_settings_that_it
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning")
 def test_command_runs_a_local_task_offline(tasks, tmp_path, capsys):
     words = ["eval", "lm-eval", str(SEED_MODEL), "--tasks", "ours_choice", "--include-path", str(tasks)]
-    out = tmp_path / "results.json"
+    out = tmp_path / "out"
     assert main([*words, "--dtype", "float32", "--limit", "3", "--out", str(out), "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert 0 <= found["results"]["ours_choice"]["acc,none"] <= 1
     assert (
-        json.loads(out.read_text())["results"]["ours_choice"]["acc,none"] == found["results"]["ours_choice"]["acc,none"]
+        json.loads((out / "results.json").read_text())["results"]["ours_choice"]["acc,none"]
+        == found["results"]["ours_choice"]["acc,none"]
     )
     words[words.index("ours_choice")] = "no_such_task"
     assert main(words) == 2

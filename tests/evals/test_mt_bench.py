@@ -227,14 +227,20 @@ def test_no_text_breaks_the_parsers(text):
 
 def test_second_turn_sees_the_first_answer_and_each_category_has_its_temperature(tmp_path):
     questions = mt_bench.read_questions(folder_of(tmp_path, ("writing", "math", "stem")))
-    model = Speaker("model", lambda messages: f"answer {len(messages)} to {messages[-1]['content']}")
-    answers = mt_bench.answer(AnswerCache(tmp_path / "a.jsonl"), model, questions, CFG)
+    asked = []
+
+    def respond(part, prompts, temperature):
+        asked.extend((part, prompt.messages[0]["content"], temperature) for prompt in prompts)
+        return [f"answer {len(prompt.messages)} to {prompt.messages[-1]['content']}" for prompt in prompts]
+
+    answers = mt_bench.answer(respond, questions)
     assert answers[81] == ("answer 1 to first 0", "answer 3 to second 0")
-    temperatures = {messages[0]["content"]: temperature for messages, temperature in model.asked}
-    assert temperatures == {"first 0": 0.7, "first 1": 0.0, "first 2": 0.1}
-    again = Speaker("model", None)
-    assert mt_bench.answer(AnswerCache(tmp_path / "a.jsonl"), again, questions, CFG) == answers
-    assert again.asked == []
+    assert {text: temperature for _, text, temperature in asked} == {"first 0": 0.7, "first 1": 0.0, "first 2": 0.1}
+    parts = [part for part, *_ in asked]
+    assert len(set(parts)) == 6 and parts[0] == "turn_1_at_0.7"  # a part of the run for each turn and temperature
+    asked.clear()
+    mt_bench.answer(respond, questions, 0.3)
+    assert {temperature for *_, temperature in asked} == {0.3}
 
 
 def test_judge_sees_references_only_where_the_category_has_them(tmp_path):

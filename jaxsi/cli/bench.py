@@ -324,18 +324,14 @@ def _conditions(name: str, argv: list[str]) -> dict[str, Any]:
 def _provenance(command: str) -> dict[str, str]:
     """The command, commit, versions and devices that produced the figures."""
     import platform
-    import subprocess
 
     import jax
 
-    describe = ["git", "describe", "--always", "--dirty", "--abbrev=7"]
-    try:
-        commit = subprocess.run(describe, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        commit = "not in a repository"
+    from jaxsi.runs import provenance
+
     return {
         "command": command,
-        "commit": commit,
+        "commit": provenance.commit() or "not in a repository",
         "versions": f"JAX {jax.__version__}, Python {platform.python_version()}",
         "devices": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
     }

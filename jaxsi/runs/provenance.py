@@ -46,7 +46,7 @@ def _now() -> dict[str, Any]:
     return {
         "time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "command": COMMAND.get(),
-        "commit": commit(Path(__file__).parent),
+        "commit": commit(),
         "python": platform.python_version(),
         "packages": {name: found for name in PACKAGES if (found := _version(name)) is not None},
         "devices": f"{len(devices)} x {devices[0].device_kind}" if devices else None,
@@ -54,8 +54,9 @@ def _now() -> dict[str, Any]:
     }
 
 
-def commit(folder: Path) -> str | None:
-    """The commit of the repository that tracks ``folder``, with "-dirty" if files were changed; None outside of one."""
+def commit(folder: Path = Path(__file__).parent) -> str | None:
+    """The commit of the repository that tracks ``folder``, by default that of this package, with "-dirty" if files were
+    changed; None outside of one."""
     tracked = ["git", "-C", str(folder), "ls-files", "--error-unmatch", "__init__.py"]
     describe = ["git", "-C", str(folder), "describe", "--always", "--dirty", "--abbrev=12", "--match="]
     try:  # an environment inside another project's repository is not that project

@@ -1,6 +1,7 @@
 """The model card of an export."""
 
 import json
+import subprocess
 
 import pytest
 from made_runs import HOSTILE, made_run, write_value
@@ -79,3 +80,20 @@ def test_provenance_lists_every_time_a_run_was_taken_up_and_damage_is_no_error(t
     assert provenance.read(tmp_path) == []
     provenance.note(tmp_path)
     assert len(provenance.read(tmp_path)) == 1
+
+
+def test_commit_is_that_of_the_package_wherever_a_command_runs(tmp_path, monkeypatch):
+    """An environment inside of another repository is not its code."""
+    here = provenance.commit()
+    monkeypatch.chdir(tmp_path)
+    assert provenance.commit() == here
+    subprocess.run(["git", "init", "-q", str(tmp_path)], check=True)
+    (tmp_path / "__init__.py").write_text("")
+    assert provenance.commit(tmp_path) is None  # not tracked
+    author = ["-c", "user.name=a", "-c", "user.email=a@b.c"]
+    for words in (["add", "."], [*author, "commit", "-qm", "m"]):
+        subprocess.run(["git", *words], cwd=tmp_path, check=True)
+    found = provenance.commit(tmp_path)
+    assert found is not None and len(found) == 12
+    (tmp_path / "__init__.py").write_text("x = 1\n")
+    assert provenance.commit(tmp_path) == f"{found}-dirty"

@@ -103,6 +103,12 @@ def read_questions(path: Path | str, max_questions: int | None = None) -> dict[s
 
 def read_answers(path: Path | str) -> tuple[str, dict[str, str]]:
     """(the model, its answers by uid), of a file of `model_answer`. Raises: RecordError."""
+    model, answers = answers_of(path)
+    return model, {uid: text for uid, (text, *_) in answers.items()}
+
+
+def answers_of(path: Path | str) -> tuple[str, dict[str, tuple[str, Any, int]]]:
+    """(the model, (answer, its "metadata", its line) by uid), of a file of `model_answer`. Raises: RecordError."""
     model, answers = None, {}
     for line, value in rows(path):
         row = _row_errors(path, line, value)
@@ -115,7 +121,7 @@ def read_answers(path: Path | str) -> tuple[str, dict[str, str]]:
             raise RecordError(path, line, f"uid {row['uid']} is answered twice; leave one of the rows out")
         if model not in (None, row.get("model")):
             raise RecordError(path, line, f"answers of {model!r} and of {row.get('model')!r}; give one model a file")
-        model, answers[row["uid"]] = row.get("model"), text
+        model, answers[row["uid"]] = row.get("model"), (text, row.get("metadata"), line)
     if not isinstance(model, str):
         raise RecordError(path, None, "no answers with a model in this file; give a file of model_answer")
     return model, answers
@@ -252,7 +258,7 @@ def _figures(judgments: Sequence[Games], samples: int, seed: int) -> dict[str, A
     known = [(games, weighted) for games, weighted in counted if weighted is not None]
     points, weights = np.asarray([weighted for _, weighted in known], np.float64).reshape(-1, 2).T
     categories = list(dict.fromkeys(games.category for games, _ in known))
-    copies = np.asarray([point for games, _ in known for point in _copies(games)], np.float64)
+    copies = np.asarray([point for games, _ in known for point in points_of(games)], np.float64)
     return {
         "score": float(points.sum() / weights.sum()) if known else None,
         "interval": _interval(copies, np.ones_like(copies), samples, seed),
@@ -297,8 +303,14 @@ def battle_scores(path: Path | str, *, samples: int = 1000, seed: int = 0) -> di
     return figures
 
 
-def _copies(games: Games) -> list[float]:
-    """The model's points in each weighted game."""
+def counted(judgments: Sequence[Games]) -> list[Games]:
+    """The last judgment of each prompt by each judge, if both games have a label."""
+    last = {(games.model, games.judge, games.uid): games for games in judgments}
+    return [games for games in last.values() if None not in games.labels]
+
+
+def points_of(games: Games) -> list[float]:
+    """The model's points in each weighted game of a prompt. Both games have a label."""
     first, second = (_LABELS[label] for label in games.labels if label is not None)
     return [1 - first[0]] * first[1] + [second[0]] * second[1]
 

@@ -18,7 +18,7 @@ import numpy as np
 
 from jaxsi.evals.answer_cache import EvaluationError
 from jaxsi.evals.length_controlled import Gamed
-from jaxsi.runs.records import RecordError, opened, shown
+from jaxsi.runs.records import LFS_POINTER, RecordError, opened, shown
 
 REPOSITORY = "tatsu-lab/alpaca_eval"  # a data set on the Hugging Face hub
 BASELINE, JUDGE = "gpt4_1106_preview", "weighted_alpaca_eval_gpt4_turbo"  # those that the fit is calibrated for
@@ -157,7 +157,8 @@ def outputs_of(rows: Any, path: Path) -> list[Output]:
 
 
 def read_list(path: Path) -> list[Any]:
-    """A JSON list from a file, plain or .gz. NaN and infinities, which some programs write, become None.
+    """A JSON list, or JSON lines, from a file, plain or .gz. NaN and infinities, which some programs write, become
+    None.
 
     Raises: EvaluationError: if it is not one.
     """
@@ -176,10 +177,23 @@ def _content(path: Path) -> bytes:
 
 
 def _json(path: Path, content: bytes) -> Any:
+    if content.startswith(LFS_POINTER):
+        raise EvaluationError(f"{path}: a Git LFS pointer, not the data themselves; run `git lfs pull` in its folder")
     try:
-        return json.loads(content.decode("utf-8-sig"), parse_constant=lambda name: None)
+        text = content.decode("utf-8-sig")
+        try:
+            return _parsed(text)
+        except json.JSONDecodeError:
+            lines = [line for line in text.split("\n") if line.strip()]  # never at U+2028 inside a text
+            if len(lines) < 2 or not all(line.lstrip().startswith("{") for line in lines):
+                raise
+            return [_parsed(line) for line in lines]
     except (ValueError, RecursionError) as error:
         raise EvaluationError(f"{path}: not a JSON file: {error}") from None
+
+
+def _parsed(text: str) -> Any:
+    return json.loads(text, parse_constant=lambda name: None)
 
 
 def _gamed(path: Path, content: bytes) -> tuple[Gamed, np.ndarray]:

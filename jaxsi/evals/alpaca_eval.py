@@ -20,6 +20,7 @@ from jaxsi.evals.judging import unique
 from jaxsi.evals.length_controlled import LengthControlled, is_extreme, length_controlled
 from jaxsi.runs.records import shown
 
+UNKNOWN = "unknown"  # in place of a name that the annotations do not have
 Compat = Literal["alpaca_eval-0.6.6"]
 COLUMNS = (
     "win_rate", "standard_error", "n_wins", "n_wins_base", "n_draws", "n_total", "discrete_win_rate", "mode",
@@ -94,9 +95,12 @@ def read_annotations(path: Path) -> list[Annotation]:
 
     Raises: EvaluationError: if a row is not an annotation, or an instruction occurs twice; it names the row.
     """
-    rows = [_annotation(row, number, path) for number, row in enumerate(read_list(path))]
+    read = read_list(path)
+    rows = [_annotation(row, number, path) for number, row in enumerate(read)]
     if not rows:
         raise EvaluationError(f"{path} has no annotation")
+    if not any("preference" in row for row in read):
+        raise EvaluationError(f"{path}: row 0 has no preference; this is a file of outputs, not of annotations")
     unique(((row.instruction, row) for row in rows), str(path))
     return rows
 
@@ -107,13 +111,14 @@ def _annotation(row: Any, number: int, path: Path) -> Annotation:
     for name in ("instruction", "output_1", "output_2"):
         if not isinstance(row.get(name), str):
             raise EvaluationError(f"{path}: row {number} has no text {name!r}: {shown(row.get(name))}")
-    if "preference" not in row:
-        raise EvaluationError(f"{path}: row {number} has no preference; this is a file of outputs, not of annotations")
+    for name in ("generator_1", "generator_2", "annotator"):
+        if not isinstance(row.get(name), str | None):
+            raise EvaluationError(f"{path}: row {number}: {name} is {shown(row[name])}; it must be a text, or null")
     return Annotation(
         instruction=row["instruction"],
         output_1=row["output_1"],
         output_2=row["output_2"],
-        preference=preference_of(row["preference"], f"{path}: row {number}"),
+        preference=preference_of(row.get("preference"), f"{path}: row {number}"),
         generator_1=row.get("generator_1"),
         generator_2=row.get("generator_2"),
         annotator=row.get("annotator"),
@@ -164,14 +169,14 @@ def score(
       strength: C of its fit; by default chosen by cross-validation.
       compat: "alpaca_eval-0.6.6" gives row i the difficulty of instruction i, as that version of the official package
         does, even if an earlier row is missing. By default a row has the difficulty of its own instruction.
-      name: of the model; by default that of the annotations.
+      name: of the model, for people; by default that of the annotations.
 
     Raises: EvaluationError: if nothing is annotated, or if there are more than one model or baseline.
     """
     warnings: list[str] = []
-    model = name or _only([row.generator_2 for row in annotations], "generator_2", "model")
+    model = _only([row.generator_2 for row in annotations], "generator_2", "model")
     baseline = _only([row.generator_1 for row in annotations], "generator_1", "baseline")
-    annotator = ", ".join(sorted({row.annotator or "unknown" for row in annotations}))
+    annotator = ", ".join(sorted({row.annotator or UNKNOWN for row in annotations}))
     raw = win_rate([row.preference for row in annotations])
     not_annotated = len(annotations) - raw.n_total
     if not_annotated:
@@ -179,15 +184,16 @@ def score(
     controlled = None
     if assets is not None:
         warnings += _limits(annotations, assets, baseline, annotator, chooses=strength is None)
-        controlled = _controlled(annotations, assets, strength, compat, warnings, is_baseline=model == baseline)
+        itself = model is not None and model == baseline
+        controlled = _controlled(annotations, assets, strength, compat, warnings, is_baseline=itself)
     if controlled is not None and is_extreme(raw.win_rate, controlled.win_rate):
         warnings.append(
             f"the length-controlled win rate, {controlled.win_rate:.1f} %, is far from the raw one, "
             f"{raw.win_rate:.1f} %; the fit may have failed, or the judge can be gamed"
         )
     return Score(
-        model=model,
-        baseline=baseline,
+        model=name or model or UNKNOWN,
+        baseline=baseline or UNKNOWN,
         annotator=annotator,
         raw=raw,
         avg_length=int(np.mean([len(row.output_2) for row in annotations])),
@@ -200,17 +206,18 @@ def score(
     )
 
 
-def _only(names: Sequence[str | None], column: str, what: str) -> str:
-    found = {name or "unknown" for name in names}
+def _only(names: Sequence[str | None], column: str, what: str) -> str | None:
+    """The name in a column; None if no row has one. A row without a name says nothing against the others."""
+    found = {name for name in names if name}
     if len(found) > 1:
         raise EvaluationError(
             f"the annotations have more than one {what} in {column}: {', '.join(sorted(found)[:4])}; give one at a time"
         )
-    return found.pop()
+    return found.pop() if found else None
 
 
 def _limits(
-    annotations: Sequence[Annotation], assets: Assets, baseline: str, annotator: str, *, chooses: bool
+    annotations: Sequence[Annotation], assets: Assets, baseline: str | None, annotator: str, *, chooses: bool
 ) -> list[str]:
     """Why a length-controlled win rate may not be what the official one is."""
     found = []
@@ -219,7 +226,8 @@ def _limits(
     by_instruction = {output.instruction: output.output for output in assets.baseline}
     other = sum(by_instruction.get(row.instruction, row.output_1) != row.output_1 for row in annotations)
     if baseline != BASELINE or other:
-        told = f"{other} of its outputs are other texts" if baseline == BASELINE else f"the baseline is {baseline}"
+        named = f"the baseline is {baseline or UNKNOWN}"
+        told = f"{other} of its outputs are other texts" if baseline == BASELINE else named
         found.append(f"{told}; the length-controlled fit is calibrated for the outputs of {BASELINE} alone")
     if not assets.official:
         found.append(
@@ -255,6 +263,11 @@ def _controlled(
         )
         return None
     if is_baseline:  # by definition
+        if other := sum(row.output_1 != row.output_2 for row in annotations):
+            warnings.append(
+                f"generator_1 and generator_2 are the same, so the length-controlled win rate is 50 by definition, but "
+                f"{other} of the model's outputs are other texts; give the model a name of its own"
+            )
         return LengthControlled(
             strength=None, length=0.0, difficulty=0.0, model=0.0,
             predictions_N=np.full(len(annotations), 0.5),

@@ -109,9 +109,12 @@ def matched(outputs: Sequence[Output], there: str, baseline: Sequence[Output], h
 
 
 def requests_of(matches: Sequence[Match], template: Template, seed: int = 0) -> list[Prompt]:
-    """What the weighted judge is asked; a request's id is its instruction."""
+    """What the weighted judge is asked; a request's id is its instruction. Equal outputs are a tie without a request,
+    as in the official package."""
     requests = []
     for match in matches:
+        if match.baseline.output == match.model.output:
+            continue
         sides = [match.baseline.output, match.model.output]
         if is_switched(match.model.instruction, seed):
             sides.reverse()
@@ -135,11 +138,12 @@ class WeightedJudge:
         answered = ask_choices(
             self.cache, self.writer, requests, CHOICES, self.config, template=self.template.text, seed=seed
         )
+        ties = {m.model.instruction: 1.5 for m in matches if m.baseline.output == m.model.output}
         values = {
             instruction: 1 + (first if is_switched(instruction, seed) else 1 - first)
             for instruction, (first, _) in answered.values.items()
         }
-        return dataclasses.replace(answered, values=values)
+        return dataclasses.replace(answered, values=ties | values)
 
     def plan(self, matches: Sequence[Match], seeds: int) -> Plan:
         """What ``preferences`` by that many seeds would ask."""

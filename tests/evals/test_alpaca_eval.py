@@ -1,6 +1,7 @@
 """AlpacaEval 2.0: the official figures of eight models where their annotations are at hand, and made-up ones."""
 
 import csv
+import dataclasses
 import functools
 import gzip
 import hashlib
@@ -17,8 +18,9 @@ from jaxsi.evals import alpaca_assets, alpaca_judging
 from jaxsi.evals.alpaca_assets import AssetError, read_assets, read_outputs
 from jaxsi.evals.alpaca_eval import Annotation, leaderboard, read_annotations, score, win_rate
 from jaxsi.evals.alpaca_judging import is_switched, matched, read_template, requests_of
-from jaxsi.evals.answer_cache import EvaluationError
+from jaxsi.evals.answer_cache import AnswerCache, EvaluationError
 from jaxsi.evals.length_controlled import sigmoid
+from jaxsi.stages.verdicts import JudgeConfig
 
 DATA = Path(__file__).parents[3] / "shared" / "data" / "alpaca_eval"
 needs_data = pytest.mark.skipif(not DATA.is_dir(), reason="AlpacaEval's data (CC BY-NC 4.0) is not here")
@@ -333,10 +335,87 @@ def test_a_file_that_is_not_json_is_refused(tmp_path):
         read_annotations(tmp_path / "b.json")
 
 
-def test_two_models_in_one_file_are_refused(own_assets, tmp_path):
+def test_two_models_in_one_file_are_refused_whatever_name_is_given(own_assets, tmp_path):
     rows = [annotation(0, 1.0, own_assets), annotation(1, 1.0, own_assets, generator_2="other")]
-    with pytest.raises(EvaluationError, match="more than one model in generator_2: mine, other"):
-        score(read_annotations(written(tmp_path / "a.json", rows)), own_assets)
+    for name in (None, "mine"):
+        with pytest.raises(EvaluationError, match="more than one model in generator_2: mine, other"):
+            score(read_annotations(written(tmp_path / "a.json", rows)), own_assets, name=name)
+    rows[1]["generator_2"] = None  # says nothing against the other row
+    assert score(read_annotations(written(tmp_path / "a.json", rows)), own_assets, strength=1.0).model == "mine"
+
+
+def test_a_model_is_its_baseline_by_the_generators_alone(own_assets, tmp_path):
+    """Rows without generators are not those of the baseline against itself, nor is a model that is called like it."""
+    rows = [annotation(i, 1.1, own_assets) for i in range(20)]
+    expected = score(read_annotations(written(tmp_path / "a.json", rows)), own_assets, strength=1.0).controlled.win_rate
+    bare = [{k: v for k, v in row.items() if not k.startswith("generator")} for row in rows]
+    found = score(read_annotations(written(tmp_path / "b.json", bare)), own_assets, strength=1.0)
+    assert (found.model, found.baseline) == ("unknown", "unknown")
+    assert found.controlled.win_rate == expected < 40
+    named = score(read_annotations(written(tmp_path / "a.json", rows)), own_assets, strength=1.0, name="base")
+    assert (named.model, named.controlled.win_rate) == ("base", expected)
+    same = [row | {"generator_2": "base"} for row in rows]
+    found = score(read_annotations(written(tmp_path / "c.json", same)), own_assets, strength=1.0)
+    assert found.controlled.win_rate == 50
+    assert any("20 of the model's outputs are other texts; give the model a name" in text for text in found.warnings)
+
+
+def test_a_row_without_the_key_is_one_that_was_not_annotated(own_assets, tmp_path):
+    rows = [annotation(i, 1.5, own_assets) for i in range(4)]
+    del rows[1]["preference"]
+    found = read_annotations(written(tmp_path / "a.json", rows))
+    assert [a.preference for a in found] == [1.5, None, 1.5, 1.5]
+    assert score(found, own_assets, strength=1.0).not_annotated == 1
+
+
+def test_json_lines_are_read_and_a_file_that_was_not_fetched_is_named(own_assets, tmp_path):
+    rows = [annotation(i, 1.25, own_assets, output_2="a\u2028b") for i in range(3)]
+    lines = tmp_path / "a.json"
+    lines.write_text("\ufeff" + "".join(json.dumps(row, ensure_ascii=False) + "\n\n" for row in rows), encoding="utf-8")
+    assert read_annotations(lines) == read_annotations(written(tmp_path / "b.json", rows))
+    lines.write_text(json.dumps(rows[0]) + "\n{\n")
+    with pytest.raises(EvaluationError, match="not a JSON file"):
+        read_annotations(lines)
+    lines.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\n")
+    with pytest.raises(EvaluationError, match="a Git LFS pointer, not the data"):
+        read_annotations(lines)
+
+
+@pytest.mark.parametrize("name", ["generator_1", "generator_2", "annotator"])
+def test_names_are_texts(own_assets, tmp_path, name):
+    rows = [annotation(0, 1.0, own_assets), annotation(1, 1.0, own_assets, **{name: ["x"]})]
+    with pytest.raises(EvaluationError, match=rf"row 1: {name} is \['x'\]; it must be a text"):
+        read_annotations(written(tmp_path / "a.json", rows))
+
+
+@dataclasses.dataclass(frozen=True)
+class Deciding:
+    """A writer that always prefers the first output, and keeps what it is asked."""
+
+    asked: list[Any] = dataclasses.field(default_factory=list, repr=False)
+
+    def choice_logps(self, requests: Any, choices: Any, cfg: Any) -> dict[str, list[float]]:
+        self.asked.extend(requests)
+        return {request.id: [math.log(0.75), math.log(0.25)] for request in requests}
+
+
+def test_equal_outputs_are_a_tie_that_nobody_is_asked_about(own_assets, tmp_path):
+    texts = ["other", *(o.output for o in own_assets.baseline[1:3]), "other"]
+    baseline = own_assets.baseline[:4]
+    outputs = [
+        alpaca_assets.Output(instruction=o.instruction, output=text, generator="mine")
+        for o, text in zip(baseline, texts, strict=True)
+    ]
+    writer = Deciding()
+    judge = alpaca_judging.WeightedJudge(
+        cache=AnswerCache(tmp_path / "cache.jsonl"), writer=writer, template=read_template(),
+        config=JudgeConfig(num_samples=1),
+    )  # fmt: skip
+    matches = matched(outputs, "o", baseline, "b")
+    found = judge.preferences(matches)
+    expected = {o.instruction: 1.75 if is_switched(o.instruction) else 1.25 for o in baseline}
+    assert found.values == expected | {o.instruction: 1.5 for o in baseline[1:3]}
+    assert len(writer.asked) == found.asked == 2
 
 
 def test_leaderboard_row_has_the_official_columns_best_first(own_assets, tmp_path):

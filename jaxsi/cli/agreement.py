@@ -15,7 +15,7 @@ from jaxsi.cli.judges import JUDGES
 from jaxsi.runs.metrics import table
 
 DESCRIPTION = f"""How well a judge agrees with people who compared two responses (--human), or ranked several
-(--rankings).
+(--rankings); or how far benchmarks order models as people do (--scores).
 
 --human takes votes on MT-Bench (question_id, turn, model_a, model_b, winner, judge), LLMBar's dataset.json (input,
 output_1, output_2, label) and PandaLM's test set (response1, response2, annotator1, ...). --rankings takes rows with
@@ -27,12 +27,16 @@ result.json, PandaLM's results, or the verdicts.jsonl of this command; for --ran
 
 {JUDGES}
 
+--scores takes a CSV with a row for each model: its name, then its scores. It prints the rank correlation of every
+column with --truth, over the models that have both.
+
 Examples:
   jaxsi eval agreement --human human.jsonl --voters expert --verdicts gpt4_pair.jsonl
   jaxsi eval agreement --human human.jsonl --verdicts model_judgment/gpt-4_single.jsonl --json
   jaxsi eval agreement --human LLMBar/Natural/dataset.json --judge endpoint:gpt-4o-mini -o natural --dry-run
   jaxsi eval agreement --human LLMBar/Natural/dataset.json --judge model:MODEL -o natural --judge-seeds 3
-  jaxsi eval agreement --rankings rankings.jsonl --judge reward:REWARD_MODEL -o rewards"""
+  jaxsi eval agreement --rankings rankings.jsonl --judge reward:REWARD_MODEL -o rewards
+  jaxsi eval agreement --scores leaderboards.csv --truth "Arena Elo" --json"""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -41,6 +45,10 @@ class Agreement(RowOptions, JudgedByRubric):
     """Pairs that people compared."""
     rankings: Path | None = None
     """Responses that people ranked."""
+    scores: Path | None = None
+    """A CSV with the scores of models."""
+    truth: str | None = None
+    """The column of --scores to compare the others with. Default: the first one with scores."""
     verdicts: Path | None = None
     """What the judge said, in place of --judge."""
     voters: str = ""
@@ -57,8 +65,10 @@ class Agreement(RowOptions, JudgedByRubric):
 def agreement(argv: list[str]) -> Report:
     """How well a judge agrees with people."""
     args = parse(Agreement, argv, "jaxsi eval agreement", DESCRIPTION)
-    if (args.human is None) == (args.rankings is None):
-        raise UsageError("give --human (pairs) or --rankings")
+    if sum(given is not None for given in (args.human, args.rankings, args.scores)) != 1:
+        raise UsageError("give --human (pairs) or --rankings, or --scores (of models); one of them")
+    if args.scores is not None:
+        return _scores(args)
     if (args.verdicts is None) == (args.judge is None):
         raise UsageError("give --verdicts (a file) or --judge (who is asked now)")
     check_counts(max_rows=args.max_rows)
@@ -107,9 +117,9 @@ def _pairs(args: Agreement) -> Report:
 
 
 def _rankings(args: Agreement) -> Report:
+    from jaxsi.evals.agreement import ranking_figures
     from jaxsi.evals.asked_agreement import groups_of_rankings, judgments_of
     from jaxsi.runs.records import Judgment, read_jsonl
-    from jaxsi.stages.judge_quality import judge_quality
     from jaxsi.stages.user_data import read_rankings
 
     assert args.rankings is not None
@@ -118,18 +128,33 @@ def _rankings(args: Agreement) -> Report:
         judgments = read_jsonl(args.verdicts, Judgment)
         tops = [score for judgment in judgments for score in judgment.scores if score is not None]
         value = {"rankings": str(args.rankings), "verdicts": str(args.verdicts)}
-        value |= judge_quality(ranked, judgments, max(tops, default=0.0))
+        value |= ranking_figures(ranked, judgments, max(tops, default=0.0))
         return Report(value, _rows(value))
     asked = _ask(args, groups_of_rankings(ranked), "self_rewarding_judge")
     if isinstance(asked, Report):
         return asked
     found, rubric, _, counts = asked
-    each = [judge_quality(ranked, judgments_of(answers, ranked), float(rubric.high)) for answers in found]
+    each = [ranking_figures(ranked, judgments_of(answers, ranked), float(rubric.high)) for answers in found]
     unreadable = sum(None in answer["scores"] for answers in found for answer in answers.values.values())
     value = {"rankings": str(args.rankings), "judge": args.judge, "rubric": rubric.name, **each[0]}
     value |= counts | {"unreadable": unreadable}
     value["seeds"] = spreads(each, ("accuracy",))
     return Report(value, _rows(value))
+
+
+def _scores(args: Agreement) -> Report:
+    from jaxsi.evals.agreement import score_correlations
+    from jaxsi.evals.human_labels import read_scores
+
+    assert args.scores is not None
+    if args.verdicts is not None or args.judge is not None:
+        raise UsageError("--scores takes no --verdicts and no --judge; leave them out")
+    scores = read_scores(args.scores)
+    truth = " ".join((args.truth or next(iter(scores))).split())
+    if truth not in scores:
+        raise UsageError(f"--truth {truth!r} is no column with scores; they are {', '.join(scores)}")
+    value = {"scores": str(args.scores), "truth": truth, "benchmarks": score_correlations(scores, truth)}
+    return Report(value, table([{"benchmark": name, **figures} for name, figures in value["benchmarks"].items()]))
 
 
 def _ask(args: Agreement, groups: Sequence[Any], rubric_name: str) -> Any:
@@ -194,6 +219,8 @@ def _pairs_text(value: Mapping[str, Any]) -> str:
     if value["no_verdict"] or value["not_asked"]:
         missing = value["no_verdict"], value["not_asked"]
         parts.append("pairs without a verdict: {}; that the judge was not asked: {}".format(*missing))
+    if value["unread"]:
+        parts.append(f"verdicts that could not be read and count as a tie: {value['unread']}")
     if "orders" in value:
         orders = dict(value["orders"])
         models = orders.pop("models")

@@ -42,7 +42,7 @@ class Verdict:
 
     `orders`: the verdict with the first response shown first, and that with the second one shown first, both about
     the pair as it is; None if they are not known. `probability`: that the first response is better, if the judge gives
-    probabilities.
+    probabilities. `unread`: what the judge wrote is no verdict, and counts as a tie.
     """
 
     id: str
@@ -50,6 +50,7 @@ class Verdict:
     orders: tuple[Winner | None, ...] | None = None
     probability: float | None = None
     inconsistent: bool | None = None
+    unread: bool = False
 
     @staticmethod
     def of_orders(id: str, first: Winner | None, second: Winner | None) -> "Verdict":
@@ -60,8 +61,9 @@ class Verdict:
 
     @property
     def is_inconsistent(self) -> bool | None:
-        """Whether the two orders disagree; None if that is not known."""
-        if self.orders is None or None in self.orders:
+        """Whether the two orders disagree; None if that is not known. An order without a verdict is not the same as one
+        with a verdict, but as another without: so LLMBar (arXiv 2310.07641) counts."""
+        if self.orders is None:
             return self.inconsistent
         return len(set(self.orders)) > 1
 
@@ -86,6 +88,7 @@ def agreement(pairs: Sequence[Pair], verdicts: Iterable[Verdict]) -> dict[str, A
     Returns:
       "pairs", "votes": what people labelled. "judged": such pairs with a verdict; "no_verdict": those about which the
         judge was asked and gave none; "not_asked": those without a row. The figures are over the judged ones.
+        "unread": judged ones whose verdict could not be read and counts as a tie, as PandaLM counts it.
       "with_ties": votes that equal the verdict, as {"agree", "of", "rate"}; "without_ties": where neither is a tie.
       "humans": the same two of every two votes about one pair, which is the ceiling.
       "majority": the verdict against the majority of votes: "accuracy", and "precision", "recall", "f1" as means over
@@ -129,6 +132,7 @@ def _figures(pairs: Sequence[Pair], verdicts: Mapping[str, Verdict]) -> dict[str
         "judged": len(judged),
         "no_verdict": len(asked) - len(judged),
         "not_asked": len(pairs) - len(asked),
+        "unread": sum(verdict.unread for _, verdict, _ in judged),
         "with_ties": _share(votes),
         "without_ties": _share([vote for vote in votes if "C" not in vote]),
         "humans": {"with_ties": _share(human), "without_ties": _share([vote for vote in human if "C" not in vote])},
@@ -172,7 +176,7 @@ def _columns(rows: Sequence[tuple[Any, Any]]) -> tuple[list[Any], list[Any]]:
 
 def orders(pairs: Sequence[Pair], verdicts: Iterable[Verdict]) -> dict[str, Any] | None:
     """How the judge orders all who responded to an item, and all models over all items, by their mean score in the
-    pairs (1 for a win, 1/2 for a tie): `judge_quality` of the items as rankings, and "models", the "spearman" and
+    pairs (1 for a win, 1/2 for a tie): `ranking_figures` of the items as rankings, and "models", the "spearman" and
     "kendall" of the mean scores of all models. None if no item has a third response."""
     by_id = _unique(verdicts)
     votes = [(pair, label) for pair in pairs for label in pair.labels]
@@ -193,7 +197,19 @@ def orders(pairs: Sequence[Pair], verdicts: Iterable[Verdict]) -> dict[str, Any]
     names = sorted(by_human.keys() & by_judge.keys())
     scores = [[means[name] for name in names] for means in (by_human, by_judge)]
     models = {"models": len(names), "spearman": spearman(*scores), "kendall": kendall(*scores)}
-    return judge_quality(ranked, judgments, top=1.0) | {"models": models}
+    return ranking_figures(ranked, judgments, top=1.0) | {"models": models}
+
+
+def ranking_figures(
+    ranked: Sequence[RankedResponses], judgments: Sequence[Judgment], top: float
+) -> dict[str, float | int | None]:
+    """`judge_quality`, but "spearman" and "kendall" are means over the prompts on which the judge orders anything.
+    In training a judge that ties everything must not look well, and counts as 0 there; "constant_share" is the share of
+    prompts on which it does. None if it does so on all of them."""
+    figures = judge_quality(ranked, judgments, top)
+    ordered = 1 - (figures["constant_share"] or 0.0)
+    means = {name: figures[name] for name in ("spearman", "kendall")}
+    return figures | {name: mean / ordered if mean is not None and ordered else None for name, mean in means.items()}
 
 
 def _mean_scores(rows: Sequence[tuple[Pair, Winner]], *, by_item: bool) -> dict[tuple[str, str], float]:
@@ -210,3 +226,24 @@ def _judgment(item: str, number: int, score: float | None) -> Judgment:
     return Judgment(
         id=f"{item}#{number}", prompt_id=item, scores=(score,), score=score, texts=(), fingerprint="", template=""
     )
+
+
+# ---------------------------------------------------------------------------------------------------- scores of models
+
+
+def score_correlations(scores: Mapping[str, Mapping[str, float]], truth: str) -> dict[str, dict[str, Any]]:
+    """How far each benchmark orders models as another does, such as the Elo of people's votes.
+
+    Args:
+      scores: of each benchmark the score of each model.
+      truth: the benchmark to compare the others with.
+
+    Returns: of each other benchmark {"models", "spearman", "kendall"} over the models that have both scores.
+    """
+    found = {}
+    for name, values in scores.items():
+        both = [model for model in values if model in scores[truth]]
+        columns = [[score[model] for model in both] for score in (values, scores[truth])]
+        figures = {"models": len(both), "spearman": spearman(*columns), "kendall": kendall(*columns)}
+        found |= {name: figures} if name != truth else {}
+    return found

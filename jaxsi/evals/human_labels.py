@@ -3,15 +3,19 @@
 Labels: votes on MT-Bench (`model_a`, `model_b`, `winner`), LLMBar (`output_1`, `output_2`, `label`), PandaLM's test set
 (`response1`, `response2`, `annotator1` to `annotator3`). Verdicts: the same votes by a judge, FastChat's pair judgments
 (`g1_winner`, `g2_winner`) and single judgments (`score`), LLMBar's `result.json`, PandaLM's results (`idx`,
-`..._result`), and our own (`Verdict`). The columns of the first row say which format a file has.
+`..._result`), and our own (`Verdict`). The columns of the first row say which format a file has. Scores of models on
+benchmarks are a CSV.
 """
 
+import csv
+import io
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from jaxsi.evals.agreement import SWAPPED, Pair, Verdict, winner_of
-from jaxsi.runs.records import Prompt, RecordError, from_json, shown
+from jaxsi.runs.records import Prompt, RecordError, from_json, opened, shown
 from jaxsi.stages.prompts.comparison import Winner
 from jaxsi.stages.rows import rows
 
@@ -261,21 +265,22 @@ def _llmbar(path: Path | str, table: list[tuple[int, Row]], voters: str) -> Labe
 
 
 def _llmbar_verdict(path: Path | str, line: int, id: str, row: Row) -> Verdict:
-    """Winners in both orders stand under "swap = False" and "swap = True", both by the outputs' own numbers."""
+    """Winners in both orders stand under "swap = False" and "swap = True", both by the outputs' own numbers, in the
+    last of the results: before it come a reference, metrics, or the verdicts that disagreed."""
     results = row["results"]
-    first = results[0] if isinstance(results, list) and results else None
-    if not isinstance(first, Mapping) or not {"swap = False", "swap = True"} <= first.keys():
-        raise RecordError(path, line, 'results hold no winners "swap = False" and "swap = True"; give a result.json')
+    last = results[-1] if isinstance(results, list) and results else None
+    if not isinstance(last, Mapping) or not {"swap = False", "swap = True"} <= last.keys():
+        raise RecordError(path, line, 'results end in no winners "swap = False" and "swap = True"; give a result.json')
     both: list[Winner | None] = []
     for name in ("swap = False", "swap = True"):
-        winner = first[name].get("winner") if isinstance(first[name], Mapping) else None
+        winner = last[name].get("winner") if isinstance(last[name], Mapping) else None
         both.append("A" if str(winner) == "1" else "B" if str(winner) == "2" else None)
     return Verdict.of_orders(id, *both)
 
 
 # ---------------------------------------------------------------------------------------------------------- PandaLM
 
-_PANDALM: dict[str, Winner] = {"1": "A", "2": "B"}  # 0, "Tie" and what could not be read count as a tie
+_PANDALM: dict[str, Winner] = {"1": "A", "2": "B", "0": "C", "Tie": "C"}  # what could not be read counts as a tie
 
 
 def _pandalm(path: Path | str, table: list[tuple[int, Row]], voters: str) -> Labelled:
@@ -287,7 +292,7 @@ def _pandalm(path: Path | str, table: list[tuple[int, Row]], voters: str) -> Lab
         for name in (name for name in row if name.startswith("annotator")):
             if str(row[name]) not in ("0", "1", "2"):
                 raise ValueError(f"{name} is {shown(row[name])}; it is 1, 2, or 0 for a tie")
-            labels.append(_PANDALM.get(str(row[name]), "C"))
+            labels.append(_PANDALM[str(row[name])])
         question = "\n\n".join(str(row[name]) for name in ("instruction", "input") if row.get(name))
         pair = Pair(id=id, item=id, first="1", second="2", labels=tuple(labels))
         return pair, Texts(Prompt.of(id, question), str(row["response1"]), str(row["response2"]))
@@ -296,7 +301,8 @@ def _pandalm(path: Path | str, table: list[tuple[int, Row]], voters: str) -> Lab
 
 
 def _pandalm_verdict(row: Row, column: str) -> Verdict:
-    return Verdict(id=str(_whole(row, "idx")), winner=_PANDALM.get(str(row[column]), "C"))
+    said = str(row[column])
+    return Verdict(id=str(_whole(row, "idx")), winner=_PANDALM.get(said, "C"), unread=said not in _PANDALM)
 
 
 def _labelled(found: Sequence[tuple[Pair, Texts]]) -> Labelled:
@@ -306,3 +312,48 @@ def _labelled(found: Sequence[tuple[Pair, Texts]]) -> Labelled:
 def _no_voters(path: Path | str, voters: str) -> None:
     if voters:
         raise RecordError(path, None, f"this format does not say who voted; leave --voters {voters} out")
+
+
+# ---------------------------------------------------------------------------------------------------------- scores
+
+_ABSENT = ("", "-", "nan", "n/a", "none", "null")  # cells of a model without a score
+
+
+def read_scores(path: Path | str) -> dict[str, dict[str, float]]:
+    """Scores of models from a CSV, such as a leaderboard: of each benchmark the score of each model that has one. The
+    first column names the models. Columns without a number are left out; a row may have fewer cells than the header.
+    Line breaks in the name of a column become spaces.
+
+    Raises: RecordError: if the file cannot be read, a name occurs twice, or a cell of a benchmark is no number.
+    """
+    try:
+        with opened(path) as file:
+            table = list(csv.reader(io.StringIO(file.read().decode("utf-8-sig"), newline=""), strict=True))
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise RecordError(path, None, f"not a CSV file: {error}; save it as UTF-8, with commas") from None
+    header, *lines = [row for row in table if any(cell.strip() for cell in row)] or [[]]
+    names = [" ".join(name.split()) for name in header]
+    models = [row[0].strip() for row in lines]
+    for what, found in (("column", names), ("model", models)):
+        if twice := [name for i, name in enumerate(found) if name in found[:i]]:
+            raise RecordError(path, None, f"the {what} {twice[0]!r} occurs twice; leave one of them out")
+    scores: dict[str, dict[str, float]] = {}
+    for place, name in enumerate(names[1:], start=1):
+        cells = {model: row[place].strip() for model, row in zip(models, lines, strict=True) if place < len(row)}
+        values = {model: _score(cell) for model, cell in cells.items() if cell.lower() not in _ABSENT}
+        if any(value is not None for value in values.values()):
+            wrong = next((model for model, value in values.items() if value is None), None)
+            if wrong is not None:
+                raise RecordError(path, None, f"{name} of {wrong} is {shown(cells[wrong])}; it is a number, or empty")
+            scores[name] = {model: value for model, value in values.items() if value is not None}
+    if len(scores) < 2:
+        raise RecordError(path, None, f"{len(scores)} columns with scores; it needs two, after one with the models")
+    return scores
+
+
+def _score(cell: str) -> float | None:
+    try:
+        value = float(cell)
+    except ValueError:
+        return None
+    return value if math.isfinite(value) else None

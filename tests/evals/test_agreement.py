@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 from hypothesis import given, settings, strategies as st
 
+from jaxsi.cli.main import main
 from jaxsi.evals.agreement import Pair, Verdict, agreement, majority, orders
-from jaxsi.evals.human_labels import read_labels, read_verdicts
+from jaxsi.evals.human_labels import read_labels, read_scores, read_verdicts
 from jaxsi.runs.metrics import calibration, macro_scores
 from jaxsi.runs.records import RecordError, to_json
 
@@ -43,7 +44,7 @@ def test_figures_worked_out_by_hand():
     assert found["humans"]["with_ties"] == {"agree": 1, "of": 3, "rate": pytest.approx(1 / 3)}
     assert found["majority"]["accuracy"] == pytest.approx(2 / 3)
     position = found["position"]
-    assert (position["consistent"], position["of"], position["first"], position["second"]) == (1, 4, 1, 1)
+    assert (position["consistent"], position["of"], position["first"], position["second"]) == (1, 5, 1, 1)
     # Majorities A, C, B, A (and of pair 6 none) against both orders.
     assert position["accuracy_first_order"] == pytest.approx(3 / 4)
     assert position["accuracy_second_order"] == pytest.approx(1 / 4)
@@ -101,6 +102,78 @@ def test_macro_scores_worked_out_by_hand():
     assert found["f1"] == pytest.approx((2 / 3) / 3)
 
 
+def test_orders_are_correlated_where_the_judge_has_one():
+    """The other items are counted: a mean over no item is None."""
+    names = [("x", "y"), ("x", "z"), ("y", "z")]
+    pairs = [pair(f"{i}{a}{b}", "A", item=i, first=a, second=b) for i in "12" for a, b in names]
+    verdicts = [Verdict(id=p.id, winner="A" if p.item == "1" else "C") for p in pairs]
+    found = orders(pairs, verdicts)
+    assert (found["spearman"], found["kendall"], found["constant_share"]) == (1, 1, 0.5)
+    found = orders(pairs, [Verdict(id=p.id, winner="C") for p in pairs])
+    assert (found["spearman"], found["kendall"], found["constant_share"]) == (None, None, 1)
+
+
+LEADERBOARDS = """\ufeffModel,"Elo
+[of people]",ours,theirs,mode,length
+a,1200,90,1,community,
+b,1100,80.5,2,community,7
+c,,70,3,community,8
+
+d,1000,85
+e,900,-
+"""
+
+
+def test_benchmarks_are_compared_with_the_order_of_people(tmp_path, capsys):
+    """A short row and an empty cell are models without a score, a column of words is no benchmark."""
+    path = tmp_path / "boards.csv"
+    path.write_text(LEADERBOARDS, encoding="utf-8")
+    words = ["eval", "agreement", "--scores", str(path)]
+    assert main([*words, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["truth"] == "Elo [of people]" and list(found["benchmarks"]) == ["ours", "theirs", "length"]
+    assert found["benchmarks"]["ours"] == {
+        "models": 3, "spearman": pytest.approx(0.5), "kendall": pytest.approx(1 / 3)
+    }  # fmt: skip
+    assert found["benchmarks"]["theirs"] == {"models": 2, "spearman": -1.0, "kendall": -1.0}
+    assert found["benchmarks"]["length"] == {"models": 1, "spearman": None, "kendall": None}
+    assert main([*words, "--truth", "Elo\n[of people]"]) == 0
+    assert "theirs" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--truth", "mode"], "--truth 'mode' is no column with scores; they are Elo [of people], ours, theirs"),
+        (["--human", "x.jsonl"], "or --scores (of models); one of them"),
+        (["--judge", "model:x"], "--scores takes no --verdicts and no --judge"),
+    ],
+)
+def test_scores_of_models_need_a_column_and_no_judge(tmp_path, capsys, more, message):
+    path = tmp_path / "boards.csv"
+    path.write_text(LEADERBOARDS, encoding="utf-8")
+    assert main(["eval", "agreement", "--scores", str(path), *more]) == 2
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "0 columns with scores"),
+        ("Model,a\nx,1\n", "1 columns with scores; it needs two"),
+        ("Model,a,a\nx,1,2\n", "the column 'a' occurs twice"),
+        ("Model,a,b\nx,1,2\nx,2,3\n", "the model 'x' occurs twice"),
+        ("Model,a,b\nx,1,2\ny,2,about 3\n", "b of y is 'about 3'; it is a number, or empty"),
+        ('Model,a,b\nx,"1,2\n', "not a CSV file"),
+    ],
+)
+def test_bad_scores_of_models_are_refused(tmp_path, text, message):
+    path = tmp_path / "boards.csv"
+    path.write_text(text, encoding="utf-8")
+    with pytest.raises(RecordError, match=message):
+        read_scores(path)
+
+
 # ------------------------------------------------------------------------------------------------- published figures
 
 
@@ -126,16 +199,16 @@ def test_gpt4_agrees_with_experts_on_mt_bench_as_often_as_published():
 
 @needs_data
 def test_gpt4_orders_models_on_mt_bench_as_the_reference_says():
-    """A scipy computation. It averages correlations over the 159 groups on which the judge has an order; here the last
-    one counts as 0."""
+    """A scipy computation: means of correlations over the 159 groups on which the judge has an order."""
     labelled, (verdicts, others) = read_labels(VOTES), read_verdicts(GPT4)
     known = {p.id for p in labelled.pairs}
     found = orders([*labelled.pairs, *(p for p in others if p.id not in known)], verdicts)
     assert (found["prompts"], found["pairs"]) == (160, 2302)
     assert found["accuracy"] == pytest.approx(0.7363, abs=5e-5)
     assert found["best"] == pytest.approx(0.475, abs=5e-5)
-    assert found["spearman"] * 160 / 159 == pytest.approx(0.7340, abs=5e-5)
-    assert found["kendall"] * 160 / 159 == pytest.approx(0.6428, abs=5e-5)
+    assert found["spearman"] == pytest.approx(0.7340, abs=5e-5)
+    assert found["kendall"] == pytest.approx(0.6428, abs=5e-5)
+    assert found["constant_share"] == pytest.approx(1 / 160)
     assert found["models"]["spearman"] == pytest.approx(0.943, abs=5e-4)
     assert found["models"]["kendall"] == pytest.approx(0.867, abs=5e-4)
 
@@ -170,7 +243,7 @@ def test_fastchats_pair_judgments_have_both_orders(tmp_path):
     (first, second), pairs = read_verdicts(path)
     # Model b, which is the second one by name, is shown first in game 1: that is the second order.
     assert (first.orders, first.winner, first.is_inconsistent) == (("C", "B"), "C", True)
-    assert (second.orders, second.winner, second.is_inconsistent) == ((None, "B"), None, None)
+    assert (second.orders, second.winner, second.is_inconsistent) == ((None, "B"), None, True)
     assert [p.id for p in pairs] == [first.id, second.id]
 
 
@@ -201,6 +274,24 @@ def test_llmbars_results_have_both_orders(tmp_path):
     assert found["with_ties"] == {"agree": 1, "of": 1, "rate": 1.0}
     position = found["position"]
     assert (position["accuracy_first_order"], position["accuracy_second_order"]) == (1.0, 0.5)
+    assert (position["consistent"], position["of"]) == (1, 2)  # an order without a winner is no equal answer
+
+
+def test_the_last_of_llmbars_results_has_the_winners(tmp_path):
+    """Before it stand texts (a reference, metrics), or the two verdicts that a second question resolved. Two orders
+    without a winner are the same answer in LLMBar's own statistics."""
+    neither, disagreeing, both = (
+        {"swap = False": {"winner": a}, "swap = True": {"winner": b}} for a, b in ((None, None), ("1", "2"), ("2", "2"))
+    )
+    rows = [[disagreeing, both], [["What matters", "stop"], ["A reference", "stop"], both], [neither]]
+    path = tmp_path / "result.json"
+    path.write_text(json.dumps([{"label": 2, "results": results} for results in rows]))
+    verdicts, _ = read_verdicts(path)
+    assert [v.winner for v in verdicts] == ["B", "B", None]
+    assert [v.is_inconsistent for v in verdicts] == [False, False, False]
+    path.write_text(json.dumps([{"label": 2, "results": [both, ["A reference", "stop"]]}]))
+    with pytest.raises(RecordError, match="results end in no winners"):
+        read_verdicts(path)
 
 
 def test_pandalms_results_that_cannot_be_read_are_ties(tmp_path):
@@ -217,7 +308,8 @@ def test_pandalms_results_that_cannot_be_read_are_ties(tmp_path):
     assert [p.labels for p in labelled.pairs] == [("A", "A", "B"), ("C", "A", "B"), ("B", "B", "B")]
     verdicts, _ = read_verdicts(path)
     assert [v.winner for v in verdicts] == ["A", "C", "C"]
-    assert agreement(labelled.pairs, verdicts)["majority"]["accuracy"] == pytest.approx(2 / 3)
+    found = agreement(labelled.pairs, verdicts)
+    assert found["majority"]["accuracy"] == pytest.approx(2 / 3) and found["unread"] == 1
 
 
 def test_own_verdicts_are_read_as_they_were_written(tmp_path):

@@ -86,6 +86,8 @@ def read_judgments(paths: Sequence[Path | str]) -> tuple[list[Grade], list[Match
         for line, row in rows(path):
             if isinstance(row, ValueError):
                 raise RecordError(path, line, str(row))
+            if not isinstance(row, Mapping):
+                raise RecordError(path, line, f"a judgment is a JSON object, found {shown(row)}; write one a line")
             try:
                 (grades if "score" in row else matches).append(_grade(row) if "score" in row else _match(row))
             except KeyError as error:
@@ -102,7 +104,7 @@ def _grade(row: Mapping[str, Any]) -> Grade:
     if isinstance(score, bool) or not isinstance(score, int | float) or not np.isfinite(score):
         raise ValueError(f"score is {shown(score)}; it is a number, -1 for a judgment without one")
     return Grade(
-        question_id=_number(row, "question_id"), turn=_turn(row), model=str(row["model"]), judge=_judge(row),
+        question_id=_number(row, "question_id"), turn=_turn(row), model=_name(row, "model"), judge=_judge(row),
         score=None if score == NO_SCORE else float(score),
     )  # fmt: skip
 
@@ -111,10 +113,19 @@ def _match(row: Mapping[str, Any]) -> Match:
     winners = [str(row[name]) for name in ("g1_winner", "g2_winner")]
     if wrong := [winner for winner in winners if winner not in WINNERS]:
         raise ValueError(f"the winner of a game is {wrong[0]!r}; it is one of {', '.join(WINNERS)}")
+    model_1, model_2 = _name(row, "model_1"), _name(row, "model_2")
+    if model_1 == model_2:
+        raise ValueError(f"model_1 and model_2 are both {model_1!r}; a match is between two models")
     return Match(
-        question_id=_number(row, "question_id"), turn=_turn(row), model_1=str(row["model_1"]),
-        model_2=str(row["model_2"]), judge=_judge(row), g1_winner=winners[0], g2_winner=winners[1],
+        question_id=_number(row, "question_id"), turn=_turn(row), model_1=model_1, model_2=model_2, judge=_judge(row),
+        g1_winner=winners[0], g2_winner=winners[1],
     )  # fmt: skip
+
+
+def _name(row: Mapping[str, Any], key: str) -> str:
+    if not isinstance(row[key], str) or not row[key]:
+        raise ValueError(f"{key} is {shown(row[key])}; it is the name of a model")
+    return row[key]
 
 
 def _number(row: Mapping[str, Any], key: str) -> int:

@@ -216,6 +216,23 @@ def test_rating_is_the_first_double_bracket_else_the_first_single_one(text, scor
     assert rating(text) == score
 
 
+MATCH = {"question_id": 81, "turn": 1, "judge": "j", "g1_winner": "tie", "g2_winner": "tie"}
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ([judgment(81, 1, 7)], ":1: a judgment is a JSON object"),
+        (judgment(81, 1, 7, model=None), ":1: model is None; it is the name of a model"),
+        (MATCH | {"model_1": "a", "model_2": ""}, ":1: model_2 is ''; it is the name of a model"),
+        (MATCH | {"model_1": "a", "model_2": "a"}, ":1: model_1 and model_2 are both 'a'"),
+    ],
+)
+def test_a_judgment_is_about_named_models(tmp_path, row, message):
+    with pytest.raises(RecordError, match=message):
+        read_judgments([written(tmp_path / "rows.jsonl", [row])])
+
+
 @given(st.text())
 def test_no_text_breaks_the_parsers(text):
     assert rating(text) is None or rating(text) >= 0

@@ -161,7 +161,7 @@ class AnswerCache:
     def _read(self) -> None:
         try:
             for row in self._lines.read():
-                if isinstance(row, dict) and {"key", "answer"} <= row.keys():
+                if isinstance(row, dict) and isinstance(row.get("key"), str) and "answer" in row:
                     self._answers.setdefault(row["key"], row["answer"])
         except OSError as error:
             raise self._error(error) from error

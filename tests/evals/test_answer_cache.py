@@ -88,6 +88,17 @@ def test_any_damage_at_the_end_loses_at_most_the_lines_it_hits(tmp_path_factory,
     assert found[:kept] == list(range(kept)) and found[-1] == 99
 
 
+def test_lines_that_are_no_answers_are_ignored(tmp_path):
+    path = tmp_path / "a.jsonl"
+    AnswerCache(path).answer(questions("a"), counting([]), ASKER)
+    with path.open("a") as file:
+        file.write(
+            '{"key": [1], "answer": 2}\n{"key": {}, "answer": 2}\n{"key": null, "answer": 2}\n[1]\n3\n{"key": "x"}\n'
+        )
+    result = AnswerCache(path).answer(questions("a", "bb"), counting(asked := []), ASKER)
+    assert asked == ["bb"] and result.values == {"a": 1, "bb": 2} and result.torn == 0
+
+
 def test_duplicate_ids_and_a_file_that_cannot_be_written_are_refused(tmp_path):
     with pytest.raises(EvaluationError, match="two questions have the id 'a'"):
         AnswerCache(tmp_path / "a.jsonl").answer(questions("a", "a"), counting([]), ASKER)

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from jaxsi.runs.metrics import table
-from jaxsi.runs.status import held_out_rates
+from jaxsi.runs.status import held_out_rates, instructions_followed
 
 
 def iterations_table(summary: Mapping[str, Any]) -> str:
@@ -21,6 +21,7 @@ def iterations_table(summary: Mapping[str, Any]) -> str:
                 "greedy": _rounded(entry.get("greedy")),
                 "judge agreement": _rounded(entry.get("judge_agreement"), 3),
                 **win_rates(entry),
+                "IFEval": _rate_text(followed) if (followed := instructions_followed(entry)) is not None else None,
                 "on human rankings": _rounded((entry.get("judge_quality") or {}).get("accuracy"), 3),
                 "parse rate": _rounded(entry.get("parse_rate"), 3),
                 "pairs": entry.get("pairs"),

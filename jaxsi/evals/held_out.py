@@ -108,18 +108,13 @@ class HeldOutWinRate:
         sampling = dataclasses.replace(self.sampling or config.sampling, num_samples=1)
         prompts = with_room(lm, self.prompts()[: self.most], sampling.max_new_tokens)
         now = scope.sharded("held_out_responses", prompts, self.respond, lm, config, sampling, *context, of=Response)
-        earlier, rates = _earlier(scope), {}
+        earlier, rates = earlier_models(scope), {}
         if earlier:
             rates["over_first"] = self._over(earlier[0], "over_first", prompts, now, lm, config, scope)
             rates["over_previous"] = rates["over_first"]
         if len(earlier) > 1:
             rates["over_previous"] = self._over(earlier[-1], "over_previous", prompts, now, lm, config, scope)
-        lengths = [len(response.token_ids) for response in now]
-        return {
-            "evals": {"held-out": rates},
-            "mean_length": float(np.mean(lengths)) if lengths else None,
-            "cut_off": float(np.mean([r.finish_reason == "length" for r in now])) if now else None,
-        }
+        return {"evals": {"held-out": rates}, **lengths_of(now)}
 
     def _over(
         self, folder: str, name: str, prompts: Sequence[Prompt], now: Sequence[Response], lm: LM, config: Any,
@@ -149,7 +144,17 @@ def _named(responses: Sequence[Response], name: str) -> list[Response]:
     return [dataclasses.replace(r, id=f"{r.prompt_id}#{name}") for r in responses]
 
 
-def _earlier(scope: Scope) -> list[str]:
+def lengths_of(responses: Sequence[Response]) -> dict[str, float | None]:
+    """The "mean_length" (tokens) of responses, and the share that the token limit "cut_off"; None over nothing."""
+    if not responses:
+        return {"mean_length": None, "cut_off": None}
+    return {
+        "mean_length": float(np.mean([len(response.token_ids) for response in responses])),
+        "cut_off": float(np.mean([response.finish_reason == "length" for response in responses])),
+    }
+
+
+def earlier_models(scope: Scope) -> list[str]:
     """The folders of the models that were evaluated before that of ``scope``, in order."""
     if scope.name == "base":
         return []

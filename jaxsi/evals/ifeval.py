@@ -16,15 +16,19 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from jaxsi.evals.answer_cache import EvaluationError
+from jaxsi.evals.held_out import Respond, earlier_models, first_response, lengths_of
 from jaxsi.lm import LM
 from jaxsi.runs.config_snapshot import stored_as
-from jaxsi.runs.metrics import mean_ci
+from jaxsi.runs.metrics import mean_ci, ratio_ci
 from jaxsi.runs.records import Judgment, Prompt, RecordError, Response, shown
-from jaxsi.stages.answers import with_prompts
+from jaxsi.runs.run import Scope
+from jaxsi.sampling.generate import SamplingConfig
+from jaxsi.stages.answers import with_prompts, with_room
 from jaxsi.stages.judge import scored
 from jaxsi.stages.rows import rows
 
 SOURCE = "https://github.com/google-research/google-research/tree/master/instruction_following_eval/data"
+PROMPTS = 541  # in input_data.jsonl
 # Checkers that split English sentences with data of NLTK, which are no part of its package.
 NEED_NLTK_DATA = frozenset({"length_constraints:number_sentences", "change_case:capital_word_frequency"})
 
@@ -144,7 +148,8 @@ def checkable(prompts: Sequence[Instructed], *, leave_out: bool = False) -> list
         raise EvaluationError(
             f"{len(prompts) - len(without)} of {len(prompts)} prompts need NLTK's data punkt_tab, which split text "
             "into sentences and are not here; run `python -m nltk.downloader punkt_tab` where there is a network, set "
-            "NLTK_DATA to a folder with tokenizers/punkt_tab, or leave these prompts out (--without-nltk-data)"
+            "NLTK_DATA to a folder with tokenizers/punkt_tab, or leave these prompts out (--without-nltk-data, or in a "
+            "config without_nltk_data=True)"
         )
     return without
 
@@ -183,10 +188,10 @@ def _drawing(seed: str) -> Iterator[None]:
 def figures(prompts: Sequence[Instructed], followed: Sequence[Followed]) -> dict[str, Any]:
     """IFEval's four accuracies and more, as JSON values.
 
-    "prompt_strict", "prompt_loose": share of prompts of which all instructions are followed, with the 95 % bootstrap
-    intervals over prompts as "..._ci95"; "instruction_strict", "instruction_loose": share of all instructions. "kinds":
-    the same two shares of each kind of instruction, such as "length_constraints:number_words", and how many ("count").
-    None over nothing.
+    "prompt_strict", "prompt_loose": share of prompts of which all instructions are followed; "instruction_strict",
+    "instruction_loose": share of all instructions; each with its 95 % bootstrap interval as "..._ci95". "kinds": the
+    last two of each kind of instruction, such as "length_constraints:number_words", and how many there are ("count").
+    None over nothing. The interval of a share of instructions is over prompts, too.
     """
     found: dict[str, Any] = {"prompts": len(prompts), "instructions": sum(len(p.instructions) for p in prompts)}
     for name in ("strict", "loose"):
@@ -194,8 +199,9 @@ def figures(prompts: Sequence[Instructed], followed: Sequence[Followed]) -> dict
         whole = [all(values) for values in lists]
         found[f"prompt_{name}"] = sum(whole) / len(whole) if whole else None
         found[f"prompt_{name}_ci95"] = list(mean_ci(whole)[1:]) if whole else None
-        flat = [value for values in lists for value in values]
-        found[f"instruction_{name}"] = sum(flat) / len(flat) if flat else None
+        share = ratio_ci([sum(values) for values in lists], [len(values) for values in lists]) if lists else None
+        found[f"instruction_{name}"] = None if share is None else share[0]
+        found[f"instruction_{name}_ci95"] = None if share is None else list(share[1:])
     kinds: dict[str, list[tuple[bool, bool]]] = defaultdict(list)
     for prompt, result in zip(prompts, followed, strict=True):
         for kind, strict, loose in zip(prompt.instructions, *result, strict=True):
@@ -246,3 +252,126 @@ class InstructionChecks:
 @functools.lru_cache(maxsize=2)
 def _by_text(path: str) -> dict[str, Instructed]:
     return {record.prompt.strip(): record for record in read_instructed(path)}
+
+
+# ----------------------------------------------------------------------------------------------- in a run's iterations
+
+
+@stored_as("ifeval.IFEval")
+@dataclasses.dataclass(frozen=True)
+class IFEval:
+    """What a config gives as ``evaluate``, alone or in `held_out.Evaluations`: how often M_t follows the instructions
+    of ``data``, a file as `read_instructed` takes it.
+
+    ``most``: the first prompts of the file alone. ``sampling``: None is that of the run, but greedy, as IFEval is
+    measured. ``respond`` is how the method's model answers. ``without_nltk_data`` leaves out the prompts that need
+    NLTK's data where these are not installed; else such a run is refused before it begins.
+    """
+
+    data: str
+    most: int | None = None
+    _: dataclasses.KW_ONLY
+    sampling: SamplingConfig | None = None
+    respond: Respond = first_response
+    without_nltk_data: bool = False
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "data", os.fspath(self.data))
+        if self.most is not None and self.most < 1:
+            raise ValueError(f"most is {self.most}; at least one prompt is measured")
+
+    def check_installed(self) -> None:
+        """Raises: EvaluationError, RecordError: if the checkers, their data or ``data`` are not here."""
+        checkable(read_instructed(self.data, self.most), leave_out=self.without_nltk_data)
+
+    def __call__(self, lm: LM, config: Any, scope: Scope, *context: Any) -> dict[str, Any]:
+        """One iteration's figures. The scope keeps the responses, in parts of one batch, and what each follows.
+
+        Returns: {"evals": {"ifeval": {"prompt_strict": {"mean", "ci95"}, "prompt_loose", "instruction_strict",
+          "instruction_loose", "over_first": {"iteration", "prompts", "prompt_strict": {"mean", "ci95"},
+          "instruction_strict"}, "over_previous", "prompts", "left_out"}}, "mean_length" (tokens), "cut_off" (share)}.
+          "over_...": how much larger the share is than that of the first model or of the one before, on the same
+          prompts; the first model has none.
+
+        Raises: EvaluationError, RecordError: as `check_installed`, or if no prompt is left.
+        """
+        sampling = self.sampling or dataclasses.replace(config.sampling, temperature=0.0, top_p=1.0)
+        sampling = dataclasses.replace(sampling, num_samples=1)
+        given = read_instructed(self.data, self.most)
+        prompts = scope.records("eval_ifeval_prompts", self._prompts, given, lm, sampling, of=Prompt)
+        responses = scope.sharded(
+            "eval_ifeval_responses", prompts, self.respond, lm, config, sampling, *context, of=Response,
+            shard_size=sampling.batch_size,
+        )  # fmt: skip
+        by_id = {_id(prompt): prompt for prompt in given}
+        judgments = scope.records("eval_ifeval_judgments", _checked, by_id, prompts, responses, of=Judgment)
+        now = _followed(judgments)
+        measured = figures([by_id[id] for id in now], list(now.values()))
+        found: dict[str, Any] = {
+            name: {"mean": measured[name], "ci95": measured[f"{name}_ci95"]}
+            for level in ("prompt", "instruction")
+            for name in (f"{level}_strict", f"{level}_loose")
+        }
+        if earlier := earlier_models(scope):
+            for name, folder in (("over_first", earlier[0]), ("over_previous", earlier[-1])):
+                before = scope.run.at(folder).finished("eval_ifeval_judgments", of=Judgment)
+                found[name] = {"iteration": folder.removeprefix("iter_"), **_gain(now, _followed(before))}
+        found |= {"prompts": len(now), "left_out": len(given) - len(now)}
+        return {"evals": {"ifeval": found}, **lengths_of(responses)}
+
+    def _prompts(self, given: Sequence[Instructed], lm: LM, sampling: SamplingConfig) -> list[Prompt]:
+        known = checkable(given, leave_out=self.without_nltk_data)
+        prompts = with_room(lm, [Prompt.of(_id(p), p.prompt) for p in known], sampling.max_new_tokens)
+        if not prompts:
+            raise EvaluationError(
+                f"{self.data}: of {len(given)} prompts {len(given) - len(known)} need NLTK's data, and the others "
+                f"leave no room for max_new_tokens = {sampling.max_new_tokens} in the model's context; lower it"
+            )
+        return prompts
+
+
+def _id(instructed: Instructed) -> str:
+    """The id of the prompt in a run, where keys alone could be those of other prompts."""
+    return f"ifeval-{instructed.id}"
+
+
+def _checked(
+    by_id: Mapping[str, Instructed], prompts: Sequence[Prompt], responses: Sequence[Response]
+) -> list[Judgment]:
+    """What each response follows: a score of 1 or 0 for each instruction, strict and then loose; the score of the
+    response is 1 if it strictly follows all."""
+    judgments = []
+    for prompt, response in with_prompts(prompts, responses):
+        instructed = by_id[prompt.id]
+        result = check(instructed, response.text)
+        texts = [f"{kind}, {rule}" for rule in Followed._fields for kind in instructed.instructions]
+        flags = (*result.strict, *result.loose)
+        judgment = Judgment(
+            id=response.id, prompt_id=prompt.id, scores=tuple(map(float, flags)), score=float(all(result.strict)),
+            texts=tuple(texts), fingerprint="", template="",
+        )  # fmt: skip
+        judgments.append(judgment)
+    return judgments
+
+
+def _followed(judgments: Sequence[Judgment]) -> dict[str, Followed]:
+    """By the prompt's id."""
+    found = {}
+    for judgment in judgments:
+        flags, half = tuple(score == 1 for score in judgment.scores), len(judgment.scores) // 2
+        found[judgment.prompt_id] = Followed(flags[:half], flags[half:])
+    return found
+
+
+def _gain(now: Mapping[str, Followed], before: Mapping[str, Followed]) -> dict[str, Any]:
+    """How much more is followed now than before, on the prompts of both; without figures if there are none."""
+    both = [(now[id].strict, before[id].strict) for id in now if id in before]
+    if not both:
+        return {"prompts": 0}
+    whole = mean_ci([float(all(a)) - float(all(b)) for a, b in both])
+    single = ratio_ci([sum(a) - sum(b) for a, b in both], [len(a) for a, _ in both])
+    return {
+        "prompts": len(both),
+        "prompt_strict": {"mean": whole[0], "ci95": list(whole[1:])},
+        "instruction_strict": {"mean": single[0], "ci95": list(single[1:])},
+    }

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 from jaxsi.hf.config import read_config
 from jaxsi.lm import resolve
@@ -45,6 +45,13 @@ from jaxsi.training.train import TrainConfig
 FIRST_WITH_PROMPTS: dict[type, int] = {SelfRewarding: 2, MetaRewarding: 2, CREAM: 2, Temporal: 2, SEFT: 1}
 
 
+@runtime_checkable
+class NeedsInstalled(Protocol):
+    """A part of a config, such as an evaluation, that says before any work what it misses on this machine."""
+
+    def check_installed(self) -> None: ...
+
+
 class PreflightError(InputError, ValueError):
     """Settings that the model has no room for."""
 
@@ -85,6 +92,8 @@ def check(cfg: Any, directory: Path) -> None:
                         _check_room(setting, settings.max_new_tokens, read_config(resolve(path)).max_positions)
             case SamplingConfig() | CritiqueConfig() | ReviseConfig():
                 _check_room(name, part.max_new_tokens, config.max_positions)
+            case NeedsInstalled():
+                part.check_installed()
             case RewardJudge() if not read_config(resolve(part.model)).scalar_head:
                 raise PreflightError(f"{name}: {part.model} has no scalar head; give a reward model")
     for name, part in {"": cfg, **parts}.items():

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from jaxsi.evals.held_out import Evaluations, HeldOutWinRate, everyday_prompts
+from jaxsi.evals.ifeval import PROMPTS as IFEVAL_PROMPTS, IFEval
 from jaxsi.methods import cream, grpo, meta_rewarding, online_dpo, pit, seft, self_rewarding, spin, srt, temporal
 from jaxsi.perf.planned_stages import (
     CHARACTERS_PER_TOKEN,
@@ -194,9 +195,14 @@ def _expected(plan: StagePlan, name: str, responses: int, tokens: int) -> Scorin
 
 
 def _evaluation(plan: StagePlan) -> Iterator[Stage]:
-    """The held-out win rates of an iteration, over two earlier models, each in both orders; M_0 is the judge."""
+    """The held-out win rates of an iteration, over two earlier models, each in both orders, M_0 is the judge; and the
+    responses to IFEval's prompts."""
     evaluate, held = plan.cfg.evaluate, Held(4 if isinstance(plan.cfg, pit.Config) else 3)
     for part in evaluate.parts if isinstance(evaluate, Evaluations) else (evaluate,):
+        if isinstance(part, IFEval):
+            sampling = part.sampling or plan.cfg.sampling
+            prompts = min(part.most or IFEVAL_PROMPTS, IFEVAL_PROMPTS)
+            yield plan.sampling("IFEval: responses", prompts, plan.prompt, sampling, held, samples=1)
         if not isinstance(part, HeldOutWinRate):
             continue
         known = len(everyday_prompts()) if part.prompts is everyday_prompts else plan.held_out

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from jaxsi.report import figures, stages
-from jaxsi.report.run_files import RunFiles, mapping, number, read_run, text
+from jaxsi.report.run_files import RunFiles, listed, mapping, number, read_run, text
 from jaxsi.report.visible import plain
 from jaxsi.runs import provenance
 
@@ -198,9 +198,10 @@ def _evaluation(run: RunFiles) -> tuple[list[str], list[list[str]], str]:
             cells.append(figures.shown_number(mean) + ("" if ends is None else f" ({ends[0]} to {ends[1]})"))
         rows.append([cell(one) for one in cells])
     evaluate = run.config.get("evaluate")
-    by = text(evaluate.get("__type__") if isinstance(evaluate, dict) else evaluate).split("#")[0]
-    note = f"Measured by {code(by)}." if by else ""
-    if by.startswith("evals.toy"):
+    parts = listed(mapping(evaluate).get("parts")) or ([] if evaluate is None else [evaluate])
+    by = [text(part.get("__type__") if isinstance(part, dict) else part).split("#")[0] for part in parts]
+    note = f"Measured by {' and '.join(map(code, by))}." if by else ""
+    if any(one.startswith("evals.toy") for one in by):
         note += " Quality is the exact grade, from 0 to 100, of responses to tasks of jaxsi's embedded world."
     return ["iteration", *(cell(name.removeprefix("evals.").replace("_", " ")) for name in wanted)], rows, note
 

@@ -135,16 +135,24 @@ def overview(runs: Sequence[RunFiles]) -> Table:
     return dataclasses.replace(table, numbers=[name not in left for name in table.columns])
 
 
+# Evaluations that a headline is made of if there is no quality: (name, share, what the share says).
+EVALUATED = (
+    ("held-out", "over_first", "wins over the first one on {share} of the held-out prompts"),
+    ("ifeval", "prompt_strict", "follows all instructions of {share} of IFEval's prompts"),
+)
+
+
 def headline(run: RunFiles) -> str:
     """What came out of a run, in one sentence; with the intervals, which say how sure it is."""
     first, last = _ends(run)
     if first is None or last is None:
-        for line in reversed(run.iterations):
-            rate = mapping(mapping(mapping(mapping(line).get("evals")).get("held-out")).get("over_first"))
-            if (mean := number(rate.get("mean"))) is not None:
-                low, high = ([number(end) for end in listed(rate.get("ci95"))] + [None, None])[:2]
-                ends = "" if low is None or high is None else f" ({100 * low:.0f} to {100 * high:.0f} %)"
-                return f"The newest model wins over the first one on {100 * mean:.0f} %{ends} of the held-out prompts."
+        for evaluation, figure, says in EVALUATED:
+            for line in reversed(run.iterations):
+                share = mapping(mapping(mapping(mapping(line).get("evals")).get(evaluation)).get(figure))
+                if (mean := number(share.get("mean"))) is not None:
+                    low, high = ([number(end) for end in listed(share.get("ci95"))] + [None, None])[:2]
+                    ends = "" if low is None or high is None else f" ({100 * low:.0f} to {100 * high:.0f} %)"
+                    return f"The newest model {says.format(share=f'{100 * mean:.0f} %{ends}')}."
         where = f", now at {run.journal[-1]['scope']}/{run.journal[-1]['stage']}" if run.journal and run.live else ""
         return f"No quality was measured yet{where}."
     if first == last:

@@ -185,12 +185,14 @@ def _syntax(node: Any) -> Any:
 
 
 def parts_of(cfg: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """The configs inside a config, by their dotted names."""
+    """The configs inside a config, by their dotted names; those in a tuple by their places, "evaluate.parts.0"."""
     for field in dataclasses.fields(cfg):
         value, name = getattr(cfg, field.name), prefix + field.name
-        if dataclasses.is_dataclass(value):
-            yield name, value
-            yield from parts_of(value, f"{name}.")
+        members = [(f"{name}.{i}", one) for i, one in enumerate(value)] if isinstance(value, tuple) else [(name, value)]
+        for place, part in members:
+            if dataclasses.is_dataclass(part) and not isinstance(part, type):
+                yield place, part
+                yield from parts_of(part, f"{place}.")
 
 
 def with_dtypes(config: Config, choose: Callable[[str | None], str], stored: Any = None) -> Config:

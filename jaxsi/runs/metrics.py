@@ -114,6 +114,20 @@ def mean_ci(values: ArrayLike, *, samples: int = 10_000, seed: int = 0) -> tuple
     return float(per_prompt.mean()), *_interval(means)
 
 
+def ratio_ci(
+    parts: ArrayLike, wholes: ArrayLike, *, samples: int = 10_000, seed: int = 0
+) -> tuple[float, float, float]:
+    """(sum of parts / sum of wholes, low, high): the 95 % bootstrap interval over prompts of parts, wholes [prompts].
+    Every whole is above 0. What belongs to one prompt is drawn together: its parts are not independent."""
+    parts, wholes = np.asarray(parts, dtype=np.float64), np.asarray(wholes, dtype=np.float64)
+    _check_finite(parts=parts, wholes=wholes)
+    if parts.ndim != 1 or parts.shape != wholes.shape or parts.size == 0 or not (wholes > 0).all():
+        raise ValueError(f"parts have shape {parts.shape}, wholes {wholes.shape}; give [prompts] above 0, not empty")
+    draws = _draws(np.random.default_rng(seed), len(parts), samples)
+    ratios = np.concatenate([(counts @ parts) / (counts @ wholes) for counts in draws])
+    return float(parts.sum() / wholes.sum()), *_interval(ratios)
+
+
 def paired_bootstrap(a: ArrayLike, b: ArrayLike, *, samples: int = 10_000, seed: int = 0) -> tuple[float, float, float]:
     """(mean of a - b, low, high): the 95 % bootstrap interval of a, b [seeds, prompts], paired entry by entry.
     [prompts] counts as one seed.

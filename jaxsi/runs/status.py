@@ -60,6 +60,8 @@ def sentence(line: Mapping[str, Any]) -> str:
     if line.get("judge_agreement") is not None:
         parts.append(f"judge agreement {line['judge_agreement']:.3f}")
     parts += [f"{name} {_mean(rate, 2)}" for name, rate in _win_rates(line)]
+    if (followed := instructions_followed(line)) is not None:
+        parts.append(f"IFEval {_mean(followed, 2)}")
     if line.get("parse_rate") is not None and line["parse_rate"] < 1:
         parts.append(f"parse rate {line['parse_rate']:.3f}")
     parts += [f"{line[name]:,} {name}" for name in ("pairs", "ties") if isinstance(line.get(name), int)]
@@ -69,11 +71,12 @@ def sentence(line: Mapping[str, Any]) -> str:
 
 
 def so_far(summary: Mapping[str, Any]) -> str:
-    """The quality, or else the win rates, of all models so far: "quality 69.7 → 82.4"."""
+    """The quality, or else the win rates, or else IFEval, of all models so far: "quality 69.7 → 82.4"."""
     lines = [summary[name] for name in ("base",) if name in summary] + list(summary.get("iterations", []))
     if means := [f"{line['quality']['mean']:.1f}" for line in lines if line.get("quality")]:
         return f"quality {' → '.join(means)}"
     found = [rates[0] for line in lines if (rates := _win_rates(line))]
+    found = found or [("IFEval", shares) for line in lines if (shares := instructions_followed(line)) is not None]
     return f"{found[-1][0]} {' → '.join(format(rate['mean'], '.2f') for _, rate in found)}" if found else ""
 
 
@@ -82,6 +85,13 @@ def held_out_rates(line: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
     over which nothing could be judged."""
     rates = (line.get("evals") or {}).get("held-out", {})
     return {name: rate for name, rate in rates.items() if rate is not None and rate.get("mean") is not None}
+
+
+def instructions_followed(line: Mapping[str, Any]) -> Mapping[str, Any] | None:
+    """The share of prompts of which a model follows all instructions, strictly: {"mean", "ci95"} of `IFEval` in a line
+    of summary.json; None if it was not measured."""
+    share = (line.get("evals") or {}).get("ifeval", {}).get("prompt_strict")
+    return share if share is not None and share.get("mean") is not None else None
 
 
 def _win_rates(line: Mapping[str, Any]) -> list[tuple[str, Mapping[str, Any]]]:

@@ -1,5 +1,6 @@
 """IFEval: the checkers are those of lm-eval on all prompts, thoughts are taken out, and the checks judge and reward."""
 
+import dataclasses
 import gzip
 import json
 import os
@@ -7,12 +8,14 @@ import random
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 pytest.importorskip("lm_eval", reason="the checkers need lm-eval: pip install 'jaxsi[ifeval]'")
 pytest.importorskip("langdetect", reason="the checkers need langdetect: pip install 'jaxsi[ifeval]'")
 
+import tiny
 from jaxsi.cli.command import UsageError
 from jaxsi.cli.judges import judge_of
 from jaxsi.cli.main import main
@@ -20,6 +23,8 @@ from jaxsi.evals import ifeval
 from jaxsi.evals.answer_cache import EvaluationError
 from jaxsi.evals.ifeval import Followed, Instructed, InstructionChecks, check, checkable, figures, read_instructed
 from jaxsi.runs.records import Prompt, RecordError, Response
+from jaxsi.runs.run import Run
+from jaxsi.sampling.generate import SamplingConfig
 from jaxsi.stages.judges import RewardsBy
 
 DATA = Path(__file__).parents[3] / "shared" / "data" / "ifeval" / "data.json.gz"
@@ -29,6 +34,11 @@ ROW = {
     "key": 7, "prompt": "Say hello.", "instruction_id_list": [NO_COMMA, WORDS],
     "kwargs": [{}, {"relation": "at least", "num_words": 3}],
 }  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Seeded:
+    seed: int = 0
 
 
 def written(path, *rows):
@@ -202,6 +212,27 @@ def test_a_bad_row_is_refused_with_its_line(change, message, tmp_path):
         read_instructed(written(tmp_path / "data.jsonl", ROW | {"key": 1}, row))
     with pytest.raises(RecordError, match="key 7 occurs twice"):
         read_instructed(written(tmp_path / "data.jsonl", ROW, ROW))
+
+
+@needs_data
+def test_evaluation_of_a_run_has_the_figures_of_the_command(tmp_path):
+    texts = ["one two three", "ONE, TWO", "<<title>> one.\n\nP.S. two", "- one\n- two"]
+
+    def respond(prompts, *_):
+        return [Response.of(f"{p.id}#0", p.id, 0, texts[i % 4]) for i, p in enumerate(prompts)]
+
+    evaluation = ifeval.IFEval(DATA, most=40, respond=respond, without_nltk_data=True)
+    cfg = SimpleNamespace(sampling=SamplingConfig(max_new_tokens=4, batch_size=512))
+    with Run.open(tmp_path, Seeded()) as run:
+        found = evaluation(tiny.make_lm(), cfg, run.at("base"))["evals"]["ifeval"]
+        stored = run.at("base").finished("eval_ifeval_prompts", of=Prompt)
+    given = {f"ifeval-{prompt.id}": prompt for prompt in read_instructed(DATA, 40)}
+    prompts = [given[prompt.id] for prompt in stored]
+    expected = figures(prompts, [check(prompt, texts[i % 4]) for i, prompt in enumerate(prompts)])
+    assert found["prompts"] + found["left_out"] == 40 and found["prompts"] == len(prompts) > 10
+    for name in ("prompt_strict", "prompt_loose", "instruction_strict", "instruction_loose"):
+        assert found[name] == {"mean": expected[name], "ci95": expected[f"{name}_ci95"]}
+    assert 0 < found["instruction_strict"]["mean"] <= found["instruction_loose"]["mean"] < 1
 
 
 def test_command_checks_responses(tmp_path, capsys):

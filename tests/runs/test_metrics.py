@@ -15,6 +15,7 @@ from jaxsi.runs.metrics import (
     mean_ci,
     paired_bootstrap,
     pairwise_agreement,
+    ratio_ci,
     spearman,
     table,
 )
@@ -125,6 +126,20 @@ def test_mean_interval_agrees_with_the_normal_approximation():
     assert high == pytest.approx(mean + 1.96 * error, abs=0.1)
     assert mean_ci(values) == (mean, low, high)  # the same seed, the same interval
     assert mean_ci(values, seed=1) != (mean, low, high)
+
+
+def test_ratio_draws_what_belongs_to_a_prompt_together():
+    rng = np.random.default_rng(0)
+    wholes = rng.integers(1, 4, 400)
+    parts = wholes * (rng.random(400) < 0.3)  # a prompt has all of its parts or none
+    share, low, high = ratio_ci(parts, wholes)
+    assert share == pytest.approx(parts.sum() / wholes.sum())
+    error = math.sqrt(((parts - share * wholes) ** 2).sum()) / wholes.sum()
+    assert low == pytest.approx(share - 1.96 * error, abs=0.005)
+    assert high == pytest.approx(share + 1.96 * error, abs=0.005)
+    assert ratio_ci(parts, np.ones(400)) == pytest.approx(mean_ci(parts))
+    with pytest.raises(ValueError, match="above 0"):
+        ratio_ci([1, 0], [1, 0])
 
 
 def test_more_samples_of_a_prompt_do_not_narrow_the_interval():

@@ -79,7 +79,7 @@ def _improved(prompts: Sequence[Prompt], method: Any) -> list[Response]:
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class HeldOutWinRate:
     """What a config gives as ``evaluate``: the win rates of M_t over the first model that the run evaluates, and over
-    the one before M_t, on ``prompts`` that nothing is trained on.
+    the one before M_t, on ``prompts`` that nothing is trained on. A run asks for them once and keeps them.
 
     ``judging`` compares by ``rubric``, with the settings ``judge``; None is the model that the run began with, which
     stays the same in all iterations. ``sampling``: None is that of the run, with one response to a prompt. ``respond``
@@ -106,7 +106,8 @@ class HeldOutWinRate:
           judged has no mean.
         """
         sampling = dataclasses.replace(self.sampling or config.sampling, num_samples=1)
-        prompts = with_room(lm, self.prompts()[: self.most], sampling.max_new_tokens)
+        kept = scope.run.at("iter_0").records("held_out_prompts", self.prompts, of=Prompt)
+        prompts = with_room(lm, kept[: self.most], sampling.max_new_tokens)
         now = scope.sharded("held_out_responses", prompts, self.respond, lm, config, sampling, *context, of=Response)
         earlier, rates = earlier_models(scope), {}
         if earlier:

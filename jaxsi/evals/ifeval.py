@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 from jaxsi.evals.answer_cache import EvaluationError
 from jaxsi.evals.held_out import Respond, earlier_models, first_response, lengths_of
 from jaxsi.lm import LM
-from jaxsi.runs.config_snapshot import stored_as
+from jaxsi.runs.config_snapshot import file_content, stored_as
 from jaxsi.runs.metrics import mean_ci, ratio_ci
 from jaxsi.runs.records import Judgment, Prompt, RecordError, Response, shown
 from jaxsi.runs.run import Scope
@@ -225,10 +225,11 @@ class InstructionChecks:
     """The checks as a judge, and so as a reward: a response's score is 1 if it follows all instructions of its prompt,
     else 0; with ``partial`` it is the share of the instructions that it follows. ``loose``: as IFEval's loose accuracy.
 
-    ``prompts`` is a file as `read_instructed` takes it; a prompt is found by its text.
+    ``prompts`` is a file as `read_instructed` takes it; a prompt is found by its text. A run keeps a hash of the file:
+    with another content it does not go on.
     """
 
-    prompts: str
+    prompts: str = dataclasses.field(metadata=file_content())
     loose: bool = False
     partial: bool = False
 
@@ -261,14 +262,14 @@ def _by_text(path: str) -> dict[str, Instructed]:
 @dataclasses.dataclass(frozen=True)
 class IFEval:
     """What a config gives as ``evaluate``, alone or in `held_out.Evaluations`: how often M_t follows the instructions
-    of ``data``, a file as `read_instructed` takes it.
+    of ``data``, a file as `read_instructed` takes it, of which a run keeps a hash.
 
     ``most``: the first prompts of the file alone. ``sampling``: None is that of the run, but greedy, as IFEval is
     measured. ``respond`` is how the method's model answers. ``without_nltk_data`` leaves out the prompts that need
     NLTK's data where these are not installed; else such a run is refused before it begins.
     """
 
-    data: str
+    data: str = dataclasses.field(metadata=file_content())
     most: int | None = None
     _: dataclasses.KW_ONLY
     sampling: SamplingConfig | None = None

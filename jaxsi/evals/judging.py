@@ -1,21 +1,19 @@
 """What an evaluation asks of a judge: texts, or the probabilities of some answers; each question once (see
 `answer_cache`)."""
 
-import hashlib
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 import jax
 import numpy as np
 
 from jaxsi.evals.answer_cache import AnswerCache, Answered, Asker, EvaluationError, Failure, Question
-from jaxsi.runs.config_snapshot import describe_config
+from jaxsi.runs.config_snapshot import describe_config, file_hashes
 from jaxsi.runs.records import Prompt, Response
 from jaxsi.stages.endpoint import EndpointJudge
 from jaxsi.stages.endpoint_client import Request
-from jaxsi.stages.judges import Judge, ModelJudge, RewardJudge, Verifier, placed
+from jaxsi.stages.judges import Judge, ModelJudge, RewardJudge, placed
 from jaxsi.stages.verdicts import JudgeConfig, LocalWriter, Writer
 from jaxsi.text.chat import prompt_length
 
@@ -25,7 +23,7 @@ TOO_LONG = "the judge's context has no room for the request"
 
 def identity(judging: Writer | Judge, cfg: JudgeConfig | None = None) -> str:
     """A judge as a text that changes when its answers may: weights, chat template and dtype of a model in this
-    process, the name of one behind an endpoint, the content of a file of known answers, the source of a function; and
+    process, the name of one behind an endpoint, the content of the files that it names, the source of a function; and
     the sampling settings."""
     if isinstance(judging, LocalWriter):
         described: Any = [judging.fingerprint, judging.template, str(judging.lm.dtype)]
@@ -35,8 +33,7 @@ def identity(judging: Writer | Judge, cfg: JudgeConfig | None = None) -> str:
         described = [describe_config(judging)]
         if isinstance(judging, ModelJudge | RewardJudge):  # a path says nothing about the weights that are there now
             described.append(placed(judging.model, None).fingerprint)
-        if isinstance(judging, Verifier) and Path(judging.answers).is_file():
-            described.append(hashlib.sha256(Path(judging.answers).read_bytes()).hexdigest()[:16])
+        described += file_hashes(judging).values()
     settings = None if cfg is None else [cfg.temperature, cfg.top_p, cfg.max_new_tokens]
     return json.dumps([described, settings], sort_keys=True)
 

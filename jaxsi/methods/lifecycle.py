@@ -10,6 +10,7 @@ from jaxsi.lm import LM, load, save_checkpoint
 from jaxsi.model import mesh as meshlib
 from jaxsi.runs import checkpoint, progress
 from jaxsi.runs.config_snapshot import parts_of
+from jaxsi.runs.records import Prompt
 from jaxsi.runs.run import Run, RunError, Scope, StaleRecordsError
 from jaxsi.runs.status import sentence, so_far
 from jaxsi.stages.early_stop import EarlyStop, WinRate, is_better, win_rate
@@ -79,9 +80,18 @@ def iteration_of(like: LM, run: Run, t: int) -> LM:
     return found
 
 
+def early_stop_of(cfg: Any, run: Run) -> EarlyStop | None:
+    """``cfg.early_stop``, its prompts those with which the run began: it keeps them, and asks for them once."""
+    stop: EarlyStop | None = cfg.early_stop
+    if stop is None:
+        return None
+    prompts = run.at("iter_0").records("early_stop_prompts", stop.prompts, of=Prompt)
+    return dataclasses.replace(stop, prompts=lambda: prompts)
+
+
 def is_better_by(cfg: Any, judge: LM, it: Scope) -> Callable[[LM, LM], bool] | None:
     """What ``train.dpo`` takes as ``better`` by ``cfg.early_stop``; None if checkpoints are not compared."""
-    stop: EarlyStop | None = cfg.early_stop
+    stop = early_stop_of(cfg, it.run)
     if stop is None or not stop.checkpoints:
         return None
     return functools.partial(is_better, stop, judge, cfg.sampling, cfg.judge, it.key("early_stop"))
@@ -100,7 +110,7 @@ def compared(cfg: Any, run: Run, t: int, model: LM, judge: LM, best: int) -> Sta
     """Compares M_t = ``model`` with iteration ``best`` by ``cfg.early_stop``, and names the best one in summary.json.
     M_t becomes the best unless it loses more often than it wins, also if nothing could be judged; the run ends by the
     rule alone."""
-    stop: EarlyStop | None = cfg.early_stop
+    stop = early_stop_of(cfg, run)
     if stop is None or not stop.iterations:
         return Standing(t, False, None)
     it = run.at(f"iter_{t}")

@@ -102,7 +102,9 @@ def check(cfg: Any, directory: Path) -> None:
     if isinstance(stop := parts.get("early_stop"), EarlyStop):
         limit = config.max_positions - cfg.sampling.max_new_tokens
         why = f"{config.max_positions} positions less sampling.max_new_tokens"
-        check_lengths("early_stop.prompts", stop.prompts(), load_tokenizer(folder), limit, why)
+        kept = directory / "iter_0" / "early_stop_prompts.jsonl"
+        prompts = read_jsonl(kept, Prompt) if kept.exists() else stop.prompts()
+        check_lengths("early_stop.prompts", prompts, load_tokenizer(folder), limit, why)
     source = parts.get("prompts")
     if isinstance(source, PromptFile | PromptList):
         prompts, place = read_source(source), source.path if isinstance(source, PromptFile) else "prompts"

@@ -10,6 +10,7 @@ import dataclasses
 import functools
 import hashlib
 import inspect
+import json
 import os
 import re
 import sys
@@ -72,6 +73,15 @@ def may_move(part: str = "", *, identity: str = "", made: str = "") -> dict[str,
     it is absent, and files that fit the pattern ``made`` depend on the model, the path may not change.
     """
     return {"may_change": (part,), "may_move": (identity, made)}
+
+
+def file_content() -> dict[str, Any]:
+    """The `metadata` of a path, if what the file, or all files of the folder, hold is part of the config: a run keeps a
+    hash of it, and a changed file is refused as a changed number is. The same content may lie elsewhere.
+
+    For what is read again and again, as a judge's known answers are. What a run reads once, it keeps as a stage.
+    """
+    return {"content": True}
 
 
 def was(name: str) -> dict[str, Any]:
@@ -200,8 +210,12 @@ def with_dtypes(config: Config, choose: Callable[[str | None], str], stored: Any
     the config.json ``stored`` has there, or None.
 
     Args:
-      config: a dataclass or a mapping; those inside it count too, as values of fields and keys.
+      config: a dataclass or a mapping; those inside it count too, as values of fields and keys, alone or in tuples.
     """
+    if type(config) is tuple:
+        old = stored if isinstance(stored, list) and len(stored) == len(config) else [None] * len(config)
+        members = [with_dtypes(item, choose, before) for item, before in zip(config, old, strict=True)]
+        return cast(Any, tuple(members) if any(a is not b for a, b in zip(members, config, strict=True)) else config)
     before = stored if isinstance(stored, Mapping) else {}
 
     def new(name: str, value: Any) -> Any:
@@ -219,7 +233,10 @@ def with_dtypes(config: Config, choose: Callable[[str | None], str], stored: Any
 
 
 def describe_settled(config: Any) -> dict[str, Any]:
-    """The described config of a run. Raises: RunConfigError if a dtype in it is still "auto"."""
+    """The described config of a run, and under "files" the hashes of the files that it names (`file_hashes`).
+
+    Raises: RunConfigError if a dtype in it is still "auto".
+    """
     described = describe_config(config)
     names = [name for name, value in _flat(described).items() if name.split(".")[-1] == "dtype" and value == AUTO]
     if names:
@@ -227,7 +244,54 @@ def describe_settled(config: Any) -> dict[str, Any]:
             f'{names[0]} is "auto", which is decided before a run is opened; call jaxsi.run(config, run_dir), or give '
             "settled(config, run_dir) of jaxsi.model.compute_dtype to Run.open and to the method"
         )
-    return described
+    return described | ({_FILES: hashes} if (hashes := file_hashes(config)) else {})
+
+
+_FILES = "files"
+
+
+def with_known_files(described: dict[str, Any], stored: dict[str, Any]) -> dict[str, Any]:
+    """``described``, with the ``stored`` hashes of files that are gone: if they come back, they are compared."""
+    hashes = stored.get(_FILES, {}) | described.get(_FILES, {})
+    return described | ({_FILES: hashes} if hashes else {})
+
+
+def file_hashes(value: Any, name: str = "") -> dict[str, str]:
+    """{dotted name of a field: hash of the content} of all files that fields with `file_content` name, anywhere in a
+    config; 16 hex digits. What is no file or folder on this machine, such as the name of a set on the hub, has none."""
+    found: dict[str, str] = {}
+    for key, member, is_file in _members(value):
+        place = f"{name}.{key}" if name else key
+        if not is_file:
+            found |= file_hashes(member, place)
+        elif (content := _content_hash(Path(member))) is not None:
+            found[place] = content
+    return found
+
+
+def _members(value: Any) -> Iterator[tuple[str, Any, bool]]:
+    """(Name, value, whether it is the path of a file whose content counts) of what a part of a config holds. The names
+    are those of the description."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        for field in dataclasses.fields(value):
+            yield field.name, getattr(value, field.name), field.metadata.get("content", False)
+    elif isinstance(value, functools.partial):
+        yield "args", value.args, False
+        yield "kwargs", value.keywords, False
+    elif isinstance(value, list | tuple):
+        yield from ((str(index), item, False) for index, item in enumerate(value))
+    elif isinstance(value, Mapping):
+        yield from ((str(key), item, False) for key, item in value.items())
+
+
+def _content_hash(path: Path) -> str | None:
+    if path.is_file():
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()[:16]
+    if not path.is_dir():
+        return None
+    inner = {str(file.relative_to(path)): _content_hash(file) for file in sorted(path.rglob("*")) if file.is_file()}
+    return hashlib.sha256(json.dumps(inner).encode()).hexdigest()[:16]
 
 
 # ---- comparison ------------------------------------------------------------------------------------------------------
@@ -239,13 +303,21 @@ def check_config(path: Path, stored: dict[str, Any], config: Any) -> None:
     Fields marked with `may_change` or `may_move` may differ, and `iterations` may be raised. A field that the stored
     config lacks, because it is newer than the run, counts as its default; so do those of a class that was a plain
     function then. A field that has moved (`was`) is found in its old place. A dtype "auto" counts as the stored one.
+    Files are compared by their content, if the run has its hash: earlier versions stored none.
     """
+    hashes, now = stored.get(_FILES, {}), file_hashes(config)
+    stored = {name: value for name, value in stored.items() if name != _FILES}
     config = with_dtypes(config, lambda dtype: dtype or EARLIER_DTYPE, stored)
     moved = dict(_moved(config))
     old, new = _flat({moved.get(name, name): value for name, value in stored.items()}), _flat(describe_config(config))
     old = {f"{field}.__type__" if f"{field}.__type__" in new else field: value for field, value in old.items()}
     defaults, free = _flat(with_dtypes(_defaults(config), lambda _: EARLIER_DTYPE)), _free(config, path)
-    differences = []
+    free |= {name: True for name in now if hashes.get(name) == now[name]}
+    differences = [
+        f"{name}: the content of {new[name]} has changed (sha256 {hashes[name]}… -> {now[name]}…)"
+        for name in now
+        if hashes.get(name, now[name]) != now[name]
+    ]
     for field in dict.fromkeys([*old, *new]):
         before, after = old.get(field, defaults.get(field, _ABSENT)), new.get(field, _ABSENT)
         if _same(before, after) or any(field == name or field.startswith(f"{name}.") for name in free):
@@ -281,27 +353,27 @@ def _same(before: Any, after: Any) -> bool:
     return bool(names) and same_name(before, after)
 
 
-def _free(config: Any, path: Path, prefix: str = "") -> dict[str, bool]:
+def _fields(config: Any) -> Iterator[tuple[str, dataclasses.Field[Any]]]:
+    """(Dotted name, field) of all fields of a config and of those inside it."""
+    for prefix, part in [("", config), *((f"{name}.", part) for name, part in parts_of(config))]:
+        yield from ((prefix + field.name, field) for field in dataclasses.fields(part))
+
+
+def _free(config: Any, path: Path) -> dict[str, bool]:
     """The dotted names of the fields that the run in ``path`` may change on resume, and whether each is a path whose
     content has to stay the same."""
     names: dict[str, bool] = {}
-    for field in dataclasses.fields(config):
-        value, name = getattr(config, field.name), prefix + field.name
+    for name, field in _fields(config):
         identity, made = field.metadata.get("may_move", ("", ""))
         if not made or (path / identity).exists() or not any(path.glob(made)):
             for part in field.metadata.get("may_change", ()):
                 names[f"{name}.{part}".rstrip(".")] = "may_move" in field.metadata
-        if dataclasses.is_dataclass(value):
-            names |= _free(value, path, f"{name}.")
     return dict(sorted(names.items()))
 
 
 def _moved(config: Any) -> Iterator[tuple[str, str]]:
     """(The name in earlier versions, the dotted name now) of each field that has moved."""
-    for prefix, part in [("", config), *((f"{name}.", part) for name, part in parts_of(config))]:
-        for field in dataclasses.fields(part):
-            if "was" in field.metadata:
-                yield field.metadata["was"], prefix + field.name
+    yield from ((field.metadata["was"], name) for name, field in _fields(config) if "was" in field.metadata)
 
 
 def _defaults(config: Any) -> dict[str, Any]:
@@ -309,7 +381,9 @@ def _defaults(config: Any) -> dict[str, Any]:
     described: dict[str, Any] = {}
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)
-        inner = _defaults(value) if dataclasses.is_dataclass(value) else {}
+        inner: dict[str, Any] = _defaults(value) if dataclasses.is_dataclass(value) else {}
+        if isinstance(value, tuple):
+            inner = {str(i): _defaults(one) for i, one in enumerate(value) if dataclasses.is_dataclass(one)}
         if field.default is not dataclasses.MISSING:
             default = describe_config(field.default, field.name)
             described[field.name] = {**inner, **default} if isinstance(default, dict) else (inner or default)
@@ -319,6 +393,8 @@ def _defaults(config: Any) -> dict[str, Any]:
 
 
 def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
+    if isinstance(value, list) and any(isinstance(item, dict) for item in value):
+        value = {str(index): item for index, item in enumerate(value)}
     if not isinstance(value, dict) or not value:
         return {prefix: value}
     return {

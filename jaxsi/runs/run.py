@@ -24,7 +24,7 @@ from typing import Any, Protocol, Self, TypeVar
 import numpy as np
 
 from jaxsi.runs import preemption
-from jaxsi.runs.config_snapshot import RunError, check_config, describe_settled
+from jaxsi.runs.config_snapshot import RunError, check_config, describe_settled, with_known_files
 from jaxsi.runs.errors import InputError
 from jaxsi.runs.lock import take_lock
 from jaxsi.runs.named_keys import fold
@@ -89,6 +89,7 @@ class Run:
             raise RunError(f"{path} already holds a run; resume it, or give another directory")
         if stored is not None:
             check_config(path, stored, config)
+            described = with_known_files(described, stored)
         with _disk(path):
             path.mkdir(parents=True, exist_ok=True)
             run = Run(path, config, take_lock(path))

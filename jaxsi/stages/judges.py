@@ -14,7 +14,7 @@ import jax
 import numpy as np
 
 from jaxsi.lm import LM, borrowed
-from jaxsi.runs.config_snapshot import may_change, stored_as
+from jaxsi.runs.config_snapshot import file_content, may_change, stored_as
 from jaxsi.runs.errors import InputError
 from jaxsi.runs.records import Judgment, Prompt, Response, Revision
 from jaxsi.stages.answers import with_prompts
@@ -148,10 +148,10 @@ class Verifier:
     """A check against known answers: a response's score is ``check(response, answer)``, 1 or 0 for `same_answer`.
 
     ``answers`` is a file of any format that prompts have, with the columns ``prompt`` and ``answer``; a prompt is found
-    by its text.
+    by its text. A run keeps a hash of the file: with another content it does not go on.
     """
 
-    answers: str
+    answers: str = dataclasses.field(metadata=file_content())
     prompt: str = "prompt"
     answer: str = "answer"
     check: Callable[[str, str], float | bool | None] = same_answer

@@ -164,8 +164,7 @@ def next_part(
     """
     known = {_normal(text) for text in exclude}
     everything = read_source(source)
-    if isinstance(source, PromptFile):
-        check_used(source, everything, earlier)
+    check_used(source, everything, earlier)
     everything = [p for p in everything if _normal(p.text) not in known]
     if isinstance(source, PromptFile) and source.repeat and everything:
         return everything
@@ -178,22 +177,26 @@ def next_part(
     return unused[: -(-len(unused) // parts)]
 
 
-def check_used(source: PromptFile, prompts: Sequence[Prompt], used: Sequence[Prompt]) -> None:
-    """Whether the ``prompts`` of a file, which may have moved, are those from which a run took the ``used`` ones, or
-    more. Ids do not count, as in `without_used`.
+def check_used(
+    source: PromptFile | Callable[[], list[Prompt]], prompts: Sequence[Prompt], used: Sequence[Prompt]
+) -> None:
+    """Whether the ``prompts`` of a file, which may have moved, or of a function, which may read one, are those from
+    which a run took the ``used`` ones, or more. Ids do not count, as in `without_used`.
 
     Raises: RecordError naming the first used prompt that is gone or was edited.
     """
     there = {json.dumps(prompt.messages) for prompt in prompts}
     gone = [prompt for prompt in used if json.dumps(prompt.messages) not in there]
-    if gone and source.max_prompts is not None:  # added lines may have moved them beyond the limit
+    is_file = isinstance(source, PromptFile)
+    if gone and is_file and source.max_prompts is not None:  # added lines may have moved them beyond the limit
         there |= {json.dumps(prompt.messages) for prompt in dataclasses.replace(source, max_prompts=None).read()}
         gone = [prompt for prompt in gone if json.dumps(prompt.messages) not in there]
     if gone:
+        place, what = (source.path, "in this file") if is_file else (str(source), "among its prompts")
         raise RecordError(
-            source.path,
+            place,
             None,
-            f"this run has used {len(used)} prompts, {len(gone)} of which are not in this file now; the first is "
+            f"this run has used {len(used)} prompts, {len(gone)} of which are not {what} now; the first is "
             f"{gone[0].id!r}, {gone[0].text!r:.80}. Put back what was removed or edited (added prompts are fine), or "
             "start a new run directory",
         )

@@ -132,7 +132,8 @@ def test_checkpoints_are_compared_by_the_judge_of_the_iteration(tmp_path):
         assert is_better_by(settings(None), model(1), it) is None
         assert is_better_by(settings(dataclasses.replace(stop, checkpoints=False)), model(1), it) is None
         better: Any = is_better_by(settings(stop), model(1), it)
-        assert better.args[0] is stop and better.args[1].fingerprint == model(1).fingerprint
+        assert dataclasses.replace(better.args[0], prompts=list) == stop and better.args[0].prompts() == []
+        assert better.args[1].fingerprint == model(1).fingerprint
         assert better.args[4] == it.key("early_stop") != it.key("early_stop", "iterations")
 
 

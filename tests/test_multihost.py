@@ -9,6 +9,7 @@ import signal
 import time
 from pathlib import Path
 
+import endpoint_server
 import jax
 import numpy as np
 import pytest
@@ -84,7 +85,45 @@ def test_each_process_writes_its_own_files_of_an_export_and_reads_its_own_slices
         {path.name: path.read_bytes() for path in (folder / "model").iterdir()} for folder in (tmp_path, two[1])
     ]
     assert contents[0] == contents[1] and set(one["files"]) < set(contents[0])
-    assert sorted(path.name for path in two[1].iterdir()) == ["model", "state"]
+    assert sorted(path.name for path in two[1].iterdir()) == ["answers.jsonl", "model", "state"]
+
+
+@pair_of_processes
+@pytest.mark.slow
+def test_two_processes_ask_in_an_evaluation_as_one_does(two, tmp_path):
+    one = two_processes.asked(tmp_path)
+    assert one["asked"][0] > 1 and sum(one["asked"][1:]) == 0 and one["lines"] == one["asked"][0]
+    for process in two[0]:
+        assert process["asked"] == one
+    assert (two[1] / "answers.jsonl").read_bytes() == (tmp_path / "answers.jsonl").read_bytes()
+    assert not (two[1] / "unknown.jsonl").exists(), "the first process writes alone"
+
+
+@pair_of_processes
+@pytest.mark.slow
+def test_two_processes_ask_an_endpoint_once_for_each_row(tmp_path, monkeypatch):
+    pytest.importorskip("openai")
+    monkeypatch.setenv("OPENAI_API_KEY", endpoint_server.KEY)
+    tasks = [f"task {i}" for i in range(5)]
+    for side, text in (("a", "a long response"), ("b", "short")):
+        rows = [{"instruction": task, "output": f"{text} to {task}", "generator": side} for task in tasks]
+        (tmp_path / f"{side}.json").write_text(json.dumps(rows))
+
+    def play(name: str, before: int) -> endpoint_server.Reply:
+        """The long response wins. What comes first about task 4 is no verdict."""
+        wins = "A" if name.index("a long") < name.index("short") else "B"
+        return endpoint_server.replied("I cannot say" if "task 4" in name and not before else f"Verdict: {wins}")
+
+    with endpoint_server.serving(play) as server:
+        judge = f"endpoint:m,base_url={server.url},cache={tmp_path / 'paid.jsonl'}"
+        words = ["eval", "compare", tmp_path / "a.json", tmp_path / "b.json", "--judge", judge, "-o", tmp_path / "out"]
+        for asked in (4, 0):
+            outcomes = ended(start_command(*words, "--judge-batch", 2, "--json", count=2, devices=1))
+            assert [code for code, _, _ in outcomes] == [0, 0], outcomes
+            value = json.loads(outcomes[0][1])
+            assert outcomes[1][1] == "" and (value["judged"], value["failed"], value["wins"]) == (asked, 1, 4)
+            assert len(server.bodies) == 2 * len(tasks), "each order of each row once; no verdict is paid for, too"
+    assert len((tmp_path / "out" / "judge_answers.jsonl").read_text().splitlines()) == 4
 
 
 @pair_of_processes

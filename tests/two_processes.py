@@ -111,7 +111,34 @@ def exported(folder: Path) -> dict[str, Any]:
     return {"files": files, "read": sum(sizes) - whole, "size": sum(w.nbytes for w in loaded) - whole, "same": same}
 
 
-PARTS = (sampled, saved, exported)
+def asked(folder: Path) -> dict[str, Any]:
+    """A model's answers in an evaluation, each asked once: twice in this process, then from the file."""
+    import tiny
+    from jaxsi.evals.answer_cache import AnswerCache
+    from jaxsi.evals.judging import ask_texts
+    from jaxsi.runs.progress import processes
+    from jaxsi.runs.records import Prompt
+    from jaxsi.stages.verdicts import JudgeConfig, LocalWriter
+
+    writer = LocalWriter(tiny.make_lm("1x8x1"))
+    requests = [
+        Prompt.of(f"q{i}", f"Reverse: cat {word}") for i, word in enumerate(("red", "dog", "owl", "axe", "red"))
+    ]
+    cfg = JudgeConfig(num_samples=1, max_new_tokens=4, temperature=1.0, batch_size=2)
+    path = folder / "answers.jsonl"
+    first, cache = processes()[0] == 0, AnswerCache(path)
+    # A process that sees the file later than the first one does knows more than that: it may not go by it.
+    early = AnswerCache(path if first else folder / "unknown.jsonl")
+    found = [ask_texts(one, writer, requests, cfg, template="t", accept=lambda text: "owl" not in text) for one in (
+        cache, cache, early, AnswerCache(path)
+    )]  # fmt: skip
+    return {
+        "values": [dict(sorted(one.values.items())) for one in found], "asked": [one.asked for one in found],
+        "failures": [dict(one.failures) for one in found], "lines": len(path.read_text().splitlines()),
+    }  # fmt: skip
+
+
+PARTS = (sampled, saved, exported, asked)
 
 
 if __name__ == "__main__":

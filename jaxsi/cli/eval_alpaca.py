@@ -17,6 +17,7 @@ from jaxsi.cli.eval_results import (
     planned,
     spreads,
     spreads_text,
+    write_file,
     write_rows,
 )
 from jaxsi.cli.judges import JUDGES
@@ -133,7 +134,6 @@ def _prompts(asked: Sequence[Any]) -> list[Any]:
 def _outputs(args: Alpaca, asked: Sequence[Any], out: Path) -> list[Any]:
     """The model's outputs, sampled if they are not there yet."""
     from jaxsi.evals.alpaca_assets import Output, as_json
-    from jaxsi.runs.records import write_atomically
 
     assert args.model is not None
     responses = responses_of(args.model, _prompts(asked), args, out / "responses", args.temperature)
@@ -142,7 +142,7 @@ def _outputs(args: Alpaca, asked: Sequence[Any], out: Path) -> list[Any]:
         Output(instruction=row.instruction, output=response, generator=name, dataset=row.dataset)
         for row, response in zip(asked, responses, strict=True)
     ]
-    write_atomically(out / "model_outputs.json", [as_json(outputs)])
+    write_file(out / "model_outputs.json", [as_json(outputs)])
     return outputs
 
 
@@ -151,7 +151,6 @@ def _judged(args: Alpaca, assets: Any) -> Report:
     from jaxsi.evals.alpaca_judging import annotations_json, annotations_of, matched, read_template
     from jaxsi.evals.judging import unsampled
     from jaxsi.evals.side_by_side import UNREADABLE
-    from jaxsi.runs.records import write_atomically
 
     out = make_folder(args.out, "--judge")
     named = args.named_judge(args.model, out)
@@ -182,7 +181,7 @@ def _judged(args: Alpaca, assets: Any) -> Report:
         unreadable += list(answered.failures.values()).count(UNREADABLE)
         annotations = annotations_of(matches, answered, _annotator(named, judge))
         file = out / ("annotations.json" if seed == 0 else f"annotations_{seed}.json")
-        write_atomically(file, [annotations_json(annotations)])
+        write_file(file, [annotations_json(annotations)])
         sets.append(annotations)
     return _scored(args, sets, assets, judge.counts() | {"unreadable": unreadable})
 
@@ -217,7 +216,6 @@ def _annotator(named: NamedJudge, judge: Any) -> str:
 def _scored(args: Alpaca, sets: Sequence[Any], assets: Any, counts: dict[str, Any]) -> Report:
     """The figures of the first judge seed, and how far those of all seeds lie apart."""
     from jaxsi.evals.alpaca_eval import leaderboard, score
-    from jaxsi.runs.records import write_atomically
 
     scores = [score(rows, assets, strength=args.c, compat=args.compat, name=args.name) for rows in sets]
     first, figures = scores[0], [one.figures() for one in scores]
@@ -226,7 +224,7 @@ def _scored(args: Alpaca, sets: Sequence[Any], assets: Any, counts: dict[str, An
         value["seeds"] = spreads(figures, ("win_rate", "length_controlled_winrate", "discrete_win_rate"))
     if args.out is not None:
         out = make_folder(args.out, "")
-        write_atomically(out / "leaderboard.csv", [leaderboard([first]).encode()])
+        write_file(out / "leaderboard.csv", [leaderboard([first]).encode()])
         rows = [
             {"instruction": row.instruction, "preference": row.preference, "length_controlled": p}
             for row, p in zip(sets[0], (first.predictions or {}).values(), strict=False)

@@ -19,6 +19,7 @@ from jaxsi.cli.eval_results import (
     planned,
     spreads,
     spreads_text,
+    write_file,
     write_rows,
 )
 from jaxsi.cli.judges import JUDGES
@@ -69,7 +70,6 @@ def compare(argv: list[str]) -> Report:
     from jaxsi.evals.answer_cache import EvaluationError
     from jaxsi.evals.paired import paired
     from jaxsi.evals.side_by_side import UNREADABLE, Row
-    from jaxsi.runs.records import write_atomically
     from jaxsi.stages.prompts.comparison import read_rubric
 
     rubric = read_rubric(args.rubric or "pairwise_judge")
@@ -96,7 +96,7 @@ def compare(argv: list[str]) -> Report:
     value |= judge.cache.counts() | {"unreadable": unreadable}
     value["seeds"] = spreads(results, ("win_rate", "controlled"))
     value["warnings"] = _warnings(value, len(rows))
-    write_atomically(out / "comparison.json", [(json.dumps(value, indent=2) + "\n").encode()])
+    write_file(out / "comparison.json", [(json.dumps(value, indent=2) + "\n").encode()])
     write_rows(out / "outcomes.jsonl", [{"prompt": name, "outcome": y} for name, y in outcomes[0].items()])
     return Report(value, _text(value))
 

@@ -1,7 +1,7 @@
 """What the evaluations write and print: a folder of files, the spread over judge seeds, and the plan of a dry run."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,13 +23,18 @@ def make_folder(out: Path | None, why: str) -> Path:
 
 
 def write_rows(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
-    """Writes JSON objects, one a line, in the first process; the file appears complete or not at all."""
+    """Writes JSON objects, one a line, as `write_file`."""
+    write_file(path, ((json.dumps(row) + "\n").encode("utf-8", "backslashreplace") for row in rows))
+
+
+def write_file(path: Path, parts: Iterable[bytes]) -> None:
+    """Writes a file of results in the first process; it appears complete or not at all."""
     from jaxsi.runs.progress import processes
     from jaxsi.runs.records import write_atomically
 
     if processes()[0] == 0:
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(path, ((json.dumps(row) + "\n").encode("utf-8", "backslashreplace") for row in rows))
+        write_atomically(path, parts)
 
 
 def spreads(figures: Sequence[Mapping[str, Any]], names: Sequence[str]) -> dict[str, dict[str, Any]]:

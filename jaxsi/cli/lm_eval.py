@@ -10,7 +10,7 @@ import tyro
 from jaxsi.cli.arguments import ChatOptions, Model
 from jaxsi.cli.command import Report, UsageError, parse
 from jaxsi.cli.eval_judge import Computing, check_counts
-from jaxsi.cli.eval_results import make_folder
+from jaxsi.cli.eval_results import make_folder, write_file
 from jaxsi.cli.stored import check_writes, mesh_for
 from jaxsi.runs.metrics import table
 
@@ -78,9 +78,7 @@ def harness(argv: list[str]) -> Report:
     )
     assert found is not None
     if out is not None:
-        from jaxsi.runs.records import write_atomically
-
-        write_atomically(out / "results.json", [json.dumps(found, default=str, indent=1).encode()])
+        write_file(out / "results.json", [json.dumps(found, default=str, indent=1).encode()])
     results = {name: _plain(figures) for name, figures in found["results"].items()}
     value = {"model": args.model, "fingerprint": lm.fingerprint, "results": results}
     rows = [

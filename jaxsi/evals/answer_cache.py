@@ -12,13 +12,14 @@ import dataclasses
 import hashlib
 import json
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from jaxsi.runs import preemption
 from jaxsi.runs.appended import AppendedLines
 from jaxsi.runs.errors import InputError
+from jaxsi.runs.first_process import from_first
 from jaxsi.runs.progress import processes, progress
 
 _log = logging.getLogger(__name__)
@@ -97,28 +98,32 @@ class AnswerCache:
         a JSON value for each, or a `Failure`. A part is on disk before the next one begins, so a kill loses at most one
         part. What another process has answered meanwhile is not asked again.
 
-        Raises: EvaluationError: if an id occurs twice, the file cannot be written, or several processes run as one.
-          Stopped: after SIGTERM.
+        Several processes that run as one go by the file as the first one sees it. It alone writes, and all of them get
+        its answers; ``ask`` is called in all of them.
+
+        Raises: EvaluationError: if an id occurs twice, or the file cannot be written. Stopped: after SIGTERM.
         """
-        if processes()[1] > 1:  # they would see the file at different moments and ask different questions
-            raise EvaluationError(
-                f"{processes()[1]} processes run as one; judge with one process, which may use all of its devices"
-            )
-        todo, failures, asked = self.missing(questions, asker), dict[str, str](), 0
+        _check_ids(questions)
+        keys = {question.id: asker.key(question.content) for question in questions}
+        answers: dict[str, Any] = from_first(lambda: self._known(keys.values()))
+        todo = list({keys[q.id]: q for q in reversed(questions) if keys[q.id] not in answers}.values())[::-1]
+        failures, asked = dict[str, str](), 0
         with progress(label, len(questions)) as advance, preemption.stops_itself():
             advance(len(questions) - len(todo), False)
             for start in range(0, len(todo), part_size):
                 if preemption.requested():
                     raise preemption.Stopped(f"{self._lines.path} keeps {asked} new answers of {len(todo)}")
-                self._read()
-                part = todo[start : start + part_size]
-                open_ones = [question for question in part if asker.key(question.content) not in self._answers]
-                asked += self._ask(open_ones, ask, asker, failures)
+                part = {keys[question.id]: question for question in todo[start : start + part_size]}
+                answers |= from_first(lambda part=part: self._known(part, anew=True))
+                open_ones = {key: question for key, question in part.items() if key not in answers}
+                if open_ones:
+                    given = self._ask(open_ones, ask, asker, failures)
+                    answers |= given
+                    asked += len(given)
                 advance(len(part), bool(open_ones))
-        keys = {question.id: asker.key(question.content) for question in questions}
         answered = Answered(
-            values={id: self._answers[key] for id, key in keys.items() if key in self._answers},
-            failures={id: failures.get(key, "") for id, key in keys.items() if key not in self._answers},
+            values={id: answers[key] for id, key in keys.items() if key in answers},
+            failures={id: failures.get(key, "") for id, key in keys.items() if key not in answers},
             asked=asked,
             torn=self._lines.torn,
         )
@@ -134,29 +139,36 @@ class AnswerCache:
         counts = {"judged": self._judged, "reused": self._reused, "failed": self._failed}
         return counts | {"torn_lines": self._lines.torn, "failures": sorted(self._reasons)[:5]}
 
+    def _known(self, keys: Iterable[str], *, anew: bool = False) -> dict[str, Any]:
+        """The answers to these keys; ``anew``: with those that other commands have added to the file meanwhile."""
+        if anew:
+            self._read()
+        return {key: self._answers[key] for key in keys if key in self._answers}
+
     def _ask(
         self,
-        questions: Sequence[Question],
+        questions: Mapping[str, Question],
         ask: Callable[[Sequence[Question]], Sequence[Any]],
         asker: Asker,
         failures: dict[str, str],
-    ) -> int:
-        """Asks, and stores the answers; adds the failures by key. Gives the number of answers."""
-        if not questions:
-            return 0
+    ) -> dict[str, Any]:
+        """Asks, and stores the answers, which it gives by key; adds the failures by key."""
+        given = ask(list(questions.values()))
+        found = [[one.reason, None] if isinstance(one, Failure) else [None, one] for one in given]
         rows: list[dict[str, Any]] = []
-        for question, answer in zip(questions, ask(questions), strict=True):
-            key = asker.key(question.content)
-            if isinstance(answer, Failure):
-                failures[key] = answer.reason
+        for (key, question), (reason, answer) in zip(questions.items(), from_first(lambda: found), strict=True):
+            if reason is not None:
+                failures[key] = reason
             else:
                 rows.append({"key": key, "judge": asker.judge, "seed": asker.seed, "id": question.id, "answer": answer})
-        try:
-            self._lines.append(rows)
-        except OSError as error:
-            raise self._error(error) from error
-        self._answers |= {row["key"]: row["answer"] for row in rows}
-        return len(rows)
+        if processes()[0] == 0:
+            try:
+                self._lines.append(rows)
+            except OSError as error:
+                raise self._error(error) from error
+        answers = {row["key"]: row["answer"] for row in rows}
+        self._answers |= answers
+        return answers
 
     def _read(self) -> None:
         try:

@@ -12,16 +12,14 @@ from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from jaxsi.runs.config_snapshot import AUTO, EARLIER_DTYPE, with_dtypes
-from jaxsi.runs.progress import processes
+from jaxsi.runs.first_process import from_first
 from jaxsi.runs.run import Scope, stored_config
 
 Config = TypeVar("Config")
 Seconds = Callable[[int, str], float]
 
-DTYPES = ("bfloat16", "float32", "float16")
 # Rows of a decoding step and of a short prompt, times weights that are too large for the caches of a processor, as
 # those of a model are. With small weights bfloat16 looks better than it is: JAX 0.10 makes a float32 copy of them in
 # each product, which is slow when it leaves the caches.
@@ -41,7 +39,7 @@ class Measured(NamedTuple):
 
 def fast_dtype() -> str:
     """ "bfloat16" or "float32", by `measured`. Process 0 decides for all, so all have to call it."""
-    return _from_first([_announced()] if processes()[0] == 0 else [EARLIER_DTYPE])[0]
+    return from_first(_announced)
 
 
 def actual(dtype: Any) -> Any:
@@ -58,17 +56,19 @@ def settled(config: Config, directory: Path | str) -> Config:
 
     Raises: RunError if ``directory`` holds something that is not a run.
     """
-    chosen = ["" for _ in _stored_dtypes(config, None)]
-    if not chosen:
+    count = len(_stored_dtypes(config, None))
+    if not count:
         return config
-    if processes()[0] == 0:
+
+    def chosen() -> list[str]:
         stored = stored_config(Path(directory))
         if stored is None:
-            chosen = [_announced()] * len(chosen)
-        else:
-            chosen = [dtype or EARLIER_DTYPE for dtype in _stored_dtypes(config, stored)]
-            print(f"dtype auto: {' and '.join(sorted(set(chosen)))}, as this run began", file=sys.stderr, flush=True)
-    rest = iter(_from_first(chosen))
+            return [_announced()] * count
+        dtypes = [dtype or EARLIER_DTYPE for dtype in _stored_dtypes(config, stored)]
+        print(f"dtype auto: {' and '.join(sorted(set(dtypes)))}, as this run began", file=sys.stderr, flush=True)
+        return dtypes
+
+    rest = iter(from_first(chosen))
     return with_dtypes(config, lambda _: next(rest))
 
 
@@ -91,16 +91,6 @@ def _stored_dtypes(config: Any, stored: Any) -> list[str | None]:
 
     with_dtypes(config, note, stored)
     return found
-
-
-def _from_first(dtypes: list[str]) -> list[str]:
-    """The dtypes of process 0, in every process. All give as many."""
-    if processes()[1] == 1:
-        return dtypes
-    from jax.experimental import multihost_utils
-
-    numbers = [DTYPES.index(dtype) if dtype in DTYPES else -1 for dtype in dtypes]
-    return [DTYPES[n] for n in np.asarray(multihost_utils.broadcast_one_to_all(np.asarray(numbers, np.int32)))]
 
 
 # --------------------------------------------------------------------------------------------------------- measurement

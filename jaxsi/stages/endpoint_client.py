@@ -20,15 +20,14 @@ import re
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-import numpy as np
-
 from jaxsi.runs.appended import AppendedLines
 from jaxsi.runs.config_snapshot import may_change
-from jaxsi.runs.progress import piece, processes
+from jaxsi.runs.first_process import from_first
+from jaxsi.runs.progress import piece
 from jaxsi.runs.records import from_json, to_json
 
 _log = logging.getLogger(__name__)
@@ -154,7 +153,8 @@ class Endpoint:
           retries, or if a cap is reached. Every answer that came is kept.
         """
         by_entry = {request.entry(self.model): request for request in requests}
-        answers = _from_first_process(lambda: self._answers(by_entry))
+        rows = from_first(lambda: [to_json(answer) for answer in self._answers(by_entry).values()])
+        answers = {answer.entry: answer for answer in (from_json(Answer, row) for row in rows)}
         return [answers[request.entry(self.model)] for request in requests]
 
     def estimate(self, requests: Sequence[Request]) -> dict[str, float]:
@@ -435,18 +435,3 @@ class _Cache:
                 f"answers cannot be written to {self.lines.path}: {error.strerror}; earlier answers are kept. Make it "
                 "a writable file on a disk with free space, and run the same command again"
             ) from None
-
-
-def _from_first_process(ask: Callable[[], dict[str, Answer]]) -> dict[str, Answer]:
-    """The answers of process 0, on all processes: the others ask for nothing and go on with the same answers."""
-    index, count = processes()
-    answers = ask() if index == 0 else {}
-    if count == 1:
-        return answers
-    from jax.experimental import multihost_utils
-
-    text = np.frombuffer(json.dumps([to_json(answer) for answer in answers.values()]).encode(), np.uint8)
-    size = int(multihost_utils.broadcast_one_to_all(np.asarray(text.size)))
-    text = np.asarray(multihost_utils.broadcast_one_to_all(np.resize(text, size)))
-    rows = json.loads(text.astype(np.uint8).tobytes())
-    return {answer.entry: answer for answer in (from_json(Answer, row) for row in rows)}

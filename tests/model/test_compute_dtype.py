@@ -25,6 +25,7 @@ from jaxsi.model.compute_dtype import (
     settled_in,
 )
 from jaxsi.model.mesh import MeshConfig
+from jaxsi.runs import first_process
 from jaxsi.runs.config_snapshot import RunConfigError, check_config, describe_config
 from jaxsi.runs.run import Run, RunError
 from jaxsi.sampling.generate import SamplingConfig
@@ -126,19 +127,26 @@ def test_this_device_is_measured_once(capsys: pytest.CaptureFixture[str]) -> Non
 def test_process_0_decides_for_all(monkeypatch: pytest.MonkeyPatch, device: Any, tmp_path: Path) -> None:
     sent: list[np.ndarray] = []
 
-    def broadcast(numbers: np.ndarray) -> np.ndarray:
-        sent.append(numbers)
-        return np.asarray([1, 1, 0, 1][: len(numbers)])  # what process 0 found
+    def send(value: np.ndarray) -> np.ndarray:
+        sent.append(np.array(value))
+        return value
 
-    monkeypatch.setattr(multihost_utils, "broadcast_one_to_all", broadcast)
-    monkeypatch.setattr(compute_dtype, "processes", lambda: (1, 2))
+    def receive(value: np.ndarray) -> np.ndarray:
+        told = sent.pop(0)
+        assert np.shape(value) == told.shape, "both know how much there is to tell"
+        return told
+
+    monkeypatch.setattr(first_process, "processes", lambda: (0, 2))
+    monkeypatch.setattr(multihost_utils, "broadcast_one_to_all", send)
+    device("float32")
+    assert fast_dtype() == "float32"
+    assert dtypes(settled(EVERYWHERE, tmp_path)) == ["float32"] * 4
+    monkeypatch.setattr(first_process, "processes", lambda: (1, 2))
+    monkeypatch.setattr(multihost_utils, "broadcast_one_to_all", receive)
     device(None)  # process 1 does not measure
     assert fast_dtype() == "float32"
-    assert dtypes(settled(EVERYWHERE, tmp_path)) == ["float32", "float32", "bfloat16", "float32"]
-    monkeypatch.setattr(compute_dtype, "processes", lambda: (0, 2))
-    device("float32")
-    settled(EVERYWHERE, tmp_path)
-    assert [part.tolist() for part in sent[1:]] == [[-1] * 4, [1] * 4]
+    assert dtypes(settled(EVERYWHERE, tmp_path)) == ["float32"] * 4
+    assert not sent
 
 
 # ---- configs ---------------------------------------------------------------------------------------------------------

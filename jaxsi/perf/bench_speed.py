@@ -3,12 +3,9 @@ which are measured in the same run."""
 
 import dataclasses
 import itertools
-import resource
 import statistics
-import sys
 import time
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any, TypeVar
 
 import jax
@@ -20,6 +17,7 @@ from jaxsi.model import kv_cache
 from jaxsi.model.decoder import Remat
 from jaxsi.perf import machine_rates
 from jaxsi.perf.bench_work import GenerateWork, WorkError
+from jaxsi.runs.memory import device_marks, host_mark
 from jaxsi.runs.progress import progress
 from jaxsi.sampling import engine, generate, prefixes, scoring
 from jaxsi.sampling.token_sampling import MAX_MARKER, MAX_STOPS, Settings
@@ -81,15 +79,9 @@ def timed(run: Callable[[], Any], reps: int, label: str) -> Timed:
 
 def peak_memory(lm: LM) -> dict[str, Any]:
     """The highest number of bytes so far: of the devices if they report it, else of the process."""
-    stats = [device.memory_stats() for device in lm.mesh.local_devices if device.platform != "cpu"]
-    if stats and all(s and "peak_bytes_in_use" in s for s in stats):
-        return {"bytes": sum(s["peak_bytes_in_use"] for s in stats if s), "of": "devices of this process"}
-    status = Path("/proc/self/status")
-    if status.is_file():  # preferred: getrusage may give the figure of the parent process
-        line = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM"))
-        return {"bytes": int(line.split()[1]) * 1024, "of": "resident set of this process"}
-    unit = 1 if sys.platform == "darwin" else 1024
-    return {"bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit, "of": "resident set of this process"}
+    if marks := device_marks(lm.mesh.local_devices):
+        return {"bytes": sum(marks), "of": "devices of this process"}
+    return {"bytes": host_mark(), "of": "resident set of this process"}
 
 
 # ----------------------------------------------------------------------------------------------------------- generation

@@ -128,8 +128,11 @@ def overview(runs: Sequence[RunFiles]) -> Table:
                 "judge agreement": f"{judged[-1]:.3f}" if judged else "–",
                 "alarms": str(sum(guard.kind == "alarm" for guard in stages.guards_of(run))),
                 "time": stages.clock(sum(entry["seconds"] for entry in run.journal)),
+                "peak memory": stages.peak_memory(run),
             }
         )
+    if all(row["peak memory"] == "–" for row in rows):  # runs of an older version do not say it
+        rows = [{name: value for name, value in row.items() if name != "peak memory"} for row in rows]
     table = figures.table_of(rows)
     left = {"run", "method", "state"}
     return dataclasses.replace(table, numbers=[name not in left for name in table.columns])

@@ -6,6 +6,7 @@ from typing import Any
 
 from jaxsi.report.figures import Table, shown_number, table_of
 from jaxsi.report.run_files import RunFiles, ScopeFiles, flat, listed, mapping, number, text
+from jaxsi.runs import memory
 from jaxsi.stages import alarms
 
 TRAINED = ("sft", "dpo", "reward", "rl")  # stages that end in train.jsonl
@@ -13,8 +14,8 @@ TRAINED = ("sft", "dpo", "reward", "rl")  # stages that end in train.jsonl
 
 @dataclasses.dataclass(frozen=True)
 class Stage:
-    """A stage of a run. ``tokens``: those that its responses have, None if it keeps none. ``memory``: bytes of the host
-    and the device at its end."""
+    """A stage of a run. ``tokens``: those that its responses have, None if it keeps none. ``memory``: what it took at
+    most, as `jaxsi.runs.memory.peak` says it; {} if the run does not say it."""
 
     scope: str
     name: str
@@ -23,8 +24,7 @@ class Stage:
     records: int | None
     tokens: int | None
     steps: int | None
-    host: float | None
-    device: float | None
+    memory: dict[str, Any]
 
     @property
     def rate(self) -> str:
@@ -43,7 +43,7 @@ def stages_of(run: RunFiles) -> list[Stage]:
         row["event"] = entry["event"]
         row["seconds"] += entry["seconds"]
         row["records"] = number(entry.get("records")) if number(entry.get("records")) is not None else row["records"]
-        row["memory"] = mapping(entry.get("memory")) or row["memory"]
+        row["memory"] = _memory(entry.get("memory")) or row["memory"]
     made = []
     for (scope, name), row in rows.items():
         files = run.scopes.get(scope)
@@ -51,11 +51,16 @@ def stages_of(run: RunFiles) -> list[Stage]:
         made.append(
             Stage(
                 scope, name, state, row["seconds"], row["records"] if row["records"] is None else int(row["records"]),
-                _tokens(files, name), _steps(files, name), number(row["memory"].get("host")),
-                number(row["memory"].get("device")),
+                _tokens(files, name), _steps(files, name), row["memory"],
             )
         )  # fmt: skip
     return made
+
+
+def _memory(value: Any) -> dict[str, Any]:
+    """What a journal says of memory, without what is no number."""
+    known = {of: bytes for of in ("host", "device") if (bytes := number(mapping(value).get(of))) is not None}
+    return known and {**known, "at_most": listed(mapping(value).get("at_most"))}
 
 
 def _tokens(files: ScopeFiles | None, name: str) -> int | None:
@@ -82,8 +87,8 @@ def stage_table(run: RunFiles) -> Table:
                     "records": stage.records,
                     "seconds": f"{stage.seconds:,.1f}",
                     "speed": stage.rate,
-                    "host memory": _bytes(stage.host),
-                    "device memory": _bytes(stage.device),
+                    "host memory": memory.gib(stage.memory, "host") or "–",
+                    "device memory": memory.gib(stage.memory, "device") or "–",
                 }
             )
     empty = [name for name in ("host memory", "device memory") if all(row[name] == "–" for row in rows)]
@@ -129,8 +134,13 @@ def clock(seconds: float) -> str:
     return f"{whole} s"
 
 
-def _bytes(value: float | None) -> str:
-    return "–" if value is None else f"{value / 2**30:,.2f} GiB"
+def peak_memory(run: RunFiles) -> str:
+    """The most memory that a stage of a run took: of a device if it is known, else of the host."""
+    taken = [stage.memory for stage in stages_of(run)]
+    for of in ("device", "host"):
+        if known := [found[of] for found in taken if of in found]:
+            return f"{memory.gib({of: max(known)}, of)} {of}"
+    return "–"
 
 
 # ---- guards ----------------------------------------------------------------------------------------------------------

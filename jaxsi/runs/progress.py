@@ -16,6 +16,8 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
+from jaxsi.runs import memory
+
 EVERY = 10.0  # seconds from a line to the next, if there is something new
 SILENCE = 30.0  # seconds after which a line says that the work still goes on
 WORTH_A_LINE = 1.0  # seconds that a finished stage took, if it is to stay on the terminal
@@ -303,4 +305,5 @@ def _bar(label: str, total: int | None, *, is_piece: bool) -> Iterator[Advance]:
         yield advance
         seconds = time.monotonic() - start
         if _bars.in_run and not is_piece and total is not None and amount[1] and seconds >= WORTH_A_LINE:
-            say(f"{label}: {amount[0]:,} in {_clock(seconds)} ({speed(amount[1], seconds)})")
+            line = f"{label}: {amount[0]:,} in {_clock(seconds)} ({speed(amount[1], seconds)})"
+            say(f"{line}, {taken}" if (taken := memory.taken()) else line)

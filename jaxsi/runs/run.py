@@ -23,7 +23,7 @@ from typing import Any, Protocol, Self, TypeVar
 
 import numpy as np
 
-from jaxsi.runs import preemption
+from jaxsi.runs import memory, preemption
 from jaxsi.runs.config_snapshot import RunError, check_config, describe_settled, with_known_files
 from jaxsi.runs.errors import InputError
 from jaxsi.runs.lock import take_lock
@@ -141,13 +141,23 @@ class Run:
         path = self.path / "summary.json"
         _write_json(path, {**(read_json(path) if path.exists() else {}), **values})
 
-    def journal(self, scope: str, stage: str, event: str, *, seconds: float = 0.0, records: int | None = None) -> None:
-        """Adds a line to DIR/journal.jsonl (process 0)."""
+    def journal(
+        self,
+        scope: str,
+        stage: str,
+        event: str,
+        *,
+        seconds: float = 0.0,
+        records: int | None = None,
+        peak: dict[str, Any] | None = None,
+    ) -> None:
+        """Adds a line to DIR/journal.jsonl (process 0). ``peak``: what `memory.peak` says."""
         if not _is_writer():
             return
         now = datetime.datetime.now(datetime.UTC).isoformat(timespec="milliseconds")
         entry = {"time": now, "scope": scope, "stage": stage, "event": event, "seconds": round(seconds, 3)}
-        line = json.dumps({**entry, "records": records, "process": os.getpid()}) + "\n"
+        taken = {} if peak is None else {"memory": peak}
+        line = json.dumps({**entry, "records": records, "process": os.getpid(), **taken}) + "\n"
         path = self.path / "journal.jsonl"
         with _disk(path), path.open("ab", buffering=0) as file:
             file.write(line.encode())
@@ -309,12 +319,13 @@ class Scope:
     def _timed(self, name: str) -> Iterator[Callable[[int | None], None]]:
         preemption.check()
         self.run.journal(self.name, name, "start")
-        with progress(f"{self.name}/{name}"):
+        with memory.peak() as peak, progress(f"{self.name}/{name}"):
             start, around, self.run.inside = time.monotonic(), self.run.inside, 0.0
 
             def done(count: int | None) -> None:
                 seconds = time.monotonic() - start
-                self.run.journal(self.name, name, "done", seconds=seconds - self.run.inside, records=count)
+                alone = seconds - self.run.inside
+                self.run.journal(self.name, name, "done", seconds=alone, records=count, peak=peak())
                 self.run.inside = around + seconds
 
             yield done

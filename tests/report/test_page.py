@@ -112,6 +112,25 @@ def test_every_section_has_its_figures(tmp_path):
     assert page.tags.count("svg") >= 9
 
 
+def test_stages_have_their_memory(tmp_path):
+    run = made_run(tmp_path / "run")
+    assert "memory" not in " ".join(stages.stage_table(read_run(run)).columns)  # a run that did not measure it
+    taken = {
+        "candidates": {"host": 2**30},
+        "judgments": {"host": 2**31, "device": 3 * 2**29},
+        "dpo": {"host": 2**30, "device": 3 * 2**29, "at_most": ["device"]},
+    }
+    path = run / "journal.jsonl"
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    write_lines(path, [line | ({"memory": taken[line["stage"]]} if line["stage"] in taken else {}) for line in lines])
+    table = stages.stage_table(read_run(run))
+    rows = [dict(zip(table.columns, row, strict=True)) for row in table.rows]
+    assert {row["stage"]: (row["host memory"], row["device memory"]) for row in rows[2:]} == {
+        "candidates": ("1.00 GiB", "–"), "judgments": ("2.00 GiB", "1.50 GiB"), "dpo": ("1.00 GiB", "≤ 1.50 GiB"),
+    }  # fmt: skip
+    assert stages.peak_memory(read_run(run)) == "1.50 GiB device"
+
+
 def test_an_alarm_is_a_sentence_with_its_cause_and_what_to_do(tmp_path):
     found = stages.guards_of(read_run(made_run(tmp_path / "run")))
     assert [(guard.kind, guard.scope) for guard in found] == [("alarm", "iter_2")]

@@ -63,6 +63,7 @@ JUDGE = (
         "hollow: without ties; else they are wrong", True,
     ),
     Figure("judge_tie_share", "Share of ties", share=True),
+    Figure("judge_pairs", "Pairs that the agreement rests on"),
     Figure("parse_rate", "Parse rate", note="share of the judge's texts that have a score", share=True),
     Figure(
         "judge_quality.accuracy", "On human rankings: accuracy", "judge_quality.accuracy_without_ties",
@@ -88,7 +89,6 @@ PAIRS = (
     Figure("gap", "Gap of the scores in a pair"),
     Figure("identical", "Identical texts", note="prompts whose responses are the same text"),
     Figure("unscored", "Without a score"),
-    Figure("judge_pairs", "Pairs of judgments"),
 )
 NAMED = {name for one in (*QUALITY, *JUDGE, *LENGTH, *PAIRS) for name in (one.name, one.second)}
 HIDDEN = {"iteration", "fingerprint", "seconds", "by_prompt", "alarms", "examples", "counts", "length_difference"}
@@ -106,10 +106,10 @@ def values_of(entry: Mapping[str, Any], prefix: str = "") -> dict[str, Value]:
             found[name] = (plain, None, None)
         elif isinstance(item, dict):
             mean = number(item.get("mean"))
-            ends = [number(end) for end in listed(item.get("ci95"))]
-            if mean is not None and len(ends) == 2:
+            ends = [number(end) for end in listed(item.get("ci95")) or [item.get("low"), item.get("high")]]
+            if mean is not None and len(ends) == 2 and None not in ends:
                 found[name] = (mean, ends[0], ends[1])
-                item = {k: v for k, v in item.items() if k not in ("mean", "ci95")}
+                item = {k: v for k, v in item.items() if k not in ("mean", "ci95", "low", "high")}
             found |= values_of(item, f"{name}.")
         elif isinstance(item, list) and len(item) == 3 and all(number(one) is not None for one in item):
             mean, low, high = item
@@ -139,12 +139,12 @@ def places(measured: Iterable[Mapping[str, Any]]) -> list[tuple[float, str]]:
     return [((numbered[0] if numbered else 1.0) - 1, "base"), *ticks] if "base" in names else ticks
 
 
-def iteration_panels(runs: Sequence[RunFiles], wanted: Sequence[Figure] | None) -> tuple[list[Panel], list[str]]:
-    """(A panel of each figure that any run has, "title: value" of those that are the same number everywhere). With None
-    of all figures that no section names."""
+def iteration_panels(runs: Sequence[RunFiles], wanted: Sequence[Figure] | None) -> tuple[list[Panel], Table]:
+    """(A panel of each figure that any run has, a table of those without a plot: a run has them in one iteration, or
+    they are the same number everywhere). With None of all figures that no section names."""
     measured = by_iteration(runs)
     present = dict.fromkeys(name for found in measured for figures in found.values() for name in figures)
-    others = [Figure(name, name.removeprefix("evals.").replace("_", " ")) for name in present if name not in NAMED]
+    others = [Figure(name, words(name.removeprefix("evals."))) for name in present if name not in NAMED]
     evals = [
         one for one in others if one.name.startswith("evals.") and not one.name.endswith((".iteration", ".prompts"))
     ]
@@ -152,23 +152,40 @@ def iteration_panels(runs: Sequence[RunFiles], wanted: Sequence[Figure] | None) 
         wanted = [one for one in others if one not in evals]
     elif wanted is QUALITY:
         wanted = [*wanted[:1], *evals, *wanted[1:]]
-    panels, constant = [], []
+    panels, rows = [], []
     for figure in wanted:
         if figure.name not in present:
             continue
-        values = {
-            figures[n][0]
-            for found in measured
-            for figures in found.values()
-            for n in (figure.name, figure.second)
-            if n in figures
-        }
-        many = sum(figure.name in figures for found in measured for figures in found.values()) > 1
-        if len(values) == 1 and many:
-            constant.append(f"{figure.title}: {shown_number(values.pop())}")
+        names = [name for name in (figure.name, figure.second) if name is not None]
+        found = [
+            (run.label, name, t, figures[name])
+            for run, by_t in zip(runs, measured, strict=True)
+            for name in names
+            for t, figures in by_t.items()
+            if name in figures
+        ]
+        places = [(label, name) for label, name, _, _ in found]
+        if len(found) > 1 and len({value for *_, (value, _, _) in found}) == 1:
+            rows.append([figure.title, "all", "all", shown_number(found[0][3][0]), _interval(found[0][3])])
+        elif len(set(places)) == len(places):
+            for label, name, t, value in found:
+                title = figure.title if name == figure.name else words(name)
+                rows.append([title, label, t, shown_number(value[0]), _interval(value)])
         else:
             panels.append(_iteration_panel(runs, measured, figure))
-    return panels, constant
+    columns = ["figure", "run", "iteration", "value", "95 % interval"]
+    kept = [0, *([1] if len(runs) > 1 else []), 2, 3, *([4] if any(row[4] for row in rows) else [])]
+    return panels, Table([columns[i] for i in kept], [[row[i] for i in kept] for row in rows], [i > 1 for i in kept])
+
+
+def words(name: str) -> str:
+    """The name of a figure for people: "judge quality, best" for "judge_quality.best"."""
+    return name.replace("_", " ").replace(".", ", ")
+
+
+def _interval(value: Value) -> str:
+    _, low, high = value
+    return "" if low is None or high is None else f"{shown_number(low)} to {shown_number(high)}"
 
 
 def _iteration_panel(
@@ -192,10 +209,9 @@ def _iteration_panel(
                     high=[value[2] for _, value in points] if intervals else None, second=name != figure.name,
                 )
             )  # fmt: skip
-            for t, (mean, low, high) in points:
-                interval = "" if low is None or high is None else f"{shown_number(low)} to {shown_number(high)}"
-                rows.append([run.label, name.rpartition(".")[2].replace("_", " "), t, shown_number(mean), interval])
-    kept = [0, *([1] if figure.second else []), 2, 3, *([4] if any_interval else [])]
+            for t, value in points:
+                rows.append([run.label, words(name.rpartition(".")[2]), t, shown_number(value[0]), _interval(value)])
+    kept = [*([0] if len(runs) > 1 else []), *([1] if figure.second else []), 2, 3, *([4] if any_interval else [])]
     columns = ["run", "figure", "iteration", "value", "95 % interval"]
     table = Table([columns[i] for i in kept], [[row[i] for i in kept] for row in rows], [i > 1 for i in kept])
     inside = all(0 <= value <= 1 for one in series for value in one.y if value is not None)
@@ -281,25 +297,61 @@ TRAINING = (
     Figure("accuracy", "Accuracy", note="share of pairs that the model orders as the judge did", share=True),
     Figure("chosen_logps", "Log-probabilities", "rejected_logps", "of the chosen responses; hollow: rejected"),
     Figure("chosen_shift", "Shift of the chosen responses", note="log-probability; below 0 they became less likely"),
+    Figure("nll", "Likelihood term", note="mean negative log-probability of the chosen responses' tokens"),
+    Figure(
+        "w>l", "Reward model: accuracy", note="share of pairs whose chosen response has the larger reward", share=True
+    ),
+    Figure("reward_mean", "Reward model: mean reward"),
+    *(
+        Figure(
+            f"{a}>{b}", f"Gap model: {a} > {b}", note="share; w: better response, l: worse one; their gap", share=True
+        )
+        for a, b in (("wl", "ww"), ("wl", "ll"), ("wl", "lw"), ("ww", "lw"), ("ll", "lw"))
+    ),
     Figure("reward", "Reward", note="mean of a step's responses"),
+    Figure("reward_std", "Spread of the rewards", note="standard deviation in a step"),
+    Figure("no_reward", "Responses without a reward"),
+    Figure(
+        "even_groups",
+        "Groups with equal rewards",
+        note="share of the prompts of a step; they teach nothing",
+        share=True,
+    ),
+    Figure("ties", "Prompts without a pair", note="their best and worst response have the same reward"),
     Figure("kl", "KL to the reference", note="nats a response"),
     Figure("kl_k3", "KL to the reference, k3", note="nats a token; never negative"),
     Figure("entropy", "Entropy", note="nats a token"),
+    Figure("ratio", "Probability ratio", note="of the model to the one that sampled; 1 at first"),
+    Figure("clipped", "Clipped tokens", note="share whose ratio is out of range", share=True),
+    Figure("sampler_gap", "Sampler against trainer", note="largest difference of a token's log-probability"),
     Figure("length", "Length", note="tokens a response"),
+    Figure("cut_off", "Cut off", note="share of the responses", share=True),
+    Figure("gained", "Better than the reference response", note="share", share=True),
+    Figure("gap_of_references", "Gap of the reference responses", note="subtracted from the reward"),
+    Figure("copied", "Copies of the reference response", note="share", share=True),
+    Figure("edit_distance", "Edit distance to the reference response", note="words"),
+    Figure("length_gap", "Longer than the reference response", note="characters"),
     Figure("grad_norm", "Gradient norm", note="before clipping"),
     Figure("learning_rate", "Learning rate"),
 )
 
 
-def training_panels(runs: Sequence[RunFiles]) -> list[Panel]:
-    """A panel of each figure of the trainings. The trainings of a run stand one after the other, in the order in which
-    they were done."""
+def training_panels(runs: Sequence[RunFiles]) -> tuple[list[Panel], Table]:
+    """(A panel of each figure of the trainings, a table of those that never change). The trainings of a run stand one
+    after the other, in the order in which they were done."""
     logs = [trainings(run) for run in runs]
-    names = dict.fromkeys(name for log in logs for _, rows in log for row in rows for name in row)
-    known = {name for one in TRAINING for name in (one.name, one.second)} | {"step", "of", "skipped"}
-    wanted = [one for one in TRAINING if one.name in names]
-    wanted += [Figure(name, name.replace("_", " ")) for name in names if name not in known]
-    return [panel for one in wanted if (panel := _training_panel(runs, logs, one)) is not None]
+    found: dict[str, list[float]] = {}
+    for row in (row for log in logs for _, lines in log for row in lines):
+        for name, value in row.items():
+            if name not in ("step", "of", "skipped") and number(value) is not None:
+                found.setdefault(name, []).append(value)
+    known = {name for one in TRAINING for name in (one.name, one.second)}
+    wanted = [one for one in TRAINING if one.name in found]
+    wanted += [Figure(name, words(name)) for name in found if name not in known]
+    constant = [one for one in wanted if one.second is None and len(found[one.name]) > 1 == len(set(found[one.name]))]
+    rows = [[one.title, shown_number(found[one.name][0])] for one in constant]
+    panels = [_training_panel(runs, logs, one) for one in wanted if one not in constant]
+    return panels, Table(["figure", "value"], rows, [False, True])
 
 
 def trainings(run: RunFiles) -> list[tuple[str, list[dict[str, Any]]]]:
@@ -312,9 +364,8 @@ def trainings(run: RunFiles) -> list[tuple[str, list[dict[str, Any]]]]:
 Log = Sequence[tuple[str, list[dict[str, Any]]]]  # of a run: (scope, lines) of each training
 
 
-def _training_panel(runs: Sequence[RunFiles], logs: Sequence[Log], figure: Figure) -> Panel | None:
-    """None if no line has a number for the figure."""
-    series, rows, marks = [], [], []
+def _training_panel(runs: Sequence[RunFiles], logs: Sequence[Log], figure: Figure) -> Panel:
+    series, rows, parts = [], [], []
     names = [name for name in (figure.name, figure.second) if name is not None]
     for style, (run, log) in enumerate(zip(runs, logs, strict=True)):
         for name in names:
@@ -327,24 +378,22 @@ def _training_panel(runs: Sequence[RunFiles], logs: Sequence[Log], figure: Figur
                 if x:
                     x.append(before)
                     y.append(None)  # a gap between two trainings
-                    marks += [before] if len(runs) == 1 and name == figure.name else []
+                last = before + max(step for step, _ in points)
                 x += [before + step for step, _ in points]
                 y += [value for _, value in points]
-                before += max(step for step, _ in points)
+                if len(runs) == 1 and len(log) > 1 and name == figure.name:
+                    parts.append((before + points[0][0] - 0.5, last + 0.5, scope))
+                before = last
                 steps = shown_number(points[-1][0])
-                rows.append(
-                    [run.label, scope, name.replace("_", " "), steps, shown_number(known[0]), shown_number(known[-1])]
-                )
+                rows.append([run.label, scope, words(name), steps, shown_number(known[0]), shown_number(known[-1])])
             if x:
                 series.append(Series(label=run.label, style=style, x=x, y=y, second=name == figure.second))
-    if not series:
-        return None
-    kept = [0, 1, *([2] if figure.second else []), 3, 4, 5]
+    kept = [*([0] if len(runs) > 1 else []), 1, *([2] if figure.second else []), 3, 4, 5]
     columns = ["run", "training", "figure", "steps", "first", "last"]
     table = Table([columns[i] for i in kept], [[row[i] for i in kept] for row in rows], [i > 2 for i in kept])
     inside = all(0 <= value <= 1 for one in series for value in one.y if value is not None)
     plot = plots.lines(
-        series, title=figure.title, x_label="optimizer step", name=f"training {figure.name}", marks=marks,
+        series, title=figure.title, x_label="optimizer step", name=f"training {figure.name}", parts=parts,
         share=figure.share and inside,
     )  # fmt: skip
     return Panel(figure.title, figure.note, plot, table)

@@ -182,16 +182,16 @@
       });
       nodes.push(links);
     }
-    let heading = "";
+    let model = "", stage = "";
     entries(chosen).forEach((one) => {
-      const run = data.runs.length > 1 ? `${data.runs[one.r]} · ` : "";
-      const place = `${run}${one.s} · ${one.f}`;
-      if (place !== heading) {
+      const made = (data.runs.length > 1 ? `${data.runs[one.r]} · ` : "") + one.s;
+      if (made !== model) {
         const quality = (chosen.q || []).find((q) => q[0] === one.r && q[1] === one.s);
-        const first = !heading.startsWith(`${run}${one.s} ·`);
-        nodes.push(write(make("h3"), place + (quality && first ? ` · quality ${whole(quality[2])}` : "")));
-        heading = place;
+        nodes.push(write(make("h3"), made + (quality ? ` · quality ${whole(quality[2])}` : "")));
+        stage = "";
       }
+      if (one.f !== stage) nodes.push(write(make("p", "stage"), one.f));
+      [model, stage] = [made, one.f];
       nodes.push(entryNode(one, chosen.i));
     });
     detail.replaceChildren(...nodes);

@@ -68,7 +68,8 @@ def page_of(runs: Sequence[RunFiles], *, samples: int = 20_000, refresh: float |
 
 
 def sections(runs: Sequence[RunFiles]) -> list[dict[str, Any]]:
-    """The sections with plots: id, title, an introduction, panels, and what to say if there are none."""
+    """The sections with plots: id, title, an introduction, panels, a table of what has none, and what to say if there
+    is nothing."""
     made = [
         _section(
             "quality", "Quality", "What the evaluation measured after each iteration.",
@@ -82,29 +83,29 @@ def sections(runs: Sequence[RunFiles]) -> list[dict[str, Any]]:
         ),
         _section(
             "pairs", "Pairs and ties", "What came out of the judgments.", figures.iteration_panels(runs, figures.PAIRS),
-            "No iteration has made pairs.",
+            "There are no pairs: this method makes none, or the run has not come so far.",
         ),
         _section(
             "lengths", "Lengths", "Responses that grow without getting better are the usual sign of a fooled judge.",
             figures.iteration_panels(runs, figures.LENGTH), "No lengths were measured.",
         ),
         _section(
-            "training", "Training", "From train.jsonl; trainings stand one after the other, with a gap between.",
-            (figures.training_panels(runs), []), "No training has begun.",
+            "training", "Training", "By optimizer step. Trainings stand one after the other, with a gap between.",
+            figures.training_panels(runs), "No training has begun.",
         ),
         _section(
             "further", "Further figures", "Whatever else the evaluations say.", figures.iteration_panels(runs, None), ""
         ),
     ]  # fmt: skip
-    return [section for section in made if section["panels"] or section["constant"] or section["empty"]]
+    return [section for section in made if section["panels"] or section["rest"].rows or section["empty"]]
 
 
 def _section(
-    name: str, title: str, text: str, figures: tuple[list[Panel], list[str]], empty: str, further: Sequence[Panel] = ()
+    name: str, title: str, text: str, figures: tuple[list[Panel], Table], empty: str, further: Sequence[Panel] = ()
 ) -> dict[str, Any]:
-    panels, constant = figures
+    panels, rest = figures
     return {
-        "id": name, "title": title, "text": text, "panels": [*panels, *further], "constant": constant, "empty": empty,
+        "id": name, "title": title, "text": text, "panels": [*panels, *further], "rest": rest, "empty": empty,
     }  # fmt: skip
 
 
@@ -115,13 +116,13 @@ def overview(runs: Sequence[RunFiles]) -> Table:
         first, last = _ends(run)
         judged = [value for entry in run.iterations if (value := number(entry.get("judge_agreement"))) is not None]
         planned = number(run.config.get("iterations"))
-        numbered = [entry for entry in run.iterations if entry["iteration"] != "base"]
+        newest = max((entry["iteration"] for entry in run.iterations if entry["iteration"] != "base"), default=0)
         rows.append(
             {
                 "run": run.label,
                 "method": run.method,
                 "state": run.status,
-                "iterations": f"{len(numbered)}{'' if planned is None else f' of {planned:g}'}",
+                "iterations": f"{newest:g}{'' if planned is None else f' of {planned:g}'}",
                 "quality, first": _with_interval(first),
                 "quality, last": _with_interval(last),
                 "change": "–" if first is None or last is None else signed(last[0] - first[0]),

@@ -48,11 +48,11 @@ def lines(
     x_label: str,
     name: str,
     ticks: Sequence[tuple[float, str]] = (),
-    marks: Sequence[float] = (),
+    parts: Sequence[tuple[float, float, str]] = (),
     share: bool = False,
 ) -> str:
     """An SVG of lines. ``title``: what a screen reader says. ``name``: unique in the page. ``ticks``: (place, label) of
-    the x axis. ``marks``: places of thin vertical lines. ``share``: the y axis goes from 0 to 1."""
+    the x axis. ``parts``: (beginning, end, name) of parts of the x axis. ``share``: the y axis goes from 0 to 1."""
     figure, axis = _figure()
     for offset, one in enumerate(series):
         shift = 0.05 * (offset - (len(series) - 1) / 2) if ticks and one.low else 0.0
@@ -69,15 +69,49 @@ def lines(
         for place, low, high in zip(x, one.low or [], one.high or [], strict=False):
             if low is not None and high is not None and max(abs(low), abs(high)) <= LARGEST:
                 axis.plot([place, place], [low, high], color=color, linewidth=1.1, zorder=2, marker="_", markersize=5)
-    for place in marks:
-        axis.axvline(place, color=_LINE, linewidth=1, zorder=1)
+    _show_parts(axis, parts)
     if ticks:
         axis.set_xticks([place for place, _ in ticks], [label for _, label in ticks], parse_math=False)
         axis.set_xlim(ticks[0][0] - 0.3, ticks[-1][0] + 0.3)
-    if share:
-        axis.set_ylim(0, 1)
+    else:
+        axis.xaxis.get_major_locator().set_params(integer=True)
+    axis.set_ylim(*((0, 1) if share else _y_range(series)))
     axis.set_xlabel(x_label)
     return _svg(figure, title, name)
+
+
+def _y_range(series: Sequence[Series]) -> tuple[float, float]:
+    """The ends of the y axis. They are a twentieth of the largest number apart at least, so that what hardly changes
+    looks like it, and below zero only if a number is."""
+    values = [
+        value
+        for one in series
+        for row in (one.y, one.low or (), one.high or ())
+        for value in row
+        if value is not None and abs(value) <= LARGEST
+    ]
+    low, high = min(values, default=0.0), max(values, default=0.0)
+    span = max(high - low, 0.05 * max(abs(low), abs(high))) or 1.0
+    middle, half = (low + high) / 2, 0.62 * span
+    return (max(middle - half, 0.0) if low >= 0 else middle - half), middle + half
+
+
+def _show_parts(axis: Any, parts: Sequence[tuple[float, float, str]]) -> None:
+    """Thin lines between the parts of the x axis, and the names of the parts above them, where they fit."""
+    if not parts:
+        return
+    pixels = 0.85 * WIDTH / (parts[-1][1] - parts[0][0])  # of one unit of the x axis, about
+    short = [name.removeprefix("iter_") for _, _, name in parts]
+    fit = all(6 * len(name) < (end - start) * pixels for start, end, name in parts)
+    for (start, end, name), brief in zip(parts, short, strict=True):
+        if start > parts[0][0]:
+            axis.axvline(start, color=_LINE, linewidth=1, zorder=1)
+        label = name if fit else brief
+        if 6 * len(label) < (end - start) * pixels:
+            axis.text(
+                (start + end) / 2, 1.04, label, transform=axis.get_xaxis_transform(), color=_SOFT, fontsize=9.5,
+                ha="center", va="bottom", parse_math=False,
+            )  # fmt: skip
 
 
 def bars(

@@ -84,14 +84,15 @@ def stage_table(run: RunFiles) -> Table:
                     "iteration": stage.scope,
                     "stage": stage.name.split("_logps_")[0] + ("_logps" if "_logps_" in stage.name else ""),
                     "state": stage.state,
-                    "records": stage.records,
                     "seconds": f"{stage.seconds:,.1f}",
                     "speed": stage.rate,
                     "host memory": memory.gib(stage.memory, "host") or "–",
                     "device memory": memory.gib(stage.memory, "device") or "–",
+                    "records": stage.records,
                 }
             )
     empty = [name for name in ("host memory", "device memory") if all(row[name] == "–" for row in rows)]
+    empty += ["state"] if all(row["state"] == "done" for row in rows) else []
     table = table_of([{name: value for name, value in row.items() if name not in empty} for row in rows])
     right = {"seconds", "speed", "host memory", "device memory", "records"}
     return dataclasses.replace(table, numbers=[name in right for name in table.columns])
@@ -254,4 +255,6 @@ def _setting(value: Any) -> str:
         return str(value)
     if isinstance(value, list):
         return ", ".join(_setting(item) for item in value) or "()"
+    if isinstance(value, float):
+        return f"{value:.12g}"  # 6e-05, not 5.9999999999999995e-05
     return text(value) if isinstance(value, str | dict) else f"{value}"

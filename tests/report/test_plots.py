@@ -46,3 +46,27 @@ def test_bars_and_swatches_are_xml():
 def test_long_lines_are_thinned_and_keep_their_end():
     series = Series(label="a", style=0, x=list(range(5000)), y=[float(n) for n in range(5000)])
     assert len(lines([series], title="t", x_label="x", name="x")) < 60_000
+
+
+def texts(svg):
+    return [node.text for node in xml.etree.ElementTree.fromstring(svg).iter() if node.tag.endswith("text")]
+
+
+@pytest.mark.parametrize(("y", "low", "high"), [([76.58, 76.62], 74, 79), ([5.0, 0.0], 0, 6), ([-0.7, -0.71], -1, 0)])
+def test_what_hardly_changes_is_not_blown_up_and_counts_begin_at_zero(y, low, high):
+    svg = lines(
+        [Series(label="a", style=0, x=[1, 2], y=y)], title="t", x_label="x", name="x", ticks=[(1, "a"), (2, "b")]
+    )
+    shown = [float(text.replace("\N{MINUS SIGN}", "-")) for text in texts(svg) if text not in ("a", "b", "x")]
+    assert low <= min(shown) < max(shown) <= high and max(shown) - min(shown) > 0.02 * abs(y[0])
+
+
+def test_parts_of_a_line_have_their_names_where_they_fit():
+    one = Series(label="a", style=0, x=[1, 50, 51, 100], y=[1.0, 2.0, 3.0, 4.0])
+
+    def named(*parts):
+        return [text for text in texts(lines([one], title="t", x_label="x", name="x", parts=parts)) if "t" in text]
+
+    assert named((1, 50.5, "iter_1"), (50.5, 100, "iter_2")) == ["iter_1", "iter_2"]
+    tenths = [(10 * n, 10 * (n + 1), f"t{n}" if n else "long_name_of_it") for n in range(10)]
+    assert named(*tenths) == [f"t{n}" for n in range(1, 10)]

@@ -243,7 +243,7 @@ def histogram_panels(runs: Sequence[RunFiles]) -> list[Panel]:
         title = "Scores of the judge, %" if len(runs) == 1 else f"Scores of the judge, %: {run.label}"
         plot = plots.bars(labels, heights, title=title, x_label="score", name=f"histogram {index}", style=index)
         rows = [[name, *(f"{value:.1f}" for value in values)] for name, values in heights]
-        table = Table(["", *labels], rows, [False, *(True for _ in labels)])
+        table = Table(["scores of", *labels], rows, [False, *(True for _ in labels)])
         order = "; ".join(name for name, _ in heights)
         panels.append(
             Panel(title, f"from left to right at each score: {order}" if len(heights) > 1 else order, plot, table)
@@ -320,6 +320,7 @@ TRAINING = (
     Figure("ties", "Prompts without a pair", note="their best and worst response have the same reward"),
     Figure("kl", "KL to the reference", note="nats a response"),
     Figure("kl_k3", "KL to the reference, k3", note="nats a token; never negative"),
+    Figure("loss_kl", "KL term of the loss"),
     Figure("entropy", "Entropy", note="nats a token"),
     Figure("ratio", "Probability ratio", note="of the model to the one that sampled; 1 at first"),
     Figure("clipped", "Clipped tokens", note="share whose ratio is out of range", share=True),

@@ -75,6 +75,11 @@
     }
     return sample.hay;
   };
+  // All searched texts of a large page take a second, so they are made in small parts before anyone searches.
+  const prepare = (from) => {
+    samples.slice(from, from + 100).forEach(hay);
+    if (from + 100 < samples.length) setTimeout(prepare, 0, from + 100);
+  };
   const ONLY = {
     pair: (one) => has(one, "chosen"),
     tie: (one) => best(one) > -Infinity && !has(one, "chosen") && one.g !== "evaluation",
@@ -232,4 +237,5 @@
   const before = store.get("chosen");
   chosen = samples.find((one) => `${one.g}\n${one.i}\n${(one.r || [])[0]}` === before) || null;
   filter();
+  setTimeout(prepare, 0, 0);
 })();

@@ -51,8 +51,8 @@ def lines(
     parts: Sequence[tuple[float, float, str]] = (),
     share: bool = False,
 ) -> str:
-    """An SVG of lines. ``title``: what a screen reader says. ``name``: unique in the page. ``ticks``: (place, label) of
-    the x axis. ``parts``: (beginning, end, name) of parts of the x axis. ``share``: the y axis goes from 0 to 1."""
+    """An SVG of lines. ``title``: what a screen reader says first. ``name``: unique in the page. ``ticks``: (place,
+    label) of the x axis. ``parts``: (beginning, end, name) of parts of it. ``share``: the y axis goes from 0 to 1."""
     figure, axis = _figure()
     for offset, one in enumerate(series):
         shift = 0.05 * (offset - (len(series) - 1) / 2) if ticks and one.low else 0.0
@@ -75,9 +75,22 @@ def lines(
         axis.set_xlim(ticks[0][0] - 0.3, ticks[-1][0] + 0.3)
     else:
         axis.xaxis.get_major_locator().set_params(integer=True)
-    axis.set_ylim(*((0, 1) if share else _y_range(series)))
+    low, high = (0, 1) if share else _y_range(series)
+    axis.set_ylim(low, high)
+    if not 1e-3 < max(abs(low), abs(high)) < 1e6:  # else: a factor such as 1e-5 would stand alone above the axis
+        axis.yaxis.set_major_formatter(lambda value, _: f"{value:.3g}".replace("-", "\N{MINUS SIGN}"))
     axis.set_xlabel(x_label)
-    return _svg(figure, title, name)
+    return _svg(figure, _told(title, series), name)
+
+
+def _told(title: str, series: Sequence[Series]) -> str:
+    """What a screen reader says of lines: where each begins and ends. All numbers are in the table below the plot."""
+    ends = []
+    for one in series:
+        known = [value for value in one.y if value is not None]
+        if known:
+            ends.append(f"{one.label}{', hollow' if one.second else ''} from {known[0]:.4g} to {known[-1]:.4g}")
+    return ": ".join([title, "; ".join(ends[:8])]) if ends else title
 
 
 def _y_range(series: Sequence[Series]) -> tuple[float, float]:

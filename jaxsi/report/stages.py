@@ -9,6 +9,7 @@ from jaxsi.report.run_files import RunFiles, ScopeFiles, flat, listed, mapping, 
 from jaxsi.runs import memory
 from jaxsi.stages import alarms
 
+LONG_VALUE = 160  # characters of a setting that are shown beside those of other runs
 TRAINED = ("sft", "dpo", "reward", "rl")  # stages that end in train.jsonl
 
 
@@ -233,14 +234,14 @@ def _data_guards(run: RunFiles) -> list[Guard]:
 
 
 def config_differences(runs: Sequence[RunFiles]) -> Table:
-    """The fields in which the configs of runs differ."""
+    """The fields in which the configs of runs differ; of long values the beginning."""
     flats = [flat(run.config) for run in runs]
     names = dict.fromkeys(name for one in flats for name in one)
     rows = []
     for name in names:
         values = [_setting(one[name]) if name in one else "–" for one in flats]
         if len(set(values)) > 1:
-            rows.append([name or "config", *values])
+            rows.append([name or "config", *(v if len(v) <= LONG_VALUE else f"{v[:LONG_VALUE]} …" for v in values)])
     return Table(["field", *(run.label for run in runs)], rows, [False] * (len(runs) + 1))
 
 

@@ -35,10 +35,18 @@ def loglikelihoods(
     lm: LM, pairs: Sequence[tuple[Sequence[int], Sequence[int]]], batch_size: int
 ) -> list[tuple[float, bool]]:
     """The summed log-prob of each continuation after its context, both as token ids, and whether greedy sampling would
-    write it. What exceeds the model's positions is cut off from the left of the context."""
+    write it. What exceeds the model's positions is cut off from the left of the context.
+
+    Raises: EvaluationError: if a continuation has no token, or more than the model has positions.
+    """
     most = lm.config.max_positions + 1  # the last token is not read
     prefixes = []
     for context, continuation in pairs:
+        if not continuation:
+            raise EvaluationError(
+                "a continuation has no token of its own: the tokenizer joins it with the end of its context, "
+                f"{lm.tokenizer.decode(list(context)[-8:])!r}; let the task write a space or a line break between them"
+            )
         room = most - len(continuation)
         if room < 1:
             raise EvaluationError(

@@ -135,6 +135,15 @@ def test_long_texts_are_read_in_windows_and_contexts_are_cut_off_from_the_left()
         loglikelihoods(lm, [([1], [1] * 257)], 4)
 
 
+def test_a_continuation_without_a_token_has_no_score():
+    """Such as "b" after "a", if the tokenizer has a token "ab": an empty sum would be a log-prob of 0, the best one."""
+    lm = tiny.make_lm()
+    with pytest.raises(
+        EvaluationError, match="no token of its own: the tokenizer joins it with the end of its context"
+    ):
+        loglikelihoods(lm, [(encode(lm, "cat"), [])], 4)
+
+
 def test_generation_ends_before_the_first_stop_text_and_refuses_settings_that_it_does_not_have():
     lm = load(str(SEED_MODEL), tiny.mesh(), "float32")
     whole, cut = (

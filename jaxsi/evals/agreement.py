@@ -11,6 +11,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from jaxsi.evals.answer_cache import EvaluationError
 from jaxsi.runs.metrics import calibration, kendall, macro_scores, spearman
 from jaxsi.runs.records import Judgment, RankedResponses
 from jaxsi.stages.judge_quality import judge_quality
@@ -99,6 +100,8 @@ def agreement(pairs: Sequence[Pair], verdicts: Iterable[Verdict]) -> dict[str, A
       "calibration": see `metrics.calibration`, of the probability that the first response is better (or the verdict's
         1, 1/2 and 0) against the mean vote.
       "groups": the same figures of each group, if there are several.
+
+    Raises: EvaluationError: if there are two different verdicts about a pair.
     """
     by_id = _unique(verdicts)
     figures = _figures(pairs, by_id)
@@ -112,7 +115,7 @@ def _unique(verdicts: Iterable[Verdict]) -> dict[str, Verdict]:
     by_id: dict[str, Verdict] = {}
     for verdict in verdicts:
         if by_id.setdefault(verdict.id, verdict) != verdict:
-            raise ValueError(f"two different verdicts about the pair {verdict.id!r}; give one verdict for each pair")
+            raise EvaluationError(f"two different verdicts about the pair {verdict.id!r}; leave one of the rows out")
     return by_id
 
 

@@ -285,9 +285,13 @@ _PANDALM: dict[str, Winner] = {"1": "A", "2": "B", "0": "C", "Tie": "C"}  # what
 
 def _pandalm(path: Path | str, table: list[tuple[int, Row]], voters: str) -> Labelled:
     _no_voters(path, voters)
+    seen = set[str]()
 
     def read(row: Row) -> tuple[Pair, Texts]:
         id = str(_whole(row, "idx"))
+        if id in seen:
+            raise ValueError(f"idx {id} occurs twice; leave one of the rows out")
+        seen.add(id)
         labels = []
         for name in (name for name in row if name.startswith("annotator")):
             if str(row[name]) not in ("0", "1", "2"):

@@ -9,6 +9,7 @@ from hypothesis import given, settings, strategies as st
 
 from jaxsi.cli.main import main
 from jaxsi.evals.agreement import Pair, Verdict, agreement, majority, orders
+from jaxsi.evals.answer_cache import EvaluationError
 from jaxsi.evals.human_labels import read_labels, read_scores, read_verdicts
 from jaxsi.runs.metrics import calibration, macro_scores
 from jaxsi.runs.records import RecordError, to_json
@@ -57,7 +58,7 @@ def test_groups_have_their_own_figures_and_a_pair_has_one_verdict():
     found = agreement(pairs, [Verdict(id="1", winner="A"), Verdict(id="2", winner="A")])
     assert [found["groups"][f"turn {n}"]["with_ties"]["agree"] for n in (1, 2)] == [1, 0]
     assert found["position"]["rate"] is None
-    with pytest.raises(ValueError, match="two different verdicts about the pair '1'"):
+    with pytest.raises(EvaluationError, match="two different verdicts about the pair '1'; leave one of the rows out"):
         agreement(pairs, [Verdict(id="1", winner="A"), Verdict(id="1", winner="B")])
 
 
@@ -310,6 +311,9 @@ def test_pandalms_results_that_cannot_be_read_are_ties(tmp_path):
     assert [v.winner for v in verdicts] == ["A", "C", "C"]
     found = agreement(labelled.pairs, verdicts)
     assert found["majority"]["accuracy"] == pytest.approx(2 / 3) and found["unread"] == 1
+    human.write_text(json.dumps([*rows, rows[1]]))
+    with pytest.raises(RecordError, match=":4: idx 1 occurs twice"):
+        read_labels(human)
 
 
 def test_own_verdicts_are_read_as_they_were_written(tmp_path):

@@ -100,8 +100,13 @@ class Match:
 def matched(outputs: Sequence[Output], there: str, baseline: Sequence[Output], here: str) -> list[Match]:
     """The two outputs of each instruction, in the order of the baseline; ``there`` and ``here`` name their files.
 
-    Raises: EvaluationError: if an instruction occurs twice, or is on one side only.
+    Raises: EvaluationError: if an instruction occurs twice, or is on one side only, or if a side is of several models.
     """
+    for side, name in ((outputs, there), (baseline, here)):
+        if len(generators := sorted({output.generator for output in side})) > 1:
+            raise EvaluationError(
+                f"{name} has outputs of more than one generator: {', '.join(generators[:4])}; give one model at a time"
+            )
     by_model = unique(((output.instruction, output) for output in outputs), there)
     by_baseline = unique(((output.instruction, output) for output in baseline), here)
     check_aligned(by_model, there, by_baseline, here)

@@ -446,6 +446,13 @@ def test_outputs_are_matched_by_instruction_before_anything_is_judged(own_assets
         matched(strange, "s.json", own_assets.baseline, "the baseline")
 
 
+def test_outputs_of_two_models_are_refused_before_anything_is_judged(own_assets):
+    outputs = [dataclasses.replace(o, generator=f"model {i % 2}") for i, o in enumerate(own_assets.baseline)]
+    for given, baseline, name in ((outputs, own_assets.baseline, "o"), (own_assets.baseline, outputs, "b")):
+        with pytest.raises(EvaluationError, match=f"{name} has outputs of more than one generator: model 0, model 1; "):
+            matched(given, "o", baseline, "b")
+
+
 def test_the_judge_sees_the_outputs_in_the_order_of_the_coin(own_assets):
     outputs = [alpaca_assets.Output(instruction=o.instruction, output=f"mine {i}", generator="mine")
                for i, o in enumerate(own_assets.baseline)]  # fmt: skip

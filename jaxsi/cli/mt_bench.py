@@ -93,6 +93,8 @@ def mtbench(argv: list[str]) -> Report:
     named = args.named_judge(args.model, out)
     named.check_writes()
     model, answers, plans = _answers(args, questions, out)
+    if args.mode == "pair" and model == args.baseline:
+        raise UsageError(f"the model and the baseline are both {model}; give another --baseline, or --name")
     if args.mode == "pair":
         tasks = mt_bench.pair_tasks(questions, answers, baseline, templates)
     else:

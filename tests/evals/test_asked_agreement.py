@@ -99,6 +99,15 @@ def test_what_has_no_room_is_asked_again_and_a_text_without_a_verdict_is_not(tmp
     assert len(speaker.asked) == 2 and found.failures == {}
 
 
+def test_what_is_missing_is_what_would_be_asked(tmp_path, human):
+    groups, cache = groups_of_pairs(read_labels(human).texts), AnswerCache(tmp_path / "a.jsonl")
+    judging = judging_by(Speaker(lambda first, second: None if "brief" in (first, second) else "[[A]]"))
+    assert missing_groups(cache, judging, groups, PAIRWISE, CFG) == groups
+    found = ask_judge(cache, judging, groups, PAIRWISE, CFG)
+    assert [g.id for g in missing_groups(cache, judging, groups, PAIRWISE, CFG)] == list(found.failures) == ["1"]
+    assert missing_groups(cache, judging, groups, PAIRWISE, CFG, seed=1) == groups
+
+
 def test_an_estimate_counts_what_is_sent(human):
     groups = groups_of_pairs(read_labels(human).texts)
     assert len(requests_of(groups, PAIRWISE, CFG)) == 4
@@ -114,8 +123,10 @@ def test_command_asks_a_function_about_pairs_and_rankings(tmp_path, human, capsy
     judge.write_text("def length(prompt, response):\n    return float(len(response))\n")
     words = ["eval", "agreement", "--human", str(human), "--judge", f"function:{judge}:length"]
     words += ["--out", str(tmp_path / "out"), "--json"]
-    found = []
+    found, planned = [], []
     for _ in range(2):
+        assert main([*words, "--judge-seeds", "2", "--dry-run"]) == 0
+        planned.append(json.loads(capsys.readouterr().out)["judge"]["calls"])
         assert main(words) == 0
         found.append(json.loads(capsys.readouterr().out))
     assert [(run["judged"], run["reused"], run["failed"], run["unreadable"]) for run in found] == [

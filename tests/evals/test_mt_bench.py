@@ -11,6 +11,7 @@ from hypothesis import given, strategies as st
 from jaxsi.cli.main import main
 from jaxsi.evals import mt_bench
 from jaxsi.evals.answer_cache import AnswerCache, EvaluationError
+from jaxsi.evals.judging import missing_texts
 from jaxsi.evals.mt_bench_prompts import TEMPLATES, read_templates
 from jaxsi.evals.mt_bench_scores import pair_scores, rating, read_judgments, single_scores, verdict
 from jaxsi.runs.records import RecordError, Response
@@ -289,6 +290,10 @@ def test_grades_are_written_in_fastchats_format_and_read_again(tmp_path):
     grades, _ = read_judgments([written(tmp_path / "j.jsonl", rows)])
     assert single_scores(grades)["m"]["errors"] == 2
     # A request that had no room is asked again, a text without a grade is not.
+    left = missing_texts(
+        AnswerCache(tmp_path / "a.jsonl"), Speaker("j", None), [task.request for task in tasks], CFG, template=""
+    )
+    assert left == [tasks[2].request]
     later = Speaker("j", lambda messages: "[[9]]")
     rows = mt_bench.grade(AnswerCache(tmp_path / "a.jsonl"), later, tasks, CFG, model="m", judge="j")
     assert len(later.asked) == 1 and rows[2]["score"] == 9
@@ -373,6 +378,21 @@ def test_judge_prompts_with_other_slots_are_refused(tmp_path):
     rows[0]["prompt_template"] = "{question}"
     with pytest.raises(RecordError, match=r"p.jsonl:1: single-v1 has the slots question; it needs question, answer"):
         read_templates(written(tmp_path / "p.jsonl", rows))
+
+
+def test_a_dry_run_counts_what_is_missing_and_a_baseline_is_another_model(tmp_path, capsys):
+    data = folder_of(tmp_path / "data")
+    (data / "model_answer").mkdir()
+    for name in ("mine", "theirs"):
+        answers = mt_bench.answer_rows(name, {81: (name, "b"), 82: (name, "d")})
+        written(data / "model_answer" / f"{name}.jsonl", answers)
+    words = ["eval", "mt-bench", "--answers", str(data / "model_answer" / "mine.jsonl"), "--data", str(data)]
+    words += ["--judge", "endpoint:judge,base_url=http://127.0.0.1:9/v1", "--out", str(tmp_path / "out"), "--dry-run"]
+    pair = ["--mode", "pair", "--baseline", "theirs"]
+    assert main([*words, *pair, "--judge-seeds", "2", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["judge"]["calls"] == 16
+    assert main([*words, *pair, "--name", "theirs"]) == 2
+    assert "the model and the baseline are both theirs" in capsys.readouterr().err
 
 
 def test_command_scores_files_of_judgments(tmp_path, capsys):

@@ -158,7 +158,8 @@ def single_scores(grades: Sequence[Grade], questions: Mapping[int, str] | None =
     "turn_1", "turn_2": mean scores of the turns; "score": of all judgments, with "ci95", a bootstrap over questions;
     "categories": of each category. "judgments": how many have a score and count; "errors": the last judgments of a turn
     that have none; "duplicates": earlier judgments of a turn, which do not count. "by_rows": the three means over all
-    rows with a score. A judge's name is part of what is judged, so two judges are no duplicates of each other.
+    rows with a score. "judges": their names. A judge's name is part of what is judged, so two judges are no duplicates
+    of each other: the scores are means over both.
     """
     by_model: dict[str, list[Grade]] = collections.defaultdict(list)
     for grade in grades:
@@ -183,6 +184,7 @@ def _single(grades: Sequence[Grade], questions: Mapping[int, str] | None) -> dic
         "judgments": len(counted),
         "errors": len(last) - len(counted),
         "duplicates": len(grades) - len(last),
+        "judges": sorted({grade.judge for grade in grades}),
         "by_rows": _means(grades),
     }
 

@@ -184,6 +184,7 @@ def test_two_judges_are_no_duplicates(tmp_path):
     grades, _ = read_judgments([written(tmp_path / "j.jsonl", [judgment(81, 1, 4, judge="a"), judgment(81, 1, 8)])])
     assert single_scores(grades)["m"]["duplicates"] == 0
     assert single_scores(grades)["m"]["score"] == 6
+    assert single_scores(grades)["m"]["judges"] == ["a", "j"]
 
 
 def test_a_win_needs_the_same_winner_in_both_orders(tmp_path):

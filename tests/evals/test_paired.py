@@ -105,6 +105,15 @@ def test_equal_lengths_leave_the_raw_logit():
     assert result.length_effect == 0 and result.controlled == pytest.approx(100 * 30.5 / 41)  # Jeffreys' prior
 
 
+def test_a_row_that_alone_decides_the_effect_of_length_has_the_prior_beside_it():
+    """All other lengths are equal. With Jeffreys' prior that row's probability is (1 + 1/2) / 2, the others' 1/2."""
+    result = paired([1.0, 0.0] * 10 + [1.0], [0.0] * 20 + [300.0])
+    assert result.controlled == pytest.approx(50)
+    assert result.length_effect == pytest.approx(np.log(3) / np.tanh(np.sqrt(21)))
+    low, high = result.controlled_interval
+    assert low == pytest.approx(100 - high, abs=1e-3) and 25 < low < 35
+
+
 def test_one_prompt_is_no_comparison():
     with pytest.raises(EvaluationError, match="1 prompts were judged; a comparison needs at least 2"):
         paired([1.0], [0.0])

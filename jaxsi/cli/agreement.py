@@ -165,7 +165,7 @@ def _ask(args: Agreement, groups: Sequence[Any], rubric_name: str) -> Any:
     rubric = read_rubric(args.rubric or rubric_name)
     cfg = args.rubric_config(rubric)
     out = make_folder(args.out, "--judge")
-    bound = args.bound_judge(args.named_judge(None, out))
+    bound = args.bound_judge(args.named_judge(None, out), out)
     judge = bound.writer or bound.judging
     cache = args.answer_cache(out)
     if args.dry_run:

@@ -195,7 +195,7 @@ def _judge(args: Alpaca, named: NamedJudge, template: Any, out: Path) -> Any:
 
     rubric = load_rubric() if args.rubric is None else read_rubric(args.rubric)
     config = args.rubric_config(rubric)
-    cache, bound = args.answer_cache(out), args.bound_judge(named)
+    cache, bound = args.answer_cache(out), args.bound_judge(named, out)
     if args.rubric is None and bound.writer is not None:
         return WeightedJudge(cache=cache, writer=bound.writer, template=template, config=config)
     sides = SideBySide(cache=cache, judging=bound.judging, writer=bound.writer, rubric=rubric, config=config)

@@ -21,7 +21,7 @@ class Computing:
 
     dtype: Dtype = "auto"
     """Of the computation. auto: bfloat16 if this device computes in it at speed, else float32. A command that goes on
-    with its responses keeps the dtype with which it began."""
+    keeps the dtype with which its responses and its judgments began."""
     mesh: Mesh = Mesh()
 
 
@@ -73,7 +73,7 @@ class JudgedBy(Computing):
         name = word if is_judge(word) else f"model:{word}"
         return NamedJudge(judge_of(word, out / "endpoint_answers.jsonl"), name.partition(",")[0])
 
-    def bound_judge(self, named: "NamedJudge") -> "BoundJudge":
+    def bound_judge(self, named: "NamedJudge", out: Path) -> "BoundJudge":
         """The judge as a function, with its model loaded. Raises: UsageError, and those of loading."""
         from jaxsi.lm import load
         from jaxsi.stages.endpoint import EndpointJudge
@@ -83,7 +83,8 @@ class JudgedBy(Computing):
 
         judging = named.judging
         if isinstance(judging, ModelJudge):
-            lm = load(judging.model, mesh_for(judging.model, self.mesh), self.dtype)
+            dtype = kept_dtype(self._answers(out)) if self.dtype == "auto" else self.dtype
+            lm = load(judging.model, mesh_for(judging.model, self.mesh), dtype)
             check_writes(lm, judging.model)
             return BoundJudge(_Bound(functools.partial(by_itself, lm)), LocalWriter(lm))
         return BoundJudge(judging, judging if isinstance(judging, EndpointJudge) else None)
@@ -92,7 +93,10 @@ class JudgedBy(Computing):
         """The file of the judge's answers. Raises: EvaluationError: if it cannot be used."""
         from jaxsi.evals.answer_cache import AnswerCache
 
-        return AnswerCache(self.cache or out / "judge_answers.jsonl")
+        return AnswerCache(self._answers(out))
+
+    def _answers(self, out: Path) -> Path:
+        return self.cache or out / "judge_answers.jsonl"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -157,6 +161,27 @@ class _Bound:
 
     def __call__(self, lm: Any, *rest: Any) -> Any:
         return self.function(*rest)
+
+
+def kept_dtype(answers: Path) -> str:
+    """What "auto" means for a judge whose answers are in this file: the dtype that was measured by the first command,
+    kept in ANSWERS.dtype. Another one would be another judge, and measuring again may give another one: it depends on
+    what else the machine does."""
+    import sys
+
+    from jaxsi.model.compute_dtype import DTYPES, fast_dtype
+    from jaxsi.runs.progress import processes
+    from jaxsi.runs.records import write_atomically
+
+    file = answers.with_name(f"{answers.name}.dtype")
+    kept = file.read_text("utf-8").strip() if file.is_file() else None
+    if kept in DTYPES:
+        print(f"dtype auto: {kept}, as the judge's answers began", file=sys.stderr, flush=True)
+        return kept
+    dtype = fast_dtype()
+    if processes()[0] == 0:
+        write_atomically(file, [f"{dtype}\n".encode()])
+    return dtype
 
 
 def check_counts(**counts: int | None) -> None:

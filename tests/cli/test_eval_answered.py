@@ -14,6 +14,7 @@ from jaxsi.cli.eval_results import spreads
 from jaxsi.cli.main import main
 from jaxsi.evals import arena_hard, mt_bench
 from jaxsi.evals.answer_cache import AnswerCache
+from jaxsi.model import compute_dtype
 from jaxsi.runs.records import Response
 from jaxsi.sampling import generate as sampling
 from jaxsi.stages.verdicts import LocalWriter
@@ -149,6 +150,26 @@ def test_a_killed_command_samples_and_judges_nothing_twice(
         assert len((out / "model_judgment" / f"model_{mode}.jsonl").read_text().splitlines()) == 8
         row = value[mode]["model"]
         assert (row["score"], row["errors"]) == (7, 2) if mode == "single" else (row["tie"], row["errors"]) == (6, 2)
+
+
+def test_a_busy_machine_measures_another_dtype_and_nothing_is_judged_twice(world, tmp_path, capsys, monkeypatch):
+    """What "auto" means is measured. A command that goes on keeps what it began with, for the model and the judge."""
+    out = tmp_path / "out"
+    words = command(world, "arena-hard", out)
+    words[words.index("--dtype") + 1] = "auto"
+    monkeypatch.setattr(compute_dtype, "_announced", lambda: "float32")
+    first = watched(monkeypatch, judges=2)
+    assert called(capsys, *words)[0] == 130
+    monkeypatch.setattr(compute_dtype, "_announced", lambda: "bfloat16")
+    second = watched(monkeypatch)
+    code, value, err = called(capsys, *words)
+    assert code == 0, err
+    assert "dtype auto: float32, as the judge's answers began" in err
+    assert second[0] == [] and (value["judged"], value["reused"]) == (4, 4)
+    assert len(set(first[1] + second[1])) == len(first[1] + second[1]) == 8
+    lines = (out / "judge_answers.jsonl").read_text().splitlines()
+    assert {json.loads(line)["judge"].count("float32") for line in lines} == {1}
+    assert called(capsys, *words, "--dtype", "bfloat16")[0] == 2  # a dtype that is given is another setting
 
 
 @pytest.mark.parametrize("kind", ["mt-bench", "arena-hard"])

@@ -71,10 +71,15 @@ def spreads_text(seeds: Mapping[str, Mapping[str, Any]]) -> str:
 
 
 def counts_text(counts: Mapping[str, Any]) -> str:
-    """One line of what was asked, and why it failed."""
+    """What was asked, and why it failed."""
     names = ("judged", "reused", "failed", "unreadable")
     line = ", ".join(f"{name} {counts[name]}" for name in names)
-    return "; ".join([line, *counts["failures"]])
+    lines = ["; ".join([line, *counts["failures"]])]
+    if counts["unreadable"] and counts["unreadable"] >= counts["judged"] + counts["reused"]:
+        lines.append(
+            "no verdict could be read: this judge writes none; name another one, or give it more --judge-tokens"
+        )
+    return "\n".join(lines)
 
 
 def planned(**plans: Any) -> Report:

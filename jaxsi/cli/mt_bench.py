@@ -241,6 +241,4 @@ def _text(value: Mapping[str, Any]) -> str:
         parts += [table(rows), table(categories)]
     if "seeds" in value:
         parts += [part for part in (counts_text(value), spreads_text(value["seeds"])) if part]
-    if any(row["errors"] and not row["by_rows"].get("score") for row in value.get("single", {}).values()):
-        parts.append("no grade could be read: this judge does not write [[5]]; try another one, or more new tokens")
     return "\n\n".join(parts)

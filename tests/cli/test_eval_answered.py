@@ -54,7 +54,8 @@ def world(tmp_path_factory):
     questions = {f"u{i}": (f"Reverse: dog {word}", "hard") for i, word in enumerate(("axe", "pie", "sun", "saw"))}
     rows = [{"uid": uid, "category": category, "prompt": text} for uid, (text, category) in questions.items()]
     written(folder / "arena.jsonl", rows)
-    answers = arena_hard.answer_rows("base", questions, dict.fromkeys(questions, "axe"), now=0.0)
+    texts = {uid: " axe" * (i + 1) for i, uid in enumerate(questions)}
+    answers = arena_hard.answer_rows("base", questions, texts, now=0.0)
     written(folder / "baseline.jsonl", answers)
     return folder
 
@@ -170,6 +171,37 @@ def test_a_busy_machine_measures_another_dtype_and_nothing_is_judged_twice(world
     lines = (out / "judge_answers.jsonl").read_text().splitlines()
     assert {json.loads(line)["judge"].count("float32") for line in lines} == {1}
     assert called(capsys, *words, "--dtype", "bfloat16")[0] == 2  # a dtype that is given is another setting
+
+
+def test_new_judgments_are_controlled_for_style(world, tmp_path, capsys, monkeypatch):
+    """The judge likes the first place: at any style the model wins half of the games."""
+    watched(monkeypatch)
+    words = [*command(world, "arena-hard", tmp_path / "out"), "--style-control", "length", "markdown"]
+    code, _, err = called(capsys, *words, "--style-tokenizer", tmp_path / "absent")
+    assert code == 2 and "absent" in err
+    code, _, err = called(capsys, *words)
+    assert code == 2 and "give --style-tokenizer MODEL" in err and not list((tmp_path / "out").glob("responses*"))
+    code, value, err = called(capsys, *words, "--style-tokenizer", world / "model")
+    assert code == 0, err
+    found = value["style_control"]
+    assert found["models"]["model"]["score"] == pytest.approx(0.5) and found["controls"] == ["length", "markdown"]
+    assert list(found["coefficients"]) == ["length"] and "with one model the score is" in found["warnings"][0]
+
+
+def test_a_judge_without_verdicts_is_told(world, tmp_path, capsys, monkeypatch):
+    watched(monkeypatch)
+    for kind, count in (("mt-bench", 2), ("arena-hard", 2)):
+        words = command(world, kind, tmp_path / kind)
+        if kind == "arena-hard":
+            rows = [json.loads(line) for line in (world / "arena.jsonl").read_text().splitlines()]
+            words[words.index("--data") + 1] = written(tmp_path / "arena.jsonl", [rows[2]])
+        else:
+            rows = [json.loads(line) for line in (world / "mt_bench" / "question.jsonl").read_text().splitlines()]
+            words[words.index("--data") + 1] = written(tmp_path / "mt" / "question.jsonl", [rows[2]]).parent
+        assert main([*map(str, words)]) == 0
+        shown = capsys.readouterr().out
+        assert f"judged {count}, reused 0, failed 0, unreadable {count}" in shown
+        assert "no verdict could be read: this judge writes none" in shown
 
 
 @pytest.mark.parametrize("kind", ["mt-bench", "arena-hard"])

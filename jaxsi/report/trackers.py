@@ -314,13 +314,17 @@ class Trackio:
 
 
 class WeightsAndBiases:
-    """A W&B run in the project "jaxsi", or that of WANDB_PROJECT; WANDB_MODE=offline keeps it on this machine. Its
-    history cannot be read back offline, so DIR/trackers/wandb.jsonl lists what was sent."""
+    """A W&B run in the project "jaxsi", or that of WANDB_PROJECT; WANDB_MODE=offline keeps it on this machine.
+
+    W&B's own process writes to a file with a delay of seconds, and a kill ends it, too. So DIR/trackers/wandb.jsonl
+    lists what is sure to be there: all that a run sent which ended, and what these files hold of one that was killed.
+    """
 
     def __init__(self, home: Path, name: str):
         self.home, self.name = home, name
         self.run: Any = None
         self.list = home / "wandb.jsonl"
+        self.logged: list[tuple[str, int]] = []
 
     def sent(self) -> set[tuple[str, int]]:
         lines = self.list.read_text().splitlines() if self.list.exists() else []
@@ -329,7 +333,14 @@ class WeightsAndBiases:
             with contextlib.suppress(ValueError, TypeError):  # a line torn by a kill
                 name, step = json.loads(line)
                 found.add((text(name), int(step)))
-        return found
+        files = sorted((self.home / "wandb").glob("*run-*/*.wandb"))
+        kept = {one for file in files for one in logged_in(file.read_bytes())} - found
+        self._add(sorted(kept))
+        return found | kept
+
+    def _add(self, sent: Iterable[tuple[str, int]]) -> None:
+        with self.list.open("a") as file:
+            file.write("".join(json.dumps(one) + "\n" for one in sent))
 
     def send(self, events: Sequence[Event]) -> None:
         wandb = importlib.import_module("wandb")
@@ -349,12 +360,45 @@ class WeightsAndBiases:
                 )
                 data[name] = table if isinstance(one, SampleTable) else one.value
             self.run.log(data)
-        with self.list.open("a") as file:
-            file.write("".join(json.dumps([one.name, one.step]) + "\n" for one in events))
+        self.logged += [(one.name, one.step) for one in events]
 
     def close(self) -> None:
         if self.run is not None:
             self.run.finish()
+            self._add(self.logged)
+
+
+def logged_in(content: bytes) -> Iterator[tuple[str, int]]:
+    """(Name, step) of what was logged to a file of W&B: records of its protocol buffer in LevelDB's format of logs,
+    which may end in a torn one."""
+    protocol = importlib.import_module("wandb.proto.wandb_internal_pb2")
+    for record in log_records(content):
+        row: dict[str, Any] = {}
+        for item in protocol.Record.FromString(record).history.item:
+            row.setdefault(item.key or item.nested_key[0], item.value_json)  # a table has many nested keys
+        for name in row:
+            head = name.partition("/")[0]
+            if f"{head}/step" in row and name != f"{head}/step":
+                yield name, int(json.loads(row[f"{head}/step"]))
+
+
+def log_records(content: bytes) -> Iterator[bytes]:
+    """The records of a log of LevelDB, after the 7 bytes with which W&B begins it, up to the first torn one. A record
+    is cut in pieces, none of which crosses the end of a block of 32 KiB: (checksum, 4 bytes; length, 2; kind, 1)."""
+    place, record = 7, b""
+    while place + 7 <= len(content):
+        left = 32768 - place % 32768
+        length, kind = int.from_bytes(content[place + 4 : place + 6], "little"), content[place + 6]
+        if left < 7 or kind == 0:  # the rest of a block
+            place += left
+            continue
+        if place + 7 + length > len(content):
+            return
+        record += content[place + 7 : place + 7 + length]
+        place += 7 + length
+        if kind in (1, 4):  # whole, or the last piece
+            yield record
+            record = b""
 
 
 def by_step(events: Sequence[Event]) -> dict[int, Mapping[str, Event]]:

@@ -24,6 +24,11 @@ needs_trackio = pytest.mark.skipif(
 )
 
 
+needs_wandb = pytest.mark.skipif(
+    trackers.importlib.util.find_spec("wandb") is None, reason="pip install 'jaxsi[wandb]'"
+)
+
+
 def written(folder: Path) -> Counter:
     """How often each (tag, step) stands in the event files of a folder."""
     from tensorboardX.proto import event_pb2
@@ -239,6 +244,58 @@ def test_wandb_gets_every_event_once_over_restarts(tmp_path, monkeypatch):
     found = Counter((name, data["train/step"]) for data in Run.logged for name in data if name == "train/loss")
     assert set(found.values()) == {1} and len(found) == 3 + 6
     assert len({asked["id"] for asked in Module.asked}) == 1 and Module.asked[0]["resume"] == "allow"
+
+
+DIES = """
+import os, signal, sys, time
+from pathlib import Path
+from jaxsi.report import trackers
+run, tracker = Path(sys.argv[1]), trackers.opened("wandb", Path(sys.argv[1]))
+trackers.replay(run, tracker, tracker.sent())
+if sys.argv[2] == "ends":
+    tracker.close()
+else:
+    time.sleep(float(sys.argv[2]))
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+@needs_wandb
+@pytest.mark.slow
+def test_wandb_offline_of_a_run_killed_before_and_after_its_file_is_written_has_every_step_once(tmp_path):
+    run = made_run(tmp_path / "run")
+    environment = {
+        **os.environ, "WANDB_MODE": "offline", "WANDB_SILENT": "true", "WANDB_X_TRANSACTION_LOG_FLUSH_INTERVAL": "1",
+    }  # fmt: skip
+    for part, fate in enumerate(("0", "4", "0", "ends")):
+        write_lines(run / "iter_2" / "train.jsonl", [train_line(step, 50) for step in range(1, 10 * (part + 1))])
+        process = subprocess.run([sys.executable, "-c", DIES, str(run), fate], env=environment, check=False)
+        assert process.returncode == (0 if fate == "ends" else -signal.SIGKILL)
+    files = [file.read_bytes() for file in (run / "trackers" / "wandb").glob("*run-*/*.wandb")]
+    found = Counter(one for content in files for one in trackers.logged_in(content))
+    assert {(name.removesuffix("/text_summary"), step) for name, step in expected(run)} == set(found)
+    assert set(found.values()) == {1}
+    assert trackers.opened("wandb", run).sent() == set(found)
+    assert sum(map(bool, map(list, map(trackers.logged_in, files)))) == 2, "the second one and the last one"
+
+
+def test_records_of_a_log_are_put_together_and_end_at_a_torn_one():
+    whole = [b"a" * 10, b"b" * 70_000, b"", b"c" * 32_700, b"d"]
+    content = b":W&B..."
+    for record in whole:
+        first, last = True, False
+        while not last:
+            left = 32768 - len(content) % 32768
+            if left < 7:
+                content, left = content + bytes(left), 32768
+            piece, record = record[: left - 7], record[left - 7 :]
+            last = not record
+            kind = {(True, True): 1, (True, False): 2, (False, False): 3, (False, True): 4}[first, last]
+            content += b"crc." + len(piece).to_bytes(2, "little") + bytes([kind]) + piece
+            first = False
+    assert list(trackers.log_records(content)) == whole
+    assert list(trackers.log_records(content[:-1])) == whole[:-1]
+    assert list(trackers.log_records(b"")) == []
 
 
 def test_records_of_an_event_file_end_at_a_torn_one():

@@ -6,6 +6,7 @@ import json
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 
 import tiny
@@ -14,6 +15,7 @@ from jaxsi.evals import ifeval
 from jaxsi.evals.answer_cache import EvaluationError
 from jaxsi.evals.held_out import Evaluations, HeldOutWinRate, everyday_prompts
 from jaxsi.evals.ifeval import IFEval
+from jaxsi.evals.paired import mean_interval
 from jaxsi.methods import preflight
 from jaxsi.methods.lifecycle import report
 from jaxsi.report.figures import QUALITY, iteration_panels
@@ -129,12 +131,24 @@ def test_figures_and_gains_over_the_first_and_the_previous_model(tmp_path, monke
     for name, t, before in (("over_first", 1, 0), ("over_previous", 2, 1), ("over_first", 2, 0)):
         gain = lines[t][name]
         assert (gain["iteration"], gain["prompts"]) == (names[before], 4)
-        mean, *ends = mean_ci([a - b for a, b in zip(strict[t], strict[before], strict=True)])
-        assert gain["prompt_strict"] == {"mean": mean, "ci95": ends}
+        gains = [a - b for a, b in zip(strict[t], strict[before], strict=True)]
+        low, high = mean_interval((np.asarray(gains) + 1) / 2)
+        expected = pytest.approx([np.mean(gains), 2 * low - 1, 2 * high - 1])
+        assert [gain["prompt_strict"]["mean"], *gain["prompt_strict"]["ci95"]] == expected
+        assert -1 <= gain["prompt_strict"]["ci95"][0] < gain["prompt_strict"]["ci95"][1] <= 1
         moved = sum(parts[t]) - sum(parts[before])
         assert gain["instruction_strict"]["mean"] == pytest.approx(moved / 7)
     assert lines[1]["over_first"] == lines[1]["over_previous"]
     assert [t for t, _ in respond.asked] == [0, 0, 1, 1, 2, 2], "each model answers once, in parts of a batch"
+
+
+def test_models_that_follow_the_same_are_not_proved_to_be_equal(tmp_path, monkeypatch):
+    evaluation = IFEval(data_in(tmp_path, *WORDS), respond=Written(TEXTS[1], TEXTS[1]))
+    with Run.open(tmp_path / "run", Config()) as run:
+        gain = evaluated(run, evaluation, ("iter_1", "iter_2"), monkeypatch)[1]["evals"]["ifeval"]["over_first"]
+    assert gain["prompt_strict"]["mean"] == 0 and gain["instruction_strict"] == {"mean": 0, "ci95": [None, None]}
+    low, high = gain["prompt_strict"]["ci95"]
+    assert low < -0.1 and high == pytest.approx(-low)
 
 
 def test_killed_evaluation_goes_on_and_asks_nothing_twice(tmp_path, monkeypatch):

@@ -230,7 +230,7 @@ def fitting_pairs(
 def next_prompts(cfg: Config, run: Run, t: int) -> tuple[list[Prompt], dict[str, int]]:
     """An equal part of the prompts that no round has had, none of them held out; and how many there are."""
     earlier = [p for s in range(1, t) for p in run.at(f"iter_{s}").finished("prompts", of=Prompt)]
-    texts = frozenset(prompt.text for prompt in held_out_prompts(cfg, run))
+    texts = frozenset(prompt.text for prompt in held_out_prompts(cfg.stop, run))
     prompts = next_part(cfg.prompts, earlier, cfg.iterations - t + 1, texts)
     return prompts, {"kept": len(prompts)}
 
@@ -262,16 +262,16 @@ def kind(cfg: Config, round: Round) -> str:
     return "internal" if round is cfg.internal else "external"
 
 
-def held_out_prompts(cfg: Config, run: Run) -> list[Prompt]:
+def held_out_prompts(stop: Stopping, run: Run) -> list[Prompt]:
     """The prompts on which evolution stops, as they were when the run began; there may be none."""
-    if cfg.stop.held_out is None:
+    if stop.held_out is None:
         return []
-    return run.at("iter_0").records("stop_held_out", cfg.stop.held_out, of=Prompt)
+    return run.at("iter_0").records("stop_held_out", stop.held_out, of=Prompt)
 
 
 def labelled_held_out(cfg: Config, policy: LM, reviser: LM, run: Run) -> list[Revision]:
     """pi_t's responses to the held-out prompts, with the reviser's labels."""
-    prompts = held_out_prompts(cfg, run)
+    prompts = held_out_prompts(cfg.stop, run)
     settings = cfg.sampling.settings | {"num_samples": 1}
     # The same noise in every round: what changes is the policy.
     responses = generate(policy, prompts, key=run.at("iter_0").key("held_out"), **settings)

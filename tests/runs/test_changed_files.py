@@ -18,7 +18,7 @@ from jaxsi.evals.ifeval import IFEval, InstructionChecks
 from jaxsi.evals.judging import identity
 from jaxsi.methods.lifecycle import early_stop_of
 from jaxsi.methods.seeded import SeedData, next_prompts
-from jaxsi.methods.seft import held_out_prompts
+from jaxsi.methods.seft import Stopping, held_out_prompts
 from jaxsi.runs.config_snapshot import RunConfigError, check_config, describe_config, describe_settled, stored_as
 from jaxsi.runs.records import Prompt, RankedResponses, RecordError, Response, SFTExample
 from jaxsi.runs.run import Run
@@ -191,14 +191,14 @@ def test_held_out_prompts_of_methods_are_those_of_the_beginning(tmp_path):
     path = written(tmp_path / "prompts.jsonl", *rows("one", "two"))
     own = written(tmp_path / "own.jsonl", *rows("One", "three", "four"))
     methods = SimpleNamespace(
-        early_stop=EarlyStop(prompts=reading(path)), stop=SimpleNamespace(held_out=reading(path)),
+        early_stop=EarlyStop(prompts=reading(path)), stop=Stopping(held_out=reading(path)),
         seed_data=SeedData(held_out=reading(path)), prompts=PromptFile(path=own), iterations=3,
     )  # fmt: skip
     for _ in range(2):
         with Run.open(tmp_path / "run", Config()) as run:
             stop = early_stop_of(methods, run)
             assert stop is not None and [prompt.text for prompt in stop.prompts()] == ["one", "two"]
-            assert [prompt.text for prompt in held_out_prompts(methods, run)] == ["one", "two"]  # type: ignore[arg-type]
+            assert [prompt.text for prompt in held_out_prompts(methods.stop, run)] == ["one", "two"]
             assert [p.text for p in next_prompts(methods, None, run, 2)[0]] == ["three"]  # type: ignore[arg-type]
         written(tmp_path / "prompts.jsonl", *rows("three", "four"))
 

@@ -28,7 +28,7 @@ from jaxsi.runs.run import Scope
 from jaxsi.sampling.generate import SamplingConfig
 from jaxsi.stages.answers import with_prompts, with_room
 from jaxsi.stages.judge import scored
-from jaxsi.stages.rows import rows
+from jaxsi.stages.rows import rows, version_of
 
 SOURCE = "https://github.com/google-research/google-research/tree/master/instruction_following_eval/data"
 PROMPTS = 541  # in input_data.jsonl
@@ -239,7 +239,7 @@ class InstructionChecks:
     def __call__(
         self, lm: LM | None, prompts: Sequence[Prompt], responses: Sequence[Response], *_: object
     ) -> list[Judgment]:
-        known = _by_text(self.prompts)
+        known = _by_text(self.prompts, version_of(self.prompts))
         scores: list[float | None] = []
         for prompt, response in with_prompts(prompts, responses):
             instructed = known.get(prompt.text.strip())
@@ -254,7 +254,7 @@ class InstructionChecks:
 
 
 @functools.lru_cache(maxsize=2)
-def _by_text(path: str) -> dict[str, Instructed]:
+def _by_text(path: str, version: object) -> dict[str, Instructed]:
     return {record.prompt.strip(): record for record in read_instructed(path)}
 
 

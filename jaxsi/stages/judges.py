@@ -25,7 +25,7 @@ from jaxsi.stages.prompts.comparison import AnyRubric
 from jaxsi.stages.prompts.critique import CritiqueTemplate
 from jaxsi.stages.prompts.reviser import ReviserTemplate
 from jaxsi.stages.reviser import ReviseConfig
-from jaxsi.stages.rows import rows
+from jaxsi.stages.rows import rows, version_of
 from jaxsi.stages.verdicts import JudgeConfig
 from jaxsi.training.reward import RewardOf
 
@@ -159,7 +159,7 @@ class Verifier:
     def __call__(
         self, lm: LM | None, prompts: Sequence[Prompt], responses: Sequence[Response], *_: object
     ) -> list[Judgment]:
-        known = _answers(self.answers, self.prompt, self.answer)
+        known = _answers(self.answers, self.prompt, self.answer, version_of(self.answers))
         scores: list[float | None] = []
         for prompt, response in with_prompts(prompts, responses):
             if prompt.text.strip() not in known:
@@ -173,7 +173,7 @@ class Verifier:
 
 
 @functools.lru_cache(maxsize=2)
-def _answers(path: str, prompt: str, answer: str) -> dict[str, str]:
+def _answers(path: str, prompt: str, answer: str, version: object) -> dict[str, str]:
     known = {}
     for place, row in rows(Path(path)):
         missing = [name for name in (prompt, answer) if not isinstance(row, dict) or row.get(name) is None]

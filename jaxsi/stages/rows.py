@@ -38,6 +38,14 @@ def rows(source: Path | str, split: str = "train") -> Iterator[tuple[int, Any]]:
     return _json(path) if name.endswith(".json") else _json_lines(path)
 
 
+def version_of(source: Path | str) -> tuple[tuple[str, int, int], ...]:
+    """(Name, time of the last change, size) of a file, or of each file of a folder; () of a set on the hub. For caches
+    of what was read."""
+    path = Path(source)
+    files = sorted(file for file in path.rglob("*") if file.is_file()) if path.is_dir() else [path]
+    return tuple((str(file), file.stat().st_mtime_ns, file.stat().st_size) for file in files if file.exists())
+
+
 def _numbered(values: Iterator[Any]) -> Iterator[tuple[int, Any]]:
     return enumerate(values, start=1)
 

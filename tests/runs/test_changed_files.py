@@ -130,6 +130,14 @@ def test_answers_about_another_file_are_asked_anew(tmp_path):
     assert all(a != b for a, b in zip(before, map(identity, judges), strict=True))
 
 
+def test_a_changed_file_is_read_again_in_the_same_process(tmp_path):
+    path = tmp_path / "known.jsonl"
+    prompts, responses = [Prompt.of("x", "a")], [Response.of("x#0", "x", 0, "1")]
+    for answer, score in (("1", 1.0), ("2", 0.0), ("10", 0.0), ("1", 1.0)):
+        judge = Verifier(written(path, {"prompt": "a", "answer": answer}))
+        assert [judgment.score for judgment in judge(None, prompts, responses)] == [score]
+
+
 def test_parts_in_a_tuple_are_compared_field_by_field(tmp_path):
     cfg = Config(part=Evaluations((HeldOutWinRate(most=3), IFEval("none.jsonl", most=3))))
     stored = json.loads(json.dumps(describe_config(cfg)))

@@ -172,6 +172,14 @@ class Evaluations:
 
     parts: tuple[Callable[..., Mapping[str, Any]], ...]
 
+    def __post_init__(self) -> None:
+        kinds = [type(part) for part in self.parts if dataclasses.is_dataclass(part)]
+        if twice := [kind.__name__ for kind in kinds if kinds.count(kind) > 1]:
+            raise ValueError(
+                f"parts has {twice[0]} {len(twice)} times, which would keep its responses in the same files; give it "
+                "once, or measure the rest with `jaxsi eval`"
+            )
+
     def __call__(self, *asked: Any) -> dict[str, Any]:
         figures: dict[str, Any] = {"evals": {}}
         for part in self.parts:

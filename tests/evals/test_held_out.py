@@ -177,6 +177,8 @@ def test_evaluations_are_joined():
         "mean_length": 3.0,
         "quality": {"mean": 5},
     }
+    with pytest.raises(ValueError, match="parts has HeldOutWinRate 2 times"):
+        Evaluations((one, one, HeldOutWinRate(), HeldOutWinRate(most=3)))
 
 
 def test_everyday_prompts_are_many_kinds_and_none_is_twice():

@@ -13,7 +13,7 @@ import tiny
 from jaxsi.cli.tables import iterations_table
 from jaxsi.evals import ifeval
 from jaxsi.evals.answer_cache import EvaluationError
-from jaxsi.evals.held_out import Evaluations, HeldOutWinRate, everyday_prompts
+from jaxsi.evals.held_out import Evaluations, HeldOutWinRate, everyday_prompts, refined_response
 from jaxsi.evals.ifeval import IFEval
 from jaxsi.evals.paired import mean_interval
 from jaxsi.methods import preflight
@@ -29,7 +29,9 @@ from jaxsi.runs.records import Prompt, RecordError, Response
 from jaxsi.runs.run import Run
 from jaxsi.runs.status import sentence, so_far
 from jaxsi.sampling.generate import SamplingConfig
+from jaxsi.stages.critique import CritiqueConfig
 from jaxsi.stages.judge import judge_by
+from jaxsi.stages.prompts.critique import load_critique_template
 
 SAMPLING = SamplingConfig(num_samples=4, temperature=1.0, top_p=0.9, max_new_tokens=4, batch_size=2, dtype="float32")
 
@@ -268,3 +270,19 @@ def test_a_model_responds(tmp_path):
     assert {json.loads(row)["fingerprint"] for row in rows} == {lm.fingerprint}
     assert figures["evals"]["ifeval"]["prompts"] == len(rows) == 4
     assert figures["mean_length"] > 0 and 0 <= figures["cut_off"] <= 1
+
+
+def test_an_srt_model_answers_with_its_refinement(tmp_path):
+    cfg = SimpleNamespace(
+        sampling=SAMPLING, template=load_critique_template(), critique=CritiqueConfig(max_new_tokens=4, batch_size=2),
+        first_stage=SimpleNamespace(refinement_only=False),
+    )  # fmt: skip
+    evaluation = IFEval(data_in(tmp_path, *WORDS), 2, respond=refined_response)
+    with Run.open(tmp_path / "run", Config()) as run:
+        run.update_summary({"iterations": []})
+        for t, refines in enumerate((False, True)):
+            figures = evaluation(tiny.make_lm(), cfg, run.at(f"iter_{t}"), refines)
+            run.update_summary({"iterations": [{"iteration": t}]})
+        first, second = (run.at(f"iter_{t}").finished("eval_ifeval_responses", of=Response) for t in (0, 1))
+    assert [response.prompt_id for response in first] == [response.prompt_id for response in second]
+    assert figures["evals"]["ifeval"]["over_first"]["prompts"] == len(second) == 2

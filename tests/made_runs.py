@@ -112,7 +112,8 @@ def made_run(
         ("iter_1", "sft", 4.0, None), ("iter_2", "prompts", 1.0, prompts), ("iter_2", "candidates", 2.0, 2 * prompts),
         ("iter_2", "judgments", 3.0, 2 * prompts), ("iter_2", "dpo", 6.0, None),
     ):  # fmt: skip
-        journal += [entry(scope, stage, "start"), entry(scope, stage, "done", seconds, records=records)]
+        tokens = {"sampled": 6 * prompts} if stage == "candidates" else {}
+        journal += [entry(scope, stage, "start"), entry(scope, stage, "done", seconds, records=records, tokens=tokens)]
     write_lines(folder / "journal.jsonl", journal if complete else journal[:-1])
     return folder
 

@@ -15,7 +15,7 @@ TRAINED = ("sft", "dpo", "reward", "rl")  # stages that end in train.jsonl
 
 @dataclasses.dataclass(frozen=True)
 class Stage:
-    """A stage of a run. ``tokens``: those that its responses have, None if it keeps none. ``memory``: what it took at
+    """A stage of a run. ``tokens``: the numbers of those that it "sampled" and "scored". ``memory``: what it took at
     most, as `jaxsi.runs.memory.peak` says it; {} if the run does not say it."""
 
     scope: str
@@ -23,14 +23,17 @@ class Stage:
     state: str
     seconds: float
     records: int | None
-    tokens: int | None
+    tokens: dict[str, float]
     steps: int | None
     memory: dict[str, Any]
 
     @property
     def rate(self) -> str:
-        """Its speed in the unit that says most: "1,234 tokens/s", "56 records/s" or "7.8 steps/s"."""
-        for amount, unit in ((self.tokens, "tokens"), (self.steps, "steps"), (self.records, "records")):
+        """Its speed in the unit that says most: "7.8 steps/s", "1,234 tokens/s" of responses, "5,678 scored tokens/s"
+        of texts that were there, or "56 records/s"."""
+        sampled, scored = (self.tokens.get(name) for name in ("sampled", "scored"))
+        amounts = ((self.steps, "steps"), (sampled, "tokens"), (scored, "scored tokens"), (self.records, "records"))
+        for amount, unit in amounts:
             if amount and self.seconds >= 0.05:
                 return f"{shown_number(amount / self.seconds, 3)} {unit}/s"
         return "–"
@@ -40,10 +43,14 @@ def stages_of(run: RunFiles) -> list[Stage]:
     """The stages of a run in the order in which they first began."""
     rows: dict[tuple[str, str], dict[str, Any]] = {}
     for entry in run.journal:
-        row = rows.setdefault((entry["scope"], entry["stage"]), {"seconds": 0.0, "records": None, "memory": {}})
+        row = rows.setdefault(
+            (entry["scope"], entry["stage"]), {"seconds": 0.0, "records": None, "memory": {}, "tokens": {}}
+        )
         row["event"] = entry["event"]
         row["seconds"] += entry["seconds"]
         row["records"] = number(entry.get("records")) if number(entry.get("records")) is not None else row["records"]
+        for name, count in mapping(entry.get("tokens")).items():
+            row["tokens"][name] = row["tokens"].get(name, 0) + (number(count) or 0)
         row["memory"] = _memory(entry.get("memory")) or row["memory"]
     made = []
     for (scope, name), row in rows.items():
@@ -52,7 +59,7 @@ def stages_of(run: RunFiles) -> list[Stage]:
         made.append(
             Stage(
                 scope, name, state, row["seconds"], row["records"] if row["records"] is None else int(row["records"]),
-                _tokens(files, name), _steps(files, name), row["memory"],
+                row["tokens"], _steps(files, name), row["memory"],
             )
         )  # fmt: skip
     return made
@@ -62,13 +69,6 @@ def _memory(value: Any) -> dict[str, Any]:
     """What a journal says of memory, without what is no number."""
     known = {of: bytes for of in ("host", "device") if (bytes := number(mapping(value).get(of))) is not None}
     return known and {**known, "at_most": listed(mapping(value).get("at_most"))}
-
-
-def _tokens(files: ScopeFiles | None, name: str) -> int | None:
-    rows = [] if files is None else files.records.get(name, [])
-    counts = [number(row.get("tokens", mapping(row.get("response")).get("tokens"))) for row in rows]
-    known = [int(count) for count in counts if count is not None]
-    return sum(known) if known and "pairs" not in name else None
 
 
 def _steps(files: ScopeFiles | None, name: str) -> int | None:

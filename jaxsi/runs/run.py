@@ -15,7 +15,6 @@ import datetime
 import json
 import os
 import shutil
-import time
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
@@ -30,6 +29,7 @@ from jaxsi.runs.lock import take_lock
 from jaxsi.runs.named_keys import fold
 from jaxsi.runs.progress import processes, progress
 from jaxsi.runs.records import RecordError, read_jsonl, write_atomically, write_jsonl
+from jaxsi.runs.spent import Spent, now
 
 Record = TypeVar("Record")
 Item = TypeVar("Item")
@@ -65,7 +65,7 @@ class Run:
     def __init__(self, path: Path, config: RunConfig, lock: int | None):
         self.path, self.config = path, config
         self._release = (lambda: None) if lock is None else weakref.finalize(self, os.close, lock)
-        self.inside = 0.0  # seconds of the finished stages inside the current one
+        self.inside = Spent()  # by the finished stages inside the current one
 
     @staticmethod
     def open(directory: Path | str, config: RunConfig, *, resume: bool = True) -> "Run":
@@ -149,15 +149,14 @@ class Run:
         *,
         seconds: float = 0.0,
         records: int | None = None,
-        peak: dict[str, Any] | None = None,
+        measured: dict[str, Any] | None = None,
     ) -> None:
-        """Adds a line to DIR/journal.jsonl (process 0). ``peak``: what `memory.peak` says."""
+        """Adds a line to DIR/journal.jsonl (process 0). ``measured``: further values of it."""
         if not _is_writer():
             return
-        now = datetime.datetime.now(datetime.UTC).isoformat(timespec="milliseconds")
-        entry = {"time": now, "scope": scope, "stage": stage, "event": event, "seconds": round(seconds, 3)}
-        taken = {} if peak is None else {"memory": peak}
-        line = json.dumps({**entry, "records": records, "process": os.getpid(), **taken}) + "\n"
+        at = datetime.datetime.now(datetime.UTC).isoformat(timespec="milliseconds")
+        entry = {"time": at, "scope": scope, "stage": stage, "event": event, "seconds": round(seconds, 3)}
+        line = json.dumps({**entry, "records": records, "process": os.getpid(), **(measured or {})}) + "\n"
         path = self.path / "journal.jsonl"
         with _disk(path), path.open("ab", buffering=0) as file:
             file.write(line.encode())
@@ -320,13 +319,14 @@ class Scope:
         preemption.check()
         self.run.journal(self.name, name, "start")
         with memory.peak() as peak, progress(f"{self.name}/{name}"):
-            start, around, self.run.inside = time.monotonic(), self.run.inside, 0.0
+            start, around, self.run.inside = now(), self.run.inside, Spent()
 
             def done(count: int | None) -> None:
-                seconds = time.monotonic() - start
-                alone = seconds - self.run.inside
-                self.run.journal(self.name, name, "done", seconds=alone, records=count, peak=peak())
-                self.run.inside = around + seconds
+                whole = now().less(start)
+                alone = whole.less(self.run.inside)
+                measured = {"tokens": alone.tokens, "memory": peak()}
+                self.run.journal(self.name, name, "done", seconds=alone.seconds, records=count, measured=measured)
+                self.run.inside = around.plus(whole)
 
             yield done
 

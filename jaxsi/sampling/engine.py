@@ -18,7 +18,7 @@ import numpy as np
 from jaxsi.lm import LM, tokens_array
 from jaxsi.model import decoder, kv_cache, mesh as meshlib
 from jaxsi.model.kv_cache import KVCache
-from jaxsi.runs import preemption
+from jaxsi.runs import preemption, spent
 from jaxsi.runs.progress import Advance, piece
 from jaxsi.sampling import prefixes
 from jaxsi.sampling.slots import (
@@ -164,6 +164,7 @@ def run(
                 [(rows[i][n], place, words[i, n]) for place, i in enumerate(numbers) for n in range(num_samples)],
             )
         slots.finish()
+    spent.count(sampled=work.new_tokens)
     return [[(row.token_ids, row.logps, row.stopped) for row in samples] for samples in rows], work
 
 

@@ -13,6 +13,7 @@ from jaxsi.lm import LM, tokens_array
 from jaxsi.model import decoder, mesh as meshlib
 from jaxsi.model.decoder import ModelConfig, Weights
 from jaxsi.model.tiles import over_tiles
+from jaxsi.runs import spent
 from jaxsi.runs.progress import piece
 from jaxsi.runs.records import Prompt, Response, as_prompts
 from jaxsi.sampling.generate import bucket
@@ -58,6 +59,7 @@ def score_ids(
             for i, logps_T in zip(batch, meshlib.fetch(logps_BT), strict=False):
                 row_logps[i] = logps_T[len(prefixes[i]) : len(rows[i])].copy()
             advance(len(batch), True)
+    spent.count(scored=sum(map(len, rows)))
     return [row_logps[i] for i in range(len(rows))]
 
 
@@ -127,6 +129,7 @@ def score_choices(
             )
             logps_NG[batch] = np.take_along_axis(meshlib.fetch(logps_BV)[: len(batch)], ends_NG[batch], axis=1)
             advance(len(batch), True)
+    spent.count(scored=sum(map(len, prefixes)))
     return logps_NG
 
 
@@ -209,4 +212,5 @@ def score_greedy(
                 scored = slice(len(prefixes[i]) - 1, len(rows[i]))
                 found[i] = logps_T[scored].copy(), greedy_T[scored].copy()
             advance(len(batch), True)
+    spent.count(scored=sum(map(len, rows)))
     return [found[i] for i in range(len(rows))]

@@ -12,7 +12,7 @@ from jax.sharding import Mesh
 from jaxsi.lm import LM
 from jaxsi.model import decoder, mesh as meshlib
 from jaxsi.model.decoder import ModelConfig, Remat, Weights
-from jaxsi.runs import preemption
+from jaxsi.runs import preemption, spent
 from jaxsi.runs.progress import piece
 from jaxsi.training.batches import PairBatch, Sequence_, pair_batches
 
@@ -60,6 +60,7 @@ def reference_logps(lm: LM, encoded: Sequence[tuple[Sequence_, Sequence_]], conf
             )
             out[rows] = meshlib.fetch(logps_B2)[: len(rows)]
             advance(len(rows), True)
+    spent.count(scored=sum(len(side.tokens) for pair in encoded for side in pair))
     return out.tolist()
 
 

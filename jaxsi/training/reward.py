@@ -18,6 +18,7 @@ from jaxsi.lm import LM
 from jaxsi.model import decoder, mesh as meshlib
 from jaxsi.model.compute_dtype import settled_in
 from jaxsi.model.decoder import ModelConfig, Remat, Weights
+from jaxsi.runs import spent
 from jaxsi.runs.progress import piece
 from jaxsi.runs.records import Message, Prompt, Response
 from jaxsi.runs.run import Scope
@@ -205,6 +206,7 @@ def rewards(lm: LM, sequences: Sequence[Sequence_], *, batch_size: int = 64) -> 
             )
             out[batch] = meshlib.fetch(rewards_B)[: len(batch)]
             advance(len(batch), True)
+    spent.count(scored=sum(len(sequence.tokens) for sequence in sequences))
     bad = np.flatnonzero(~np.isfinite(out))
     if len(bad):
         raise RewardError(

@@ -107,7 +107,7 @@ def test_every_section_has_its_figures(tmp_path):
     titles = ("Quality", "Agreement with the truth", "On human rankings: accuracy", "Scores of the judge, %", "Pairs")
     titles += ("Margin", "Log-probabilities", "Learning rate", "Best of the samples")
     assert [title for title in titles if title not in page.text] == []
-    assert "18 tokens/s" in page.text  # 2 x 6 responses of 3 tokens in 2 s
+    assert "18 tokens/s" in page.text  # 36 in 2 s
     assert "1.5 steps/s" in page.text and "4 records/s" in page.text
     plotted = ("Quality", "Best of the samples", "Scores of the judge, %", "Loss", "Margin", "Log-probabilities")
     assert [panel.title for section in sections(read_runs([tmp_path / "run"])) for panel in section["panels"]] == [

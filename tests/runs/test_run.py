@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 import tiny
-from jaxsi.runs import preemption, run as run_module
+from jaxsi.runs import preemption, spent
 from jaxsi.runs.config_snapshot import RunConfigError, describe_config, may_change
 from jaxsi.runs.named_keys import fold, name_words
 from jaxsi.runs.records import Prompt, RecordError, Response, read_jsonl, write_jsonl
@@ -443,7 +443,7 @@ def test_lock_dies_with_its_process(tmp_path):
 
 def test_journal_seconds_and_status(tmp_path, monkeypatch):
     clock = iter(np.arange(0.0, 1000.0, 2.5).tolist())
-    monkeypatch.setattr(run_module.time, "monotonic", lambda: next(clock))
+    monkeypatch.setattr(spent.time, "monotonic", lambda: next(clock))
     with Run.open(tmp_path / "run", Config()) as run:
         scope = run.at("iter_1")
         scope.records("prompts", prompts, "a", "b", of=Prompt)
@@ -481,7 +481,7 @@ def test_journal_seconds_and_status(tmp_path, monkeypatch):
 
 def test_time_of_a_nested_stage_counts_once(tmp_path, monkeypatch):
     now = [0.0]
-    monkeypatch.setattr(run_module.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(spent.time, "monotonic", lambda: now[0])
 
     def wait(seconds):
         now[0] += seconds

@@ -52,6 +52,7 @@ def config() -> Config:
             train=TrainConfig(
                 optim=OptimConfig(learning_rate=2e-6, end_learning_rate=5e-7),
                 batch_size=2,
+                log_every=1,
                 epochs=2,
                 max_length=128,
                 remat="none",

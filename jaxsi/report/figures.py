@@ -50,6 +50,10 @@ class Figure:
 # Figures that have a section of their own. Others are "further figures".
 QUALITY = (
     Figure("quality", "Quality"),
+    Figure("evals.held-out.over_first", "Wins over the first model", note="share of held-out prompts", share=True),
+    Figure(
+        "evals.held-out.over_previous", "Wins over the previous model", note="share of held-out prompts", share=True
+    ),
     Figure("greedy", "Greedy quality"),
     Figure("best_of_samples", "Best of the samples"),
     Figure("first", "First responses, before they are refined"),
@@ -151,7 +155,7 @@ def iteration_panels(runs: Sequence[RunFiles], wanted: Sequence[Figure] | None) 
     if wanted is None:
         wanted = [one for one in others if one not in evals]
     elif wanted is QUALITY:
-        wanted = [*wanted[:1], *evals, *wanted[1:]]
+        wanted = [*wanted[:3], *evals, *wanted[3:]]
     panels, rows = [], []
     for figure in wanted:
         if figure.name not in present:

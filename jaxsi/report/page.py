@@ -13,7 +13,7 @@ from markupsafe import Markup
 
 from jaxsi.report import figures, plots, stages
 from jaxsi.report.figures import Panel, Table, shown_number
-from jaxsi.report.run_files import RunFiles, listed, mapping, number
+from jaxsi.report.run_files import RunFiles, mapping, number
 from jaxsi.report.samples import as_json, examples, samples_of, stage_counts
 from jaxsi.report.visible import HIDDEN, json_for_script, plain, shown
 from jaxsi.runs.records import write_atomically
@@ -125,6 +125,7 @@ def overview(runs: Sequence[RunFiles]) -> Table:
                 "iterations": f"{newest:g}{'' if planned is None else f' of {planned:g}'}",
                 "quality, first": _with_interval(first),
                 "quality, last": _with_interval(last),
+                "wins over the first": _share(run, "evals.held-out.over_first"),
                 "change": "–" if first is None or last is None else signed(last[0] - first[0]),
                 "judge agreement": f"{judged[-1]:.3f}" if judged else "–",
                 "alarms": str(sum(guard.kind == "alarm" for guard in stages.guards_of(run))),
@@ -132,31 +133,29 @@ def overview(runs: Sequence[RunFiles]) -> Table:
                 "peak memory": stages.peak_memory(run),
             }
         )
-    if all(row["peak memory"] == "–" for row in rows):  # runs of an older version do not say it
-        rows = [{name: value for name, value in row.items() if name != "peak memory"} for row in rows]
+    # What no run has been measured for is left out, but for the quality of a run that has just begun.
+    unknown = [name for name in rows[0] if all(row[name] == "–" for row in rows)]
+    unknown = [name for name in unknown if name != "quality, last" or "wins over the first" not in unknown]
+    rows = [{name: value for name, value in row.items() if name not in unknown} for row in rows]
     table = figures.table_of(rows)
     left = {"run", "method", "state"}
     return dataclasses.replace(table, numbers=[name not in left for name in table.columns])
 
 
-# Evaluations that a headline is made of if there is no quality: (name, share, what the share says).
-EVALUATED = (
-    ("held-out", "over_first", "wins over the first one on {share} of the held-out prompts"),
-    ("ifeval", "prompt_strict", "follows all instructions of {share} of IFEval's prompts"),
-)
+# Evaluations that a headline is made of if there is no quality: the figure, and what its share says.
+EVALUATED = {
+    "evals.held-out.over_first": "wins over the first one on {share} of the held-out prompts",
+    "evals.ifeval.prompt_strict": "follows all instructions of {share} of IFEval's prompts",
+}
 
 
 def headline(run: RunFiles) -> str:
     """What came out of a run, in one sentence; with the intervals, which say how sure it is."""
     first, last = _ends(run)
     if first is None or last is None:
-        for evaluation, figure, says in EVALUATED:
-            for line in reversed(run.iterations):
-                share = mapping(mapping(mapping(mapping(line).get("evals")).get(evaluation)).get(figure))
-                if (mean := number(share.get("mean"))) is not None:
-                    low, high = ([number(end) for end in listed(share.get("ci95"))] + [None, None])[:2]
-                    ends = "" if low is None or high is None else f" ({100 * low:.0f} to {100 * high:.0f} %)"
-                    return f"The newest model {says.format(share=f'{100 * mean:.0f} %{ends}')}."
+        for figure, says in EVALUATED.items():
+            if (share := _share(run, figure)) != "–":
+                return f"The newest model {says.format(share=share)}."
         where = f", now at {run.journal[-1]['scope']}/{run.journal[-1]['stage']}" if run.journal and run.live else ""
         return f"No quality was measured yet{where}."
     if first == last:
@@ -168,6 +167,17 @@ def headline(run: RunFiles) -> str:
         f"Quality {verb} from {first[0]:.1f} to {last[0]:.1f}, by {abs(change):.1f}"
         f"{'; the two intervals overlap' if overlap else ''}."
     )
+
+
+def _share(run: RunFiles, figure: str) -> str:
+    """A share of the newest model that has it: "75 % (42 to 100 %)"."""
+    for line in reversed(run.iterations):
+        value = figures.values_of({"evals": line.get("evals")}).get(figure)
+        if value is not None:
+            mean, low, high = value
+            ends = "" if low is None or high is None else f" ({100 * low:.0f} to {100 * high:.0f} %)"
+            return f"{100 * mean:.0f} %{ends}"
+    return "–"
 
 
 def signed(value: float) -> str:

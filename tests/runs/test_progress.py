@@ -9,7 +9,7 @@ import time
 import pytest
 
 import tiny
-from jaxsi.runs import progress as module
+from jaxsi.runs import memory, progress as module
 from jaxsi.runs.progress import piece, progress
 from jaxsi.runs.records import Judgment, Prompt
 from jaxsi.runs.run import Run
@@ -184,6 +184,16 @@ def test_terminal_shows_a_run_with_its_iteration_the_quality_so_far_and_finished
         "iter_2/judgments: 8 in 0:04 (2.0/s)",
     ):
         assert line in [one.strip() for one in shown.splitlines()]
+
+
+def test_terminal_shows_the_memory_of_a_finished_stage(clock, monkeypatch):
+    terminal = Terminal()
+    monkeypatch.setattr(module.sys, "stderr", terminal)
+    monkeypatch.setattr(memory, "host_mark", lambda: 3 * 2**29)
+    with module.of_run(None), memory.peak(), progress("iter_2/judgments", 8) as advance:
+        clock[0] += 4
+        advance(8, True)
+    assert re.search(r"iter_2/judgments: 8 in 0:04 \(2\.0/s\), (≤ )?1\.50 GiB", terminal.getvalue())
 
 
 def test_log_has_lines_of_what_was_measured_and_none_of_the_display(monkeypatch):

@@ -11,7 +11,7 @@ from hypothesis import given, strategies as st
 from jaxsi.cli.main import main
 from jaxsi.evals import mt_bench
 from jaxsi.evals.answer_cache import AnswerCache, EvaluationError
-from jaxsi.evals.judging import missing_texts
+from jaxsi.evals.judging import plan_texts
 from jaxsi.evals.mt_bench_prompts import TEMPLATES, read_templates
 from jaxsi.evals.mt_bench_scores import pair_scores, rating, read_judgments, single_scores, verdict
 from jaxsi.runs.records import RecordError, Response
@@ -291,10 +291,8 @@ def test_grades_are_written_in_fastchats_format_and_read_again(tmp_path):
     grades, _ = read_judgments([written(tmp_path / "j.jsonl", rows)])
     assert single_scores(grades)["m"]["errors"] == 2
     # A request that had no room is asked again, a text without a grade is not.
-    left = missing_texts(
-        AnswerCache(tmp_path / "a.jsonl"), Speaker("j", None), [task.request for task in tasks], CFG, template=""
-    )
-    assert left == [tasks[2].request]
+    requests = [task.request for task in tasks]
+    assert plan_texts(AnswerCache(tmp_path / "a.jsonl"), Speaker("j", None), requests, CFG)[:3] == (4, 3, 1)
     later = Speaker("j", lambda messages: "[[9]]")
     rows = mt_bench.grade(AnswerCache(tmp_path / "a.jsonl"), later, tasks, CFG, model="m", judge="j")
     assert len(later.asked) == 1 and rows[2]["score"] == 9

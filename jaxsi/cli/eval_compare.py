@@ -75,7 +75,7 @@ def compare(argv: list[str]) -> Report:
     rubric = read_rubric(args.rubric or "pairwise_judge")
     args.rubric_config(rubric)  # wrong numbers are found before anything is sampled
     out = make_folder(args.out, "--out")
-    named = args.named_judge(args.a, out)
+    named = args.named_judge(None if _is_file(args.a) else args.a, out)
     (a, b), prompts, plans = _sides(args, out)
     rows = {name: Row(prompt, a[name], b[name]) for name, prompt in prompts.items()}
     judge = _judge(args, named, rubric, out)

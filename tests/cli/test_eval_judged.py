@@ -199,6 +199,10 @@ def test_judges_without_a_text_and_wrong_words(world, tmp_path, capsys):
         (["eval", "alpaca-eval", "--annotations", tmp_path / "absent.json"], r"absent\.json: no such file"),
         (["eval", "compare", "a", "b", "-o", tmp_path / "c"], "--judge is missing; name who judges"),
         (["eval", "compare", "a", "b", "-o", tmp_path / "c", "--judge", "x"], "a: give --prompts"),
+        (
+            ["eval", "compare", tmp_path / "o.json", "b", "-o", tmp_path / "c", "--judge", "self"],
+            "there is no MODEL here",
+        ),
     ):
         code, _, err = called(capsys, *words)
         assert code == 2 and re.search(fault, err), err

@@ -16,6 +16,8 @@ pytest.importorskip("lm_eval", reason="the checkers need lm-eval: pip install 'j
 pytest.importorskip("langdetect", reason="the checkers need langdetect: pip install 'jaxsi[ifeval]'")
 
 import tiny
+from jaxsi import lm as lmlib
+from jaxsi.cli import eval_answers
 from jaxsi.cli.command import UsageError
 from jaxsi.cli.judges import judge_of
 from jaxsi.cli.main import main
@@ -24,6 +26,7 @@ from jaxsi.evals.answer_cache import EvaluationError
 from jaxsi.evals.ifeval import Followed, Instructed, InstructionChecks, check, checkable, figures, read_instructed
 from jaxsi.runs.records import Prompt, RecordError, Response
 from jaxsi.runs.run import Run
+from jaxsi.sampling import generate as sampling
 from jaxsi.sampling.generate import SamplingConfig
 from jaxsi.stages.judges import RewardsBy
 
@@ -251,3 +254,34 @@ def test_command_checks_responses(tmp_path, capsys):
     assert main([*words, "--responses", str(responses)]) == 0
     assert "2 prompts, 4 instructions; left out for want of data: 0; without a response: 1" in capsys.readouterr().out
     assert main(words) == 2
+
+
+def test_a_killed_command_samples_no_response_twice_and_refuses_other_settings(tmp_path, capsys, monkeypatch):
+    lmlib.export(tiny.make_lm(), tmp_path / "model", dtype="float32")
+    monkeypatch.setattr(eval_answers, "mesh_for", lambda *_: tiny.mesh())
+    rows = [ROW | {"key": i, "prompt": f"Say hello, {name}."} for i, name in enumerate(("cat", "dog", "pie"))]
+    out, data = tmp_path / "out", written(tmp_path / "data.jsonl", *rows)
+    words = ["eval", "ifeval", tmp_path / "model", "--data", data, "-o", out, "--dtype", "float32", "--batch-size", "2"]
+    words = [*map(str, words), "--max-new-tokens", "5", "--json"]
+    assert main([*words, "--dry-run"]) == 0
+    plan = json.loads(capsys.readouterr().out)
+    assert plan["responses"] == plan["total"] and plan["total"]["completion_tokens"] == 15 and not out.exists()
+    sampled, generate = [], sampling.generate
+
+    def watched(lm, prompts, **settings):
+        if sampled == ["0", "1"] and stopping:
+            raise KeyboardInterrupt
+        sampled.extend(prompt.id for prompt in prompts)
+        return generate(lm, prompts, **settings)
+
+    monkeypatch.setattr(sampling, "generate", watched)
+    stopping = True
+    assert main(words) == 130
+    stopping = False
+    assert main(words) == 0
+    assert sampled == ["0", "1", "2"]
+    assert json.loads(capsys.readouterr().out)["prompts"] == 3
+    found = [json.loads(line) for line in (out / "responses.jsonl").read_text().splitlines()]
+    assert [(row["key"], row["prompt"]) for row in found] == [(str(row["key"]), row["prompt"]) for row in rows]
+    assert main([*words, "--temperature", "0.5"]) == 2
+    assert "temperature: 0.0 -> 0.5" in capsys.readouterr().err

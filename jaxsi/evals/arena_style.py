@@ -118,7 +118,7 @@ def bradley_terry(rows: Rows, start: Float[np.ndarray, "K"] | None = None) -> Fl
     Raises: FitError: if there is none: something separates wins from losses, or columns say the same.
     """
     x, y, w = rows.features_NK, rows.labels_N, rows.weights_N
-    if np.linalg.matrix_rank(x[w > 0]) < x.shape[1]:
+    if np.linalg.matrix_rank((x * w[:, None]).T @ x, hermitian=True) < x.shape[1]:
         raise FitError(
             "models and style cannot be told apart: a model's answers all have the same style; leave style control out"
         )

@@ -27,8 +27,8 @@ result.json, PandaLM's results, or the verdicts.jsonl of this command; for --ran
 
 {JUDGES}
 
-The CSV of --scores has a row for each model: its name, then its scores. What is printed is the rank correlation of every
-column with that of --truth, over the models that have both.
+The CSV of --scores has a row for each model: its name, then its scores. What is printed is the rank correlation of
+every column with that of --truth, over the models that have both.
 
 Examples:
   jaxsi eval agreement --human human.jsonl --voters expert --verdicts gpt4_pair.jsonl

@@ -169,13 +169,14 @@ def kept_dtype(answers: Path) -> str:
     what else the machine does."""
     import sys
 
-    from jaxsi.model.compute_dtype import DTYPES, fast_dtype
+    from jaxsi.model.compute_dtype import fast_dtype
+    from jaxsi.runs.first_process import from_first
     from jaxsi.runs.progress import processes
     from jaxsi.runs.records import write_atomically
 
     file = answers.with_name(f"{answers.name}.dtype")
-    kept = file.read_text("utf-8").strip() if file.is_file() else None
-    if kept in DTYPES:
+    kept: str = from_first(lambda: file.read_text("utf-8").strip() if file.is_file() else "")
+    if kept in ("bfloat16", "float32"):
         print(f"dtype auto: {kept}, as the judge's answers began", file=sys.stderr, flush=True)
         return kept
     dtype = fast_dtype()

@@ -117,13 +117,13 @@ def test_two_processes_ask_an_endpoint_once_for_each_row(tmp_path, monkeypatch):
     with endpoint_server.serving(play) as server:
         judge = f"endpoint:m,base_url={server.url},cache={tmp_path / 'paid.jsonl'}"
         words = ["eval", "compare", tmp_path / "a.json", tmp_path / "b.json", "--judge", judge, "-o", tmp_path / "out"]
-        for asked in (4, 0):
+        for asked in (5, 0):
             outcomes = ended(start_command(*words, "--judge-batch", 2, "--json", count=2, devices=1))
             assert [code for code, _, _ in outcomes] == [0, 0], outcomes
             value = json.loads(outcomes[0][1])
-            assert outcomes[1][1] == "" and (value["judged"], value["failed"], value["wins"]) == (asked, 1, 4)
+            assert outcomes[1][1] == "" and (value["judged"], value["unreadable"], value["wins"]) == (asked, 1, 4)
             assert len(server.bodies) == 2 * len(tasks), "each order of each row once; no verdict is paid for, too"
-    assert len((tmp_path / "out" / "judge_answers.jsonl").read_text().splitlines()) == 4
+    assert len((tmp_path / "out" / "judge_answers.jsonl").read_text().splitlines()) == 5
 
 
 @pair_of_processes

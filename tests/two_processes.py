@@ -129,9 +129,8 @@ def asked(folder: Path) -> dict[str, Any]:
     first, cache = processes()[0] == 0, AnswerCache(path)
     # A process that sees the file later than the first one does knows more than that: it may not go by it.
     early = AnswerCache(path if first else folder / "unknown.jsonl")
-    found = [ask_texts(one, writer, requests, cfg, template="t", accept=lambda text: "owl" not in text) for one in (
-        cache, cache, early, AnswerCache(path)
-    )]  # fmt: skip
+    requests.append(Prompt.of("long", "cat " * 9_999))  # no room, so it is a failure each time
+    found = [ask_texts(one, writer, requests, cfg) for one in (cache, cache, early, AnswerCache(path))]
     return {
         "values": [dict(sorted(one.values.items())) for one in found], "asked": [one.asked for one in found],
         "failures": [dict(one.failures) for one in found], "lines": len(path.read_text().splitlines()),

@@ -231,9 +231,9 @@ def test_beside_win_rates_in_the_table_the_report_the_trackers_and_the_card(tmp_
     assert so_far({"iterations": alone}) == "IFEval 0.25 → 0.50"
 
     files = read_run(tmp_path / "run")
-    panels, _ = iteration_panels([files], QUALITY)
-    titles = [panel.title for panel in panels]
-    assert "ifeval.prompt strict" in titles and "ifeval.over previous.prompt strict" in titles
+    panels, once = iteration_panels([files], QUALITY)
+    assert "ifeval, prompt strict" in [panel.title for panel in panels]
+    assert "ifeval, over previous, prompt strict" in [row[0] for row in once.rows]
     assert "wins over the first one on 100 %" in headline(files)
     for line in files.summary["iterations"]:
         del line["evals"]["held-out"]

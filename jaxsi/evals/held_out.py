@@ -15,12 +15,13 @@ import numpy as np
 
 from jaxsi.lm import LM
 from jaxsi.runs.config_snapshot import stored_as
+from jaxsi.runs.metrics import share_ci
 from jaxsi.runs.named_keys import fold
 from jaxsi.runs.records import Judgment, Prompt, Response, read_jsonl
 from jaxsi.runs.run import Scope
 from jaxsi.sampling.generate import SamplingConfig
 from jaxsi.stages.answers import answers, read_answers, with_room
-from jaxsi.stages.early_stop import win_rate_of
+from jaxsi.stages.early_stop import outcomes_of
 from jaxsi.stages.improve.pit import pit
 from jaxsi.stages.improve.rounds import draft_round, improve
 from jaxsi.stages.improve.srt import srt
@@ -133,11 +134,12 @@ class HeldOutWinRate:
         for judgment in judgments:
             scores[judgment.id.rpartition("#")[2]][judgment.prompt_id] = judgment.score
         compared = [prompt.id for prompt in prompts if prompt.id in scores["now"] and prompt.id in scores["before"]]
-        rate = win_rate_of([scores["now"][id] for id in compared], [scores["before"][id] for id in compared])
+        outcomes = outcomes_of([scores["now"][id] for id in compared], [scores["before"][id] for id in compared])
         figures = {"iteration": folder.removeprefix("iter_")}
-        if rate is None:
+        if not outcomes:
             return figures | {"mean": None, "ci95": [None, None], "prompts": 0}
-        return figures | {"mean": rate.mean, "ci95": [rate.low, rate.high], "prompts": rate.prompts}
+        mean, low, high = share_ci(outcomes)
+        return figures | {"mean": mean, "ci95": [low, high], "prompts": len(outcomes)}
 
 
 def _named(responses: Sequence[Response], name: str) -> list[Response]:

@@ -15,14 +15,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
-
 from jaxsi.evals.answer_cache import EvaluationError
 from jaxsi.evals.held_out import Respond, earlier_models, first_response, lengths_of
-from jaxsi.evals.paired import mean_interval
 from jaxsi.lm import LM
 from jaxsi.runs.config_snapshot import file_content, stored_as
-from jaxsi.runs.metrics import mean_ci, ratio_ci
+from jaxsi.runs.metrics import mean_ci, ratio_ci, share_ci
 from jaxsi.runs.records import Judgment, Prompt, RecordError, Response, shown
 from jaxsi.runs.run import Scope
 from jaxsi.sampling.generate import SamplingConfig
@@ -373,12 +370,12 @@ def _gain(now: Mapping[str, Followed], before: Mapping[str, Followed]) -> dict[s
     both = [(now[id].strict, before[id].strict) for id in now if id in before]
     if not both:
         return {"prompts": 0}
-    better = np.asarray([(float(all(a)) - float(all(b)) + 1) / 2 for a, b in both])  # 1/2: as before
-    low, high = mean_interval(better) if len(both) > 1 else (0.0, 1.0)
+    better = [(float(all(a)) - float(all(b)) + 1) / 2 for a, b in both]  # 1/2: as before
+    mean, low, high = share_ci(better)
     gains = [sum(a) - sum(b) for a, b in both]
     single = ratio_ci(gains, [len(a) for a, _ in both])
     return {
         "prompts": len(both),
-        "prompt_strict": {"mean": float(2 * better.mean() - 1), "ci95": [2 * low - 1, 2 * high - 1]},
+        "prompt_strict": {"mean": 2 * mean - 1, "ci95": [2 * low - 1, 2 * high - 1]},
         "instruction_strict": {"mean": single[0], "ci95": list(single[1:]) if any(gains) else [None, None]},
     }

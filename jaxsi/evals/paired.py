@@ -21,6 +21,7 @@ from scipy import optimize, stats
 
 from jaxsi.evals.answer_cache import EvaluationError
 from jaxsi.evals.length_controlled import sigmoid, standardized
+from jaxsi.runs.metrics import share_ci
 
 LEVEL = 0.95
 LEAST = 10  # prompts that a fit of lengths needs
@@ -70,7 +71,7 @@ def paired(outcomes: Sequence[float], differences: Sequence[float], *, seed: int
     y_N, difference_N = np.asarray(outcomes, np.float64), np.asarray(differences, np.float64)
     if len(y_N) < 2:
         raise EvaluationError(f"{len(y_N)} prompts were judged; a comparison needs at least 2, and hundreds to be sure")
-    low, high = mean_interval(y_N)
+    low, high = share_ci(y_N)[1:]
     fit = EqualLength(y_N, np.tanh(standardized(difference_N))) if len(y_N) >= LEAST else None
     return Paired(
         prompts=len(y_N),
@@ -89,24 +90,6 @@ def paired(outcomes: Sequence[float], differences: Sequence[float], *, seed: int
 
 def _percent(logit: float) -> float:
     return float(100 * sigmoid(np.asarray(logit)))
-
-
-def mean_interval(y_N: Float[np.ndarray, "N"]) -> tuple[float, float]:
-    """Wilson's interval of a mean of outcomes in [0, 1], with the number of trials that their variance is worth: ties
-    and judgments in between vary less than wins and losses do."""
-    n, mean = len(y_N), float(y_N.mean())
-    # As if a prompt more had been half won and half lost: outcomes that are all equal do not prove that all ever are.
-    variance = (float(((y_N - mean) ** 2).sum()) + 0.25) / n
-    worth = max(n * mean * (1 - mean) / variance, 1.0) if 0 < mean < 1 else float(n)
-    quantile = float(stats.t.ppf((1 + LEVEL) / 2, n - 1))
-    return _wilson(mean, worth, quantile)
-
-
-def _wilson(mean: float, n: float, z: float) -> tuple[float, float]:
-    middle = (mean + z * z / (2 * n)) / (1 + z * z / n)
-    half = z / (1 + z * z / n) * np.sqrt(mean * (1 - mean) / n + z * z / (4 * n * n))
-    low, high = float(middle - half), float(middle + half)
-    return min(max(low, 0.0), mean), max(min(high, 1.0), mean)  # rounding may leave a mean of 0 or 1 outside
 
 
 class EqualLength:

@@ -114,6 +114,32 @@ def mean_ci(values: ArrayLike, *, samples: int = 10_000, seed: int = 0) -> tuple
     return float(per_prompt.mean()), *_interval(means)
 
 
+def share_ci(outcomes: ArrayLike) -> tuple[float, float, float]:
+    """(mean, low, high) of outcomes [prompts] in [0, 1], such as wins (1), ties (1/2) and losses (0): Wilson's 95 %
+    interval, with the number of trials that their variance is worth. Ties and judgments in between vary less than wins
+    and losses do.
+
+    As if a prompt more had been half won and half lost: outcomes that are all equal do not prove that all ever are, as
+    a bootstrap of them would. One outcome says nothing: its interval is [0, 1].
+    """
+    from scipy import stats
+
+    y_N = np.asarray(outcomes, dtype=np.float64)
+    _check_finite(outcomes=y_N)
+    if y_N.ndim != 1 or y_N.size == 0 or y_N.min() < 0 or y_N.max() > 1:
+        raise ValueError(f"outcomes have shape {y_N.shape}; give [prompts] from 0 to 1, not empty")
+    n, mean = len(y_N), float(y_N.mean())
+    if n == 1:
+        return mean, 0.0, 1.0
+    variance = (float(((y_N - mean) ** 2).sum()) + 0.25) / n
+    worth = max(n * mean * (1 - mean) / variance, 1.0) if 0 < mean < 1 else float(n)
+    z = float(stats.t.ppf(0.975, n - 1))
+    middle = (mean + z * z / (2 * worth)) / (1 + z * z / worth)
+    half = z / (1 + z * z / worth) * math.sqrt(mean * (1 - mean) / worth + z * z / (4 * worth * worth))
+    # Rounding may leave a mean of 0 or 1 outside.
+    return mean, min(max(middle - half, 0.0), mean), max(min(middle + half, 1.0), mean)
+
+
 def ratio_ci(
     parts: ArrayLike, wholes: ArrayLike, *, samples: int = 10_000, seed: int = 0
 ) -> tuple[float, float, float]:

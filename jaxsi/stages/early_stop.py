@@ -94,11 +94,14 @@ def win_rate(
 
 def win_rate_of(new: list[float | None], old: list[float | None]) -> WinRate | None:
     """The win rate by two scores of each prompt; prompts without both are left out."""
+    outcomes = outcomes_of(new, old)
+    return WinRate(*metrics.mean_ci(outcomes, seed=0), len(outcomes)) if outcomes else None
+
+
+def outcomes_of(new: list[float | None], old: list[float | None]) -> list[float]:
+    """1 for a win, 1/2 for a tie, 0 for a loss, by two scores of each prompt; prompts without both are left out."""
     both = [(a, b) for a, b in zip(new, old, strict=True) if a is not None and b is not None]
-    if not both:
-        return None
-    outcomes = [(a > b) + 0.5 * (a == b) for a, b in both]
-    return WinRate(*metrics.mean_ci(outcomes, seed=0), len(both))
+    return [(a > b) + 0.5 * (a == b) for a, b in both]
 
 
 def is_better(

@@ -15,7 +15,6 @@ from jaxsi.evals import ifeval
 from jaxsi.evals.answer_cache import EvaluationError
 from jaxsi.evals.held_out import Evaluations, HeldOutWinRate, everyday_prompts, refined_response
 from jaxsi.evals.ifeval import IFEval
-from jaxsi.evals.paired import mean_interval
 from jaxsi.methods import preflight
 from jaxsi.methods.lifecycle import report
 from jaxsi.report.figures import QUALITY, iteration_panels
@@ -24,7 +23,7 @@ from jaxsi.report.page import headline
 from jaxsi.report.run_files import read_run
 from jaxsi.report.samples import samples_of
 from jaxsi.report.trackers import events_of
-from jaxsi.runs.metrics import mean_ci, ratio_ci
+from jaxsi.runs.metrics import mean_ci, ratio_ci, share_ci
 from jaxsi.runs.records import Prompt, RecordError, Response
 from jaxsi.runs.run import Run
 from jaxsi.runs.status import sentence, so_far
@@ -134,7 +133,7 @@ def test_figures_and_gains_over_the_first_and_the_previous_model(tmp_path, monke
         gain = lines[t][name]
         assert (gain["iteration"], gain["prompts"]) == (names[before], 4)
         gains = [a - b for a, b in zip(strict[t], strict[before], strict=True)]
-        low, high = mean_interval((np.asarray(gains) + 1) / 2)
+        _, low, high = share_ci((np.asarray(gains) + 1) / 2)
         expected = pytest.approx([np.mean(gains), 2 * low - 1, 2 * high - 1])
         assert [gain["prompt_strict"]["mean"], *gain["prompt_strict"]["ci95"]] == expected
         assert -1 <= gain["prompt_strict"]["ci95"][0] < gain["prompt_strict"]["ci95"][1] <= 1

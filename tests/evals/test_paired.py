@@ -6,7 +6,8 @@ from hypothesis import given, settings, strategies as st
 
 from jaxsi.evals.answer_cache import EvaluationError
 from jaxsi.evals.length_controlled import sigmoid, standardized
-from jaxsi.evals.paired import LEAST, EqualLength, mean_interval, paired, sign_test
+from jaxsi.evals.paired import LEAST, EqualLength, paired, sign_test
+from jaxsi.runs.metrics import share_ci
 
 SIMULATIONS = 1_000
 
@@ -32,7 +33,7 @@ def test_intervals_cover_the_truth_in_93_of_100_simulations(kind, theta, theta_l
     for _ in range(SIMULATIONS):
         t_N = rng.normal(size=n) + shift
         y_N = outcomes(kind, sigmoid(theta + theta_len * np.tanh(t_N)), rng)
-        low, high = mean_interval(y_N)
+        _, low, high = share_ci(y_N)
         raw += low <= truth <= high
         fit = EqualLength(y_N, np.tanh(standardized(300 * t_N)))
         controlled += fit.t_squared(theta) <= fit.limit

@@ -16,6 +16,7 @@ from jaxsi.runs.metrics import (
     paired_bootstrap,
     pairwise_agreement,
     ratio_ci,
+    share_ci,
     spearman,
     table,
 )
@@ -126,6 +127,18 @@ def test_mean_interval_agrees_with_the_normal_approximation():
     assert high == pytest.approx(mean + 1.96 * error, abs=0.1)
     assert mean_ci(values) == (mean, low, high)  # the same seed, the same interval
     assert mean_ci(values, seed=1) != (mean, low, high)
+
+
+def test_interval_of_a_share_holds_that_equal_outcomes_prove_little():
+    for outcomes, lowest, highest in (([1.0] * 12, 0.7, 0.76), ([0.5] * 12, 0.4, 0.42), ([1.0], 0.0, 0.0)):
+        mean, low, high = share_ci(outcomes)
+        assert mean == outcomes[0] and lowest <= low <= highest and low <= mean <= high
+        mirrored = share_ci(1 - np.asarray(outcomes))
+        assert mirrored == pytest.approx((1 - mean, 1 - high, 1 - low))
+    coins = np.random.default_rng(0).random(2000) < 0.3
+    assert share_ci(coins) == pytest.approx(mean_ci(coins), abs=0.002)
+    with pytest.raises(ValueError, match="from 0 to 1"):
+        share_ci([0.5, 1.5])
 
 
 def test_ratio_draws_what_belongs_to_a_prompt_together():

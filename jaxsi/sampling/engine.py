@@ -168,6 +168,19 @@ def run(
     return [[(row.token_ids, row.logps, row.stopped) for row in samples] for samples in rows], work
 
 
+def read(lm: LM, texts: Sequence[Sequence[int]], *, batch_size: int) -> Iterator[tuple[list[int], Wave]]:
+    """Reads texts without going on with them, up to ``batch_size`` at a time: their numbers, and their wave. What texts
+    have in common is read once."""
+    if not texts:
+        return
+    parts = meshlib.axis_size(lm.mesh, "batch")
+    fixed = Fixed(lm.config, lm.mesh, jnp.dtype(lm.dtype))
+    size = min(max(parts, batch_size // parts * parts), padded_rows(len(texts), parts))
+    for numbers, wave, _ in Ahead(lm, texts, size, fixed, Work(), prefixes.group).waves():
+        preemption.check()
+        yield numbers, wave
+
+
 def sample_words(words_P2: np.ndarray, num_samples: int) -> np.ndarray:
     """Key data [P, num_samples, 2] uint32: each prompt's key data [P, 2], folded with the number of the sample."""
     padded = np.zeros((power(len(words_P2), 16), 2), np.uint32)

@@ -16,6 +16,7 @@ from jaxsi.model.tiles import over_tiles
 from jaxsi.runs import spent
 from jaxsi.runs.progress import piece
 from jaxsi.runs.records import Prompt, Response, as_prompts
+from jaxsi.sampling import engine
 from jaxsi.sampling.generate import bucket
 from jaxsi.text.chat import render_prompt, written_response
 
@@ -28,14 +29,13 @@ def score_batch(
     return decoder.sequence_logps(weights, config, tokens_BT, lengths_B=lengths_B, dtype=dtype, mesh=mesh)
 
 
-@functools.partial(jax.jit, static_argnames=("config", "dtype", "mesh"))
-def _next_logps(
-    weights: Weights, tokens_BT: jax.Array, lengths_B: jax.Array, *, config: ModelConfig, dtype: Any, mesh: Mesh
+@functools.partial(jax.jit, static_argnames=("config",))
+def _logps_of_choices(
+    weights: Weights, hidden_PD: jax.Array, choices_PG: jax.Array, *, config: ModelConfig
 ) -> jax.Array:
-    """Log-probabilities [B, V] of the token after each text."""
-    hidden_BTD = decoder.hidden_states(weights, config, tokens_BT, lengths_B=lengths_B, dtype=dtype, mesh=mesh)
-    last_BD = jnp.take_along_axis(hidden_BTD, (lengths_B - 1)[:, None, None], axis=1)[:, 0]
-    return jax.nn.log_softmax(decoder.logits(weights, config, last_BD))
+    """Log-probability [P, G] float32 of each choice as the token after the hidden state of its prefix."""
+    logps_PV = jax.nn.log_softmax(decoder.logits(weights, config, hidden_PD))
+    return jnp.take_along_axis(logps_PV, choices_PG, axis=1)
 
 
 def score_ids(
@@ -105,7 +105,8 @@ def score_choices(
 ) -> np.ndarray:
     """Summed log-probability [N, G] float32 of each of G continuations of each prefix, all as token ids.
 
-    If every continuation is one token, a prefix is read once for all of them.
+    If every continuation is one token, a prefix is read once for all of them, and what prefixes have in common is read
+    once for all prefixes.
 
     Raises:
       ValueError: as ``score_ids``, or if the prefixes have different numbers of continuations.
@@ -120,15 +121,15 @@ def score_choices(
         logps = score_continuations(lm, flat, [end for ends in choices for end in ends], batch_size=batch_size)
         return logps.reshape(len(prefixes), -1)
     _check_lengths(lm, prefixes, [[*prefix, 0] for prefix in prefixes])
-    ends_NG = np.asarray(choices, np.int32)[:, :, 0]
-    logps_NG = np.zeros(ends_NG.shape, np.float32)
+    logps_NG = np.zeros((len(prefixes), len(choices[0]) if choices else 0), np.float32)
     with piece("scoring", len(prefixes)) as advance:
-        for batch, tokens_BT, lengths_B in rows_on_mesh(lm, prefixes, batch_size):
-            logps_BV = _next_logps(
-                lm.weights, tokens_BT, lengths_B, config=lm.config, dtype=jnp.dtype(lm.dtype), mesh=lm.mesh
-            )
-            logps_NG[batch] = np.take_along_axis(meshlib.fetch(logps_BV)[: len(batch)], ends_NG[batch], axis=1)
-            advance(len(batch), True)
+        for numbers, wave in engine.read(lm, prefixes, batch_size=batch_size):
+            choices_PG = np.zeros((wave.hidden_PD.shape[0], logps_NG.shape[1]), np.int32)
+            choices_PG[: len(numbers)] = np.asarray([choices[i] for i in numbers], np.int32)[:, :, 0]
+            choices_PG = meshlib.put(choices_PG, lm.mesh, ("batch", None))
+            logps_PG = _logps_of_choices(lm.sampling_weights, wave.hidden_PD, choices_PG, config=lm.config)
+            logps_NG[numbers] = meshlib.fetch(logps_PG)[: len(numbers)]
+            advance(len(numbers), True)
     spent.count(scored=sum(map(len, prefixes)))
     return logps_NG
 

@@ -21,10 +21,10 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "jaxsi"
 
 # From the top down. A module imports from its own room and from those below it. A room is a folder of the package, or
-# the one module `lm`. `evals` has its place, and nothing in it yet.
+# the one module `lm`.
 ROOMS = (
-    "cli", "perf", "report", "toyworld", "evals", "methods", "stages", "training", "sampling", "lm", "hf", "model",
-    "text", "runs",
+    "cli", "perf", "report", "toyworld", "checkedworld", "evals", "methods", "stages", "training", "sampling", "lm",
+    "hf", "model", "text", "runs",
 )  # fmt: skip
 MODULES = sorted(path.relative_to(ROOT) for path in PACKAGE.rglob("*.py"))
 MODULE_LINES, METHOD_LINES, FUNCTION_STATEMENTS, CONFIG_FIELDS = 500, 300, 60, 16

@@ -165,8 +165,7 @@ def _ask(args: Agreement, groups: Sequence[Any], rubric_name: str) -> Any:
     rubric = read_rubric(args.rubric or rubric_name)
     cfg = args.rubric_config(rubric)
     out = make_folder(args.out, "--judge")
-    bound = args.bound_judge(args.named_judge(None, out), out)
-    judge = bound.writer or bound.judging
+    judge = args.bound_judge(args.named_judge(None, out), out)
     cache = args.answer_cache(out)
     if args.dry_run:
         return planned(judge=plan_groups(cache, judge, groups, rubric, cfg, args.judge_seeds))

@@ -189,7 +189,7 @@ def _judged(args: Arena, data: Path, baseline_file: Path, folder: Path) -> Repor
         raise UsageError("--style-control needs --style-tokenizer MODEL here, which counts the tokens of new answers")
     model, answers, plans = _answers(args, questions, out)
     requests = arena_hard.game_requests(questions, answers, baseline)
-    cache, writer = args.answer_cache(out), args.bound_judge(named, out).writer
+    cache, writer = args.answer_cache(out), args.bound_judge(named, out)
     if args.dry_run:
         return planned(**plans, judge=plan_texts(cache, writer, requests, cfg, args.judge_seeds))
     figures, without, games = [], 0, []

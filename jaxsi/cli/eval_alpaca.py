@@ -189,17 +189,17 @@ def _judged(args: Alpaca, assets: Any) -> Report:
 def _judge(args: Alpaca, named: NamedJudge, template: Any, out: Path) -> Any:
     """A WeightedJudge, or a ComparingJudge if the user names a rubric or a judge that writes no text."""
     from jaxsi.evals.alpaca_judging import ComparingJudge, WeightedJudge
+    from jaxsi.evals.judging import writes
     from jaxsi.evals.side_by_side import SideBySide
     from jaxsi.stages.prompts import load_rubric
     from jaxsi.stages.prompts.comparison import read_rubric
 
     rubric = load_rubric() if args.rubric is None else read_rubric(args.rubric)
     config = args.rubric_config(rubric)
-    cache, bound = args.answer_cache(out), args.bound_judge(named, out)
-    if args.rubric is None and bound.writer is not None:
-        return WeightedJudge(cache=cache, writer=bound.writer, template=template, config=config)
-    sides = SideBySide(cache=cache, judging=bound.judging, writer=bound.writer, rubric=rubric, config=config)
-    return ComparingJudge(judge=sides)
+    cache, judge = args.answer_cache(out), args.bound_judge(named, out)
+    if args.rubric is None and writes(judge):
+        return WeightedJudge(cache=cache, writer=judge, template=template, config=config)
+    return ComparingJudge(judge=SideBySide(cache=cache, judge=judge, rubric=rubric, config=config))
 
 
 def _annotator(named: NamedJudge, judge: Any) -> str:

@@ -120,10 +120,8 @@ def _warnings(counts: Mapping[str, Any], prompts: int) -> list[str]:
 def _judge(args: Compare, named: NamedJudge, rubric: Any, out: Path) -> Any:
     from jaxsi.evals.side_by_side import SideBySide
 
-    cache, bound = args.answer_cache(out), args.bound_judge(named, out)
-    return SideBySide(
-        cache=cache, judging=bound.judging, writer=bound.writer, rubric=rubric, config=args.rubric_config(rubric)
-    )
+    cache, judge = args.answer_cache(out), args.bound_judge(named, out)
+    return SideBySide(cache=cache, judge=judge, rubric=rubric, config=args.rubric_config(rubric))
 
 
 def _sides(args: Compare, out: Path) -> tuple[list[dict[str, str]], dict[str, Any], dict[str, Any]]:

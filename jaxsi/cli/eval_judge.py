@@ -1,7 +1,6 @@
 """What evaluations ask of a judge on the command line: who judges, how, how often, and where its answers are kept."""
 
 import dataclasses
-import functools
 from pathlib import Path
 from typing import Any
 
@@ -73,11 +72,12 @@ class JudgedBy(Computing):
         name = word if is_judge(word) else f"model:{word}"
         return NamedJudge(judge_of(word, out / "endpoint_answers.jsonl"), name.partition(",")[0])
 
-    def bound_judge(self, named: "NamedJudge", out: Path) -> "BoundJudge":
-        """The judge as a function, with its model loaded. Raises: UsageError, and those of loading."""
+    def bound_judge(self, named: "NamedJudge", out: Path) -> Any:
+        """The judge, with its model loaded: of a model the writer of its texts, else the judge by its name.
+
+        Raises: UsageError, and those of loading.
+        """
         from jaxsi.lm import load
-        from jaxsi.stages.endpoint import EndpointJudge
-        from jaxsi.stages.judge import judge as by_itself
         from jaxsi.stages.judges import ModelJudge
         from jaxsi.stages.verdicts import LocalWriter
 
@@ -86,8 +86,8 @@ class JudgedBy(Computing):
             dtype = kept_dtype(self._answers(out)) if self.dtype == "auto" else self.dtype
             lm = load(judging.model, mesh_for(judging.model, self.mesh), dtype)
             check_writes(lm, judging.model)
-            return BoundJudge(_Bound(functools.partial(by_itself, lm)), LocalWriter(lm))
-        return BoundJudge(judging, judging if isinstance(judging, EndpointJudge) else None)
+            return LocalWriter(lm)
+        return judging
 
     def answer_cache(self, out: Path) -> Any:
         """The file of the judge's answers. Raises: EvaluationError: if it cannot be used."""
@@ -143,24 +143,6 @@ class NamedJudge:
             raise UsageError(
                 f"--judge {self.name} writes no text, which this evaluation needs; name a model or endpoint:NAME"
             )
-
-
-@dataclasses.dataclass(frozen=True)
-class BoundJudge:
-    """A judge as a function, and its writer if it writes texts."""
-
-    judging: Any
-    writer: Any
-
-
-@dataclasses.dataclass(frozen=True)
-class _Bound:
-    """A judge of one model, in the form of all judges: the model that is judged does not judge."""
-
-    function: Any
-
-    def __call__(self, lm: Any, *rest: Any) -> Any:
-        return self.function(*rest)
 
 
 def kept_dtype(answers: Path) -> str:

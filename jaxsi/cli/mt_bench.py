@@ -99,7 +99,7 @@ def mtbench(argv: list[str]) -> Report:
         tasks = mt_bench.pair_tasks(questions, answers, baseline, templates)
     else:
         tasks = mt_bench.single_tasks(questions, answers, templates)
-    cache, writer = args.answer_cache(out), args.bound_judge(named, out).writer
+    cache, writer = args.answer_cache(out), args.bound_judge(named, out)
     if args.dry_run:
         return planned(
             **plans, judge=plan_texts(cache, writer, [task.request for task in tasks], cfg, args.judge_seeds)

@@ -19,7 +19,16 @@ from typing import Any
 from jaxsi.evals.alpaca_assets import Output
 from jaxsi.evals.alpaca_eval import Annotation
 from jaxsi.evals.answer_cache import AnswerCache, Answered, EvaluationError
-from jaxsi.evals.judging import Plan, ask_choices, check_aligned, choice_asker, estimate, questions_of, unique
+from jaxsi.evals.judging import (
+    Plan,
+    ask_choices,
+    check_aligned,
+    choice_asker,
+    estimate,
+    plan_left,
+    questions_of,
+    unique,
+)
 from jaxsi.evals.side_by_side import Row, SideBySide
 from jaxsi.runs.records import Message, Prompt
 from jaxsi.stages.endpoint import EndpointJudge
@@ -152,14 +161,15 @@ class WeightedJudge:
 
     def plan(self, matches: Sequence[Match], seeds: int) -> Plan:
         """What ``preferences`` by that many seeds would ask."""
-        plans = []
-        for seed in range(seeds):
+
+        def by_seed(seed: int) -> Plan:
             requests = requests_of(matches, self.template, seed)
             asker = choice_asker(self.writer, CHOICES, self.template.text, seed)
-            missing = {question.id for question in self.cache.missing(questions_of(requests), asker)}
-            left = [request for request in requests if request.id in missing]
-            plans.append(Plan.of(len(requests), len(left), estimate(self.writer, left, 1)))
-        return sum(plans, Plan())
+            return plan_left(
+                self.cache, requests, questions_of(requests), asker, lambda left: estimate(self.writer, left, 1)
+            )
+
+        return sum(map(by_seed, range(seeds)), Plan())
 
     def counts(self) -> dict[str, Any]:
         """What was asked so far, as `AnswerCache.counts`."""

@@ -5,13 +5,13 @@ All responses of a group are judged together by the judge interface: a rubric th
 
 import dataclasses
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
 
 from jaxsi.evals.answer_cache import AnswerCache, Answered, Asker, EvaluationError, Failure, Question
-from jaxsi.evals.judging import Plan, estimate, identity
+from jaxsi.evals.judging import Plan, estimate, identity, plan_left, writes
 from jaxsi.runs.records import Judgment, Prompt, Response
 from jaxsi.stages.endpoint import EndpointJudge
 from jaxsi.stages.judges import Judge
@@ -71,16 +71,14 @@ def plan_groups(
 ) -> Plan:
     """What ``ask_judge`` by that many seeds would ask. A judge that writes no text is called for each response
     and takes no tokens."""
-    plans = []
-    for seed in range(seeds):
-        missing = {q.id for q in cache.missing(_questions(groups), _asker(judging, rubric, cfg, seed))}
-        left = [group for group in groups if group.id in missing]
-        if isinstance(judging, LocalWriter | EndpointJudge):
-            counts = estimate(judging, requests_of(left, rubric, cfg), cfg.max_new_tokens)
-        else:
-            counts = {"calls": sum(len(g.responses) for g in left), "prompt_tokens": 0, "completion_tokens": 0}
-        plans.append(Plan.of(len(groups), len(left), counts))
-    return sum(plans, Plan())
+
+    def estimated(left: Sequence[Group]) -> Mapping[str, int]:
+        if writes(judging):
+            return estimate(judging, requests_of(left, rubric, cfg), cfg.max_new_tokens)
+        return {"calls": sum(len(g.responses) for g in left), "prompt_tokens": 0, "completion_tokens": 0}
+
+    askers = [_asker(judging, rubric, cfg, seed) for seed in range(seeds)]
+    return sum((plan_left(cache, groups, _questions(groups), asker, estimated) for asker in askers), Plan())
 
 
 def _asker(judging: Writer | Judge, rubric: AnyRubric, cfg: JudgeConfig, seed: int) -> Asker:

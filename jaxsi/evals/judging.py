@@ -2,8 +2,8 @@
 `answer_cache`)."""
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, NamedTuple, TypeVar
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, NamedTuple, Protocol, TypeGuard, TypeVar
 
 import jax
 import numpy as np
@@ -19,6 +19,11 @@ from jaxsi.text.chat import prompt_length
 
 Row = TypeVar("Row")
 TOO_LONG = "the judge's context has no room for the request"
+
+
+def writes(judge: Writer | Judge) -> TypeGuard[Writer]:
+    """Whether a judge writes texts: a model in this process, or one behind an endpoint."""
+    return isinstance(judge, LocalWriter | EndpointJudge)
 
 
 def identity(judging: Writer | Judge, cfg: JudgeConfig | None = None) -> str:
@@ -69,13 +74,13 @@ def plan_texts(
     cache: AnswerCache, writer: Writer, requests: Sequence[Prompt], cfg: JudgeConfig, seeds: int = 1
 ) -> "Plan":
     """What ``ask_texts`` by that many seeds would ask."""
-    plans = []
-    for seed in range(seeds):
-        asker = Asker(identity(writer, cfg), "", seed)
-        missing = {question.id for question in cache.missing(questions_of(requests), asker)}
-        left = [request for request in requests if request.id in missing]
-        plans.append(Plan.of(len(requests), len(left), estimate(writer, left, cfg.max_new_tokens)))
-    return sum(plans, Plan())
+    who = identity(writer, cfg)
+
+    def estimated(left: Sequence[Prompt]) -> Mapping[str, int]:
+        return estimate(writer, left, cfg.max_new_tokens)
+
+    askers = [Asker(who, "", seed) for seed in range(seeds)]
+    return sum((plan_left(cache, requests, questions_of(requests), asker, estimated) for asker in askers), Plan())
 
 
 def ask_choices(
@@ -141,6 +146,27 @@ class Plan(NamedTuple):
 
     def __add__(self, other: "Plan") -> "Plan":  # type: ignore[override]
         return Plan(*(a + b for a, b in zip(self, other, strict=True)))
+
+
+class _Named(Protocol):
+    @property
+    def id(self) -> str: ...
+
+
+Item = TypeVar("Item", bound=_Named)
+
+
+def plan_left(
+    cache: AnswerCache,
+    items: Sequence[Item],
+    questions: Sequence[Question],
+    asker: Asker,
+    estimated: Callable[[Sequence[Item]], Mapping[str, int]],
+) -> Plan:
+    """What is left to ask about ``items``, whose ``questions`` have their ids; ``estimated`` as `estimate` gives it."""
+    missing = {question.id for question in cache.missing(questions, asker)}
+    left = [item for item in items if item.id in missing]
+    return Plan.of(len(items), len(left), estimated(left))
 
 
 def unsampled(max_new_tokens: int, name: str = "response") -> str:

@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 from jaxsi.evals.answer_cache import AnswerCache, Answered
 from jaxsi.evals.asked import Group, ask_judge, plan_groups
-from jaxsi.evals.judging import Plan
+from jaxsi.evals.judging import Plan, writes
 from jaxsi.runs.records import Prompt
 from jaxsi.stages.judges import Judge
 from jaxsi.stages.prompts.comparison import AnyRubric, PairwiseRubric
@@ -25,11 +25,10 @@ class Row(NamedTuple):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SideBySide:
-    """A judge with its rubric and settings. ``writer`` is who writes its texts, None if there are none."""
+    """A judge, or the writer of its texts, with its rubric and settings."""
 
     cache: AnswerCache
-    judging: Judge
-    writer: Writer | None
+    judge: Writer | Judge
     rubric: AnyRubric
     config: JudgeConfig
 
@@ -37,7 +36,7 @@ class SideBySide:
         """How much better the first text is than the second, from 0 to 1, by the name of the row. A pairwise rubric
         gives the mean over the judgments, each in both orders; from other scores it is 1, 1/2 or 0. Equal texts are a
         tie without a question. A row is among the failures, too, if the judge's text has no verdict."""
-        asked = ask_judge(self.cache, self._judge, _groups(rows), self.rubric, self.config, seed)
+        asked = ask_judge(self.cache, self.judge, _groups(rows), self.rubric, self.config, seed)
         found = {id: 0.5 for id, row in rows.items() if row.first == row.second}
         unreadable: dict[str, str] = {}
         for id, answer in asked.values.items():
@@ -51,14 +50,10 @@ class SideBySide:
 
     def plan(self, rows: Mapping[str, Row], seeds: int) -> Plan:
         """What ``ask`` by that many seeds would ask."""
-        return plan_groups(self.cache, self._judge, _groups(rows), self.rubric, self.config, seeds)
-
-    @property
-    def _judge(self) -> Writer | Judge:
-        return self.judging if self.writer is None else self.writer
+        return plan_groups(self.cache, self.judge, _groups(rows), self.rubric, self.config, seeds)
 
     def _better(self, a: float, b: float) -> float:
-        return a if isinstance(self.rubric, PairwiseRubric) and self.writer is not None else (a > b) + 0.5 * (a == b)
+        return a if isinstance(self.rubric, PairwiseRubric) and writes(self.judge) else (a > b) + 0.5 * (a == b)
 
 
 def _groups(rows: Mapping[str, Row]) -> list[Group]:

@@ -30,9 +30,7 @@ def other(prompt: str, response: str) -> float:
 
 def side_by_side(path: Path) -> SideBySide:
     config = JudgeConfig(num_samples=1, batch_size=2)
-    return SideBySide(
-        cache=AnswerCache(path), judging=judge_by(length), writer=None, rubric=load_rubric(), config=config
-    )
+    return SideBySide(cache=AnswerCache(path), judge=judge_by(length), rubric=load_rubric(), config=config)
 
 
 def rows(**texts: tuple[str, str]) -> dict[str, Row]:
@@ -82,7 +80,7 @@ def test_a_text_without_a_verdict_is_told_and_not_asked_again(tmp_path, monkeypa
         speaker = Speaker()
         judge = dataclasses.replace(
             side_by_side(tmp_path / "c.jsonl"),
-            judging=lambda lm, *rest, by=speaker: judged(by, *rest),
+            judge=lambda lm, *rest, by=speaker: judged(by, *rest),
             rubric=read_rubric("pairwise_judge"),
         )
         answered = judge.ask(given)

@@ -18,6 +18,7 @@ from jaxsi.hf.config import HFError, config_json
 from jaxsi.hf.weights import DTYPES, INDEX, NAMES, WEIGHTS, Layout, expected_tensors
 from jaxsi.model import mesh as meshlib
 from jaxsi.model.decoder import ModelConfig, Parameter, Weights, parameters
+from jaxsi.runs.first_process import from_first
 
 MAX_SHARD_BYTES = 5 * 10**9
 
@@ -58,7 +59,8 @@ def write_folder(
     ids = {f"{name}_token_id": (generation or {}).get(f"{name}_token_id") for name in ("bos", "eos", "pad")}
     raw_config = config_json(config, dtype=dtype) | ids
     # All processes of one export share this name; two exports to the same folder at the same time do not.
-    target = folder.parent / f".{folder.name}.{_agreed_word()}.partial"
+    word = from_first(lambda: secrets.token_hex(4))
+    target = folder.parent / f".{folder.name}.{word}.partial"
     files = _files(config, np.dtype(dtype), max_shard_bytes)
     lead = jax.process_index() == 0
     try:
@@ -178,16 +180,6 @@ def _sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-def _agreed_word() -> str:
-    """Eight hex digits that process 0 draws for all."""
-    word = np.frombuffer(secrets.token_bytes(4), np.uint8)
-    if jax.process_count() > 1:
-        from jax.experimental import multihost_utils
-
-        word = np.asarray(multihost_utils.broadcast_one_to_all(word))
-    return word.astype(np.uint8).tobytes().hex()
 
 
 def _barrier(name: str) -> None:

@@ -9,6 +9,7 @@ import jax
 from jaxsi.checkedworld import world
 from jaxsi.lm import LM, load
 from jaxsi.runs.config_snapshot import may_move, stored_as
+from jaxsi.runs.metrics import dense_ranks
 from jaxsi.runs.records import Judgment, Prompt, RankedResponses, Response
 from jaxsi.sampling.generate import generate
 from jaxsi.stages.answers import with_prompts
@@ -77,11 +78,10 @@ class GradedDrafts:
 
     def _ranked(self, prompt: Prompt, drafts: Sequence[str]) -> RankedResponses:
         task = world.task_of(prompt)
-        worst = min(drafts, key=lambda text: world.grade(task, text))
-        texts = list(dict.fromkeys([*drafts, world.mended(task, worst)]))
-        grades = [world.grade(task, text) for text in texts]
-        order = sorted(set(grades), reverse=True)
-        ranks = [order.index(grade) for grade in grades]
+        grades = {text: world.grade(task, text) for text in drafts}
+        better = world.mended(task, min(grades, key=lambda text: grades[text]))
+        grades |= {better: world.grade(task, better)}
+        ranks = dense_ranks(list(grades.values()))
         if self.by_coin:
             random.Random(f"jaxsi/checkedworld/coin/{prompt.id}").shuffle(ranks)
-        return RankedResponses(id=prompt.id, messages=prompt.messages, responses=tuple(texts), ranks=tuple(ranks))
+        return RankedResponses(id=prompt.id, messages=prompt.messages, responses=tuple(grades), ranks=tuple(ranks))

@@ -104,6 +104,9 @@ def mended(task: Task, response: str) -> str:
     """The response, changed by rule until it meets its constraints, as far as a program can."""
     text = response.strip()
     for _ in range(len(task.constraints)):  # what mends one constraint can break another, which is then mended in turn
-        for (kind, arguments), is_met in zip(task.constraints, met(task, text), strict=True):
+        found = met(task, text)
+        if all(found):
+            break
+        for (kind, arguments), is_met in zip(task.constraints, found, strict=True):
             text = text if is_met else KINDS[kind].mend(text, arguments)
     return text

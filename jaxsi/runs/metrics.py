@@ -102,6 +102,12 @@ def kendall(a: ArrayLike, b: ArrayLike) -> float | None:
     return float(kendalltau(a, b).statistic)
 
 
+def dense_ranks(scores: Sequence[float]) -> list[int]:
+    """The rank of each score: 0 for the highest, without gaps; equal scores share one."""
+    order = sorted(set(scores), reverse=True)
+    return [order.index(score) for score in scores]
+
+
 def mean_ci(values: ArrayLike, *, samples: int = 10_000, seed: int = 0) -> tuple[float, float, float]:
     """(mean, low, high): the 95 % bootstrap interval over prompts of values [prompts] or [prompts, samples]."""
     values = np.asarray(values, dtype=np.float64)

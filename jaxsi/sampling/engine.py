@@ -95,6 +95,12 @@ def padded_rows(n: int, parts: int) -> int:
     return parts * power(-(-n // parts), 1)
 
 
+def rows_at_once(n: int, batch_size: int, parts: int) -> int:
+    """How many of ``n`` rows go side by side: at most ``batch_size``, the same number on each of ``parts`` parts of the
+    mesh."""
+    return min(max(parts, batch_size // parts * parts), padded_rows(n, parts))
+
+
 def first_fit(lengths: Sequence[int], width: int) -> list[tuple[int, int]]:
     """(row, first column) of each of the texts of these lengths, packed into rows of ``width`` columns.
 
@@ -145,7 +151,7 @@ def run(
     if not prompts:
         return [], work
     parts = meshlib.axis_size(lm.mesh, "batch")
-    size = min(max(parts, batch_size // parts * parts), padded_rows(len(prompts) * num_samples, parts))
+    size = rows_at_once(len(prompts) * num_samples, batch_size, parts)
     fixed = Fixed(lm.config, lm.mesh, jnp.dtype(lm.dtype), int8=cache == "int8")
     words = sample_words(np.asarray(jax.random.key_data(keys_P)), num_samples)
     rows = [
@@ -175,7 +181,7 @@ def read(lm: LM, texts: Sequence[Sequence[int]], *, batch_size: int) -> Iterator
         return
     parts = meshlib.axis_size(lm.mesh, "batch")
     fixed = Fixed(lm.config, lm.mesh, jnp.dtype(lm.dtype))
-    size = min(max(parts, batch_size // parts * parts), padded_rows(len(texts), parts))
+    size = rows_at_once(len(texts), batch_size, parts)
     for numbers, wave, _ in Ahead(lm, texts, size, fixed, Work(), prefixes.group).waves():
         preemption.check()
         yield numbers, wave

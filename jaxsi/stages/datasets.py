@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from jaxsi.runs.errors import InputError
+from jaxsi.runs.metrics import dense_ranks
 from jaxsi.runs.records import LFS_POINTER, Message, RankedResponses, SFTExample
 
 _log = logging.getLogger(__name__)
@@ -234,8 +235,8 @@ def _ranked(
 ) -> RankedResponses:
     """Responses sorted from the lowest `order`, which is best. `dense`: ranks count from 0 without gaps, and equal
     values share one rank; otherwise the values themselves are the ranks."""
-    places = {value: rank for rank, value in enumerate(sorted(set(order)))}
-    rows = sorted(((places[value] if dense else int(value), i) for i, value in enumerate(order)))
+    ranks = dense_ranks([-value for value in order]) if dense else [int(value) for value in order]
+    rows = sorted((rank, i) for i, rank in enumerate(ranks))
     return RankedResponses(
         id=id,
         messages=messages,

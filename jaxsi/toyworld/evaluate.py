@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from jaxsi.evals.held_out import lengths_of
 from jaxsi.lm import LM
 from jaxsi.runs import metrics
 from jaxsi.runs.config_snapshot import stored_as
@@ -121,8 +122,7 @@ def quality(prompts: Sequence[Prompt], responses: Sequence[Response]) -> tuple[d
     return graded, {
         "quality": {"mean": mean, "ci95": [low, high]},
         "best_of_samples": float(by_prompt.max(axis=1).mean()),
-        "mean_length": float(np.mean([len(response.token_ids) for response in responses])),
-        "cut_off": float(np.mean([response.finish_reason == "length" for response in responses])),
+        **lengths_of(responses),
         "by_prompt": by_prompt.mean(axis=1).tolist(),
     }
 

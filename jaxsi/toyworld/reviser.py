@@ -8,6 +8,7 @@ import jax
 
 from jaxsi.lm import LM, load
 from jaxsi.runs.config_snapshot import stored_as
+from jaxsi.runs.metrics import dense_ranks
 from jaxsi.runs.records import Prompt, RankedResponses, Response, Revision
 from jaxsi.sampling.generate import generate
 from jaxsi.stages.prompts.reviser import ReviserTemplate
@@ -45,10 +46,9 @@ def rank_by_grade(prompt: Prompt, texts: Sequence[str], rng: random.Random) -> R
     task = world.parse(prompt.text)
     assert task is not None
     grades = [world.grade_task(task, text).total for text in texts]
-    order = sorted(set(grades), reverse=True)
-    ranks = [order.index(grade) for grade in grades]
+    ranks = dense_ranks(grades)
     if rng.random() < careless.SLIP:
-        last = len(order) - 1
+        last = max(ranks)
         ranks = [{0: last, last: 0}.get(rank, rank) for rank in ranks]
     return RankedResponses(id=prompt.id, messages=prompt.messages, responses=tuple(texts), ranks=tuple(ranks))
 

@@ -10,6 +10,7 @@ from scipy import stats
 
 from jaxsi.runs.metrics import (
     agreement_figures,
+    dense_ranks,
     edit_distance,
     kendall,
     mean_ci,
@@ -113,6 +114,11 @@ def test_spearman_of_sorted_and_of_constant_scores():
     assert spearman([1], [1]) is None
     with pytest.raises(ValueError, match="of the same length"):
         spearman([1, 2], [1, 2, 3])
+
+
+def test_equal_scores_share_a_rank_without_gaps():
+    assert dense_ranks([0.5, 2.0, 0.5, -1.0]) == [1, 0, 1, 2]
+    assert dense_ranks([]) == []
 
 
 # ---- bootstrap -------------------------------------------------------------------------------------------------------

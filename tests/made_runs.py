@@ -1,8 +1,14 @@
 """Small run directories made by hand, for tests of what reads runs: no model is needed."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
+
+from jaxsi.methods.lifecycle import report
+from jaxsi.runs.run import Run
+from jaxsi.sampling.generate import SamplingConfig
 
 HOSTILE = (
     "<script>document.title = 'taken'</script>",
@@ -123,3 +129,15 @@ def train_line(step: int, of: int, **further: Any) -> dict[str, Any]:
         "step": step, "of": of, "learning_rate": 1e-3, "loss": 0.7 - 0.01 * step, "margin": 0.5 * step,
         "chosen_logps": -1.0, "rejected_logps": -2.0 - step, "skipped": 0.0, **further,
     }  # fmt: skip
+
+
+def lines_of_models(run: Run, evaluation: Any, scopes: Sequence[str], sampling: SamplingConfig) -> list[dict[str, Any]]:
+    """The lines in the summary of ``run`` of models 0, 1, ... in ``scopes``, as a method reports them. A model is a
+    stand-in with its number."""
+    cfg = SimpleNamespace(sampling=sampling, model="given", evaluate=evaluation)
+    for t, name in enumerate(scopes):
+        number: Any = "base" if name == "base" else int(name.removeprefix("iter_"))
+        model: Any = SimpleNamespace(fingerprint=str(t), number=t, tokenizer=SimpleNamespace(template_hash="t"))
+        report(cfg, run, run.at(name), number, model)
+    summary = run.summary
+    return [*([summary["base"]] if "base" in summary else []), *summary["iterations"]]

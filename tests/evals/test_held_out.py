@@ -8,6 +8,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from made_runs import lines_of_models
 
 import tiny
 from jaxsi import lm as lmlib
@@ -15,7 +16,6 @@ from jaxsi.cli.tables import iterations_table, win_rates
 from jaxsi.evals import held_out
 from jaxsi.evals.held_out import Evaluations, HeldOutWinRate, everyday_prompts, first_response, refined_response
 from jaxsi.lm import LM
-from jaxsi.methods.lifecycle import report
 from jaxsi.runs.records import Prompt, Response
 from jaxsi.runs.run import Run
 from jaxsi.sampling.generate import SamplingConfig
@@ -59,13 +59,7 @@ def written(*texts: Sequence[str]) -> Any:
 def evaluated(run: Run, evaluation: Any, scopes: Sequence[str], monkeypatch: pytest.MonkeyPatch) -> list[dict]:
     """The lines of models 0, 1, ... in ``scopes``, as a method reports them."""
     monkeypatch.setattr(held_out, "with_room", lambda lm, prompts, longest: prompts)
-    cfg = SimpleNamespace(sampling=SAMPLING, model="given", evaluate=evaluation)
-    for t, name in enumerate(scopes):
-        number: Any = "base" if name == "base" else int(name.removeprefix("iter_"))
-        model: Any = SimpleNamespace(fingerprint=str(t), number=t, tokenizer=SimpleNamespace(template_hash="t"))
-        report(cfg, run, run.at(name), number, model)
-    summary = run.summary
-    return [*([summary["base"]] if "base" in summary else []), *summary["iterations"]]
+    return lines_of_models(run, evaluation, scopes, SAMPLING)
 
 
 class Numbered:

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from made_runs import lines_of_models
 
 import tiny
 from jaxsi.cli.tables import iterations_table
@@ -16,7 +17,6 @@ from jaxsi.evals.answer_cache import EvaluationError
 from jaxsi.evals.held_out import Evaluations, HeldOutWinRate, everyday_prompts, refined_response
 from jaxsi.evals.ifeval import IFEval
 from jaxsi.methods import preflight
-from jaxsi.methods.lifecycle import report
 from jaxsi.report.figures import QUALITY, iteration_panels
 from jaxsi.report.model_card import _evaluation
 from jaxsi.report.page import headline
@@ -95,13 +95,7 @@ class Written:
 def evaluated(run: Run, evaluation: Any, scopes: tuple[str, ...], monkeypatch: pytest.MonkeyPatch) -> list[dict]:
     """The lines of models 0, 1, ... in ``scopes``, as a method reports them."""
     monkeypatch.setattr(ifeval, "with_room", lambda lm, prompts, longest: prompts)
-    cfg = SimpleNamespace(sampling=SAMPLING, model="given", evaluate=evaluation)
-    for t, name in enumerate(scopes):
-        number: Any = "base" if name == "base" else int(name.removeprefix("iter_"))
-        model: Any = SimpleNamespace(fingerprint=str(t), number=t, tokenizer=SimpleNamespace(template_hash="t"))
-        report(cfg, run, run.at(name), number, model)
-    summary = run.summary
-    return [*([summary["base"]] if "base" in summary else []), *summary["iterations"]]
+    return lines_of_models(run, evaluation, scopes, SAMPLING)
 
 
 TEXTS = (
